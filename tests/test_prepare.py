@@ -1,0 +1,958 @@
+"""Corpora by name, file and folder, against hashlib, zipfile, brute force, real servers and processes really killed."""
+
+import errno
+import hashlib
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import tracemalloc
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data import prepare
+from data.prepare import Blob, DataError, Download, Tree, open_bytes, resolve
+
+MIB = 1 << 20
+BODY = bytes((i * i + i // 251) % 256 for i in range(300_000))
+TEXT = "What is here is text: äöü €\n".encode()
+
+
+def blob(file: str, content: bytes) -> Blob:
+    return Blob(file, len(content), hashlib.sha256(content).hexdigest())
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    """Writes files, given by relative name, and returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def everything_in(folder: Path) -> list[str]:
+    """The relative names of all files below a folder, hidden and temporary ones too."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "products"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of prepare.py in a repository of its own, so that commands write there."""
+    script = tmp_path / "repository" / "data" / "prepare.py"
+    script.parent.mkdir(parents=True)
+    shutil.copy(prepare.__file__, script)
+    return script
+
+
+def command(script: Path, *arguments: str | bytes | Path, code: str = "", **options) -> subprocess.CompletedProcess:
+    """Runs prepare.py as a command, or as a module after `code`."""
+    if code:
+        code += "\nimport sys; from data import prepare; sys.exit(prepare.main(sys.argv[1:]))"
+    start = ["-c", code] if code else [script]
+    options = {"cwd": script.parent.parent, "capture_output": True, "text": True, "timeout": 30, **options}
+    return subprocess.run([sys.executable, *start, *arguments], **options)
+
+
+# --- Downloads --------------------------------------------------------------------------------------------------------
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `content` under every path, as well or badly as the attributes say, and notes what it was asked for."""
+
+    daemon_threads = True
+    content = BODY
+    ranges = True  # honour Range
+    status = 200  # for every answer if it is an error
+    breaks_after: int | None = None  # bytes of body after which the connection is cut
+    length = True  # send Content-Length
+    shift = 0  # resume this many bytes too early
+    gate: threading.Event | None = None  # wait for it in the middle of the body
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str | None] = []  # the Range header of each request
+        self.reached = threading.Event()  # the gate
+
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up, as it should when it is sent too much, is no news."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/corpus"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        server, wanted = self.server, self.headers["Range"]
+        server.asked.append(wanted)
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and server.ranges else None
+        if server.status != 200 or (start is not None and start >= len(server.content)):
+            self.send_error(server.status if server.status != 200 else 416)
+            return
+        first = 0 if start is None else start - server.shift
+        body = server.content[first:]
+        self.send_response(200 if start is None else 206)
+        if start is not None:
+            self.send_header("Content-Range", f"bytes {first}-{len(server.content) - 1}/{len(server.content)}")
+        if server.length:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if server.gate:
+            self.wfile.write(body[:1000])
+            server.reached.set()
+            server.gate.wait(10)
+            body = body[1000:]
+        self.wfile.write(body[: server.breaks_after])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server whose content is the corpus "tiny"; a proxy that the environment may name is kept out of it."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(prepare, "TIMEOUT_S", 5.0)
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setitem(prepare.CORPORA, "tiny", Download(running.url, blob("tiny.bin", BODY)))
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture
+def packed(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Makes "tiny" a corpus that is served as a zip file; returns such a file."""
+    path = tmp_path / "given.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny", BODY)
+    server.content = path.read_bytes()
+    corpus = Download(server.url, blob("tiny.bin", BODY), blob("tiny.zip", server.content))
+    monkeypatch.setitem(prepare.CORPORA, "tiny", corpus)
+    return path
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def test_a_download_arrives_whole_and_leaves_nothing_else(server: Server, data_dir: Path) -> None:
+    path = resolve("tiny", data_dir=data_dir)
+    assert path == data_dir / "tiny.bin"
+    assert path.read_bytes() == BODY
+    assert everything_in(data_dir) == ["tiny.bin"]
+    assert server.asked == [None]
+
+
+def test_what_is_there_is_neither_downloaded_nor_hashed_again(
+    server: Server, data_dir: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(data_dir, {"tiny.bin": BODY})
+    monkeypatch.setattr(hashlib, "sha256", None)
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("content", [b"", BODY[:-1], BODY + b"x"])
+def test_what_is_there_in_the_wrong_size_is_replaced(server: Server, data_dir: Path, content: bytes) -> None:
+    write(data_dir, {"tiny.bin": content})
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("length", [1, 1000, len(BODY) - 1])
+def test_a_part_is_resumed(server: Server, data_dir: Path, length: int) -> None:
+    write(data_dir, {"tiny.bin.part": BODY[:length]})
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+    assert server.asked == [f"bytes={length}-"]
+    assert everything_in(data_dir) == ["tiny.bin"]
+
+
+def test_a_complete_part_needs_no_network(server: Server, data_dir: Path, offline: None) -> None:
+    write(data_dir, {"tiny.bin.part": BODY})
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+    assert everything_in(data_dir) == ["tiny.bin"]
+
+
+def test_a_server_that_ignores_range_sends_all_again(server: Server, data_dir: Path) -> None:
+    server.ranges = False
+    write(data_dir, {"tiny.bin.part": BODY[:1000]})
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+    assert server.asked == ["bytes=1000-"]
+
+
+def test_a_server_that_resumes_elsewhere_is_asked_for_all(server: Server, data_dir: Path) -> None:
+    server.shift = 10
+    write(data_dir, {"tiny.bin.part": BODY[:1000]})
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+    assert server.asked == ["bytes=1000-", None]
+
+
+def test_a_server_that_answers_416_is_asked_for_all(server: Server, data_dir: Path) -> None:
+    server.content = BODY[:500]  # shorter than the part
+    write(data_dir, {"tiny.bin.part": BODY[:1000]})
+    with pytest.raises(DataError, match="found 500 bytes"):
+        resolve("tiny", data_dir=data_dir)
+    assert server.asked == ["bytes=1000-", None]
+    assert everything_in(data_dir) == []
+
+
+def test_a_broken_connection_leaves_the_part_and_the_next_run_resumes_it(server: Server, data_dir: Path) -> None:
+    server.breaks_after = 100_000
+    with pytest.raises(DataError, match=r"broke after 100,000 of 300,000 bytes; run again .* --from FILE"):
+        resolve("tiny", data_dir=data_dir)
+    assert everything_in(data_dir) == ["tiny.bin.part"]
+    assert (data_dir / "tiny.bin.part").read_bytes() == BODY[:100_000]
+    server.breaks_after = None
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+    assert server.asked == [None, "bytes=100000-"]
+    assert everything_in(data_dir) == ["tiny.bin"]
+
+
+def test_a_download_without_a_length_works(server: Server, data_dir: Path) -> None:
+    server.length = False
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("part", [b"", BODY[:1000], b"rubbish", b"z" * len(BODY)])
+def test_a_wrong_checksum_is_refused_and_removed(server: Server, data_dir: Path, part: bytes) -> None:
+    write(data_dir, {"tiny.bin.part": part} if part else {})
+    if not part:
+        server.content = BODY[:-1] + b"?"
+    with pytest.raises(
+        DataError, match="expected 300,000 bytes, sha256 [0-9a-f]{64}; found 300,000 .*sha256"
+    ) as caught:
+        if part == BODY[:1000]:  # a good beginning, a bad end
+            server.content = BODY[:-1] + b"?"
+        resolve("tiny", data_dir=data_dir)
+    assert hashlib.sha256(BODY).hexdigest() in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert everything_in(data_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [(BODY[:-1], "299,999 bytes"), (BODY + b"x", "more than that"), (BODY * 20, "more than that"), (b"", "0 bytes")],
+)
+@pytest.mark.parametrize("length", [True, False])
+def test_a_wrong_size_is_refused_and_removed(
+    server: Server, data_dir: Path, content: bytes, found: str, length: bool
+) -> None:
+    server.content, server.length = content, length
+    with pytest.raises(DataError, match=f"expected 300,000 bytes.*found {found}"):
+        resolve("tiny", data_dir=data_dir)
+    assert everything_in(data_dir) == []
+
+
+def test_an_endless_answer_is_cut_short(server: Server, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.content, server.length = BODY * 50, False
+    received: list[int] = []
+    monkeypatch.setattr(prepare.tqdm, "update", lambda self, n=1: received.append(n))
+    with pytest.raises(DataError, match="more than that"):
+        resolve("tiny", data_dir=data_dir)
+    assert len(BODY) < sum(received) < len(BODY) + 2 * MIB
+
+
+def test_a_part_that_is_too_long_is_removed(server: Server, data_dir: Path) -> None:
+    write(data_dir, {"tiny.bin.part": BODY + b"x"})
+    with pytest.raises(DataError, match="run again"):
+        resolve("tiny", data_dir=data_dir)
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("status", [403, 404, 500, 416])
+def test_an_http_error_is_one_line_and_keeps_the_part(server: Server, data_dir: Path, status: int) -> None:
+    server.status = status
+    with pytest.raises(DataError, match=f"cannot download '{server.url}': HTTP Error {status}"):
+        resolve("tiny", data_dir=data_dir)
+    assert everything_in(data_dir) == []
+    write(data_dir, {"tiny.bin.part": BODY[:1000]})
+    with pytest.raises(DataError, match="--from FILE"):
+        resolve("tiny", data_dir=data_dir)
+    assert (data_dir / "tiny.bin.part").read_bytes() == BODY[:1000]
+
+
+def test_an_unreachable_server_is_one_line(server: Server, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens: connections are refused
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
+        monkeypatch.setitem(prepare.CORPORA, "tiny", Download(url, blob("tiny.bin", BODY)))
+        with pytest.raises(DataError, match="cannot download .*refused.*--from FILE") as caught:
+            resolve("tiny", data_dir=data_dir)
+    assert "\n" not in str(caught.value)
+    assert everything_in(data_dir) == []
+
+
+def test_a_server_that_falls_silent_is_given_up(
+    server: Server, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "TIMEOUT_S", 0.2)
+    server.gate = threading.Event()
+    with pytest.raises(DataError, match="timed out"):
+        resolve("tiny", data_dir=data_dir)
+    server.gate.set()
+    assert (data_dir / "tiny.bin.part").read_bytes() == BODY[:1000]
+
+
+def test_a_server_that_speaks_no_http_is_one_line(data_dir: Path, server: Server, monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(b"SSH-2.0\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        monkeypatch.setitem(prepare.CORPORA, "tiny", Download(url, blob("tiny.bin", BODY)))
+        with pytest.raises(DataError, match="cannot download"):
+            resolve("tiny", data_dir=data_dir)
+
+
+def test_ctrl_c_keeps_the_part_of_a_download(server: Server, data_dir: Path, monkeypatch) -> None:
+    def interrupt(self: object, n: int = 1) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare.tqdm, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        resolve("tiny", data_dir=data_dir)
+    monkeypatch.undo()
+    assert everything_in(data_dir) == ["tiny.bin.part"]
+    part = (data_dir / "tiny.bin.part").read_bytes()
+    assert part and BODY.startswith(part)
+
+
+def test_two_downloads_at_once_share_one(server: Server, data_dir: Path, capfd: pytest.CaptureFixture) -> None:
+    server.gate = threading.Event()
+    results: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(resolve("tiny", data_dir=data_dir).read_bytes()))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    assert server.reached.wait(5)
+    server.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert results == [BODY] * 3
+    assert server.asked == [None]
+    assert everything_in(data_dir) == ["tiny.bin"]
+
+
+def test_whoever_waited_for_a_download_that_failed_starts_afresh(server: Server, data_dir: Path, monkeypatch) -> None:
+    waiting, results = threading.Event(), []
+
+    def run() -> None:
+        try:
+            results.append(resolve("tiny", data_dir=data_dir).read_bytes())
+        except DataError as error:
+            results.append(str(error))
+
+    monkeypatch.setattr(prepare, "print", lambda *_, **__: waiting.set(), raising=False)
+    server.content, server.gate = BODY[:-1] + b"?", threading.Event()
+    first, second = threading.Thread(target=run), threading.Thread(target=run)
+    first.start()
+    assert server.reached.wait(5)
+    server.content = BODY  # from the second request on
+    second.start()
+    assert waiting.wait(5)  # for the lock on a part that is about to be removed
+    server.gate.set()
+    first.join(10)
+    second.join(10)
+    assert "did not send tiny.bin" in results[0]
+    assert results[1] == BODY
+    assert everything_in(data_dir) == ["tiny.bin"]
+
+
+def test_a_zipped_download_is_unpacked(server: Server, packed: Path, data_dir: Path) -> None:
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+    assert everything_in(data_dir) == ["tiny.bin", "tiny.zip"]
+    (data_dir / "tiny.bin").unlink()
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY  # from the zip file that is there
+    (data_dir / "tiny.bin").unlink()
+    write(data_dir, {"tiny.zip": bytes(len(server.content))})  # damaged, in the right size
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+    assert server.asked == [None, None]
+
+
+def test_what_is_unpacked_is_checked(server: Server, packed: Path, data_dir: Path, monkeypatch) -> None:
+    wrong = Download(server.url, blob("tiny.bin", BODY + b"!"), blob("tiny.zip", server.content))
+    monkeypatch.setitem(prepare.CORPORA, "tiny", wrong)
+    with pytest.raises(DataError, match="does not hold tiny.bin: expected 300,001 bytes.*found 300,000 bytes"):
+        resolve("tiny", data_dir=data_dir)
+    assert everything_in(data_dir) == ["tiny.zip"]
+
+
+def test_a_local_file_replaces_the_download(server: Server, data_dir: Path, tmp_path: Path, offline: None) -> None:
+    (tmp_path / "got").write_bytes(BODY)
+    path = resolve("tiny", from_file=tmp_path / "got", data_dir=data_dir)
+    assert path.read_bytes() == BODY
+    assert everything_in(data_dir) == ["tiny.bin"]
+    assert (tmp_path / "got").read_bytes() == BODY  # a copy was taken
+    assert resolve("tiny", from_file=path, data_dir=data_dir).read_bytes() == BODY  # even from itself
+
+
+def test_a_local_file_of_a_zipped_corpus_may_be_either(packed: Path, data_dir: Path, tmp_path, offline: None) -> None:
+    assert resolve("tiny", from_file=str(packed), data_dir=data_dir).read_bytes() == BODY
+    assert everything_in(data_dir) == ["tiny.bin"]
+    (data_dir / "tiny.bin").unlink()
+    (tmp_path / "unpacked").write_bytes(BODY)
+    assert resolve("tiny", from_file=tmp_path / "unpacked", data_dir=data_dir).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("present", [False, True])
+@pytest.mark.parametrize("content", [b"short", BODY[:-1] + b"?"])
+def test_a_wrong_local_file_is_refused(packed: Path, data_dir: Path, tmp_path, content: bytes, present: bool) -> None:
+    (tmp_path / "wrong").write_bytes(content)
+    if present:
+        write(data_dir, {"tiny.bin": BODY})
+    with pytest.raises(DataError) as caught:
+        resolve("tiny", from_file=tmp_path / "wrong", data_dir=data_dir)
+    message = str(caught.value)
+    assert "wrong' is not tiny: expected 300,000 bytes, sha256 " in message
+    assert hashlib.sha256(BODY).hexdigest() in message
+    assert hashlib.sha256(packed.read_bytes()).hexdigest() in message
+    assert f"found {len(content):,} bytes" in message
+    assert (hashlib.sha256(content).hexdigest() in message) == (len(content) == len(BODY))
+    assert everything_in(data_dir) == (["tiny.bin"] if present else [])
+
+
+def test_a_local_file_that_is_none_is_refused(server: Server, data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for wrong, reason in [("missing", "No such file"), (".", "not a regular file"), ("empty", "empty")]:
+        with pytest.raises(DataError, match=reason):
+            resolve("tiny", from_file=tmp_path / wrong, data_dir=data_dir)
+
+
+@pytest.mark.parametrize("source", ["stdlib", "file", ".", "missing"])
+def test_a_local_file_goes_only_with_downloads(source: str, data_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(write(tmp_path / "here", {"file": TEXT}))
+    with pytest.raises(DataError, match=f"--from .*'{re.escape(source)}'.*shakespeare, enwik8"):
+        resolve(source, from_file="file", data_dir=data_dir)
+
+
+def test_the_table_names_what_the_documentation_promises() -> None:
+    assert list(prepare.CORPORA) == ["stdlib", "shakespeare", "enwik8"]
+    downloads = [corpus for corpus in prepare.CORPORA.values() if isinstance(corpus, Download)]
+    blobs = [each for corpus in downloads for each in (corpus.raw, corpus.zipped) if each]
+    assert [each.size for each in blobs] == [1_115_394, 100_000_000, 36_445_475]
+    assert all(re.fullmatch("[0-9a-f]{64}", each.sha256) for each in blobs)
+
+
+# --- The standard library ---------------------------------------------------------------------------------------------
+
+
+def test_the_standard_library_is_this_pythons_without_its_tests(data_dir: Path, offline: None) -> None:
+    path = resolve(data_dir=data_dir)
+    assert path == data_dir / f"stdlib-{platform.python_version()}.bin"
+    documents = path.read_bytes().split(b"\0")
+    root = Path(os.__file__).parent
+    names = {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*.py") if p.is_file()}
+    out = re.compile(r"(^|/)(tests?|idle_test|site-packages|dist-packages|__pycache__|\.[^/]*)/")
+    assert documents == [names[name] for name in sorted(names) if names[name] and not out.search(name)]
+    assert 5e6 < path.stat().st_size < 30e6
+    assert everything_in(data_dir) == [path.name]
+
+
+def test_the_standard_library_is_joined_once_and_again_when_missing(data_dir: Path, tmp_path, monkeypatch) -> None:
+    root = write(tmp_path / "lib", {"a.py": b"a", "b.txt": b"b", "test/c.py": b"c", "d/e.py": b"e"})
+    monkeypatch.setitem(prepare.CORPORA, "stdlib", Tree("lib.bin", root, ".py", frozenset({"test"})))
+    path = resolve(data_dir=data_dir)
+    assert path.read_bytes() == b"a\0e"
+    write(root, {"a.py": b"changed"})
+    assert resolve(data_dir=data_dir).read_bytes() == b"a\0e"
+    path.unlink()
+    assert resolve(data_dir=data_dir).read_bytes() == b"changed\0e"
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"x", TEXT, bytes(256), BODY])
+def test_a_file_is_used_as_it_is(tmp_path: Path, data_dir: Path, content: bytes) -> None:
+    path = tmp_path / "anything"
+    path.write_bytes(content)
+    assert resolve(str(path), data_dir=data_dir) == path
+    assert resolve(path, data_dir=data_dir) == path
+    assert not data_dir.exists()
+
+
+def test_a_huge_file_costs_nothing(tmp_path: Path, data_dir: Path) -> None:
+    path = tmp_path / "huge"
+    with open(path, "wb") as file:
+        file.truncate(10 << 30)  # 10 GiB, of which none is on disk
+    assert resolve(path, data_dir=data_dir) == path
+    assert open_bytes(path).shape == (10 << 30,)
+
+
+def test_a_name_wins_over_a_file_and_a_path_over_the_name(
+    server: Server, tmp_path: Path, data_dir: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(write(tmp_path / "here", {"tiny": TEXT}))
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
+    assert resolve("./tiny", data_dir=data_dir).read_bytes() == TEXT
+    assert resolve(Path("tiny"), data_dir=data_dir).read_bytes() == TEXT
+
+
+@pytest.mark.parametrize("source", ["missing", "./stdlib", "", "file/below", "nul\0nul", "new\nline", "\udcff\ud800"])
+def test_a_missing_source_is_one_line_that_lists_the_names(source: str, tmp_path: Path, data_dir, monkeypatch) -> None:
+    monkeypatch.chdir(write(tmp_path / "here", {"file": TEXT}))
+    with pytest.raises(DataError, match="no file, folder or corpus '.*stdlib, shakespeare, enwik8") as caught:
+        resolve(source, data_dir=data_dir)
+    assert str(caught.value).isprintable()
+
+
+def test_an_empty_file_is_refused(tmp_path: Path, data_dir: Path) -> None:
+    (tmp_path / "empty").touch()
+    for use in (lambda path: resolve(path, data_dir=data_dir), open_bytes):
+        with pytest.raises(DataError, match="empty' is empty"):
+            use(tmp_path / "empty")
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_other_end(tmp_path: Path, data_dir: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for use in (lambda path: resolve(path, data_dir=data_dir), open_bytes):
+        with pytest.raises(DataError, match="pipe' is not a regular file"):
+            use(tmp_path / "pipe")
+    with pytest.raises(DataError, match="not a regular file"):
+        resolve("/dev/null", data_dir=data_dir)
+
+
+def test_an_unreadable_file_is_refused(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(TEXT)
+
+    def refuse(file: Path, *_: object) -> None:  # permissions do not stop root, who may run this test
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    monkeypatch.setattr(prepare, "open", refuse, raising=False)
+    with pytest.raises(DataError, match="cannot read '.*secret': Permission denied"):
+        resolve(path, data_dir=data_dir)
+
+
+def test_links_that_go_round_are_refused(tmp_path: Path, data_dir: Path) -> None:
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(DataError, match="cannot read '.*round'"):
+        resolve(tmp_path / "round", data_dir=data_dir)
+
+
+def test_open_bytes_is_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(BODY)
+    array = open_bytes(tmp_path / "file")
+    assert isinstance(array, np.memmap)
+    assert array.dtype == np.uint8
+    assert array.shape == (len(BODY),)
+    assert array.tobytes() == BODY
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+    for wrong, reason in [("missing", "No such file"), (".", "not a regular file")]:
+        with pytest.raises(DataError, match=reason):
+            open_bytes(tmp_path / wrong)
+
+
+# --- Folders ----------------------------------------------------------------------------------------------------------
+
+NAMES = st.lists(st.sampled_from(["a", "b", "a.txt", "B", "-", "é", "a b", ".git", ".x"]), min_size=1, max_size=3)
+CONTENTS = st.binary(max_size=300) | st.text(max_size=100).map(str.encode) | st.text("aé\n\x01", min_size=90).map(
+    lambda text: text.encode("latin-1")
+)  # fmt: skip
+
+
+def is_text(content: bytes) -> bool:
+    """The rule in the documentation, for files below 64 KiB, said in another way."""
+    if not content or 0 in content:
+        return False
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data" and error.end == len(content):
+            return True
+        return sum(b == 127 or (b < 32 and b not in (8, 9, 10, 11, 12, 13, 27)) for b in content) <= len(content) / 100
+    return True
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(NAMES.map("/".join), CONTENTS, max_size=8))
+@example({"a/b": b"2", "a.txt": b"1", "a/.x/y": b"no", ".git/a": b"no", "z": b"a\0b", "e": b"", "l": b"caf\xe9"})
+def test_a_folder_is_its_text_files_in_order(files: dict[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory() as base:
+        folder = Path(base, "folder")
+        kept = {}
+        for name, content in files.items():
+            try:
+                write(folder, {name: content})
+                kept[name] = content
+            except (FileExistsError, IsADirectoryError, NotADirectoryError):
+                pass  # a file where a folder should be
+        seen = [n for n in sorted(kept) if is_text(kept[n]) and not any(p.startswith(".") for p in n.split("/"))]
+        folder.mkdir(exist_ok=True)
+        products = Path(base, "products")
+        if seen:
+            path = resolve(folder, data_dir=products)
+            assert path.read_bytes() == b"\0".join(kept[name] for name in seen)
+            assert everything_in(products) == [path.relative_to(products).as_posix()]
+        else:
+            with pytest.raises(DataError, match="holds no text"):
+                resolve(folder, data_dir=products)
+            assert everything_in(products) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"\xef\xbb\xbfBOM", True),
+        ("é".encode() * MIB, True),
+        (b"a" + "é".encode() * MIB, True),  # a character lies across the end of the first 64 KiB
+        (b"aa" + "\1é".encode() * MIB, True),  # also with controls, since it is UTF-8
+        (b"a" * (1 << 16) + b"\xff\x01" * 9000, True),  # judged by the first 64 KiB
+        (b"half a character \xe2\x82", True),
+        ("Grüße, Žižek".encode("cp1252"), True),
+        ("caf\xe9\n".encode("latin-1") * 50, True),
+        (b"\x1b[1mbold\x1b[0m\r\n\f", True),
+        ("ab".encode("utf-16"), False),
+        (bytes(range(1, 256)), False),
+        (b"\xff" + b"a" * 98 + b"\x01", True),  # one control character in a hundred
+        (b"\xff" + b"a" * 97 + b"\x01", False),
+        (b"a" * (3 * MIB) + b"\0", False),
+        (b"a" * (3 * MIB) + b"\0" + b"a" * MIB, False),
+    ],
+)
+def test_what_is_text(tmp_path: Path, data_dir: Path, content: bytes, text: bool) -> None:
+    folder = write(tmp_path / "folder", {"1": b"before", "2": content, "3": b"after"})
+    expected = [b"before", content, b"after"] if text else [b"before", b"after"]
+    assert resolve(folder, data_dir=data_dir).read_bytes() == b"\0".join(expected)
+
+
+def test_a_file_found_binary_late_leaves_nothing_wherever_it_stands(tmp_path: Path, data_dir: Path) -> None:
+    late = b"a" * (2 * MIB + 5) + b"\0"
+    folder = write(tmp_path / "folder", {"1": late, "2": late, "3": TEXT, "4": late, "5": b"last", "6": late})
+    assert resolve(folder, data_dir=data_dir).read_bytes() == TEXT + b"\0last"
+
+
+def test_memory_stays_bounded(tmp_path: Path, data_dir: Path) -> None:
+    folder = write(tmp_path / "folder", {"big": b"a" * (32 * MIB)})
+    tracemalloc.start()
+    try:
+        path = resolve(folder, data_dir=data_dir)
+        assert tracemalloc.get_traced_memory()[1] < 8 * MIB
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size == 32 * MIB
+
+
+def test_an_unchanged_folder_is_reused_and_a_changed_one_rebuilt(tmp_path: Path, data_dir: Path) -> None:
+    folder = write(tmp_path / "my folder", {"a": b"1", "b": b"2"})
+    other = resolve(write(tmp_path / "x" / "my folder", {"a": b"other"}), data_dir=data_dir)
+    first = resolve(folder, data_dir=data_dir)
+    assert first.parent == data_dir / ".cache"
+    assert first.name.startswith("my_folder-")
+    inode = first.stat().st_ino
+    assert resolve(str(folder) + "/", data_dir=data_dir) == first
+    assert first.stat().st_ino == inode
+
+    def same_size() -> None:
+        write(folder, {"a": b"3"})
+        for name in "ab":
+            os.utime(folder / name, ns=(1, 1))
+
+    changes = [
+        (same_size, b"3\x002"),
+        (lambda: (folder / "a").rename(folder / "c"), b"2\x003"),  # sizes and times in order are the same as before
+        (lambda: write(folder, {"d/e": b"4"}), b"2\x003\x004"),
+        (lambda: (folder / "b").unlink(), b"3\x004"),
+        (lambda: (folder / "c").rename(folder / "z"), b"4\x003"),
+    ]
+    for change, expected in changes:
+        change()
+        path = resolve(folder, data_dir=data_dir)
+        assert path.read_bytes() == expected
+        assert everything_in(data_dir) == sorted([f".cache/{path.name}", f".cache/{other.name}"])  # the older are gone
+    assert other.read_bytes() == b"other"
+
+
+def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path: Path, data_dir: Path) -> None:
+    outside = write(tmp_path / "outside", {"text": b"from outside"})
+    folder = write(tmp_path / "folder", {"a": b"a", "sub/b": b"b"})
+    (folder / "link").symlink_to(outside / "text")
+    (folder / "folder-link").symlink_to(outside)
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "dangling").symlink_to(tmp_path / "nowhere")
+    (folder / "round").symlink_to("round")
+    (folder / "device").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe")
+    path = resolve(folder, data_dir=data_dir)
+    assert path.read_bytes() == b"a\0from outside\0b"
+    (tmp_path / "link").symlink_to(folder)
+    assert resolve(tmp_path / "link", data_dir=data_dir) == path
+
+
+def test_the_name_of_a_file_may_be_no_text(tmp_path: Path, data_dir: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff\n*[a]")
+    write(folder, {os.fsdecode(b"\xfe\n"): b"1", "*": b"2"})
+    path = resolve(folder, data_dir=data_dir)
+    assert sorted(path.read_bytes()) == sorted(b"1\x002")
+    assert path.name.isascii()
+
+
+@pytest.mark.parametrize("files", [{}, {"empty": b""}, {"zero": b"\0", ".hidden": TEXT, ".git/a": TEXT}])
+def test_a_folder_without_text_is_refused(tmp_path: Path, data_dir: Path, files: dict[str, bytes]) -> None:
+    folder = write(tmp_path / "folder", files)
+    with pytest.raises(DataError, match="folder '.*folder' holds no text"):
+        resolve(folder, data_dir=data_dir)
+    assert everything_in(data_dir) == []
+
+
+def test_a_folder_around_the_data_folder_does_not_feed_on_its_own_products(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "repository", {"model.py": b"model", "data/prepare.py": b"prepare", "sub/x.bin": b"mine"})
+    monkeypatch.setitem(prepare.CORPORA, "text", Download(server.url, blob("text.bin", TEXT)))
+    server.content = TEXT
+    products = folder / "data"
+    resolve("text", data_dir=products)
+    write(products, {"text.zip": TEXT, "more.bin.part": TEXT})
+    (folder / "link").symlink_to(products / "text.bin")
+    first = resolve(folder, data_dir=products)
+    assert first.read_bytes() == b"prepare\0model\0mine"
+    inode = first.stat().st_ino
+    write(products, {"text.zip": b"changed"})
+    assert resolve(folder, data_dir=products) == first
+    assert first.stat().st_ino == inode
+    monkeypatch.chdir(folder)
+    assert resolve(".", data_dir=Path("data")).read_bytes() == first.read_bytes()
+    with pytest.raises(DataError, match="no text"):
+        resolve(products / ".cache", data_dir=products)
+
+
+def test_a_file_that_vanishes_or_cannot_be_read_is_named(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
+    folder = write(tmp_path / "folder", {"1": TEXT, "secret": TEXT})
+    real = open
+
+    def refuse(file: Path, *arguments: object):  # permissions do not stop root, who may run this test
+        if Path(file).name == "secret":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return real(file, *arguments)
+
+    monkeypatch.setattr(prepare, "open", refuse, raising=False)
+    with pytest.raises(DataError, match="cannot read '.*/folder/secret': Permission denied"):
+        resolve(folder, data_dir=data_dir)
+    assert everything_in(data_dir) == []
+
+
+def test_a_subfolder_that_cannot_be_read_is_named(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
+    folder = write(tmp_path / "folder", {"1": TEXT, "secret/2": TEXT})
+    real = os.scandir
+
+    def refuse(path: str):
+        if str(path).endswith("secret"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="cannot read '.*/folder/secret': Permission denied"):
+        resolve(folder, data_dir=data_dir)
+
+
+def test_a_file_that_is_emptied_or_removed_meanwhile(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
+    folder = write(tmp_path / "folder", {"1": TEXT, "2": b"two", "3": b"three"})
+    real = prepare.tqdm.update
+
+    def interfere(self: prepare.tqdm, n: int = 1) -> None:
+        real(self, n)
+        (folder / "2").write_bytes(b"")
+
+    monkeypatch.setattr(prepare.tqdm, "update", interfere)
+    assert resolve(folder, data_dir=data_dir).read_bytes() == TEXT + b"\0three"
+
+    def remove(self: prepare.tqdm, n: int = 1) -> None:
+        (folder / "3").unlink(missing_ok=True)
+
+    monkeypatch.setattr(prepare.tqdm, "update", remove)
+    write(folder, {"2": b"again"})
+    with pytest.raises(DataError, match="cannot read '.*3': No such file"):
+        resolve(folder, data_dir=data_dir)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+def test_an_interruption_leaves_nothing(tmp_path: Path, data_dir: Path, monkeypatch, error: BaseException) -> None:
+    folder = write(tmp_path / "folder", {"1": TEXT})
+
+    def fail(_: int) -> None:
+        assert len(everything_in(data_dir)) == 1  # the temporary file
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises((KeyboardInterrupt, DataError)) as caught:
+        resolve(folder, data_dir=data_dir)
+    if isinstance(error, OSError):
+        assert re.search(r"cannot write '.*\.bin': No space left", str(caught.value))
+    assert everything_in(data_dir) == []
+
+
+# --- Command ----------------------------------------------------------------------------------------------------------
+
+# Stands still in the middle of a folder, until it is told to go on.
+STAND_STILL = """
+import sys
+from data import prepare
+class Bar(prepare.tqdm):
+    def update(self, n=1):
+        if n > 1000:
+            print("standing still", flush=True)
+            sys.stdin.readline()
+prepare.tqdm = Bar
+sys.exit(prepare.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def halfway(copy: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path, Path]]:
+    """A process in the middle of a folder, that folder, and the cache folder with its temporary file."""
+    folder = write(tmp_path / "folder", {"1": b"a" * (2 * MIB), "2": TEXT})
+    process = subprocess.Popen(
+        [sys.executable, "-c", STAND_STILL, folder],
+        cwd=copy.parent.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "standing still\n"
+        cache = copy.parent / ".cache"
+        (temporary,) = everything_in(cache)
+        assert temporary.startswith(".") and temporary.endswith(".tmp")
+        assert (cache / temporary).stat().st_size >= MIB
+        yield process, folder, cache
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_kill_9_leaves_nothing_that_looks_finished_and_the_next_run_cleans_up(halfway, copy: Path) -> None:
+    process, folder, cache = halfway
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    (left,) = everything_in(cache)
+    assert left.endswith(".tmp")
+    done = command(copy, folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    (made,) = everything_in(cache)
+    assert (cache / made).read_bytes() == b"a" * (2 * MIB) + b"\0" + TEXT
+
+
+def test_a_dead_runs_leftovers_vanish_even_if_nothing_has_to_be_made(halfway, copy: Path) -> None:
+    process, folder, cache = halfway
+    made = resolve(folder, data_dir=copy.parent)
+    process.kill()
+    process.wait(10)
+    assert len(everything_in(cache)) == 2
+    assert resolve(folder, data_dir=copy.parent) == made
+    assert everything_in(cache) == [made.name]
+
+
+def test_two_processes_at_once_do_not_disturb_each_other(halfway, copy: Path) -> None:
+    process, folder, cache = halfway
+    expected = b"a" * (2 * MIB) + b"\0" + TEXT
+    made = resolve(folder, data_dir=copy.parent)
+    assert made.read_bytes() == expected
+    assert len(everything_in(cache)) == 2  # the other one's temporary file was left alone
+    process.communicate("\n" * 10)
+    assert process.returncode == 0
+    assert everything_in(cache) == [made.name]
+    assert made.read_bytes() == expected
+
+
+def test_ctrl_c_exits_with_130_and_leaves_nothing(halfway) -> None:
+    process, _, cache = halfway
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    assert everything_in(cache) == []
+
+
+def test_the_command_prints_path_and_size(copy: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", {"1": b"a" * 1234, "2": b"b"})
+    done = command(copy, folder)
+    (made,) = (copy.parent / ".cache").iterdir()
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{made}: 1,236 bytes\n", "")
+    done = command(copy, folder / "1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{folder / '1'}: 1,234 bytes\n", "")
+
+
+def test_the_command_copes_with_names_that_are_no_text(copy: Path, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff\xc3\xa9"
+    Path(os.fsdecode(path)).write_bytes(TEXT)
+    for encoding in ("utf-8", "ascii"):
+        done = command(copy, path, env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"})
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == 1
+    done = command(copy, path + b"\nmissing", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["missing"], ["empty"], ["zeros"], ["."], ["/dev/null"], ["shakespeare", "--from", "empty"]]
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(copy: Path, tmp_path: Path, arguments: list[str]) -> None:
+    here = write(tmp_path / "here", {"empty": b"", "zeros/0": b"\0"})
+    done = command(copy, *arguments, cwd=here)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"prepare\.py: error: [^\n]+\n", done.stderr)
+
+
+def test_the_wrong_number_of_arguments_is_explained(copy: Path) -> None:
+    for arguments in ([], ["a", "b"]):
+        done = command(copy, *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("usage: prepare.py [-h] [--from FILE] SOURCE\n")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(copy: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", {"1": b"a" * (3 * MIB)})
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({2 * MIB + 77},) * 2)"
+    done = command(copy, folder, code=limit)  # a real write that really fails
+    assert done.returncode == 2
+    assert re.fullmatch(r"prepare\.py: error: cannot write '[^\n]+\.bin': File too large\n", done.stderr)
+    assert everything_in(copy.parent / ".cache") == []
+
+
+def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path: Path, server: Server) -> None:
+    write(tmp_path, {"file": TEXT, "folder/1": TEXT})
+    for source in ("stdlib", "tiny", tmp_path / "folder"):
+        with pytest.raises(DataError, match="cannot write '.*/file/.*Not a directory|cannot write .*File exists"):
+            resolve(source, data_dir=tmp_path / "file")
+
+
+def test_main_is_the_command(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture, server: Server) -> None:
+    monkeypatch.setattr(prepare, "DATA_DIR", tmp_path)
+    (tmp_path / "given").write_bytes(BODY)
+    assert prepare.main(["tiny", "--from", str(tmp_path / "given")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'tiny.bin'}: 300,000 bytes\n"
+    assert server.asked == []
