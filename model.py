@@ -1,0 +1,850 @@
+"""DeepSeek-V3's architecture over bytes: multi-head latent attention, mixture of experts, multi-token prediction.
+
+A block is `x + attn(attn_norm(x))` followed by `x + ffn(ffn_norm(x))`, and nothing else. What is special is inside:
+
+Multi-head latent attention (MLA; DeepSeek-V2 report, section 2.1). Keys and values of all heads are expanded from one
+    small latent vector per position, `c = kv_norm(W_kv_a x)` with `kv_lora_rank` numbers, plus one rotary key of
+    `qk_rope_head_dim` numbers that all heads share. Only these are cached. Two implementations give the same numbers:
+      naive    expands keys and values, then attends as usual: few large products, the way to train.
+      absorb   moves the expansion to the other side, `q·(W_k c) = (W_kᵀ q)·c`: queries and outputs are projected into
+               the latent space, where all heads read the same cache. The way to decode: little memory to read.
+
+Mixture of experts (MoE; DeepSeek-V3 report, section 2.1.2). A router scores `n_routed_experts` small MLPs for each
+    position and sends it through the best `n_activated_experts`, plus `n_shared_experts` that everybody visits. The
+    load is balanced without an auxiliary loss: each expert has a bias that is added to its score for choosing, though
+    not for weighing, and that goes down by a fixed step after every batch in which the expert had more than the mean.
+
+Multi-token prediction (MTP; section 2.2). Module k takes the model's state at position i and the byte at i+k, and
+    predicts the byte at i+k+1 through one more block and the shared head. It trains the model to look ahead, and can
+    propose bytes when decoding.
+
+The names are those of DeepSeek's own inference code. Shapes in comments: B batch, S positions of the call, T positions
+to attend to, H heads, C `kv_lora_rank`, R `qk_rope_head_dim`, N = B·S, K experts per position, E experts.
+
+This file is the mathematics for one device: it knows nothing of files, flags or the environment.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fp8_ops import grouped_linear, linear
+
+attn_impl: Literal["naive", "absorb"] = "naive"
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+_CHOICES = {
+    "dtype": ("fp32", "bf16", "fp8"),
+    "scale_fmt": (None, "ue8m0"),
+    "score_func": ("softmax", "sigmoid"),
+    "hidden_act": tuple(ACTIVATIONS),
+}
+
+
+class ConfigError(ValueError):
+    """A model that cannot be: the message names the key of the config and what would do."""
+
+
+@dataclass
+class ModelArgs:
+    """The shape of a model: the fields of DeepSeek's `inference/configs/*.json`, and a few more.
+
+    The defaults are DeepSeek's, apart from the vocabulary of bytes, so that its files mean here what they mean there.
+
+    Attributes:
+        max_batch_size: Sequences that generation decodes at a time.
+        max_seq_len: Context in positions. Above `original_seq_len`, YaRN stretches the rotary frequencies.
+        dtype: What the linear layers' weights are stored in. Training keeps its master weights in float32 anyway.
+        scale_fmt: "ue8m0" rounds FP8 scales up to powers of two.
+        vocab_size: Number of token ids; 256 for bytes.
+        dim: Width of the residual stream.
+        inter_dim: Hidden width of the dense MLPs.
+        moe_inter_dim: Hidden width of one expert.
+        n_layers: Number of blocks.
+        n_dense_layers: How many of the first blocks are dense.
+        moe_layer_freq: Of the blocks after those, every how manieth is MoE: 1 all of them, 2 every other one.
+        n_heads: Number of attention heads.
+        n_routed_experts: Experts to choose from. With 0, every layer is dense.
+        n_shared_experts: Experts that every position visits, computed as one MLP.
+        n_activated_experts: Routed experts that a position visits.
+        n_expert_groups: Groups the experts are divided into.
+        n_limited_groups: How many groups a position may choose its experts from.
+        score_func: Router scores: "softmax" over all experts, or "sigmoid" of each, normalised over the chosen ones.
+        gate_bias: Whether choosing adds a bias per expert (balancing without auxiliary loss). None: with sigmoid only.
+        route_scale: Factor of the routed experts' weights.
+        bias_update_speed: The step of that bias after each batch (gamma in the V3 report, section 2.1.2).
+        aux_loss_alpha: Weight of the sequence-wise balance loss (alpha there, equation 17).
+        hidden_act: Activation of the gate in MLPs and experts: "silu", "gelu" or "relu2" (squared ReLU).
+        q_lora_rank: Rank of the query's compression; 0: a plain projection.
+        kv_lora_rank: Rank of the latent of keys and values; 0: plain keys and values, ordinary multi-head attention.
+        qk_nope_head_dim: Width of a head's query and key without position.
+        qk_rope_head_dim: Width of their rotary part.
+        v_head_dim: Width of a head's value.
+        original_seq_len: Context that the rotary frequencies are made for.
+        rope_theta: Base of the rotary frequencies.
+        rope_factor: How far YaRN stretches them.
+        beta_fast: Rotations over `original_seq_len` above which YaRN leaves a frequency as it is.
+        beta_slow: Rotations below which it is divided by `rope_factor` in full.
+        mscale: Strength of YaRN's correction of the attention's temperature.
+        norm_eps: Epsilon of the RMS norms.
+        n_mtp_layers: Multi-token prediction modules, each looking one byte further ahead.
+        mtp_loss_weight: Weight of their mean loss (lambda in the V3 report, equation 25).
+
+    Raises:
+        ConfigError: A value of the wrong type or out of range, or sizes that do not fit each other.
+    """
+
+    max_batch_size: int = 8
+    max_seq_len: int = 4096 * 4
+    dtype: str = "bf16"
+    scale_fmt: str | None = None
+    vocab_size: int = 256
+    dim: int = 2048
+    inter_dim: int = 10944
+    moe_inter_dim: int = 1408
+    n_layers: int = 27
+    n_dense_layers: int = 1
+    moe_layer_freq: int = 1
+    n_heads: int = 16
+    n_routed_experts: int = 64
+    n_shared_experts: int = 2
+    n_activated_experts: int = 6
+    n_expert_groups: int = 1
+    n_limited_groups: int = 1
+    score_func: str = "softmax"
+    gate_bias: bool | None = None
+    route_scale: float = 1.0
+    bias_update_speed: float = 0.001
+    aux_loss_alpha: float = 0.0001
+    hidden_act: str = "silu"
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    original_seq_len: int = 4096
+    rope_theta: float = 10000.0
+    rope_factor: float = 40.0
+    beta_fast: int = 32
+    beta_slow: int = 1
+    mscale: float = 1.0
+    norm_eps: float = 1e-6
+    n_mtp_layers: int = 0
+    mtp_loss_weight: float = 0.3
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelArgs":
+        """Builds the arguments from a parsed JSON object, refusing keys that are not fields."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown key {unknown[0]!r}: no field of ModelArgs; remove it or correct its spelling")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as a flat object, ready for JSON."""
+        return asdict(self)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if self.gate_bias is None:
+            self.gate_bias = self.score_func == "sigmoid"
+        self._check_ranges()
+        self._check_fit()
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, wanted = getattr(self, field.name), field.type
+            if wanted is float and type(value) is int:
+                setattr(self, field.name, value := float(value))
+            # bool is a subclass of int, and `true` is no number of layers
+            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted in (int, float)):
+                name = getattr(wanted, "__name__", str(wanted))
+                raise ConfigError(f"{field.name} must be of type {name}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name} must be finite, got {value!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+
+    def _check_ranges(self) -> None:
+        sizes = ["max_batch_size", "max_seq_len", "vocab_size", "dim", "n_layers", "moe_layer_freq", "n_heads"]
+        yarn = ["original_seq_len", "rope_factor", "beta_fast", "beta_slow"]
+        counts = ["inter_dim", "n_dense_layers", "n_routed_experts", "n_shared_experts", "n_mtp_layers"]
+        ranks = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"]
+        weights = ["mscale", "bias_update_speed", "aux_loss_alpha", "mtp_loss_weight"]
+        for name in [*sizes, *yarn, "v_head_dim", "norm_eps"]:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        for name in [*counts, *ranks, *weights]:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta must be greater than 1, got {self.rope_theta}")
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"qk_rope_head_dim must be even (rotary pairs), got {self.qk_rope_head_dim}")
+        if self.qk_nope_head_dim + self.qk_rope_head_dim == 0:
+            raise ConfigError("qk_nope_head_dim and qk_rope_head_dim cannot both be 0")
+
+    def _check_fit(self) -> None:
+        if any(not self.is_moe(i) for i in range(self.n_layers + self.n_mtp_layers)) and self.inter_dim == 0:
+            raise ConfigError("inter_dim must be greater than 0, since the model has dense layers")
+        if self.n_routed_experts == 0:
+            return
+        experts, groups = self.n_routed_experts, self.n_expert_groups
+        if self.moe_inter_dim <= 0:
+            raise ConfigError(f"moe_inter_dim must be greater than 0, got {self.moe_inter_dim}")
+        if not 1 <= self.n_activated_experts <= experts:
+            raise ConfigError(
+                f"n_activated_experts must be 1 to n_routed_experts ({experts}), got {self.n_activated_experts}"
+            )
+        if groups < 1 or experts % groups:
+            raise ConfigError(f"n_expert_groups must divide n_routed_experts ({experts}), got {groups}")
+        if not 1 <= self.n_limited_groups <= groups:
+            raise ConfigError(f"n_limited_groups must be 1 to n_expert_groups ({groups}), got {self.n_limited_groups}")
+        reachable = experts // groups * self.n_limited_groups
+        if self.n_activated_experts > reachable:
+            raise ConfigError(
+                f"n_activated_experts must be at most {reachable}, the experts of n_limited_groups groups, "
+                f"got {self.n_activated_experts}"
+            )
+        if self.gate_bias and groups > 1 and experts // groups < 2:
+            raise ConfigError("n_expert_groups must leave two experts a group, whose best two scores rank it")
+
+    def is_moe(self, layer_id: int) -> bool:
+        """Whether block `layer_id` is a mixture of experts; MTP modules count on from `n_layers`."""
+        after = layer_id - self.n_dense_layers
+        return self.n_routed_experts > 0 and after >= 0 and after % self.moe_layer_freq == 0
+
+    def cache_numbers_per_position(self) -> tuple[int, int]:
+        """Numbers cached per position by the main layers, and those that plain multi-head attention would cache."""
+        plain = self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
+        latent = self.kv_lora_rank + self.qk_rope_head_dim if self.kv_lora_rank else plain
+        return self.n_layers * latent, self.n_layers * plain
+
+
+class Cache:
+    """What attention remembers of each sequence in a batch, which may differ in length.
+
+    Under "absorb" a layer keeps one tensor (B, capacity, C + R); under "naive", keys (B, capacity, H, qk_head_dim) and
+    values (B, capacity, H, v_head_dim). Positions from a row's length on are free: what lies there is never read.
+
+    Args:
+        args: The model's shape.
+        batch_size: Number of sequences, B.
+        capacity: Positions that each can take.
+        n_heads: Heads kept here, H.
+        dtype: Dtype of what is kept.
+        device: Where it is kept.
+
+    Attributes:
+        lengths: Positions filled, one for each sequence. Lower one, and the positions after it are forgotten.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        batch_size: int,
+        capacity: int,
+        n_heads: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ):
+        if args.kv_lora_rank and attn_impl == "absorb":
+            shapes = [(args.kv_lora_rank + args.qk_rope_head_dim,)]
+        else:
+            shapes = [(n_heads, args.qk_nope_head_dim + args.qk_rope_head_dim), (n_heads, args.v_head_dim)]
+        self.capacity = capacity
+        self.lengths = [0] * batch_size
+        self.layers = [
+            [torch.zeros(batch_size, capacity, *shape, dtype=dtype, device=device) for shape in shapes]
+            for _ in range(args.n_layers + args.n_mtp_layers)
+        ]
+
+    def positions(self, seq_len: int, device: torch.device) -> torch.Tensor:
+        """Returns the positions (B, seq_len) that the next `seq_len` tokens of each sequence take."""
+        end = max(self.lengths) + seq_len
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, {end} are needed")
+        return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(seq_len, device=device)
+
+    def update(self, layer_id: int, positions: torch.Tensor, *new: torch.Tensor) -> list[torch.Tensor]:
+        """Writes a layer's new entries (B, S, ...) at `positions` and returns all that may be read (B, T, ...)."""
+        end = max(self.lengths) + positions.shape[1]
+        rows = torch.arange(len(self.lengths), device=positions.device)[:, None]
+        for tensor, entries in zip(self.layers[layer_id], new, strict=True):
+            tensor[rows, positions] = entries.to(tensor.dtype)
+        return [tensor[:, :end] for tensor in self.layers[layer_id]]
+
+
+class Positions(NamedTuple):
+    """Where the tokens of a call stand: computed once, read by every layer.
+
+    Attributes:
+        cos: Cosines of the rotary angles, float32 (S, 1, R/2), or (B, S, 1, R/2) with a cache.
+        sin: Their sines.
+        index: Positions (B, S) in the cache; None without one.
+        mask: True where a query may look, (B, 1, S, T); None without a cache, which means causal.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    index: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+class Routing(NamedTuple):
+    """What a mixture of experts tells about a batch.
+
+    Attributes:
+        load: Positions that each expert got, float32 (E,).
+        balance_loss: The sequence-wise balance loss, already weighed; a float32 scalar.
+    """
+
+    load: torch.Tensor
+    balance_loss: torch.Tensor
+
+
+class Losses(NamedTuple):
+    """The training loss and its parts, scalars in nats, and the load of the experts.
+
+    Attributes:
+        total: What to minimise: `next_byte` + `mtp_loss_weight` · `mtp` + `balance`.
+        next_byte: Mean cross-entropy of the next byte: the figure that evaluations quote.
+        mtp: Mean cross-entropy of the MTP modules; 0 without any.
+        balance: Sum of the layers' balance losses.
+        load: Positions per expert, float32 (MoE layers, E).
+    """
+
+    total: torch.Tensor
+    next_byte: torch.Tensor
+    mtp: torch.Tensor
+    balance: torch.Tensor
+    load: torch.Tensor
+
+
+class Linear(nn.Module):
+    """A matrix without bias; no layer of the architecture has one."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation over the last dimension, with a learned scale."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_frequencies(args: ModelArgs) -> torch.Tensor:
+    """Returns the rotary frequencies in radians per position, float32 (R/2,), stretched by YaRN where it applies.
+
+    YaRN (Peng et al. 2023, section 3.2) divides the slow frequencies by `rope_factor`, leaves the fast ones alone and
+    ramps between them; slow and fast are counted in rotations over the original context.
+    """
+    half = args.qk_rope_head_dim // 2
+    freqs = args.rope_theta ** (-torch.arange(half, dtype=torch.float32) / max(half, 1))
+    if args.max_seq_len <= args.original_seq_len or not half:
+        return freqs
+
+    def index_of(rotations: float) -> float:
+        """The (fractional) index of the frequency that turns `rotations` times over the original context."""
+        return half * math.log(args.original_seq_len / (rotations * 2 * math.pi)) / math.log(args.rope_theta)
+
+    low = max(math.floor(index_of(args.beta_fast)), 0)
+    high = min(math.ceil(index_of(args.beta_slow)), args.qk_rope_head_dim - 1)
+    ramp = ((torch.arange(half, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return freqs / args.rope_factor * ramp + freqs * (1 - ramp)
+
+
+def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the pairs (x0, x1), (x2, x3), ... of the last dimension by their angles.
+
+    The result has the pairs' first halves in front and the second halves behind. Queries and keys are laid out alike,
+    so their products do not notice, and putting the pairs back together would cost a pass over memory.
+
+    Args:
+        x: Shape (B, S, H, R).
+        cos: Cosines, broadcast against (B, S, H, R/2).
+        sin: Sines, likewise.
+
+    Returns:
+        The rotated tensor in the shape and dtype of `x`; computed in float32.
+    """
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2 report, equations 9 to 19); plain attention where the ranks are 0."""
+
+    def __init__(self, layer_id: int, args: ModelArgs):
+        super().__init__()
+        self.layer_id = layer_id
+        self.n_heads = args.n_heads
+        self.q_lora_rank = args.q_lora_rank
+        self.kv_lora_rank = args.kv_lora_rank
+        self.qk_nope_head_dim = args.qk_nope_head_dim
+        self.qk_rope_head_dim = args.qk_rope_head_dim
+        self.qk_head_dim = args.qk_nope_head_dim + args.qk_rope_head_dim
+        self.v_head_dim = args.v_head_dim
+        if args.q_lora_rank == 0:
+            self.wq = Linear(args.dim, args.n_heads * self.qk_head_dim)
+        else:
+            self.wq_a = Linear(args.dim, args.q_lora_rank)
+            self.q_norm = RMSNorm(args.q_lora_rank, args.norm_eps)
+            self.wq_b = Linear(args.q_lora_rank, args.n_heads * self.qk_head_dim)
+        if args.kv_lora_rank == 0:
+            self.wk = Linear(args.dim, args.n_heads * self.qk_head_dim)
+            self.wv = Linear(args.dim, args.n_heads * args.v_head_dim)
+        else:
+            self.wkv_a = Linear(args.dim, args.kv_lora_rank + args.qk_rope_head_dim)
+            self.kv_norm = RMSNorm(args.kv_lora_rank, args.norm_eps)
+            self.wkv_b = Linear(args.kv_lora_rank, args.n_heads * (args.qk_nope_head_dim + args.v_head_dim))
+        self.wo = Linear(args.n_heads * args.v_head_dim, args.dim)
+        self.softmax_scale = self.qk_head_dim**-0.5
+        if args.max_seq_len > args.original_seq_len:
+            mscale = 0.1 * args.mscale * math.log(args.rope_factor) + 1.0
+            self.softmax_scale *= mscale * mscale
+
+    def forward(self, x: torch.Tensor, where: Positions, cache: Cache | None) -> torch.Tensor:
+        bsz, seqlen, _ = x.shape
+        q = self.wq(x) if self.q_lora_rank == 0 else self.wq_b(self.q_norm(self.wq_a(x)))
+        q = q.view(bsz, seqlen, self.n_heads, self.qk_head_dim)
+        q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q_pe = apply_rotary_emb(q_pe, where.cos, where.sin)
+        if self.kv_lora_rank == 0:
+            out = self._attend_plain(x, q_nope, q_pe, where, cache)
+        else:
+            kv, k_pe = self.wkv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            kv = self.kv_norm(kv)
+            k_pe = apply_rotary_emb(k_pe.unsqueeze(2), where.cos, where.sin)
+            attend = self._attend_absorbed if attn_impl == "absorb" else self._attend_expanded
+            out = attend(q_nope, q_pe, kv, k_pe, where, cache)
+        return self.wo(out.flatten(2))
+
+    def _attend_plain(
+        self, x: torch.Tensor, q_nope: torch.Tensor, q_pe: torch.Tensor, where: Positions, cache: Cache | None
+    ) -> torch.Tensor:
+        """Ordinary multi-head attention: keys and values straight from `x`. Returns (B, S, H, v_head_dim)."""
+        bsz, seqlen, _ = x.shape
+        k = self.wk(x).view(bsz, seqlen, self.n_heads, self.qk_head_dim)
+        k_nope, k_pe = k.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        k_pe = apply_rotary_emb(k_pe, where.cos, where.sin)
+        v = self.wv(x).view(bsz, seqlen, self.n_heads, self.v_head_dim)
+        q, k = torch.cat([q_nope, q_pe], dim=-1), torch.cat([k_nope, k_pe], dim=-1)
+        return self._attend(q, k, v, where, cache)
+
+    def _attend_expanded(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        kv: torch.Tensor,
+        k_pe: torch.Tensor,
+        where: Positions,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """ "naive": expands the latent `kv` (B, S, C) to each head's keys and values. Returns (B, S, H, v_head_dim)."""
+        kv = self.wkv_b(kv).unflatten(-1, (self.n_heads, self.qk_nope_head_dim + self.v_head_dim))
+        k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        q = torch.cat([q_nope, q_pe], dim=-1)
+        k = torch.cat([k_nope, k_pe.expand(-1, -1, self.n_heads, -1)], dim=-1)
+        return self._attend(q, k, v, where, cache)
+
+    def _attend_absorbed(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        kv: torch.Tensor,
+        k_pe: torch.Tensor,
+        where: Positions,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """ "absorb": attends in the latent space, one key of C + R for all heads. Returns (B, S, H, v_head_dim)."""
+        wkv_b = self.wkv_b.weight.to(kv.dtype).view(self.n_heads, -1, self.kv_lora_rank)
+        w_k, w_v = wkv_b.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope, w_k), q_pe], dim=-1)
+        latent = torch.cat([kv, k_pe.squeeze(2)], dim=-1)
+        if cache is not None:
+            (latent,) = cache.update(self.layer_id, where.index, latent)
+        latent = latent.unsqueeze(2).to(q.dtype)  # (B, T, 1, C + R): one head of keys whose first C are the values
+        out = self._attend(q, latent, latent[..., : self.kv_lora_rank], where, None)
+        return torch.einsum("bshc,hdc->bshd", out, w_v)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Positions, cache: Cache | None
+    ) -> torch.Tensor:
+        """Softmax attention of `q` (B, S, H, d) over `k` and `v` (B, T, H or 1, ...), after what `cache` remembers."""
+        if cache is not None:
+            k, v = (t.to(q.dtype) for t in cache.update(self.layer_id, where.index, k, v))
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=where.mask,
+            is_causal=where.mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=k.shape[2] != q.shape[2],
+        )
+        return out.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer: `w2(act(w1 x) * w3 x)`."""
+
+    def __init__(self, dim: int, inter_dim: int, hidden_act: str):
+        super().__init__()
+        self.w1 = Linear(dim, inter_dim)
+        self.w2 = Linear(inter_dim, dim)
+        self.w3 = Linear(dim, inter_dim)
+        self.act = ACTIVATIONS[hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(self.act(self.w1(x)) * self.w3(x))
+
+
+class Gate(nn.Module):
+    """The router: which experts a position visits, and with what weight (V3 report, equations 12 to 16)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.topk = args.n_activated_experts
+        self.n_groups = args.n_expert_groups
+        self.topk_groups = args.n_limited_groups
+        self.score_func = args.score_func
+        self.route_scale = args.route_scale
+        self.weight = nn.Parameter(torch.empty(args.n_routed_experts, args.dim))
+        self.register_buffer("bias", torch.zeros(args.n_routed_experts) if args.gate_bias else None)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Routes positions, in float32 throughout.
+
+        Args:
+            x: Shape (N, dim).
+
+        Returns:
+            Weights float32 (N, K), the experts' indices int64 (N, K), and all scores float32 (N, E).
+        """
+        scores = F.linear(x.float(), self.weight.float())
+        scores = scores.softmax(dim=-1) if self.score_func == "softmax" else scores.sigmoid()
+        choice = scores.detach() if self.bias is None else scores.detach() + self.bias
+        if self.n_groups > 1:
+            choice = choice.view(-1, self.n_groups, choice.shape[-1] // self.n_groups)
+            rank = choice.amax(dim=-1) if self.bias is None else choice.topk(2, dim=-1).values.sum(dim=-1)
+            best = rank.topk(self.topk_groups, dim=-1).indices
+            shut = torch.ones_like(rank, dtype=torch.bool).scatter_(1, best, False)
+            choice = choice.masked_fill(shut.unsqueeze(-1), float("-inf")).flatten(1)
+        indices = choice.topk(self.topk, dim=-1).indices
+        weights = scores.gather(1, indices)
+        if self.score_func == "sigmoid":
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * self.route_scale, indices, scores
+
+
+class _Permute(torch.autograd.Function):
+    """`x` repeated `k` times by rows, then permuted; the gradient is a gather too, not a scatter of single rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, k: int) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse].unflatten(0, (-1, ctx.k)).sum(dim=1), None, None, None
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked so that each step of the MLP is one grouped product."""
+
+    def __init__(self, n_experts: int, dim: int, inter_dim: int, hidden_act: str):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(n_experts, inter_dim, dim))
+        self.w2 = nn.Parameter(torch.empty(n_experts, dim, inter_dim))
+        self.w3 = nn.Parameter(torch.empty(n_experts, inter_dim, dim))
+        self.act = ACTIVATIONS[hidden_act]
+
+    def forward(
+        self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sends each position through its experts: rows are sorted by expert once, so an idle expert costs nothing.
+
+        Args:
+            x: Shape (N, dim).
+            weights: Weight of each choice, float32 (N, K).
+            indices: The experts chosen, int64 (N, K).
+
+        Returns:
+            The weighted sums (N, dim), and the number of positions per expert, float32 (E,).
+        """
+        k = indices.shape[1]
+        experts, order = indices.flatten().sort(stable=True)
+        inverse = order.argsort()
+        offsets = torch.searchsorted(experts, torch.arange(len(self.w1), device=x.device), right=True).int()
+        h = _Permute.apply(x, order, inverse, k)
+        h = self.act(grouped_linear(h, self.w1, offsets)) * grouped_linear(h, self.w3, offsets)
+        h = _Permute.apply(grouped_linear(h, self.w2, offsets), inverse, order, 1)
+        y = torch.einsum("nk,nkd->nd", weights.to(x.dtype), h.unflatten(0, (-1, k)))
+        return y, offsets.diff(prepend=offsets.new_zeros(1)).float()
+
+
+class MoE(nn.Module):
+    """Mixture of experts: routed experts by choice, shared ones for all."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.aux_loss_alpha = args.aux_loss_alpha
+        self.gate = Gate(args)
+        self.experts = Experts(args.n_routed_experts, args.dim, args.moe_inter_dim, args.hidden_act)
+        shared_dim = args.n_shared_experts * args.moe_inter_dim
+        self.shared_experts = MLP(args.dim, shared_dim, args.hidden_act) if shared_dim else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
+        rows = x.flatten(0, 1)
+        weights, indices, scores = self.gate(rows)
+        y, load = self.experts(rows, weights, indices)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(rows)
+        if self.training and self.aux_loss_alpha > 0:
+            balance_loss = self.aux_loss_alpha * sequence_balance_loss(scores, indices, x.shape[0])
+        else:
+            balance_loss = scores.new_zeros(())
+        return y.view_as(x), Routing(load, balance_loss)
+
+
+def sequence_balance_loss(scores: torch.Tensor, indices: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The complementary sequence-wise balance loss (V3 report, equations 17 to 20), before its weight alpha.
+
+    Args:
+        scores: All router scores, float32 (B·S, E).
+        indices: The experts chosen, int64 (B·S, K).
+        batch_size: Number of sequences, B.
+
+    Returns:
+        The mean over sequences of `sum_i f_i P_i`, a scalar: 1 at perfect balance.
+    """
+    n_experts, k = scores.shape[1], indices.shape[1]
+    chosen = torch.zeros_like(scores).scatter_(1, indices, 1.0)
+    fraction = chosen.unflatten(0, (batch_size, -1)).mean(dim=1) * (n_experts / k)
+    probability = (scores / scores.sum(dim=-1, keepdim=True)).unflatten(0, (batch_size, -1)).mean(dim=1)
+    return (fraction * probability).sum(dim=-1).mean()
+
+
+class Block(nn.Module):
+    """One transformer block: attention, then a dense MLP or a mixture of experts, each behind a norm."""
+
+    def __init__(self, layer_id: int, args: ModelArgs):
+        super().__init__()
+        self.attn = MLA(layer_id, args)
+        self.ffn = MoE(args) if args.is_moe(layer_id) else MLP(args.dim, args.inter_dim, args.hidden_act)
+        self.attn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: torch.Tensor, where: Positions, cache: Cache | None) -> tuple[torch.Tensor, Routing | None]:
+        x = x + self.attn(self.attn_norm(x), where, cache)
+        y, routing = self.ffn(self.ffn_norm(x)), None
+        if isinstance(self.ffn, MoE):
+            y, routing = y
+        return x + y, routing
+
+
+class MTPModule(nn.Module):
+    """One multi-token prediction module (V3 report, equations 21 to 23); embedding and head are the main model's."""
+
+    def __init__(self, layer_id: int, args: ModelArgs):
+        super().__init__()
+        self.enorm = RMSNorm(args.dim, args.norm_eps)
+        self.hnorm = RMSNorm(args.dim, args.norm_eps)
+        self.eh_proj = Linear(2 * args.dim, args.dim)
+        self.block = Block(layer_id, args)
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(
+        self, h: torch.Tensor, embedded: torch.Tensor, where: Positions, cache: Cache | None
+    ) -> tuple[torch.Tensor, Routing | None]:
+        """Looks one byte further.
+
+        Args:
+            h: States (B, S, dim) of the main model after its norm, or of the module before.
+            embedded: Embeddings (B, S, dim) of the byte after the last one that `h` has seen.
+            where: The positions of `h`.
+            cache: The cache, or None.
+
+        Returns:
+            States (B, S, dim) for the head and for the next module, and what the experts tell.
+        """
+        x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(h)], dim=-1))
+        x, routing = self.block(x, where, cache)
+        return self.norm(x), routing
+
+
+class Transformer(nn.Module):
+    """The whole model.
+
+    Weights keep the dtype they were made or loaded in; `compute_dtype` is that of the activations, and every product
+    casts its weight to it. So float32 masters train in bfloat16, and what is stored in bfloat16 is used as it is.
+
+    Args:
+        args: The model's shape.
+        compute_dtype: Dtype of the activations between the layers.
+
+    Attributes:
+        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, args: ModelArgs, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.args = args
+        self.compute_dtype = compute_dtype
+        self.gradient_checkpointing = False
+        self.embed = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(i, args) for i in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.head = Linear(args.dim, args.vocab_size)
+        self.mtp = nn.ModuleList(MTPModule(args.n_layers + k, args) for k in range(args.n_mtp_layers))
+        angles = torch.outer(torch.arange(args.max_seq_len).float(), rope_frequencies(args)).unsqueeze(1)
+        self.register_buffer("rope_cos", angles.cos(), persistent=False)
+        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+
+    def init_weights(self, seed: int) -> None:
+        """Draws fresh weights, each parameter from a generator of its own: the same for every layout and device.
+
+        Matrices are normal with standard deviation 1/sqrt(fan-in), so that activations keep their scale. Those that
+        write into the residual stream, and the head, start at zero: each block begins as the identity and each byte
+        as equally likely.
+        """
+        for i, (name, p) in enumerate(self.named_parameters()):
+            if p.ndim == 1:
+                nn.init.ones_(p)
+            elif name.endswith(("wo.weight", "w2", "w2.weight", "head.weight")):
+                nn.init.zeros_(p)
+            else:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+                std = 1.0 if name == "embed.weight" else p.shape[-1] ** -0.5
+                with torch.no_grad():
+                    p.copy_(torch.randn(p.shape, generator=generator) * std)
+        for gate in self.gates():
+            if gate.bias is not None:
+                gate.bias.zero_()
+
+    def gates(self) -> list[Gate]:
+        """The routers, in the order of the layers, MTP modules last: the rows of `Losses.load`."""
+        return [m for m in self.modules() if isinstance(m, Gate)]
+
+    def n_params(self) -> tuple[int, int]:
+        """Numbers of parameters: all, and those that one position goes through (routed experts by their share)."""
+        total = sum(p.numel() for p in self.parameters())
+        routed = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
+        share = self.args.n_activated_experts / self.args.n_routed_experts if routed else 0
+        return total, round(total - routed * (1 - share))
+
+    def new_cache(self, batch_size: int, capacity: int) -> Cache:
+        """Makes an empty cache for `batch_size` sequences of up to `capacity` positions, for today's `attn_impl`."""
+        return Cache(self.args, batch_size, capacity, self.args.n_heads, self.compute_dtype, self.head.weight.device)
+
+    def forward(self, tokens: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Computes the logits of the next token at every position.
+
+        Args:
+            tokens: Token ids, int64 (B, S).
+            cache: What came before in each row. The tokens are appended to it, and `cache.lengths` advances by S; for
+                rows whose last tokens were padding, the caller lowers the length again.
+
+        Returns:
+            Logits, float32 (B, S, vocab_size).
+
+        Raises:
+            ValueError: More positions than the context or the cache has.
+        """
+        h, _ = self.hidden(tokens, cache)
+        if cache is not None:
+            cache.lengths = [length + tokens.shape[1] for length in cache.lengths]
+        return self.head(h).float()
+
+    def hidden(self, tokens: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, list[Routing]]:
+        """Runs the main layers: the states (B, S, dim) after the last norm, and what each MoE layer tells."""
+        where = self.positions(tokens.shape[1], cache)
+        h, routings = self.embed(tokens).to(self.compute_dtype), []
+        for layer in self.layers:
+            h, routing = self._run(layer, h, where, cache)
+            routings += [routing] if routing is not None else []
+        return self.norm(h), routings
+
+    def positions(self, seq_len: int, cache: Cache | None) -> Positions:
+        """Where the next `seq_len` tokens stand: from 0 on, or after what `cache` holds."""
+        if cache is None:
+            if seq_len > self.args.max_seq_len:
+                raise ValueError(f"{seq_len} positions, but the context is max_seq_len = {self.args.max_seq_len}")
+            return Positions(self.rope_cos[:seq_len], self.rope_sin[:seq_len])
+        index = cache.positions(seq_len, self.rope_cos.device)
+        end = max(cache.lengths) + seq_len
+        if end > self.args.max_seq_len:
+            raise ValueError(f"{end} positions, but the context is max_seq_len = {self.args.max_seq_len}")
+        mask = torch.arange(end, device=index.device) <= index[:, None, :, None]
+        return Positions(self.rope_cos[index], self.rope_sin[index], index, mask)
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> tuple[torch.Tensor, Routing | None]:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> Losses:
+        """Computes the training loss of a batch of windows.
+
+        Args:
+            tokens: Token ids, int64 (B, S).
+            targets: The ids one position further, int64 (B, S).
+
+        Returns:
+            The loss and its parts, each a mean over all positions that have a target.
+        """
+        h, routings = self.hidden(tokens)
+        next_byte = self._cross_entropy(h, targets)
+        mtp = []
+        for k, module in enumerate(self.mtp, 1):
+            # module k joins the state at i with the byte at i+k, `targets[i+k-1]`, to predict `targets[i+k]`
+            seen, wanted = targets[:, k - 1 : -1], targets[:, k:]
+            where = self.positions(wanted.shape[1], None)
+            h, routing = self._run(module, h[:, : wanted.shape[1]], self.embed(seen).to(h.dtype), where, None)
+            routings += [routing] if routing is not None else []
+            mtp.append(self._cross_entropy(h, wanted))
+        zero = next_byte.new_zeros(())
+        mtp_loss = torch.stack(mtp).mean() if mtp else zero
+        balance = torch.stack([r.balance_loss for r in routings]).sum() if routings else zero
+        load = torch.stack([r.load for r in routings]) if routings else zero.new_zeros(0, 0)
+        total = next_byte + self.args.mtp_loss_weight * mtp_loss + balance
+        return Losses(total, next_byte.detach(), mtp_loss.detach(), balance.detach(), load)
+
+    def _cross_entropy(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(h).float().flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def update_gate_bias(self, load: torch.Tensor) -> None:
+        """Steps each expert's bias against its load (V3 report, section 2.1.2, "auxiliary-loss-free").
+
+        Args:
+            load: Positions per expert over the whole batch, (MoE layers, E), as `Losses.load` has them.
+        """
+        for gate, counts in zip(self.gates(), load, strict=True):
+            if gate.bias is not None:
+                gate.bias += self.args.bias_update_speed * torch.sign(counts.mean() - counts)
