@@ -13,6 +13,38 @@ import torch
 import torch.nn.functional as F
 
 
+def pick_device(name: str | None = None) -> str:
+    """Chooses where to compute: the device asked for, or else the best of this machine.
+
+    Raises:
+        ValueError: This machine, or this build of torch, has no such device.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return next(device for device, available in there.items() if available)
+    if not there.get(name, False):
+        raise ValueError(f"device {name!r} is not available here; there is {', '.join(d for d in there if there[d])}")
+    return name
+
+
+def pick_dtype(device: str, name: str = "auto") -> torch.dtype:
+    """Chooses what to compute in: bfloat16 where the hardware multiplies it natively, float32 elsewhere.
+
+    Args:
+        device: "cuda", "mps" or "cpu".
+        name: "fp32" or "bf16" to insist, "auto" to choose.
+    """
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    if device == "cuda":
+        native = torch.cuda.get_device_capability() >= (8, 0)
+    elif device == "cpu":
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Multiplies every row of `x` by one weight matrix.
 

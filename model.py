@@ -835,6 +835,10 @@ class Transformer(nn.Module):
         total = next_byte + self.args.mtp_loss_weight * mtp_loss + balance
         return Losses(total, next_byte.detach(), mtp_loss.detach(), balance.detach(), load)
 
+    def next_byte_loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy of the next byte alone, in nats: what an evaluation measures."""
+        return self._cross_entropy(self.hidden(tokens)[0], targets)
+
     def _cross_entropy(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.head(h).float().flatten(0, 1), targets.flatten())
 

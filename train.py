@@ -1,0 +1,774 @@
+"""Trains a model on bytes: data, optimizers, schedule, the loop, evaluation, resuming.
+
+    python train.py --config configs/nano.json --data my.txt --save-path out --minutes 5
+
+Three rules make a run repeatable and safe to stop at any moment:
+
+- What a step does depends on the step's number and the seed alone. Which windows it sees is computed from a position
+  (`WindowSampler`), not drawn from a generator that somebody might have advanced.
+- A checkpoint holds all that the next step reads: weights, optimizer, routing biases, position. A run that was killed
+  and resumed repeats the steps since, and on a CPU gives the same losses bit for bit.
+- A step whose loss or gradient is not finite is not taken.
+
+Matrices are trained by Muon (or AdamW), all else by AdamW. Weights are float32; the model computes in bfloat16 where
+the hardware does.
+"""
+
+import time
+
+_STARTED = time.monotonic()  # before torch is imported: --minutes counts that as well
+
+import argparse
+import ctypes
+import json
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder
+from convert import CheckpointError, has_run, load_run, read_config, save_run
+from data.prepare import DataError, open_bytes, resolve
+from fp8_ops import pick_device, pick_dtype
+from model import ConfigError, Transformer
+
+METRICS_FILE = "metrics.jsonl"
+VAL_FRACTION = 0.1
+
+
+class WindowSampler:
+    """Windows of a corpus in a random order that is a function of position, so that there is no state to lose.
+
+    Each epoch cuts the corpus into windows of `seq_len` targets, at an offset of its own, and goes through all of them
+    once in an order of its own. Positions count windows from the start of training. The order is a permutation of
+    0..n-1 that needs no table: a Feistel network on the smallest even number of bits, applied again while its result
+    is not below n ("cycle walking").
+
+    Args:
+        n_bytes: Length of the corpus.
+        seq_len: Targets per window; a window is one byte longer.
+        seed: Seed of the order.
+    """
+
+    _ROUNDS = 4
+
+    def __init__(self, n_bytes: int, seq_len: int, seed: int):
+        self.last_start = n_bytes - 1 - seq_len
+        self.seq_len = seq_len
+        self.seed = seed
+        # one more than fit side by side: the first and the last of a shifted cut overlap their neighbours
+        self.n_windows = -(-(n_bytes - 1) // seq_len) + 1
+        self._half_bits = np.uint64(max(1, math.ceil(math.log2(self.n_windows) / 2)))
+
+    def starts(self, position: int, count: int) -> np.ndarray:
+        """Returns where in the corpus the windows at `position` to `position + count - 1` begin, int64 (count,)."""
+        positions = np.arange(position, position + count)
+        epochs, index = positions // self.n_windows, positions % self.n_windows
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            key = np.random.default_rng([self.seed, int(epoch)])
+            offset = int(key.integers(self.seq_len))
+            keys = key.integers(1 << 63, size=self._ROUNDS, dtype=np.uint64)
+            window = self._permute(index[chosen].astype(np.uint64), keys).astype(np.int64)
+            starts[chosen] = np.clip((window - 1) * self.seq_len + offset, 0, self.last_start)
+        return starts
+
+    def _permute(self, x: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        x = self._feistel(x, keys)
+        while (outside := x >= self.n_windows).any():
+            x[outside] = self._feistel(x[outside], keys)
+        return x
+
+    def _feistel(self, x: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        bits, mask = self._half_bits, (np.uint64(1) << self._half_bits) - np.uint64(1)
+        left, right = x >> bits, x & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # any odd number with well-spread bits
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return left << bits | right
+
+
+def windows(data: np.ndarray, starts: np.ndarray, seq_len: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reads windows of a corpus: tokens and targets, int64 (len(starts), seq_len) each, one byte apart."""
+    batch = torch.from_numpy(data[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64)).to(device)
+    return batch[:, :-1], batch[:, 1:]
+
+
+def split(data: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts a corpus into training and validation split, its last tenth.
+
+    Raises:
+        DataError: One of them is too short for a single window.
+    """
+    cut = int((1 - VAL_FRACTION) * len(data))
+    train, val = data[:cut], data[cut:]
+    if len(train) < seq_len + 1 or len(val) < 2:
+        raise DataError(
+            f"{len(data)} bytes are too few: the first nine tenths must hold a window of {seq_len + 1}; "
+            "use more data, or a config with a smaller max_seq_len"
+        )
+    return train, val
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum whose update is replaced by the nearest orthogonal matrix.
+
+    Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but takes stacks of matrices (..., rows, columns)
+    too and orthogonalises all matrices of a shape in one batch: a model has few shapes and many matrices.
+
+    Args:
+        params: Parameters of two dimensions or more.
+        lr: Learning rate; the update has the size of AdamW's, so that AdamW's rates fit.
+        momentum: Decay of the running mean of gradients; Nesterov's look-ahead is on.
+        weight_decay: Decoupled weight decay.
+        dtype: What to orthogonalise in; bfloat16 is precise enough.
+    """
+
+    NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+    NS_STEPS = 5
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Updates all parameters that have a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape[-2:], []).append(p)
+            for shape, params in by_shape.items():
+                updates = orthogonalize(torch.cat([self._momentum(p, group) for p in params]), self)
+                lr = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for p, update in zip(params, updates.split([p[..., 0, 0].numel() for p in params]), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-lr)
+
+    def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
+        """Advances the running mean; returns the Nesterov update as (matrices, rows, columns)."""
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        return p.grad.lerp(buffer, group["momentum"]).view(-1, *p.shape[-2:]).to(self.dtype)
+
+
+def orthogonalize(x: torch.Tensor, muon: type[Muon] | Muon = Muon) -> torch.Tensor:
+    """Pushes the singular values of matrices towards 1 by Newton-Schulz iterations.
+
+    Args:
+        x: Matrices (n, rows, columns).
+        muon: Whose coefficients and number of steps to take.
+
+    Returns:
+        Matrices of the same shape and dtype.
+    """
+    a, b, c = muon.NS_COEFFICIENTS
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(muon.NS_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def make_optimizers(model: Transformer, args: argparse.Namespace, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """Divides the parameters: hidden matrices by `--optimizer`; embedding, head, router and norms by AdamW.
+
+    Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink.
+    """
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        is_hidden = p.ndim >= 2 and not name.endswith("gate.weight") and name not in ("embed.weight", "head.weight")
+        (matrices if is_hidden else others).append(p)
+    groups = [{"params": others, "lr": args.lr, "weight_decay": 0.0}]
+    optimizers = []
+    if args.optimizer == "muon":
+        optimizers.append(
+            Muon(matrices, args.matrix_lr, momentum=args.momentum, weight_decay=args.weight_decay, dtype=dtype)
+        )
+    else:
+        groups.append({"params": matrices, "lr": args.matrix_lr, "weight_decay": args.weight_decay})
+    optimizers.append(torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=1e-10, fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def optimizer_tensors(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Returns the optimizers' state, named `{parameter}.{what}`."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{names[p]}.{key}": value
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    model: Transformer, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Puts what `optimizer_tensors` returned back."""
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition(".")
+        if parameter not in parameters:
+            raise CheckpointError(f"optimizer state {name} belongs to no parameter of this model; start a new run")
+        p = parameters[parameter]
+        # AdamW keeps its step count, a scalar, where it was made
+        owner[p].state[p][key] = tensor.to(p.device) if tensor.ndim else tensor
+
+
+def schedule(progress: float, kind: str, warmup: float, decay: float) -> float:
+    """The learning rate as a fraction of its peak.
+
+    Args:
+        progress: How much of training is done, 0 to 1.
+        kind: "wsd": warm up, stay, then go down linearly to 0. "cosine": warm up, then go down along a cosine to 0.
+        warmup: Fraction of training spent warming up, linearly.
+        decay: Fraction of training spent going down ("wsd").
+    """
+    if progress < warmup:
+        return progress / warmup
+    if kind == "wsd":
+        return min(1.0, (1 - progress) / decay) if decay > 0 else 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1 - warmup, 1e-9))))
+
+
+class Clock:
+    """How much of a run is done: by steps, or by the time since the process began.
+
+    By time, what the end will take (the last evaluation, the last save) is held back, so that the process is over when
+    the time is. A resumed run has the time left that it had when it was saved.
+
+    Args:
+        steps: Number of steps, or None.
+        minutes: Time for the whole process, or None.
+    """
+
+    def __init__(self, steps: int | None, minutes: float | None):
+        self.steps = steps
+        self.seconds = None if minutes is None else 60 * minutes
+        self.earlier_s = 0.0  # what runs before this one took
+        self.step_s = 0.0  # what a step takes, about
+        self.closing_s = 0.0  # what the last evaluation and save will take, about
+
+    def elapsed_s(self) -> float:
+        """Seconds of training so far, with those of the runs that this one resumes."""
+        return self.earlier_s + time.monotonic() - _STARTED
+
+    def progress(self, step: int) -> float:
+        """How much is done before `step` begins, 0 to 1; 1 means that there is no time for it."""
+        if self.steps is not None:
+            return min(1.0, step / self.steps)
+        left = self.seconds - self.closing_s - 1.0 - self.elapsed_s()  # a second to leave the process in
+        if left < 1.5 * self.step_s:
+            return 1.0
+        return min(1.0, self.elapsed_s() / (self.elapsed_s() + left))
+
+
+@torch.inference_mode()
+def evaluate(model: Transformer, data: np.ndarray, batch_size: int, device: str) -> float:
+    """Measures the loss over a whole split, in non-overlapping windows of the model's context.
+
+    Returns:
+        Nats per byte; every byte but the first is predicted once.
+    """
+    seq_len, n_targets, total = model.args.max_seq_len, len(data) - 1, 0.0
+    model.eval()
+    full = np.arange(n_targets // seq_len) * seq_len
+    for starts in np.split(full, range(batch_size, len(full), batch_size)) if len(full) else []:
+        total += model.next_byte_loss(*windows(data, starts, seq_len, device)).item() * len(starts) * seq_len
+    if rest := n_targets % seq_len:
+        total += model.next_byte_loss(*windows(data, np.array([n_targets - rest]), rest, device)).item() * rest
+    model.train()
+    return total / n_targets
+
+
+@torch.inference_mode()
+def sample_text(model: Transformer, n_bytes: int, device: str) -> str:
+    """Lets the model write from the start of a document: at most `n_bytes`, at temperature 0.8, seed 0."""
+    generator, decoder = torch.Generator().manual_seed(0), StreamDecoder()
+    model.eval()
+    cache = model.new_cache(1, model.args.max_seq_len)
+    text, token = "", EOS_ID
+    for _ in range(min(n_bytes, model.args.max_seq_len)):
+        logits = model(torch.tensor([[token]], device=device), cache)[0, -1]
+        token = torch.multinomial((logits.cpu() / 0.8).softmax(dim=-1), 1, generator=generator).item()
+        if token == EOS_ID:
+            break
+        text += decoder.feed([token])
+    model.train()
+    return text + decoder.flush()
+
+
+class Metrics:
+    """The lines of `metrics.jsonl`: one JSON object for each log and evaluation.
+
+    Args:
+        path: The file, or None to keep nothing.
+        step: Step to go on from: later lines, of steps that will be repeated, are dropped.
+    """
+
+    def __init__(self, path: Path | None, step: int):
+        self.path = path
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, **values: Any) -> None:
+        """Appends a line; floats are kept to 6 significant digits."""
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps({k: _rounded(v) for k, v in values.items()}) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient of a step is NaN or infinite."""
+
+
+@dataclass
+class Trainer:
+    """A run: the model, what trains it, and where it stands."""
+
+    args: argparse.Namespace
+    model: Transformer
+    optimizers: list[torch.optim.Optimizer]
+    train_data: np.ndarray
+    val_data: np.ndarray
+    sampler: WindowSampler
+    clock: Clock
+    device: str
+    step: int = 0
+    best_val: float = math.inf
+    eval_s: float | None = None  # what the last evaluation took
+    stop_signal: int | None = None
+
+    def __post_init__(self) -> None:
+        self.loss = torch.compile(self.model.loss, fullgraph=True) if self.args.compile else self.model.loss
+        self.step_bytes = self.args.batch_size * self.args.accumulation * self.model.args.max_seq_len
+
+    def state(self) -> dict[str, Any]:
+        """What besides tensors a resumed run needs, ready for JSON."""
+        return {
+            "step": self.step,
+            "windows": self.step * self.args.batch_size * self.args.accumulation,
+            "elapsed_s": self.clock.elapsed_s(),
+            "best_val": None if math.isinf(self.best_val) else self.best_val,
+            "settings": resume_settings(self.args, len(self.train_data)),
+        }
+
+    def resume(self, run: Path) -> None:
+        """Goes on from the last checkpoint of `run`."""
+        tensors, state = load_run(run, self.model)
+        now = resume_settings(self.args, len(self.train_data))
+        for key, value in state["settings"].items():
+            if now.get(key) != value:
+                raise CheckpointError(
+                    f"{run} was trained with {key} = {value}, now it is {now.get(key)}; "
+                    "resume with what it began with, or choose another --save-path"
+                )
+        load_optimizer_tensors(self.model, self.optimizers, tensors)
+        self.step, self.clock.earlier_s = state["step"], state["elapsed_s"]
+        self.best_val = math.inf if state["best_val"] is None else state["best_val"]
+
+    def train_step(self, progress: float) -> dict[str, Any]:
+        """Takes one step; returns its metrics as Python numbers.
+
+        Raises:
+            NotFinite: Loss or gradient is; nothing has been changed then.
+        """
+        args, model = self.args, self.model
+        lr_factor = schedule(progress, args.schedule, args.warmup, args.decay)
+        parts, load = 0, 0
+        for micro in range(args.accumulation):
+            position = (self.step * args.accumulation + micro) * args.batch_size
+            starts = self.sampler.starts(position, args.batch_size)
+            losses = self.loss(*windows(self.train_data, starts, self.sampler.seq_len, self.device))
+            (losses.total / args.accumulation).backward()
+            parts = parts + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / args.accumulation
+            load = load + losses.load
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        next_byte, mtp, balance, norm = torch.cat([parts, grad_norm.view(1)]).tolist()
+        if not math.isfinite(next_byte + mtp + balance + norm):
+            raise NotFinite(f"step {self.step + 1}: the loss is {next_byte}, the gradient's norm {norm}")
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        model.update_gate_bias(load)
+        self.step += 1
+        metrics = {"train_loss": next_byte, "lr": args.lr * lr_factor, "grad_norm": norm, "balance_loss": balance}
+        return metrics | ({"mtp_loss": mtp} if len(model.mtp) else {}) | {"load": load}
+
+    def evaluate_and_save(self, metrics: Metrics) -> float:
+        """Evaluates, prints the figures and a sample, and saves; returns the loss in nats per byte."""
+        began = time.monotonic()
+        val_loss = evaluate(self.model, self.val_data, 4 * self.args.batch_size, self.device)
+        self.eval_s = time.monotonic() - began
+        metrics.write(
+            step=self.step,
+            elapsed_s=self.clock.elapsed_s(),
+            bytes=self.step * self.step_bytes,
+            val_loss=val_loss,
+            val_bpb=val_loss / math.log(2),
+        )
+        is_best, self.best_val = val_loss < self.best_val, min(val_loss, self.best_val)
+        tqdm.write(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {val_loss / math.log(2):.4f} bits/byte")
+        if self.args.sample_bytes:
+            tqdm.write(printable(sample_text(self.model, self.args.sample_bytes, self.device)))
+        self.save(is_best)
+        self.clock.closing_s = 1.2 * (time.monotonic() - began)
+        return val_loss
+
+    def save(self, is_best: bool) -> None:
+        """Writes a checkpoint, if the run has a folder."""
+        if self.args.save_path is not None:
+            tensors = optimizer_tensors(self.model, self.optimizers)
+            save_run(self.args.save_path, self.model, tensors, self.state(), is_best)
+
+    def stop(self, signum: int, _frame: object) -> None:
+        """Signal handler: ends the run after this step; the second time, at once."""
+        if self.stop_signal is not None:
+            raise KeyboardInterrupt
+        self.stop_signal = signum
+
+
+def resume_settings(args: argparse.Namespace, n_bytes: int) -> dict[str, Any]:
+    """What must not change when a run is resumed, for its steps to be the ones that it would have taken."""
+    names = "seed batch_size accumulation optimizer lr matrix_lr momentum beta1 beta2 weight_decay grad_clip schedule"
+    names += " warmup decay"
+    return {name: getattr(args, name) for name in names.split()} | {"training_bytes": n_bytes}
+
+
+def printable(text: str) -> str:
+    """Replaces control characters, which a terminal would obey, by their escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def load_summary(load: torch.Tensor) -> dict[str, Any]:
+    """Each expert's load relative to its layer's mean, and the largest of all."""
+    if not load.numel():
+        return {}
+    relative = load / load.mean(dim=-1, keepdim=True)
+    return {"expert_load": [[round(x, 3) for x in row] for row in relative.tolist()], "max_load": relative.max().item()}
+
+
+def run(trainer: Trainer, metrics: Metrics) -> float | None:
+    """Trains until the clock says so or a signal comes; returns the last validation loss, None after a signal."""
+    args, clock = trainer.args, trainer.clock
+    clock.closing_s = 5.0 if clock.seconds is None else min(5.0, 0.1 * clock.seconds)
+    next_eval, load, logged_at = _next_evaluation(trainer), 0, (trainer.step, time.monotonic())
+    with progress_bar(trainer) as bar:
+        while trainer.stop_signal is None:
+            began = time.monotonic()
+            progress = clock.progress(trainer.step)
+            bar.n = round(100 * progress, 1)
+            if progress >= 1:
+                break
+            step_metrics = trainer.train_step(progress)
+            load = load + step_metrics.pop("load")
+            clock.step_s = max(0.9 * clock.step_s, time.monotonic() - began) if clock.step_s else 1e-9
+            if trainer.eval_s is None:  # forward alone is about a third of a step
+                share = len(trainer.val_data) / trainer.step_bytes / 3
+                clock.closing_s = 2 * share * (time.monotonic() - began) + 1.0
+            if trainer.step % args.log_interval == 0:
+                steps, seconds = trainer.step - logged_at[0], time.monotonic() - logged_at[1]
+                speed = steps * trainer.step_bytes / seconds
+                bar.set_postfix_str(f"loss {step_metrics['train_loss']:.3f}, {speed:,.0f} bytes/s")
+                metrics.write(
+                    step=trainer.step,
+                    elapsed_s=clock.elapsed_s(),
+                    bytes=trainer.step * trainer.step_bytes,
+                    **step_metrics,
+                    bytes_per_s=speed,
+                    **load_summary(load),
+                )
+                load, logged_at = 0, (trainer.step, time.monotonic())
+            if next(next_eval):
+                trainer.evaluate_and_save(metrics)
+                logged_at = (trainer.step, time.monotonic())
+            elif args.save_interval and trainer.step % args.save_interval == 0:
+                trainer.save(is_best=False)
+    if trainer.stop_signal is not None:
+        trainer.save(is_best=False)
+        return None
+    return trainer.evaluate_and_save(metrics)
+
+
+def progress_bar(trainer: Trainer) -> tqdm:
+    """A bar in percent of the run, on a terminal only."""
+    form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    return tqdm(total=100, disable=None, bar_format=form, mininterval=0.5, initial=trainer.clock.progress(trainer.step))
+
+
+def _next_evaluation(trainer: Trainer) -> Iterator[bool]:
+    """Says after each step whether to evaluate: every `--eval-interval` steps, or else after each tenth of the run.
+
+    An evaluation by tenths is left out while evaluations would take more than a tenth of the time.
+    """
+    interval, clock = trainer.args.eval_interval, trainer.clock
+    tenth, spent = int(10 * clock.progress(trainer.step)), 0.0
+    while True:
+        if interval:
+            yield trainer.step % interval == 0 and clock.progress(trainer.step) < 1
+            continue
+        now, evaluate_now = int(10 * clock.progress(trainer.step)), False
+        if tenth < now < 10:
+            tenth = now
+            expected = trainer.eval_s if trainer.eval_s is not None else clock.closing_s / 2
+            evaluate_now = spent + expected <= 0.1 * clock.elapsed_s() or clock.steps is not None
+            spent += expected if evaluate_now else 0
+        yield evaluate_now
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer above 0."""
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def not_negative_int(text: str) -> int:
+    """argparse type: an integer from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def not_negative_float(text: str) -> float:
+    """argparse type: a finite number from 0 on."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> Parser:
+    """The command line; what a config's "train" may set is all of it but --config, --save-path and --resume."""
+    p = Parser(
+        prog="train.py",
+        description="Train a model on bytes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "--config", required=True, help="JSON file of ModelArgs; its key 'train' sets defaults for the flags"
+    )
+    p.add_argument("--data", default="stdlib", help="a file, a folder, or stdlib, shakespeare, enwik8")
+    p.add_argument(
+        "--save-path", type=Path, help="folder for checkpoints and metrics.jsonl; without it nothing is kept"
+    )
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --save-path, if any")
+    length = p.add_argument_group("length of the run (one of them)")
+    length.add_argument("--steps", type=positive_int, help="optimizer steps")
+    length.add_argument("--minutes", type=positive_float, help="time for the whole process, start and end included")
+    batch = p.add_argument_group("batch")
+    batch.add_argument("--batch-size", type=positive_int, default=32, help="windows of max_seq_len bytes at a time")
+    batch.add_argument("--accumulation", type=positive_int, default=1, help="batches whose gradients make one step")
+    optim = p.add_argument_group("optimizer")
+    optim.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
+    optim.add_argument("--matrix-lr", type=positive_float, default=0.01, help="peak learning rate of hidden matrices")
+    optim.add_argument("--lr", type=positive_float, default=0.003, help="peak learning rate of all else, by AdamW")
+    optim.add_argument("--weight-decay", type=not_negative_float, default=0.1, help="of the hidden matrices")
+    optim.add_argument("--momentum", type=fraction, default=0.95, help="of Muon")
+    optim.add_argument("--beta1", type=fraction, default=0.9, help="of AdamW")
+    optim.add_argument("--beta2", type=fraction, default=0.95, help="of AdamW")
+    optim.add_argument("--grad-clip", type=not_negative_float, default=1.0, help="largest gradient norm; 0 for none")
+    optim.add_argument("--schedule", choices=["wsd", "cosine"], default="wsd", help="warm-up, stable, decay; or cosine")
+    optim.add_argument("--warmup", type=fraction, default=0.02, help="fraction of the run")
+    optim.add_argument("--decay", type=fraction, default=0.5, help="fraction of the run (wsd)")
+    compute = p.add_argument_group("compute")
+    compute.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the best there is")
+    compute.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the activations")
+    compute.add_argument("--compile", action="store_true", help="torch.compile the step")
+    compute.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks: less memory, slower")
+    compute.add_argument("--seed", type=not_negative_int, default=0, help="of the weights and the order of the data")
+    report = p.add_argument_group("reports")
+    report.add_argument("--log-interval", type=positive_int, default=10, help="steps between lines of metrics")
+    report.add_argument("--eval-interval", type=not_negative_int, default=0, help="steps; 0: a tenth of the run")
+    report.add_argument("--save-interval", type=not_negative_int, default=0, help="steps; 0: with each evaluation only")
+    report.add_argument("--sample-bytes", type=not_negative_int, default=200, help="bytes of the sample; 0 for none")
+    return p
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Any]:
+    """Parses the command line over the defaults that the config has under "train".
+
+    Returns:
+        The flags, and the model's `ModelArgs`.
+    """
+    parser = build_parser()
+    given = parser.parse_args(argv)
+    shape, defaults = read_config(given.config)
+    flags = {action.dest: action for action in parser._actions}
+    fixed = ("help", "config", "save_path", "resume")
+    config_argv: list[str] = []
+    for key, value in defaults.items():
+        action = flags.get(key)
+        if action is None or key in fixed:
+            raise ConfigError(f"{given.config}: train.{key} is not a flag of train.py that a config may set")
+        if key in ("steps", "minutes") and (given.steps or given.minutes):
+            continue
+        switch = action.nargs == 0
+        if switch and not isinstance(value, bool) or not switch and isinstance(value, (bool, list, dict, type(None))):
+            raise ConfigError(f"{given.config}: train.{key} cannot be {value!r}")
+        if not switch or value:
+            config_argv += [action.option_strings[0]] + ([] if switch else [str(value)])
+    args = parser.parse_args(config_argv + (sys.argv[1:] if argv is None else argv))
+    if (args.steps is None) == (args.minutes is None):
+        parser.error("give one of --steps and --minutes: how long to train")
+    if args.resume and args.save_path is None:
+        parser.error("--resume needs the --save-path of the run to go on with")
+    if shape.vocab_size != VOCAB_SIZE:
+        raise ConfigError(f"{args.config}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
+    if shape.n_mtp_layers >= shape.max_seq_len:
+        raise ConfigError(f"{args.config}: n_mtp_layers must be below max_seq_len ({shape.max_seq_len})")
+    return args, shape
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc's malloc to keep what is freed, instead of returning it to the system and fetching it again.
+
+    Activations of a few megabytes come and go hundreds of times a step. By default each is a fresh mapping whose pages
+    the kernel must clear, which costs more than the arithmetic on them. Elsewhere than on glibc, nothing happens.
+    """
+    m_trim_threshold, m_mmap_threshold, two_gib = -1, -3, (1 << 31) - 1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, two_gib)
+
+
+def build_trainer(args: argparse.Namespace, shape: Any) -> Trainer:
+    """Loads the data and makes everything that a run needs."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(device, args.dtype)
+    data = open_bytes(resolve(args.data))
+    train_data, val_data = split(data, shape.max_seq_len)
+    model = Transformer(shape, dtype)
+    model.init_weights(args.seed)
+    model = model.to(device).train()
+    model.gradient_checkpointing = args.gradient_checkpointing
+    total, active = model.n_params()
+    latent, plain = shape.cache_numbers_per_position()
+    size = dtype.itemsize
+    print(
+        f"{total:,} parameters, {active:,} active per byte; cache {latent * size:,} bytes per position "
+        f"(plain multi-head attention: {plain * size:,}); {device}, {str(dtype).removeprefix('torch.')}; "
+        f"{len(train_data):,} bytes to train on, {len(val_data):,} to validate"
+    )
+    return Trainer(
+        args=args,
+        model=model,
+        optimizers=make_optimizers(model, args, dtype),
+        train_data=train_data,
+        val_data=val_data,
+        sampler=WindowSampler(len(train_data), shape.max_seq_len, args.seed),
+        clock=Clock(args.steps, args.minutes),
+        device=device,
+    )
+
+
+def train(argv: list[str] | None) -> int:
+    """Runs the command; returns its exit code."""
+    args, shape = parse_args(argv)
+    path = args.save_path
+    if path is not None and path.exists() and not args.resume and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"--save-path {path} is not an empty folder; go on with --resume, or choose another path")
+    keep_freed_memory()
+    trainer = build_trainer(args, shape)
+    if args.resume and has_run(path):
+        trainer.resume(path)
+        print(f"resumed {path} at step {trainer.step}")
+    metrics = Metrics(None if path is None else path / METRICS_FILE, trainer.step)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, trainer.stop)
+    try:
+        val_loss = run(trainer, metrics)
+    except NotFinite as error:
+        kept = f"; the last good checkpoint is in {path}" if path is not None and has_run(path) else ""
+        print(f"train.py: error: {error}{kept}; try a lower --lr or --matrix-lr", file=sys.stderr)
+        return 1
+    where = f"model in {path}" if path is not None else "not saved, for want of --save-path"
+    if val_loss is None:
+        print(f"stopped by {signal.Signals(trainer.stop_signal).name} after step {trainer.step}: {where}")
+    else:
+        print(f"step {trainer.step}, {trainer.clock.elapsed_s():.1f} s: val_loss {val_loss:.4f} nats/byte, {where}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command, with a user's mistake told in one line."""
+    try:
+        return train(argv)
+    except (ConfigError, DataError, CheckpointError, ValueError) as error:
+        if type(error) is ValueError and "device" not in str(error):
+            raise
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
