@@ -495,6 +495,9 @@ class MLA(nn.Module):
         """Softmax attention of `q` (B, S, H, d) over `k` and `v` (B, T, H or 1, ...), after what `cache` remembers."""
         if cache is not None:
             k, v = (t.to(q.dtype) for t in cache.update(self.layer_id, where.index, k, v))
+        dtype = q.dtype
+        if q.device.type == "cpu" and torch.is_grad_enabled():  # its backward pass is twice as slow in bfloat16
+            q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -504,7 +507,7 @@ class MLA(nn.Module):
             scale=self.softmax_scale,
             enable_gqa=k.shape[2] != q.shape[2],
         )
-        return out.transpose(1, 2)
+        return out.to(dtype).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -566,12 +569,12 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, k: int) -> torch.Tensor:
         ctx.save_for_backward(inverse)
         ctx.k = k
-        return x[order // k]
+        return x.index_select(0, order // k)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grad[inverse].unflatten(0, (-1, ctx.k)).sum(dim=1), None, None, None
+        return grad.index_select(0, inverse).unflatten(0, (-1, ctx.k)).sum(dim=1), None, None, None
 
 
 class Experts(nn.Module):
