@@ -13,17 +13,21 @@ import torch
 import torch.nn.functional as F
 
 
+class DeviceError(ValueError):
+    """A device that this machine, or this build of torch, does not have."""
+
+
 def pick_device(name: str | None = None) -> str:
     """Chooses where to compute: the device asked for, or else the best of this machine.
 
     Raises:
-        ValueError: This machine, or this build of torch, has no such device.
+        DeviceError: It is not there.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
         return next(device for device, available in there.items() if available)
     if not there.get(name, False):
-        raise ValueError(f"device {name!r} is not available here; there is {', '.join(d for d in there if there[d])}")
+        raise DeviceError(f"device {name!r} is not available here; there is {', '.join(d for d in there if there[d])}")
     return name
 
 

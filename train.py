@@ -37,7 +37,7 @@ from tqdm import tqdm
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder
 from convert import CheckpointError, has_run, load_run, read_config, save_run
 from data.prepare import DataError, open_bytes, resolve
-from fp8_ops import pick_device, pick_dtype
+from fp8_ops import DeviceError, pick_device, pick_dtype
 from model import ConfigError, Transformer
 
 METRICS_FILE = "metrics.jsonl"
@@ -761,9 +761,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command, with a user's mistake told in one line."""
     try:
         return train(argv)
-    except (ConfigError, DataError, CheckpointError, ValueError) as error:
-        if type(error) is ValueError and "device" not in str(error):
-            raise
+    except (ConfigError, DataError, CheckpointError, DeviceError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,0 +1,712 @@
+"""Text from a checkpoint, byte by byte: one prompt, a file of prompts, or a conversation with the keyboard.
+
+    python generate.py --ckpt-path runs/mine --prompt "To be"
+    python generate.py --ckpt-path runs/mine --input-file prompts.txt --max-new-tokens 100 > results
+    python generate.py --ckpt-path runs/mine --interactive
+
+A language model gives the probabilities of the next byte after some bytes. Generation asks for them, draws one byte,
+appends it and asks again, until byte 0 ends the document. Four ideas make that useful:
+
+The cache. What attention computed for earlier positions stays valid, so each step runs the model on one new byte.
+    `Batch` keeps this: texts of different lengths that advance together, one product for all of them.
+
+The window. A text may outgrow the context. The model then sees the text from the first multiple of half a context from
+    which it fits: more than half a context, always. When that start moves, the cache of the row is filled anew. The
+    start depends on nothing but the length of the text, so that continuing a text in two calls or in one is the same.
+
+Sampling. Temperature sharpens or flattens the probabilities, top-k keeps the k likeliest bytes, and top-p (nucleus,
+    Holtzman et al. 2019) then keeps the fewest of these that together reach p. Each row draws from a random generator
+    of its own, seeded by the seed and the row's number: what else is in the batch changes nothing but the rounding of
+    the model's numbers, and equal prompts in different rows get different texts.
+
+The stop string. It ends a text without being part of it, so that bytes which may be its beginning are held back until
+    the next ones tell. It counts in what the model writes, not in the prompt.
+
+The first half of this file is the engine: bytes in, bytes out. The second half is the command, which deals with
+terminals: what a model writes is shown there, never obeyed.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import math
+import os
+import secrets
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, NoReturn, TextIO
+
+import torch
+
+import model as model_module
+from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode
+from convert import load_model
+from fp8_ops import pick_device, pick_dtype
+from model import Cache, ModelArgs, Transformer
+
+# Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
+PREFILL_POSITIONS = 2048
+RULE = "-" * 40
+EPILOG = """\
+output:
+  The prompt and what follows it go to standard output, the speed to standard error. A text ends at byte 0, before the
+  --stop string, or after --max-new-tokens bytes.
+  In a pipe, bytes come as they are. Each text of --input-file is followed by byte 0 (as texts may hold newlines), and
+  so is each reply of --interactive, which does not repeat the line. --prompt adds nothing.
+  On a terminal, control characters are shown as escapes such as \\x1b, and a rule follows each text of --input-file.
+
+--input-file:
+  Lines end with LF or CR LF. An empty line is an empty prompt: the beginning of a document. The lines are continued
+  max_batch_size (of the model's config) at a time. Line number i, from 0, draws from --seed and i: its text does not
+  depend on the other lines.
+
+--interactive:
+  Each line is added to the text so far, which is then continued; an empty line just goes on. /clear forgets the text,
+  /exit or Ctrl-D ends, Ctrl-C stops the reply.
+
+context:
+  A text longer than the model's context is seen from the first multiple of half a context on from which it fits."""
+WELCOME = "Each line is added to the text and continued. /clear forgets the text, /exit or Ctrl-D ends, Ctrl-C stops."
+
+
+class GenerationError(ValueError):
+    """The model cannot generate: the message is one line."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How bytes are chosen, and how many.
+
+    Attributes:
+        temperature: Divides the logits; 0 always takes the likeliest byte.
+        top_k: How many of the likeliest bytes may be drawn; 0 means all.
+        top_p: Of these, the fewest that together have this probability; 1 means all.
+        seed: Of the random generators. Equal seeds, equal texts.
+        max_new_tokens: Bytes after which a text ends at the latest.
+        stop: Bytes that end a text; empty for none.
+
+    Raises:
+        ValueError: A number out of range.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 256
+    stop: bytes = b""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:  # so written, NaN fails too
+            raise ValueError(f"temperature must be 0 (always the likeliest byte) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p must be greater than 0 and at most 1 (off), got {self.top_p}")
+        for name, value in (("top-k", self.top_k), ("max-new-tokens", self.max_new_tokens), ("seed", self.seed)):
+            if value < 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+
+
+def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Computes the probabilities that bytes are drawn with.
+
+    Args:
+        logits: Of the next byte, float (B, V), on any device.
+        sampling: Temperature, top-k and top-p.
+
+    Returns:
+        Probabilities, float64 (B, V) on the CPU; rows sum to 1. Temperature 0 gives a single 1 a row.
+
+    Raises:
+        GenerationError: A row of logits without a finite maximum.
+    """
+    logits = logits.detach().cpu().double()
+    best, likeliest = logits.max(dim=-1, keepdim=True)
+    if not best.isfinite().all():
+        raise GenerationError("the model's output is not a number: its weights are damaged or its training diverged")
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, likeliest, 1.0)
+    probs = ((logits - best) / sampling.temperature).softmax(dim=-1)  # less the best: no overflow however cold
+    if 0 < sampling.top_k < probs.shape[-1] or sampling.top_p < 1:
+        probs = _truncate(probs, sampling.top_k or probs.shape[-1], sampling.top_p)
+    return probs
+
+
+def _truncate(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Keeps the `top_k` likeliest bytes, then the fewest of them that reach `top_p`; among equals, the lower byte."""
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    ranked[..., top_k:] = 0
+    ranked /= ranked.sum(dim=-1, keepdim=True)
+    if top_p < 1:
+        # a byte is needed while those before it fall short; nothing is before the first
+        ranked[..., 1:][ranked.cumsum(dim=-1)[..., :-1] >= top_p] = 0
+        ranked /= ranked.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, order, ranked)
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """Draws the next byte of each row, on the CPU: equal logits give equal bytes on every device.
+
+    Args:
+        logits: Of the next byte, float (B, V).
+        sampling: Temperature, top-k and top-p.
+        generators: A CPU generator for each row. Each gives one number, or none at temperature 0.
+
+    Returns:
+        B ids.
+
+    Raises:
+        GenerationError: As for `distribution`.
+    """
+    probs = distribution(logits, sampling)
+    if sampling.temperature == 0:
+        return probs.argmax(dim=-1).tolist()
+    # where the running sum first exceeds a uniform number is a byte drawn with its probability, never one of 0
+    upto = probs.cumsum(dim=-1)
+    uniform = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    return torch.searchsorted(upto, uniform * upto[:, -1:], right=True).squeeze(1).tolist()
+
+
+def row_generator(seed: int, row: int) -> torch.Generator:
+    """Makes the random generator of a row; hashed, because torch would use no more than 32 bits of the seed."""
+    digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def window_start(length: int, context: int) -> int:
+    """Returns where in a text of `length` bytes the model starts to read: see "The window" above."""
+    half = max(context // 2, 1)
+    return max(0, -((context - length) // half)) * half
+
+
+class Batch:
+    """Texts that advance together, any lengths, any number of bytes: the model's view of them.
+
+    Args:
+        model: The model.
+        texts: What the rows begin with. An empty one begins with byte 0, as a document does.
+        max_new_tokens: How many bytes a row can get at most.
+
+    Attributes:
+        texts: The rows' bytes so far, all of them.
+        starts: Where in each text the model starts to read.
+        cache: What it remembers from there on.
+        logits: Of each row's next byte, float32 (B, V).
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Transformer, texts: Sequence[bytes], max_new_tokens: int):
+        self.model = model
+        self.texts = [bytearray(text or [EOS_ID]) for text in texts]
+        self.starts = self._starts()
+        capacity = min(model.args.max_seq_len, max(map(len, self.texts)) + max_new_tokens)
+        self.cache = model.new_cache(len(texts), capacity)
+        self._fill(list(range(len(texts))))
+        self.logits = self._step()
+
+    @torch.inference_mode()
+    def append(self, ids: Sequence[int]) -> None:
+        """Appends one id to each row and computes the next logits."""
+        for text, i in zip(self.texts, ids, strict=True):
+            text.append(i)
+        before, self.starts = self.starts, self._starts()
+        moved = [row for row, start in enumerate(self.starts) if start != before[row]]
+        if moved:
+            self._fill(moved)
+        self.logits = self._step()
+
+    @torch.inference_mode()
+    def keep(self, rows: list[int]) -> None:
+        """Drops all rows but these."""
+        self.texts, self.starts = [self.texts[row] for row in rows], [self.starts[row] for row in rows]
+        self.cache.lengths = [self.cache.lengths[row] for row in rows]
+        for layer in self.cache.layers:
+            layer[:] = [tensor[rows] for tensor in layer]
+        self.logits = self.logits[rows]
+
+    def _starts(self) -> list[int]:
+        return [window_start(len(text), self.model.args.max_seq_len) for text in self.texts]
+
+    def _fill(self, rows: list[int]) -> None:
+        """Fills the cache of some rows anew with their windows, apart from the last byte, which `_step` adds."""
+        windows = [self.texts[row][self.starts[row] : -1] for row in rows]
+        longest = max(map(len, windows))
+        everything = len(rows) == len(self.texts)
+        cache = self.cache if everything else self.model.new_cache(len(rows), longest)
+        prefill(self.model, windows, cache)
+        if everything:
+            return
+        for ours, theirs in zip(self.cache.layers, cache.layers, strict=True):
+            for tensor, part in zip(ours, theirs, strict=True):
+                tensor[rows, :longest] = part
+        for row, length in zip(rows, cache.lengths, strict=True):
+            self.cache.lengths[row] = length
+
+    def _step(self) -> torch.Tensor:
+        last = torch.tensor([[text[-1]] for text in self.texts], device=self.model.head.weight.device)
+        return self.model(last, self.cache)[:, -1]
+
+
+def prefill(model: Transformer, texts: Sequence[bytes | bytearray], cache: Cache) -> None:
+    """Reads texts into the rows of a cache, from its beginning, a bounded number of positions at a time.
+
+    Shorter rows are padded on the right. The padding comes after what it could disturb, and is forgotten at the end.
+    """
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(list(text), dtype=torch.int64)
+    cache.lengths = [0] * len(texts)
+    chunk = max(PREFILL_POSITIONS // len(texts), 1)
+    for start in range(0, ids.shape[1], chunk):
+        model(ids[:, start : start + chunk].to(model.head.weight.device), cache)
+    cache.lengths = [len(text) for text in texts]
+
+
+class HoldBack:
+    """Lets bytes through up to a stop string, holding back those that may be its beginning.
+
+    Attributes:
+        found: Whether the stop string has come.
+    """
+
+    def __init__(self, stop: bytes):
+        self.stop = stop
+        self.held = b""
+        self.found = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Takes the next bytes and returns those that are certainly text."""
+        data = self.held + data
+        end = data.find(self.stop) if self.stop else -1
+        if self.found or end >= 0:
+            text, self.held, self.found = (b"" if self.found else data[:end]), b"", True
+            return text
+        longest = min(len(data), len(self.stop) - 1)
+        held = next((n for n in range(longest, 0, -1) if data.endswith(self.stop[:n])), 0)
+        self.held = data[len(data) - held :]
+        return data[: len(data) - held]
+
+    def flush(self) -> bytes:
+        """Ends the text and returns what was held back."""
+        held, self.held = self.held, b""
+        return held
+
+
+def generate(model: Transformer, prompts: Sequence[bytes], sampling: Sampling) -> Iterator[tuple[int, bytes]]:
+    """Continues prompts, `max_batch_size` of them at a time.
+
+    Args:
+        model: The model. What `model.attn_impl` says while this runs is how it attends.
+        prompts: Any number of prompts of any length. An empty one stands for the beginning of a document.
+        sampling: How to choose, and when to end.
+
+    Yields:
+        A prompt's number and the bytes that come next in its text, as soon as they are certain. Prompts of a batch take
+        turns. An empty piece ends a text: each prompt gets one, as its last.
+
+    Raises:
+        GenerationError: The model's output is not a number.
+    """
+    if sampling.max_new_tokens == 0:
+        yield from ((row, b"") for row in range(len(prompts)))
+        return
+    size = model.args.max_batch_size
+    for first in range(0, len(prompts), size):
+        yield from _generate_batch(model, first, prompts[first : first + size], sampling)
+
+
+def _generate_batch(
+    model: Transformer, first: int, prompts: Sequence[bytes], sampling: Sampling
+) -> Iterator[tuple[int, bytes]]:
+    """`generate` for prompts that fit a batch, the first of which has number `first`. Rows leave as they end."""
+    rows = list(range(first, first + len(prompts)))
+    generators = {row: row_generator(sampling.seed, row) for row in rows}
+    texts = {row: HoldBack(sampling.stop) for row in rows}
+    batch = Batch(model, prompts, sampling.max_new_tokens)
+    for left in range(sampling.max_new_tokens - 1, -1, -1):
+        going = []  # places in the batch, and the ids drawn there, of the rows that go on
+        for i, drawn in enumerate(sample(batch.logits, sampling, [generators[row] for row in rows])):
+            text = texts[rows[i]]
+            piece = b"" if drawn == EOS_ID else text.feed(bytes([drawn]))
+            ended = drawn == EOS_ID or text.found or left == 0
+            if ended:
+                piece += text.flush()
+            else:
+                going.append((i, drawn))
+            if piece:
+                yield rows[i], piece
+            if ended:
+                yield rows[i], b""
+        if not going:
+            return
+        if len(going) < len(rows):
+            rows = [rows[i] for i, _ in going]
+            batch.keep([i for i, _ in going])
+        batch.append([drawn for _, drawn in going])
+
+
+def complete(model: Transformer, prompt: bytes, sampling: Sampling) -> bytes:
+    """Returns what follows one prompt: all pieces of `generate`, without the prompt."""
+    return b"".join(piece for _, piece in generate(model, [prompt], sampling))
+
+
+def visible(text: str) -> str:
+    r"""Replaces what a terminal would obey by what can be read: ESC becomes `\x1b`.
+
+    These are the control characters but newline and tab, and the invisible format characters, with which text can be
+    made to run backwards (Unicode categories Cc and Cf).
+    """
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
+class PipeWriter:
+    """Writes texts to a file or another program: every byte as it is.
+
+    Args:
+        stream: Where to.
+        mark: What follows each text.
+    """
+
+    def __init__(self, stream: BinaryIO, mark: bytes):
+        self.stream = stream
+        self.mark = mark
+
+    def write(self, data: bytes) -> None:
+        """Adds bytes to the text, at once."""
+        self.stream.write(data)
+        self.stream.flush()
+
+    def end(self) -> None:
+        """Ends the text."""
+        self.write(self.mark)
+
+
+class TerminalWriter:
+    """Shows texts to a human: whole characters, as they come, and control characters made visible.
+
+    Args:
+        stream: The terminal.
+        mark: What follows each text, on a line of its own.
+    """
+
+    def __init__(self, stream: TextIO, mark: str):
+        self.stream = stream
+        self.mark = mark
+        self.decoder = StreamDecoder()
+        self.line_open = False
+
+    def write(self, data: bytes) -> None:
+        """Adds bytes to the text; a character appears with its last byte."""
+        self._show(visible(self.decoder.feed(data)))
+
+    def end(self) -> None:
+        """Ends the text, and its last line."""
+        self._show(visible(self.decoder.flush()))
+        self._show(("\n" if self.line_open else "") + self.mark)
+
+    def _show(self, text: str) -> None:
+        if text:
+            encoding = self.stream.encoding or "ascii"
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stream.flush()
+            self.line_open = not text.endswith("\n")
+
+
+Writer = PipeWriter | TerminalWriter
+
+
+class Meter:
+    """Counts the bytes that `generate` yields, and the time they take."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.seconds = 0.0
+
+    def measure(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """Passes on the pieces."""
+        start = time.perf_counter()
+        try:
+            for row, piece in pieces:
+                self.bytes += len(piece)
+                yield row, piece
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def __str__(self) -> str:
+        return f"{self.bytes:,} bytes in {self.seconds:.1f} s: {self.bytes / max(self.seconds, 1e-9):,.1f} bytes/s"
+
+
+def write_results(
+    model: Transformer, prompts: Sequence[bytes], sampling: Sampling, writer: Writer, meter: Meter
+) -> None:
+    """Writes each prompt and its continuation, in order: the first that is not over as it comes, those after it later.
+
+    Args:
+        model: The model.
+        prompts: The prompts.
+        sampling: How to continue them.
+        writer: Where to.
+        meter: Counts.
+    """
+    waiting = {row: bytearray(prompt) for row, prompt in enumerate(prompts)}  # not written yet
+    over, current = set(), 0
+    writer.write(waiting.pop(current))
+    for row, piece in meter.measure(generate(model, prompts, sampling)):
+        if not piece:
+            over.add(row)
+        elif row == current:
+            writer.write(piece)
+        else:
+            waiting[row] += piece
+        while current in over:
+            writer.end()
+            current += 1
+            writer.write(waiting.pop(current, b""))
+
+
+def interact(
+    model: Transformer, sampling: Sampling, writer: Writer, meter: Meter, read_line: Callable[[], bytes | None]
+) -> None:
+    """Continues what the user types, line by line, as one growing text.
+
+    Args:
+        model: The model.
+        sampling: How to continue. Each line has a seed of its own.
+        writer: Where to; it gets what the model adds.
+        meter: Counts.
+        read_line: Returns the next line without its end, or None at the end of the input.
+    """
+    text, turn, warned = b"", 0, False
+    on_terminal = isinstance(writer, TerminalWriter)
+    while (line := read_line()) is not None and line != b"/exit":
+        if line == b"/clear":
+            text, warned = b"", False
+            continue
+        text += line
+        warned = warned or warn_if_too_long([text], model.args.max_seq_len)
+        try:
+            for _, piece in meter.measure(generate(model, [text], replace(sampling, seed=sampling.seed + turn))):
+                text += piece
+                writer.write(piece)
+        except KeyboardInterrupt:
+            if not on_terminal:  # nobody is there to type the next line
+                raise
+        writer.end()
+        turn += 1
+
+
+def keyboard_line() -> bytes | None:
+    """Asks for a line on the terminal; None after Ctrl-D or Ctrl-C."""
+    try:
+        return encode(input("> "))
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def piped_line() -> bytes | None:
+    """Reads a line of standard input that is no terminal; None at its end."""
+    line = sys.stdin.buffer.readline()
+    return without_newline(line) if line else None
+
+
+def without_newline(line: bytes) -> bytes:
+    """Takes one line ending off, LF or CR LF."""
+    return line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def read_prompts(path: str) -> list[bytes]:
+    """Reads a file of prompts, one a line, at least one.
+
+    Raises:
+        ValueError: The file cannot be read, or is empty.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read --input-file {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not data:
+        raise ValueError(f"--input-file {path} is empty; write one prompt a line (an empty line is an empty prompt)")
+    return [without_newline(line) for line in data.removesuffix(b"\n").split(b"\n")]
+
+
+def choose_attn_impl(args: ModelArgs, wanted: str | None) -> str:
+    """Decides how attention decodes: through the latent if there is one, unless told otherwise.
+
+    Raises:
+        ValueError: "absorb" for a model that has no latent.
+    """
+    if wanted == "absorb" and args.kv_lora_rank == 0:
+        raise ValueError("--attn-impl absorb needs a model with a latent, this one has kv_lora_rank 0; use naive")
+    return wanted or ("absorb" if args.kv_lora_rank else "naive")
+
+
+def load(arguments: argparse.Namespace) -> Transformer:
+    """Loads the model and sets how it attends.
+
+    Raises:
+        ValueError: No device, no checkpoint, or none that fits.
+    """
+    device = pick_device(arguments.device)
+    model = load_model(arguments.ckpt_path, device, pick_dtype(device, arguments.dtype))
+    if model.args.vocab_size != VOCAB_SIZE:
+        raise ValueError(
+            f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
+            f"take one with {VOCAB_SIZE}, as train.py makes them"
+        )
+    model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
+    return model
+
+
+def warn_if_too_long(prompts: Sequence[bytes], context: int) -> bool:
+    """Says on stderr which prompts the model cannot see whole; returns whether there are any."""
+    long = [(i, len(prompt)) for i, prompt in enumerate(prompts, 1) if len(prompt) > context]
+    if long:
+        number, length = long[0]
+        seen = length - window_start(length, context)
+        others = f"; {len(long) - 1:,} more are too long as well" if len(long) > 1 else ""
+        print(
+            f"generate.py: warning: prompt {number} is longer than the context of {context:,} bytes: "
+            f"the model sees only the last {seen:,} of its {length:,} bytes{others}",
+            file=sys.stderr,
+        )
+    return bool(long)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as a ValueError, which `main` prints in one line like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command line."""
+    parser = _Parser(
+        prog="generate.py",
+        description="Continue text with a trained model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ckpt-path", required=True, metavar="DIR", help="a checkpoint, or the folder of a run")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the text to continue; empty: the beginning of a document")
+    source.add_argument("--input-file", metavar="FILE", help="a file of prompts, one a line")
+    source.add_argument("--interactive", action="store_true", help="continue what you type, line by line")
+    default = Sampling()
+    how = parser.add_argument_group("sampling")
+    how.add_argument(
+        "--max-new-tokens", type=int, default=default.max_new_tokens, metavar="N", help="default %(default)s"
+    )
+    how.add_argument(
+        "--temperature", type=float, default=default.temperature, metavar="T", help="default %(default)s; 0: no chance"
+    )
+    how.add_argument("--top-k", type=int, default=default.top_k, metavar="K", help="the K likeliest bytes; 0: all")
+    how.add_argument(
+        "--top-p", type=float, default=default.top_p, metavar="P", help="the fewest bytes that reach P; 1: all"
+    )
+    how.add_argument("--seed", type=int, metavar="N", help="for the same text again; default: a new one each time")
+    how.add_argument("--stop", metavar="STRING", help="ends a text; not printed")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--attn-impl", choices=("naive", "absorb"), help="default: absorb where there is a latent")
+    machine.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
+    machine.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
+    return parser
+
+
+def make_sampling(arguments: argparse.Namespace) -> Sampling:
+    """Makes the sampling from the arguments; without --seed it gets a new one.
+
+    Raises:
+        ValueError: A number out of range, or an empty --stop.
+    """
+    if arguments.stop == "":
+        raise ValueError("--stop must not be empty; leave it out to have none")
+    return Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+        stop=encode(arguments.stop or ""),
+    )
+
+
+def make_writer(mark: bytes, terminal_mark: str) -> Writer:
+    """Makes the writer for standard output, whatever that is."""
+    if sys.stdout.isatty():
+        return TerminalWriter(sys.stdout, terminal_mark)
+    return PipeWriter(sys.stdout.buffer, mark)
+
+
+def run(model: Transformer, arguments: argparse.Namespace, prompts: list[bytes], sampling: Sampling) -> None:
+    """Does what was asked for, and reports the speed on stderr."""
+    meter = Meter()
+    if arguments.interactive:
+        read_line = piped_line
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  gives input() editing and history; only here, as it talks to the terminal
+            sys.stdin.reconfigure(errors="surrogateescape")
+            print(WELCOME, file=sys.stderr)
+            read_line = keyboard_line
+        interact(model, sampling, make_writer(b"\0", ""), meter, read_line)
+    else:
+        warn_if_too_long(prompts, model.args.max_seq_len)
+        one = arguments.prompt is not None
+        write_results(model, prompts, sampling, make_writer(*((b"", "") if one else (b"\0", RULE + "\n"))), meter)
+    seed = f", seed {sampling.seed}" if sampling.temperature > 0 else ""
+    print(f"{meter}{seed}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: The arguments; those of the process if None.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, 141 when nobody reads the output any more.
+    """
+    try:
+        arguments = make_parser().parse_args(argv)
+        sampling = make_sampling(arguments)
+        if arguments.interactive:
+            prompts = []
+        elif arguments.prompt is not None:
+            prompts = [encode(arguments.prompt)]
+        else:
+            prompts = read_prompts(arguments.input_file)
+        model = load(arguments)
+    except (ValueError, OSError) as error:
+        return report(str(error))
+    except KeyboardInterrupt:
+        return 130
+    try:
+        run(model, arguments, prompts, sampling)
+    except GenerationError as error:
+        return report(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        # what is still buffered cannot be written either, and the interpreter would say so as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141 if isinstance(error, BrokenPipeError) else report(f"cannot write the output: {error.strerror}")
+    return 0
+
+
+def report(error: str) -> int:
+    """Prints an error in one line and returns the exit code."""
+    print(f"generate.py: error: {visible(error).replace(chr(10), ' ')}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,692 @@
+"""Generation against the uncached model, brute force and real processes: in a pipe, on a terminal, interrupted."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import convert
+import generate
+import model as model_module
+from generate import Batch, HoldBack, Sampling, complete, distribution, row_generator, sample, visible, window_start
+from model import ModelArgs, Transformer
+
+FOLDER = Path(generate.__file__).parent
+CONTEXT = 16
+TINY = {
+    "max_batch_size": 3,
+    "max_seq_len": CONTEXT,
+    "original_seq_len": CONTEXT,
+    "dtype": "fp32",
+    "dim": 16,
+    "inter_dim": 24,
+    "moe_inter_dim": 8,
+    "n_layers": 2,
+    "n_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_activated_experts": 2,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_mtp_layers": 1,
+}
+GREEDY = Sampling(temperature=0, max_new_tokens=50)
+PROMPTS = [b"a", b"", b"some longer one", b"\xff\xfe", b"longer than the context is", b"x" * CONTEXT, b"yz" * 40]
+# What a hostile model would write: ESC[31m, BEL, CR, DEL, C1's CSI (U+009B) and a right-to-left override (U+202E), with
+# a character of three bytes before them. No byte occurs twice, for `parrot` to know which comes next.
+HOSTILE = "S€\x1b[31m\x07\r\x7f\x9b\u202eé!".encode()
+SHOWN = r"S€\x1b[31m\x07\r\x7f\x9b\u202eé!"
+
+
+def tiny(**changes: int) -> Transformer:
+    """A model with random weights everywhere, whose next byte depends on all bytes before."""
+    model = Transformer(ModelArgs.from_dict(TINY | changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (1.0 if p.ndim == 1 else 2 * p.shape[-1] ** -0.5))
+        model.head.weight[0] = 0  # else it ends too soon
+    return model.eval().requires_grad_(False)
+
+
+def parrot(text: bytes) -> Transformer:
+    """A model that writes `text`, whose bytes all differ, after its first byte, and then ends.
+
+    Blocks that add nothing leave the embedding as it is: each byte's own direction. The head maps it to the next byte.
+    """
+    assert len(set(text)) == len(text)
+    model = Transformer(ModelArgs.from_dict(TINY | {"dim": 256}))
+    model.init_weights(0)
+    with torch.no_grad():
+        model.embed.weight.copy_(torch.eye(256))
+        for this, following in zip(text, text[1:] + b"\0", strict=True):
+            model.head.weight[following, this] = 10
+    return model.eval().requires_grad_(False)
+
+
+class Script:
+    """Stands in for a model: row r of the batch gets the bytes of `scripts[r]` after its prompt, for certain."""
+
+    def __init__(self, scripts: dict[bytes, bytes], batch_size: int = 4):
+        self.args = SimpleNamespace(max_seq_len=10**6, max_batch_size=batch_size)
+        self.head = SimpleNamespace(weight=torch.zeros(1))
+        self.scripts = scripts  # by the first byte of the prompt, which is one byte
+
+    def new_cache(self, batch_size: int, capacity: int) -> SimpleNamespace:
+        return SimpleNamespace(lengths=[0] * batch_size, layers=[[torch.zeros(batch_size, capacity)]])
+
+    def __call__(self, tokens: torch.Tensor, cache: SimpleNamespace) -> torch.Tensor:
+        memory = cache.layers[0][0]
+        logits = torch.full((*tokens.shape, 256), -50.0)
+        for row, ids in enumerate(tokens.tolist()):
+            memory[row, cache.lengths[row] : cache.lengths[row] + len(ids)] = torch.tensor(ids).float()
+            cache.lengths[row] += len(ids)
+            script = self.scripts[bytes([int(memory[row, 0])])]
+            logits[row, -1, (script + b"\0")[cache.lengths[row] - 1]] = 50.0
+        return logits
+
+
+def by_hand(model: Transformer, prompt: bytes, sampling: Sampling, row: int = 0) -> bytes:
+    """The documented rules without cache, batch and hold-back: the whole window through the model for every byte."""
+    text, generator = prompt or b"\0", row_generator(sampling.seed, row)
+    new, context = b"", model.args.max_seq_len
+    while len(new) < sampling.max_new_tokens:
+        start = next(s for s in range(0, len(text), max(context // 2, 1)) if len(text) - s <= context)
+        logits = model(torch.tensor([list(text[start:])]))[:, -1]
+        (drawn,) = sample(logits, sampling, [generator])
+        if drawn == 0:
+            break
+        text, new = text + bytes([drawn]), new + bytes([drawn])
+        if sampling.stop and sampling.stop in new:
+            return new[: new.index(sampling.stop)]
+    return new
+
+
+def collect(model: Transformer, prompts: list[bytes], sampling: Sampling) -> list[bytes]:
+    """The texts of `generate`, after checking that each row ends once, with an empty piece."""
+    texts, over = [b""] * len(prompts), set()
+    for row, piece in generate.generate(model, prompts, sampling):
+        assert row not in over
+        texts[row] += piece
+        if not piece:
+            over.add(row)
+    assert over == set(range(len(prompts)))
+    return texts
+
+
+@pytest.fixture(autouse=True)
+def attn_impl_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "attn_impl", "naive")
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Transformer]:
+    return {"latent": tiny(), "plain": tiny(kv_lora_rank=0), "odd": tiny(max_seq_len=7), "one": tiny(max_seq_len=1)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints by name."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    convert.save_model(tiny(), folder / "tiny")
+    convert.save_model(tiny(kv_lora_rank=0), folder / "plain")
+    convert.save_model(tiny(vocab_size=300), folder / "foreign")
+    convert.save_model(parrot(HOSTILE), folder / "parrot")
+    damaged = tiny()
+    damaged.head.weight[5] = math.nan
+    convert.save_model(damaged, folder / "damaged")
+    (folder / "empty").mkdir()
+    convert.save_model(tiny(), folder / "cut")
+    weights = folder / "cut" / "model0-mp1.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return folder
+
+
+# --- the engine ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attn_impl", ["naive", "absorb"])
+@pytest.mark.parametrize("name", ["latent", "plain", "odd", "one"])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_batches_write_what_the_uncached_model_writes_past_the_context(
+    models: dict[str, Transformer], name: str, attn_impl: str, temperature: float
+) -> None:
+    model_module.attn_impl = attn_impl
+    sampling = replace(GREEDY, temperature=temperature, seed=3)
+    texts = collect(models[name], PROMPTS, sampling)
+    assert texts == [by_hand(models[name], prompt, sampling, row) for row, prompt in enumerate(PROMPTS)]
+    assert sum(map(len, texts)) > 100
+
+
+def test_greedy_is_the_argmax_of_the_uncached_model(models: dict[str, Transformer]) -> None:
+    text = b"ab"
+    for _ in range(CONTEXT - 2):
+        text += bytes([models["latent"](torch.tensor([list(text)]))[0, -1].argmax()])
+    assert complete(models["latent"], b"ab", replace(GREEDY, max_new_tokens=CONTEXT - 2)) == text[2:]
+
+
+def test_a_text_does_not_depend_on_neighbours_or_batch_size(models: dict[str, Transformer]) -> None:
+    sampling = replace(GREEDY, temperature=1.0, seed=9)
+    together = collect(models["latent"], PROMPTS, sampling)
+    assert collect(models["latent"], PROMPTS[:1], sampling) == together[:1]
+    others = [*PROMPTS[:3], b"something else", b"", *PROMPTS[5:]]
+    changed = collect(models["latent"], others, sampling)
+    assert [changed[i] == together[i] for i in range(len(PROMPTS))] == [True] * 3 + [False] * 2 + [True] * 2
+
+
+def test_rows_of_one_prompt_differ_and_seeds_repeat(models: dict[str, Transformer]) -> None:
+    sampling = replace(GREEDY, temperature=1.0)
+    texts = collect(models["latent"], [b"same"] * 4, sampling)
+    assert len(set(texts)) == 4
+    assert collect(models["latent"], [b"same"] * 4, sampling) == texts
+    assert complete(models["latent"], b"same", replace(sampling, seed=2**32)) not in texts
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 10_000])
+def test_long_prompts_are_read_in_chunks(
+    models: dict[str, Transformer], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "PREFILL_POSITIONS", chunk)
+    assert collect(models["latent"], PROMPTS[:3], GREEDY) == [by_hand(models["latent"], p, GREEDY) for p in PROMPTS[:3]]
+
+
+def test_the_cache_and_the_positions_of_a_call_are_bounded() -> None:
+    widths = []
+
+    class Watched(Script):
+        def __call__(self, tokens: torch.Tensor, cache: SimpleNamespace) -> torch.Tensor:
+            widths.append(tokens.numel())
+            return super().__call__(tokens, cache)
+
+    model = Watched({b"a": b"a" * 99_999})
+    batch = Batch(model, [b"a" * 9_000, b"a"], 5)
+    assert max(widths) <= generate.PREFILL_POSITIONS
+    assert batch.cache.layers[0][0].shape == (2, 9_005)
+    assert batch.cache.lengths == [9_000, 1]
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_the_window_fits_and_holds_more_than_half_a_context(length: int, context: int) -> None:
+    start, half = window_start(length, context), max(context // 2, 1)
+    assert start % half == 0
+    assert 1 <= length - start <= context
+    assert start == 0 or length - (start - half) > context  # an earlier start would not fit
+    assert (start == 0) == (length <= context)
+
+
+def test_continuing_in_two_calls_is_continuing_in_one(models: dict[str, Transformer]) -> None:
+    whole = complete(models["odd"], b"to be", GREEDY)
+    for cut in (1, 2, 3, 17):
+        assert complete(models["odd"], b"to be" + whole[:cut], replace(GREEDY, max_new_tokens=50 - cut)) == whole[cut:]
+
+
+def test_no_new_bytes_never_run_the_model() -> None:
+    assert collect(None, [b"a", b"b"], replace(GREEDY, max_new_tokens=0)) == [b"", b""]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(b"ab\0"), max_size=12).map(bytes), min_size=1, max_size=6),
+    st.lists(st.sampled_from(b"ab"), max_size=4).map(bytes),
+    st.integers(0, 14),
+)
+def test_each_row_ends_at_its_own_end_stop_or_limit(scripts: list[bytes], stop: bytes, limit: int) -> None:
+    prompts = [bytes([100 + i]) for i in range(len(scripts))]
+    texts = collect(
+        Script(dict(zip(prompts, scripts, strict=True))), prompts, Sampling(stop=stop, max_new_tokens=limit)
+    )
+    expected = [script.split(b"\0")[0][:limit] for script in scripts]
+    assert texts == [text.split(stop)[0] if stop else text for text in expected]
+
+
+@given(st.lists(st.lists(st.sampled_from(b"ab"), max_size=5).map(bytes)), st.lists(st.sampled_from(b"ab")).map(bytes))
+def test_hold_back_gives_all_that_is_certain_and_no_more(pieces: list[bytes], stop: bytes) -> None:
+    hold, given_out, taken = HoldBack(stop), b"", b""
+    for piece in pieces:
+        given_out, taken = given_out + hold.feed(piece), taken + piece
+        text, found, _ = taken.partition(stop) if stop else (taken, b"", b"")
+        assert hold.found == bool(found)
+        # what could still become the stop string is its longest prefix that the text ends with
+        open_ends = [n for n in range(len(stop)) if text.endswith(stop[:n])]
+        assert given_out == (text if found else text[: len(text) - max(open_ends, default=0)])
+    assert given_out + hold.flush() == (taken.split(stop)[0] if stop else taken)
+
+
+def test_a_stop_string_in_the_prompt_is_none() -> None:
+    assert complete(Script({b"a": b"ab--b"}), b"a", Sampling(stop=b"aa")) == b"ab--b"
+    assert complete(Script({b"a": b"ab--b"}), b"a", Sampling(stop=b"--")) == b"ab"
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+def brute_force(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """Probabilities of one row, from the definitions."""
+    probs = np.exp((logits - logits.max()) / temperature)
+    ranking = sorted(range(len(probs)), key=lambda i: (-probs[i], i))
+    kept = ranking[: top_k or None]
+    total = sum(probs[i] for i in kept)
+    nucleus, reached = [], 0.0
+    for i in kept:
+        nucleus.append(i)
+        reached += probs[i] / total
+        if reached >= top_p and top_p < 1:
+            break
+    result = np.zeros_like(probs)
+    result[nucleus] = probs[nucleus] / probs[nucleus].sum()
+    return result
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.1, 1.0, 3.0]),
+    st.sampled_from([0, 1, 2, 5, 100, 255, 256, 999]),
+    st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0]),
+)
+def test_the_distribution_is_that_of_the_definitions(seed: int, temperature: float, top_k: int, top_p: float) -> None:
+    logits = np.random.default_rng(seed).normal(size=(2, 256)) * 2
+    logits[1] = logits[1].round()  # ties
+    probs = distribution(torch.tensor(logits), Sampling(temperature, top_k, top_p))
+    expected = [brute_force(row, temperature, top_k, top_p) for row in logits]
+    np.testing.assert_allclose(probs.numpy(), expected, rtol=1e-9, atol=1e-15)
+    np.testing.assert_array_equal(probs.numpy() > 0, np.array(expected) > 0)
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_p() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    sizes = [
+        int((distribution(logits, Sampling(1.0, 0, p)) > 0).sum()) for p in (0.1, 0.49, 0.6, 0.74, 0.76, 0.88, 1.0)
+    ]
+    assert sizes == [1, 1, 2, 2, 3, 4, 4]
+    # top-k first: of 0.5 and 0.25, the first has two thirds
+    assert int((distribution(logits, Sampling(1.0, 2, 0.6)) > 0).sum()) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 2.0, "top_k": 6, "top_p": 0.9}])
+def test_draws_come_with_their_probabilities(settings: dict[str, float]) -> None:
+    sampling = Sampling(**{"temperature": 1.0, **settings})
+    n = 20_000
+    logits = torch.tensor(np.random.default_rng(5).normal(size=8)).float().expand(n, -1)
+    drawn = sample(logits, sampling, [torch.Generator().manual_seed(7)] * n)
+    counts = np.bincount(drawn, minlength=8)
+    probs = brute_force(logits[0].double().numpy(), sampling.temperature, sampling.top_k, sampling.top_p)
+    assert (counts[probs == 0] == 0).all()
+    expected = n * probs[probs > 0]
+    chi_square = ((counts[probs > 0] - expected) ** 2 / expected).sum()
+    assert chi_square < 30  # seven degrees of freedom at most: less than one in 10,000 seeds fails
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e300])
+def test_no_temperature_overflows(temperature: float) -> None:
+    logits = torch.tensor([[1e30, -1e30, 0.0, -math.inf]])
+    probs = distribution(logits, Sampling(temperature))
+    assert probs.sum() == pytest.approx(1)
+    assert probs[0, 3] == 0
+    assert probs[0, 0] == (1 if temperature < 1 else pytest.approx(1 / 3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(value: float, temperature: float) -> None:
+    with pytest.raises(generate.GenerationError, match="not a number"):
+        sample(torch.tensor([[0.0, 1.0], [value, 1.0]]), Sampling(temperature), [torch.Generator()] * 2)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def command(folder: Path, checkpoint: str, *arguments: str) -> list[str]:
+    return ["--ckpt-path", str(folder / checkpoint), "--device", "cpu", "--dtype", "fp32", *arguments]
+
+
+def test_a_pipe_gets_the_bytes_as_they_are(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert generate.main(command(folder, "parrot", "--prompt", "a\udcffS", "--temperature", "0")) == 0
+    out, err = capfdbinary.readouterr()
+    assert out == b"a\xff" + HOSTILE
+    assert err.count(b"\n") == 1
+    assert err.startswith(b"%d bytes in " % (len(HOSTILE) - 1))
+
+
+def test_a_terminal_shows_what_a_pipe_gets(folder: Path) -> None:
+    with terminal(folder, "parrot", "--prompt", "\x1b]0;title\x07S", "--temperature", "0") as child:
+        assert child.everything() == rf"\x1b]0;title\x07{SHOWN}" + "\r\n"
+    assert child.returncode == 0
+
+
+def test_the_prompt_alone_is_written_too(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert generate.main(command(folder, "tiny", "--prompt", "caf\udcc3", "--max-new-tokens", "0")) == 0
+    assert capfdbinary.readouterr().out == b"caf\xc3"
+
+
+def test_a_file_of_prompts_gives_each_result_in_order_and_a_zero(
+    folder: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    file = tmp_path / "prompts"
+    prompts = [b"one", b"", b"\xffthree\r", b"four", b"five", b"", b"a prompt longer than the context"]
+    file.write_bytes(b"one\n\n\xffthree\r\r\nfour\nfive\n\na prompt longer than the context")
+    assert generate.main(command(folder, "tiny", "--input-file", str(file), "--seed", "4")) == 0
+    out, err = capfdbinary.readouterr()
+    texts = collect(tiny(), prompts, Sampling(seed=4))
+    assert out == b"".join(prompt + text + b"\0" for prompt, text in zip(prompts, texts, strict=True))
+    warning, speed = err.decode().splitlines()
+    assert warning == (
+        "generate.py: warning: prompt 7 is longer than the context of 16 bytes: "
+        "the model sees only the last 16 of its 32 bytes"
+    )
+    assert speed.startswith(f"{sum(map(len, texts)):,} bytes in ")
+    assert speed.endswith(", seed 4")
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"\n", [b""]),
+        (b"a", [b"a"]),
+        (b"a\n", [b"a"]),
+        (b"a\r\n", [b"a"]),
+        (b"\na\n\n", [b"", b"a", b""]),
+        ("a\u2028b\x85c\x0b\r d".encode(), ["a\u2028b\x85c\x0b\r d".encode()]),
+    ],
+)
+def test_only_newlines_separate_prompts(tmp_path: Path, content: bytes, prompts: list[bytes]) -> None:
+    (tmp_path / "file").write_bytes(content)
+    assert generate.read_prompts(str(tmp_path / "file")) == prompts
+
+
+def test_a_row_is_written_as_it_comes_and_later_ones_wait() -> None:
+    model = Script({b"a": b"123", b"b": b"x", b"c": b"yz45"})
+    events = []
+    writer = SimpleNamespace(write=lambda data: events.append(data), end=lambda: events.append(None))
+    generate.write_results(model, [b"a", b"b", b"c"], GREEDY, writer, generate.Meter())
+    assert [e for e in events if e != b""] == [b"a", b"1", b"2", b"3", None, b"bx", None, b"cyz4", b"5", None]
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_nothing_shown_is_obeyed(text: str) -> None:
+    shown = visible(text)
+    assert not any(
+        ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u202e\u2066\u200f\ufeff" for c in shown if c not in "\n\t"
+    )
+    assert [c for c in text if c in "\n\tä€"] == [c for c in shown if c in "\n\tä€"]
+
+
+@given(st.binary(), st.lists(st.integers(0, 20)))
+def test_the_terminal_shows_the_same_however_the_bytes_arrive(data: bytes, cuts: list[int]) -> None:
+    stream = io.StringIO()
+    writer = generate.TerminalWriter(stream, "")
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    for start, end in zip(edges, edges[1:], strict=False):
+        writer.write(data[start:end])
+    writer.end()
+    shown = visible(data.decode("utf-8", "replace"))
+    assert stream.getvalue() == (shown if shown.endswith("\n") or not shown else shown + "\n")
+
+
+def test_a_terminal_that_knows_few_characters_gets_escapes() -> None:
+    raw = io.BytesIO()
+    writer = generate.TerminalWriter(io.TextIOWrapper(raw, encoding="ascii"), "---\n")
+    writer.write("é".encode())
+    writer.end()
+    assert raw.getvalue() == b"\\xe9\n---\n"
+
+
+def test_attention_is_absorbed_where_it_can_be(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    seen, outputs = [], []
+    for checkpoint, flags in [("tiny", []), ("plain", []), ("tiny", ["--attn-impl", "naive"])]:
+        assert generate.main(command(folder, checkpoint, "--prompt", "x", "--temperature", "0", *flags)) == 0
+        seen.append(model_module.attn_impl)
+        outputs.append(capfdbinary.readouterr().out)
+    assert seen == ["absorb", "naive", "naive"]
+    assert outputs[0] == outputs[2] != outputs[1]
+
+
+def test_without_a_seed_texts_differ_and_the_seed_told_repeats_one(
+    folder: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    def run(*flags: str) -> tuple[bytes, str]:
+        assert generate.main(command(folder, "tiny", "--prompt", "x", "--temperature", "1", *flags)) == 0
+        out, err = capfdbinary.readouterr()
+        return out, err.decode().rpartition("seed ")[2].strip()
+
+    (one, seed), (other, _) = run(), run()
+    assert one != other
+    assert run("--seed", seed) == (one, seed)
+
+
+BAD = {
+    "no source": ([], "--prompt"),
+    "two sources": (["--prompt", "a", "--interactive"], "not allowed with"),
+    "unknown flag": (["--prompt", "a", "--foo"], "--foo"),
+    "no number": (["--prompt", "a", "--top-k", "many"], "--top-k"),
+    "negative length": (["--prompt", "a", "--max-new-tokens", "-1"], "max-new-tokens must be 0 or more, got -1"),
+    "negative top-k": (["--prompt", "a", "--top-k", "-1"], "top-k must be 0 or more"),
+    "negative seed": (["--prompt", "a", "--seed", "-5"], "seed must be 0 or more"),
+    "top-p 0": (["--prompt", "a", "--top-p", "0"], "top-p must be greater than 0"),
+    "top-p too large": (["--prompt", "a", "--top-p", "1.01"], "top-p must be"),
+    "top-p nan": (["--prompt", "a", "--top-p", "nan"], "top-p must be"),
+    "negative temperature": (["--prompt", "a", "--temperature", "-0.1"], "temperature must be 0"),
+    "temperature nan": (["--prompt", "a", "--temperature", "nan"], "temperature must be 0"),
+    "temperature inf": (["--prompt", "a", "--temperature", "inf"], "temperature must be 0"),
+    "empty stop": (["--prompt", "a", "--stop", ""], "--stop must not be empty"),
+    "unknown attention": (["--prompt", "a", "--attn-impl", "flash"], "--attn-impl"),
+    "missing file": (["--input-file", "no/such\nfile\x1b"], r"no/such file\x1b: No such file"),
+    "folder as file": (["--input-file", "."], "Is a directory"),
+    "impossible file name": (["--input-file", "a\0b"], "null"),
+    "empty file": (["--input-file", os.devnull], "is empty; write one prompt a line"),
+    "missing checkpoint": (["--ckpt-path", "no/such/folder", "--prompt", "a"], "no/such/folder"),
+    "empty folder": (["--ckpt-path", "{}/empty", "--prompt", "a"], "empty"),
+    "file as checkpoint": (["--ckpt-path", "{}/tiny/config.json", "--prompt", "a"], "config.json"),
+    "cut checkpoint": (["--ckpt-path", "{}/cut", "--prompt", "a"], "cut"),
+    "foreign vocabulary": (["--ckpt-path", "{}/foreign", "--prompt", "a"], "vocab_size is 300"),
+    "nothing to absorb": (["--ckpt-path", "{}/plain", "--prompt", "a", "--attn-impl", "absorb"], "use naive"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_mistakes_get_one_line_and_nothing_on_stdout(
+    folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    flags = [flag.replace("{}", str(folder)) for flag in arguments]
+    assert generate.main(command(folder, "tiny", *flags)) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("generate.py: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_device_that_is_not_there_is_a_mistake(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    absent = next(d for d, there in [("cuda", torch.cuda.is_available()), ("mps", False)] if not there)
+    if absent == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has every device")
+    assert generate.main(["--ckpt-path", str(folder / "tiny"), "--prompt", "a", "--device", absent]) == 2
+    assert absent in capfd.readouterr().err
+
+
+def test_a_damaged_model_is_reported(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(command(folder, "damaged", "--prompt", "a")) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("generate.py: error: the model's output is not a number")
+    assert err.count("\n") == 1
+
+
+def test_help_explains_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "followed by byte 0" in out
+    assert r"such as \x1b," in out
+
+
+def test_a_config_that_is_no_model_is_a_mistake(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((folder / "tiny" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layers": 0}))
+    assert generate.main(["--ckpt-path", str(tmp_path), "--prompt", "a"]) == 2
+    assert "n_layers" in capfd.readouterr().err
+
+
+# --- a conversation -----------------------------------------------------------------------------------------------
+
+
+def converse(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[bytes], lines: bytes, *flags: str
+) -> tuple[list[bytes], bytes]:
+    """Runs --interactive on piped lines: the replies, and stderr."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert generate.main(command(folder, "tiny", "--interactive", "--max-new-tokens", "20", *flags)) == 0
+    out, err = capfd.readouterr()
+    assert out == b"" or out.endswith(b"\0")
+    return out.split(b"\0")[:-1], err
+
+
+def test_a_conversation_goes_on_until_it_is_cleared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    lines = b"one\n\xfftwo\r\n\n/clear\none\n/exit\nnever\n"
+    replies, err = converse(folder, monkeypatch, capfdbinary, lines, "--temperature", "0")
+    sampling, text, expected = replace(GREEDY, max_new_tokens=20), b"", []
+    for line in [b"one", b"\xfftwo", b""]:
+        expected.append(complete(tiny(), text + line, sampling))
+        text += line + expected[-1]
+    assert replies == [*expected, expected[0]]
+    assert err.count(b"warning") == 1  # the text outgrows the context once
+
+
+def test_each_line_is_answered_with_its_own_chance(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    lines = b"one\n/clear\none"
+    replies, _ = converse(folder, monkeypatch, capfdbinary, lines, "--seed", "1", "--temperature", "1")
+    assert len(set(replies)) == 2
+    assert converse(folder, monkeypatch, capfdbinary, lines, "--seed", "1", "--temperature", "1")[0] == replies
+
+
+def test_no_lines_no_replies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert converse(folder, monkeypatch, capfdbinary, b"")[0] == []
+
+
+def test_ctrl_c_stops_a_reply_on_a_terminal_and_everything_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(model: object, prompts: list[bytes], sampling: Sampling) -> Iterator[tuple[int, bytes]]:
+        asked.append(prompts[0])
+        yield 0, b"x"
+        raise KeyboardInterrupt
+
+    asked = []
+    monkeypatch.setattr(generate, "generate", interrupted)
+    model = SimpleNamespace(args=SimpleNamespace(max_seq_len=99))
+    stream = io.StringIO()
+    lines = iter([b"a", b"b", None])
+    generate.interact(model, GREEDY, generate.TerminalWriter(stream, ""), generate.Meter(), lambda: next(lines))
+    assert asked == [b"a", b"axb"]  # what was shown stays in the text
+    assert stream.getvalue() == "x\nx\n"
+    with pytest.raises(KeyboardInterrupt):
+        generate.interact(model, GREEDY, generate.PipeWriter(io.BytesIO(), b"\0"), generate.Meter(), lambda: b"a")
+
+
+# --- real processes -----------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A process that has a terminal for its standard input and output."""
+
+    def __init__(self, arguments: list[str]):
+        self.master, slave = pty.openpty()
+        environment = os.environ | {"TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
+        self.process = subprocess.Popen(
+            [sys.executable, "generate.py", *arguments],
+            cwd=FOLDER,
+            env=environment,
+            stdin=slave,
+            stdout=slave,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: take_terminal(0),
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.seen = b""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def read(self, wait: float = 60) -> bytes:
+        """Returns what comes next; empty at the end."""
+        if not select.select([self.master], [], [], wait)[0]:
+            raise TimeoutError(f"nothing came; so far: {self.seen!r}")
+        with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an error
+            data = os.read(self.master, 65536)
+            self.seen += data
+            return data
+        return b""
+
+    def until(self, condition: Callable[[bytes], bool]) -> None:
+        while not condition(self.seen):
+            assert self.read(), self.seen
+
+    def everything(self) -> str:
+        while self.read():
+            pass
+        return self.seen.decode()
+
+    @property
+    def returncode(self) -> int:
+        return self.process.wait(60)
+
+
+def take_terminal(descriptor: int) -> None:
+    """Makes a terminal the one whose keyboard signals reach this process."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+
+
+@contextlib.contextmanager
+def terminal(folder: Path, checkpoint: str, *arguments: str) -> Iterator[Terminal]:
+    child = Terminal(command(folder, checkpoint, *arguments))
+    try:
+        yield child
+    finally:
+        if child.process.poll() is None and sys.exc_info()[0] is not None:
+            child.process.kill()
+        child.process.communicate()
+        os.close(child.master)
+
+
+def test_a_conversation_on_a_terminal(folder: Path) -> None:
+    with terminal(folder, "parrot", "--interactive", "--temperature", "0", "--max-new-tokens", "100000000") as child:
+        child.until(lambda seen: seen.endswith(b"> "))
+        child.type("S\n")
+        child.until(lambda seen: seen.endswith(b"!\r\n> "))
+        assert child.seen.decode() == f"> S\r\n{SHOWN[1:]}\r\n> "
+        child.type("/clear\n")
+        child.until(lambda seen: seen.endswith(b"/clear\r\n> "))
+        child.type("\x10\x10\n")  # the history: two lines up
+        child.until(lambda seen: seen.count(b"\r\n") == 4 and seen.endswith(b"> "))
+        child.type("\x04")
+        child.everything()
+    assert child.returncode == 0
+    assert child.seen.count(SHOWN[1:].encode()) == 2
+    assert b"\x1b" not in child.seen
