@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fp8_ops import pick_device, pick_dtype  # noqa: F401
 from model import ConfigError, Experts, ModelArgs, Transformer
 
 CONFIG_FILE = "config.json"

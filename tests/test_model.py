@@ -749,6 +749,7 @@ def test_loss_is_the_sum_of_its_parts(score_func: str) -> None:
     torch.testing.assert_close(losses.total.detach(), parts)
     expected = F.cross_entropy(net(full[:, :-1]).flatten(0, 1), full[:, 1:].flatten())
     torch.testing.assert_close(losses.next_byte, expected.detach())
+    assert torch.equal(net.next_byte_loss(full[:, :-1], full[:, 1:]), losses.next_byte)
     assert not any(part.requires_grad for part in losses[1:])
 
     net.eval()
