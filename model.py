@@ -163,7 +163,7 @@ class ModelArgs:
     def _check_types(self) -> None:
         for field in fields(self):
             value, wanted = getattr(self, field.name), field.type
-            if wanted is float and type(value) is int:
+            if wanted is float and type(value) is int and abs(value) < 1 << 63:
                 setattr(self, field.name, value := float(value))
             # bool is a subclass of int, and `true` is no number of layers
             if not isinstance(value, wanted) or (isinstance(value, bool) and wanted in (int, float)):
@@ -177,7 +177,7 @@ class ModelArgs:
 
     def _check_ranges(self) -> None:
         sizes = ["max_batch_size", "max_seq_len", "vocab_size", "dim", "n_layers", "moe_layer_freq", "n_heads"]
-        yarn = ["original_seq_len", "rope_factor", "beta_fast", "beta_slow"]
+        yarn = ["original_seq_len", "beta_fast", "beta_slow"]
         counts = ["inter_dim", "n_dense_layers", "n_routed_experts", "n_shared_experts", "n_mtp_layers"]
         ranks = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"]
         weights = ["mscale", "bias_update_speed", "aux_loss_alpha", "mtp_loss_weight"]
@@ -187,6 +187,10 @@ class ModelArgs:
         for name in [*counts, *ranks, *weights]:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.rope_factor < 1:
+            raise ConfigError(f"rope_factor must be 1 or more, since YaRN stretches, got {self.rope_factor}")
+        if self.beta_fast < self.beta_slow:
+            raise ConfigError(f"beta_fast must be at least beta_slow ({self.beta_slow}), got {self.beta_fast}")
         if self.rope_theta <= 1:
             raise ConfigError(f"rope_theta must be greater than 1, got {self.rope_theta}")
         if self.qk_rope_head_dim % 2:
@@ -820,7 +824,12 @@ class Transformer(nn.Module):
 
         Returns:
             The loss and its parts, each a mean over all positions that have a target.
+
+        Raises:
+            ValueError: The windows are too short for the MTP modules to have a target.
         """
+        if targets.shape[1] <= len(self.mtp):
+            raise ValueError(f"{len(self.mtp)} MTP modules need windows longer than that, got {targets.shape[1]}")
         h, routings = self.hidden(tokens)
         next_byte = self._cross_entropy(h, targets)
         mtp = []

@@ -489,8 +489,8 @@ def load_summary(load: torch.Tensor) -> dict[str, Any]:
 def run(trainer: Trainer, metrics: Metrics) -> float | None:
     """Trains until the clock says so or a signal comes; returns the last validation loss, None after a signal."""
     args, clock = trainer.args, trainer.clock
-    clock.closing_s = 5.0 if clock.seconds is None else min(5.0, 0.1 * clock.seconds)
     next_eval, load, logged_at = _next_evaluation(trainer), 0, (trainer.step, time.monotonic())
+    fastest = math.inf
     with progress_bar(trainer) as bar:
         while trainer.stop_signal is None:
             began = time.monotonic()
@@ -501,9 +501,12 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
             step_metrics = trainer.train_step(progress)
             load = load + step_metrics.pop("load")
             clock.step_s = max(0.9 * clock.step_s, time.monotonic() - began) if clock.step_s else 1e-9
-            if trainer.eval_s is None:  # forward alone is about a third of a step
-                share = len(trainer.val_data) / trainer.step_bytes / 3
-                clock.closing_s = 2 * share * (time.monotonic() - began) + 1.0
+            if trainer.eval_s is None and clock.seconds is not None:
+                # Until one was measured: forward alone is about a third of a step. The first steps, which warm up,
+                # and a busy machine mislead; hence the fastest step, and a bound.
+                fastest = min(fastest, time.monotonic() - began)
+                expected = len(trainer.val_data) / trainer.step_bytes / 3 * fastest
+                clock.closing_s = min(2 * expected + 1, 0.25 * clock.seconds)
             if trainer.step % args.log_interval == 0:
                 steps, seconds = trainer.step - logged_at[0], time.monotonic() - logged_at[1]
                 speed = steps * trainer.step_bytes / seconds
