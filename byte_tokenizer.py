@@ -15,6 +15,7 @@ Two things are left to do with care:
 import codecs
 import operator
 import re
+import unicodedata
 from collections.abc import Iterable
 
 VOCAB_SIZE = 256
@@ -111,3 +112,15 @@ def _to_bytes(ids: Iterable[int] | bytes) -> bytes:
     except ValueError:
         wrong = next(value for value in values if not 0 <= value < VOCAB_SIZE)
         raise ValueError(f"token id {wrong} is outside 0..{VOCAB_SIZE - 1}") from None
+
+
+def visible(text: str) -> str:
+    r"""Replaces what a terminal would obey by what can be read: ESC becomes `\x1b`.
+
+    These are the control characters but newline and tab, and the invisible format characters, with which text can be
+    made to run backwards (Unicode categories Cc and Cf).
+    """
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )

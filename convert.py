@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from safetensors.torch import save_file
 from model import ConfigError, Experts, ModelArgs, Transformer
 
 CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model0-mp1.safetensors"
 STATE_FILE = "state.json"
+STATE_TENSORS_FILE = "state0-mp1.safetensors"
 POINTER_FILE = "checkpoints.json"
 
 
@@ -117,23 +119,21 @@ def save_run(
     """
     path = run / f"step-{state['step']:08d}"
     pointer = _read_json(run / POINTER_FILE, CheckpointError) if has_run(run) else {}
-    if path.name not in pointer.values():
+    if path.name in pointer.values():  # saved before it was evaluated: the tensors are these
+        with _reported(path):
+            _replace_json(path / STATE_FILE, state)
+    else:
         shutil.rmtree(path, ignore_errors=True)  # complete, but never pointed to: the leftover of a crash
         with _new_folder(path) as folder:
             _write_weights(model, folder)
-            # safetensors refuses tensors without elements of their own, such as views; the state has none
-            save_file(tensors, folder / _state_tensors(), metadata={"format": "pt"})
+            save_file(tensors, folder / STATE_TENSORS_FILE, metadata={"format": "pt"})
             _write_json(folder / STATE_FILE, state)
     pointer["last"] = path.name
     if is_best or "best" not in pointer:
         pointer["best"] = path.name
     with _reported(run):
-        temporary = run / f".{POINTER_FILE}.tmp"
-        _write_json(temporary, pointer)
-        _fsync(temporary)
-        temporary.replace(run / POINTER_FILE)
-        _fsync(run)
-    for old in run.glob("step-*"):
+        _replace_json(run / POINTER_FILE, pointer)
+    for old in [*run.glob("step-*"), *run.glob(".step-*.tmp")]:
         if old.name not in pointer.values():
             shutil.rmtree(old, ignore_errors=True)
     return path
@@ -155,7 +155,7 @@ def load_run(run: Path, model: Transformer) -> tuple[dict[str, torch.Tensor], di
                 "resume with the config it began with, or choose another --save-path"
             )
     _read_weights(model, folder)
-    with _opened(folder / _state_tensors()) as file:
+    with _opened(folder / STATE_TENSORS_FILE) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     return tensors, _read_json(folder / STATE_FILE, CheckpointError)
 
@@ -166,20 +166,13 @@ def _resolve(path: Path, which: str) -> Path:
         return path
     if has_run(path):
         name = _read_json(path / POINTER_FILE, CheckpointError).get(which)
-        if isinstance(name, str) and (path / name / CONFIG_FILE).is_file() and Path(name).name == name:
-            return path / name
+        for folder in path.iterdir():  # a name that leads elsewhere is not among these
+            if folder.name == name and (folder / CONFIG_FILE).is_file():
+                return folder
         raise CheckpointError(f"{path / POINTER_FILE} names {name!r}, which is no checkpoint beside it")
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder; train.py --save-path {path} makes one")
     raise CheckpointError(f"{path} holds no checkpoint: neither {CONFIG_FILE} nor {POINTER_FILE} is in it")
-
-
-def _weights() -> str:
-    return "model0-mp1.safetensors"
-
-
-def _state_tensors() -> str:
-    return "state0-mp1.safetensors"
 
 
 def _native_tensors(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
@@ -199,11 +192,11 @@ def _write_weights(model: Transformer, folder: Path) -> None:
     _write_json(folder / CONFIG_FILE, args)
     # safetensors takes no views into shared memory, hence the copies of single experts
     tensors = {name: t.clone() if t._is_view() else t for name, t in _native_tensors(model)}
-    save_file(tensors, folder / _weights(), metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def _read_weights(model: Transformer, folder: Path) -> None:
-    path = folder / _weights()
+    path = folder / WEIGHTS_FILE
     wanted = dict(_native_tensors(model))
     with _opened(path) as file, torch.no_grad():
         names = set(file.keys())
@@ -262,8 +255,8 @@ def _new_folder(path: Path) -> Iterator[Path]:
 
 
 def _fsync(path: Path) -> None:
-    """Forces a file or a folder's entries to disk, where the system lets folders be opened."""
-    with suppress(PermissionError):
+    """Forces a file or a folder's entries to disk; Windows lets neither be opened for that."""
+    if os.name != "nt":
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -273,6 +266,15 @@ def _fsync(path: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    _write_json(temporary, value)
+    _fsync(temporary)
+    temporary.replace(path)
+    _fsync(path.parent)
 
 
 def _read_json(path: Path, error_type: type[ValueError]) -> dict[str, Any]:

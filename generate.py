@@ -34,7 +34,6 @@ import os
 import secrets
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from typing import BinaryIO, NoReturn, TextIO
 import torch
 
 import model as model_module
-from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode
+from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
 from convert import load_model
 from fp8_ops import pick_device, pick_dtype
 from model import Cache, ModelArgs, Transformer
@@ -351,18 +350,6 @@ def _generate_batch(
 def complete(model: Transformer, prompt: bytes, sampling: Sampling) -> bytes:
     """Returns what follows one prompt: all pieces of `generate`, without the prompt."""
     return b"".join(piece for _, piece in generate(model, [prompt], sampling))
-
-
-def visible(text: str) -> str:
-    r"""Replaces what a terminal would obey by what can be read: ESC becomes `\x1b`.
-
-    These are the control characters but newline and tab, and the invisible format characters, with which text can be
-    made to run backwards (Unicode categories Cc and Cf).
-    """
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
 
 
 class PipeWriter:

@@ -4,7 +4,7 @@
 
 Three rules make a run repeatable and safe to stop at any moment:
 
-- What a step does depends on the step's number and the seed alone. Which windows it sees is computed from a position
+- With --steps, what a step does depends on its number and the seed alone. Which windows it sees follows from a position
   (`WindowSampler`), not drawn from a generator that somebody might have advanced.
 - A checkpoint holds all that the next step reads: weights, optimizer, routing biases, position. A run that was killed
   and resumed repeats the steps since, and on a CPU gives the same losses bit for bit.
@@ -20,11 +20,13 @@ _STARTED = time.monotonic()  # before torch is imported: --minutes counts that a
 
 import argparse
 import ctypes
+import io
 import json
 import math
 import signal
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +36,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder
+from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, visible
 from convert import CheckpointError, has_run, load_run, read_config, save_run
 from data.prepare import DataError, open_bytes, resolve
 from fp8_ops import DeviceError, pick_device, pick_dtype
-from model import ConfigError, Transformer
+from model import ConfigError, ModelArgs, Transformer
 
 METRICS_FILE = "metrics.jsonl"
 VAL_FRACTION = 0.1
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration, and how many of them
+NS_STEPS = 5
 
 
 class WindowSampler:
@@ -134,9 +138,6 @@ class Muon(torch.optim.Optimizer):
         dtype: What to orthogonalise in; bfloat16 is precise enough.
     """
 
-    NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-    NS_STEPS = 5
-
     def __init__(
         self,
         params: Any,
@@ -157,7 +158,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape[-2:], []).append(p)
             for shape, params in by_shape.items():
-                updates = orthogonalize(torch.cat([self._momentum(p, group) for p in params]), self)
+                updates = orthogonalize(torch.cat([self._momentum(p, group) for p in params]))
                 lr = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for p, update in zip(params, updates.split([p[..., 0, 0].numel() for p in params]), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -172,21 +173,20 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(buffer, group["momentum"]).view(-1, *p.shape[-2:]).to(self.dtype)
 
 
-def orthogonalize(x: torch.Tensor, muon: type[Muon] | Muon = Muon) -> torch.Tensor:
+def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     """Pushes the singular values of matrices towards 1 by Newton-Schulz iterations.
 
     Args:
         x: Matrices (n, rows, columns).
-        muon: Whose coefficients and number of steps to take.
 
     Returns:
         Matrices of the same shape and dtype.
     """
-    a, b, c = muon.NS_COEFFICIENTS
+    a, b, c = NS_COEFFICIENTS
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(muon.NS_STEPS):
+    for _ in range(NS_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -238,8 +238,7 @@ def load_optimizer_tensors(
         if parameter not in parameters:
             raise CheckpointError(f"optimizer state {name} belongs to no parameter of this model; start a new run")
         p = parameters[parameter]
-        # AdamW keeps its step count, a scalar, where it was made
-        owner[p].state[p][key] = tensor.to(p.device) if tensor.ndim else tensor
+        owner[p].state[p][key] = tensor.to(p.device)
 
 
 def schedule(progress: float, kind: str, warmup: float, decay: float) -> float:
@@ -273,6 +272,7 @@ class Clock:
         self.steps = steps
         self.seconds = None if minutes is None else 60 * minutes
         self.earlier_s = 0.0  # what runs before this one took
+        self.startup_s = 0.0  # what it took to the first step of all, which the schedule leaves out
         self.step_s = 0.0  # what a step takes, about
         self.closing_s = 0.0  # what the last evaluation and save will take, about
 
@@ -281,29 +281,52 @@ class Clock:
         return self.earlier_s + time.monotonic() - _STARTED
 
     def progress(self, step: int) -> float:
-        """How much is done before `step` begins, 0 to 1; 1 means that there is no time for it."""
+        """How much is done in the middle of `step`, 0 to 1; 1 means that it is not to be taken."""
         if self.steps is not None:
-            return min(1.0, step / self.steps)
+            return (step + 0.5) / self.steps if step < self.steps else 1.0
         left = self.seconds - self.closing_s - 1.0 - self.elapsed_s()  # a second to leave the process in
         if left < 1.5 * self.step_s:
             return 1.0
-        return min(1.0, self.elapsed_s() / (self.elapsed_s() + left))
+        trained = self.elapsed_s() - self.startup_s + self.step_s / 2
+        return trained / (trained + left)
 
 
 @torch.inference_mode()
-def evaluate(model: Transformer, data: np.ndarray, batch_size: int, device: str) -> float:
+def evaluate(
+    model: Transformer,
+    data: np.ndarray,
+    batch_size: int,
+    device: str,
+    max_windows: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Measures the loss over a whole split, in non-overlapping windows of the model's context.
 
+    Args:
+        model: The model.
+        data: The split, uint8.
+        batch_size: Windows at a time.
+        device: Where the model is.
+        max_windows: If the split has more windows than these, that many are taken, evenly spread over it.
+        stop: Asked before each batch; True ends the evaluation.
+
     Returns:
-        Nats per byte; every byte but the first is predicted once.
+        Nats per byte; every byte but the first is predicted once. None after `stop`.
     """
-    seq_len, n_targets, total = model.args.max_seq_len, len(data) - 1, 0.0
+    seq_len = model.args.max_seq_len
+    rest = (len(data) - 1) % seq_len
+    starts = np.arange((len(data) - 1) // seq_len) * seq_len
+    if max_windows is not None and len(starts) > max_windows:
+        starts, rest = starts[np.linspace(0, len(starts) - 1, max_windows).astype(np.int64)], 0
+    batches = [(starts[i : i + batch_size], seq_len) for i in range(0, len(starts), batch_size)]
+    batches += [(np.array([len(data) - 1 - rest]), rest)] if rest else []
+    total, n_targets = 0.0, 0
     model.eval()
-    full = np.arange(n_targets // seq_len) * seq_len
-    for starts in np.split(full, range(batch_size, len(full), batch_size)) if len(full) else []:
-        total += model.next_byte_loss(*windows(data, starts, seq_len, device)).item() * len(starts) * seq_len
-    if rest := n_targets % seq_len:
-        total += model.next_byte_loss(*windows(data, np.array([n_targets - rest]), rest, device)).item() * rest
+    for firsts, length in batches:
+        if stop():
+            return None
+        total += model.next_byte_loss(*windows(data, firsts, length, device)).item() * len(firsts) * length
+        n_targets += len(firsts) * length
     model.train()
     return total / n_targets
 
@@ -331,21 +354,31 @@ class Metrics:
     Args:
         path: The file, or None to keep nothing.
         step: Step to go on from: later lines, of steps that will be repeated, are dropped.
+        evaluated: Whether that step was evaluated; if not, its evaluation will be repeated as well.
     """
 
-    def __init__(self, path: Path | None, step: int):
+    def __init__(self, path: Path | None, step: int, evaluated: bool = True):
         self.path = path
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            values = json.loads(line) if line.endswith("}") else {}  # a crash may have cut the last line
+            if values and (values["step"] < step or values["step"] == step and (evaluated or "val_loss" not in values)):
+                kept.append(line + "\n")
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
 
     def write(self, **values: Any) -> None:
         """Appends a line; floats are kept to 6 significant digits."""
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps({k: _rounded(v) for k, v in values.items()}) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({k: _rounded(v) for k, v in values.items()}) + "\n")
+            except OSError as error:
+                raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from None
 
 
 def _rounded(value: Any) -> Any:
@@ -372,7 +405,10 @@ class Trainer:
     device: str
     step: int = 0
     best_val: float = math.inf
+    val_step: int | None = None  # the step last evaluated, and its loss
+    val_loss: float | None = None
     eval_s: float | None = None  # what the last evaluation took
+    eval_windows: int | None = None  # how many windows an evaluation takes; None: all
     stop_signal: int | None = None
 
     def __post_init__(self) -> None:
@@ -385,14 +421,18 @@ class Trainer:
             "step": self.step,
             "windows": self.step * self.args.batch_size * self.args.accumulation,
             "elapsed_s": self.clock.elapsed_s(),
+            "startup_s": self.clock.startup_s,
             "best_val": None if math.isinf(self.best_val) else self.best_val,
-            "settings": resume_settings(self.args, len(self.train_data)),
+            "val_step": self.val_step,
+            "val_loss": self.val_loss,
+            "eval_windows": self.eval_windows,
+            "settings": resume_settings(self.args, self.train_data),
         }
 
     def resume(self, run: Path) -> None:
         """Goes on from the last checkpoint of `run`."""
         tensors, state = load_run(run, self.model)
-        now = resume_settings(self.args, len(self.train_data))
+        now = resume_settings(self.args, self.train_data)
         for key, value in state["settings"].items():
             if now.get(key) != value:
                 raise CheckpointError(
@@ -400,7 +440,9 @@ class Trainer:
                     "resume with what it began with, or choose another --save-path"
                 )
         load_optimizer_tensors(self.model, self.optimizers, tensors)
-        self.step, self.clock.earlier_s = state["step"], state["elapsed_s"]
+        self.step, self.val_step, self.val_loss = state["step"], state["val_step"], state["val_loss"]
+        self.eval_windows = state["eval_windows"]
+        self.clock.earlier_s, self.clock.startup_s = state["elapsed_s"], state["startup_s"]
         self.best_val = math.inf if state["best_val"] is None else state["best_val"]
 
     def train_step(self, progress: float) -> dict[str, Any]:
@@ -433,25 +475,55 @@ class Trainer:
         metrics = {"train_loss": next_byte, "lr": args.lr * lr_factor, "grad_norm": norm, "balance_loss": balance}
         return metrics | ({"mtp_loss": mtp} if len(model.mtp) else {}) | {"load": load}
 
-    def evaluate_and_save(self, metrics: Metrics) -> float:
-        """Evaluates, prints the figures and a sample, and saves; returns the loss in nats per byte."""
+    def evaluate_and_save(self, metrics: Metrics) -> float | None:
+        """Evaluates, prints the figures and a sample, and saves.
+
+        Returns:
+            The loss in nats per byte; None if a signal came first, and then nothing was saved.
+
+        Raises:
+            NotFinite: The loss is. It was the last step's doing, so nothing is saved.
+        """
+        if self.val_step == self.step:  # resumed after its last step
+            return self.val_loss
         began = time.monotonic()
-        val_loss = evaluate(self.model, self.val_data, 4 * self.args.batch_size, self.device)
+        stop = lambda: self.stop_signal is not None  # noqa: E731
+        batch_size = 4 * self.args.batch_size
+        val_loss = evaluate(self.model, self.val_data, batch_size, self.device, self.eval_windows, stop)
+        if val_loss is None:
+            return None
+        if not math.isfinite(val_loss):
+            raise NotFinite(f"step {self.step}: the validation loss is {val_loss}")
         self.eval_s = time.monotonic() - began
+        bpb = val_loss / math.log(2)
         metrics.write(
             step=self.step,
             elapsed_s=self.clock.elapsed_s(),
             bytes=self.step * self.step_bytes,
             val_loss=val_loss,
-            val_bpb=val_loss / math.log(2),
+            val_bpb=bpb,
+            **({"val_windows": self.eval_windows} if self.eval_windows else {}),
         )
+        self.val_step, self.val_loss = self.step, val_loss
         is_best, self.best_val = val_loss < self.best_val, min(val_loss, self.best_val)
-        tqdm.write(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {val_loss / math.log(2):.4f} bits/byte")
-        if self.args.sample_bytes:
-            tqdm.write(printable(sample_text(self.model, self.args.sample_bytes, self.device)))
         self.save(is_best)
+        tqdm.write(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte")
+        if self.args.sample_bytes:
+            tqdm.write(visible(sample_text(self.model, self.args.sample_bytes, self.device)))
         self.clock.closing_s = 1.2 * (time.monotonic() - began)
         return val_loss
+
+    def plan_evaluation(self, step_s: float) -> None:
+        """Estimates, until an evaluation was measured, what one takes from what a step takes: forward is a third.
+
+        A tenth of the run's time is the most that the last evaluation may take: of a split that needs more, only so
+        many windows are taken, and a line says so.
+        """
+        expected = len(self.val_data) / self.step_bytes / 3 * step_s
+        bound = 0.1 * self.clock.seconds
+        n_windows = len(self.val_data) // self.model.args.max_seq_len
+        self.eval_windows = None if expected <= bound else max(1, int(n_windows * bound / expected))
+        self.clock.closing_s = min(2 * min(expected, bound) + 1, 0.25 * self.clock.seconds)
 
     def save(self, is_best: bool) -> None:
         """Writes a checkpoint, if the run has a folder."""
@@ -466,16 +538,16 @@ class Trainer:
         self.stop_signal = signum
 
 
-def resume_settings(args: argparse.Namespace, n_bytes: int) -> dict[str, Any]:
+def resume_settings(args: argparse.Namespace, data: np.ndarray) -> dict[str, Any]:
     """What must not change when a run is resumed, for its steps to be the ones that it would have taken."""
-    names = "seed batch_size accumulation optimizer lr matrix_lr momentum beta1 beta2 weight_decay grad_clip schedule"
-    names += " warmup decay"
-    return {name: getattr(args, name) for name in names.split()} | {"training_bytes": n_bytes}
-
-
-def printable(text: str) -> str:
-    """Replaces control characters, which a terminal would obey, by their escapes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
+    names += ["weight_decay", "grad_clip", "schedule", "warmup", "decay"]
+    probes = data[np.linspace(0, len(data) - 1, min(len(data), 1 << 16)).astype(np.int64)]  # of 10 GB, few
+    return {
+        **{name: getattr(args, name) for name in names},
+        "training_bytes": len(data),
+        "training_crc32": zlib.crc32(probes.tobytes()),
+    }
 
 
 def load_summary(load: torch.Tensor) -> dict[str, Any]:
@@ -489,24 +561,24 @@ def load_summary(load: torch.Tensor) -> dict[str, Any]:
 def run(trainer: Trainer, metrics: Metrics) -> float | None:
     """Trains until the clock says so or a signal comes; returns the last validation loss, None after a signal."""
     args, clock = trainer.args, trainer.clock
-    next_eval, load, logged_at = _next_evaluation(trainer), 0, (trainer.step, time.monotonic())
+    due, load, logged_at = _due(trainer), 0, (trainer.step, time.monotonic())
     fastest = math.inf
     with progress_bar(trainer) as bar:
         while trainer.stop_signal is None:
             began = time.monotonic()
+            if trainer.step == 0:
+                clock.startup_s = clock.elapsed_s()
             progress = clock.progress(trainer.step)
             bar.n = round(100 * progress, 1)
             if progress >= 1:
                 break
             step_metrics = trainer.train_step(progress)
             load = load + step_metrics.pop("load")
-            clock.step_s = max(0.9 * clock.step_s, time.monotonic() - began) if clock.step_s else 1e-9
-            if trainer.eval_s is None and clock.seconds is not None:
-                # Until one was measured: forward alone is about a third of a step. The first steps, which warm up,
-                # and a busy machine mislead; hence the fastest step, and a bound.
-                fastest = min(fastest, time.monotonic() - began)
-                expected = len(trainer.val_data) / trainer.step_bytes / 3 * fastest
-                clock.closing_s = min(2 * expected + 1, 0.25 * clock.seconds)
+            clock.step_s = max(0.9 * clock.step_s, time.monotonic() - began)
+            # the first steps, which warm up, and a busy machine mislead; hence the fastest step
+            fastest = min(fastest, time.monotonic() - began)
+            if trainer.val_step is None and clock.seconds is not None:
+                trainer.plan_evaluation(fastest)
             if trainer.step % args.log_interval == 0:
                 steps, seconds = trainer.step - logged_at[0], time.monotonic() - logged_at[1]
                 speed = steps * trainer.step_bytes / seconds
@@ -520,41 +592,45 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
                     **load_summary(load),
                 )
                 load, logged_at = 0, (trainer.step, time.monotonic())
-            if next(next_eval):
+            evaluate_now, save_now = next(due)
+            if evaluate_now:
                 trainer.evaluate_and_save(metrics)
                 logged_at = (trainer.step, time.monotonic())
-            elif args.save_interval and trainer.step % args.save_interval == 0:
+            elif save_now:
                 trainer.save(is_best=False)
-    if trainer.stop_signal is not None:
+    val_loss = None if trainer.stop_signal is not None else trainer.evaluate_and_save(metrics)
+    if val_loss is None:
         trainer.save(is_best=False)
-        return None
-    return trainer.evaluate_and_save(metrics)
+    return val_loss
 
 
 def progress_bar(trainer: Trainer) -> tqdm:
     """A bar in percent of the run, on a terminal only."""
     form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-    return tqdm(total=100, disable=None, bar_format=form, mininterval=0.5, initial=trainer.clock.progress(trainer.step))
+    return tqdm(
+        total=100, disable=None, bar_format=form, mininterval=0.5, initial=100 * trainer.clock.progress(trainer.step)
+    )
 
 
-def _next_evaluation(trainer: Trainer) -> Iterator[bool]:
-    """Says after each step whether to evaluate: every `--eval-interval` steps, or else after each tenth of the run.
+def _due(trainer: Trainer) -> Iterator[tuple[bool, bool]]:
+    """Says after each step whether to evaluate (which saves as well), and whether to save at least.
 
-    An evaluation by tenths is left out while evaluations would take more than a tenth of the time.
+    Without intervals both are due after each tenth of the run. By the clock, an evaluation is then left out while
+    evaluations would have taken more than a tenth of the time.
     """
-    interval, clock = trainer.args.eval_interval, trainer.clock
-    tenth, spent = int(10 * clock.progress(trainer.step)), 0.0
+    args, clock, spent = trainer.args, trainer.clock, 0.0
+    tenth = int(10 * clock.progress(trainer.step))
     while True:
-        if interval:
-            yield trainer.step % interval == 0 and clock.progress(trainer.step) < 1
-            continue
-        now, evaluate_now = int(10 * clock.progress(trainer.step)), False
-        if tenth < now < 10:
-            tenth = now
+        now = int(10 * clock.progress(trainer.step))
+        reached, tenth = tenth < now < 10, now
+        evaluate_now = reached
+        if args.eval_interval:
+            evaluate_now, reached = trainer.step % args.eval_interval == 0 and now < 10, False
+        elif reached and clock.seconds is not None:
             expected = trainer.eval_s if trainer.eval_s is not None else clock.closing_s / 2
-            evaluate_now = spent + expected <= 0.1 * clock.elapsed_s() or clock.steps is not None
+            evaluate_now = spent + expected <= 0.1 * clock.elapsed_s()
             spent += expected if evaluate_now else 0
-        yield evaluate_now
+        yield evaluate_now, trainer.step % args.save_interval == 0 if args.save_interval else reached
 
 
 def positive_int(text: str) -> int:
@@ -589,6 +665,22 @@ def not_negative_float(text: str) -> float:
     return value
 
 
+def below_one(text: str) -> float:
+    """argparse type: a number from 0 up to but not including 1, such as the decay of a running mean."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, got {text}")
+    return value
+
+
+def seed_int(text: str) -> int:
+    """argparse type: an integer from 0 to 2^32 - 1."""
+    value = not_negative_int(text)
+    if value >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"must be below 2^32, got {text}")
+    return value
+
+
 def fraction(text: str) -> float:
     """argparse type: a number from 0 to 1."""
     value = float(text)
@@ -598,10 +690,19 @@ def fraction(text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, which names the config if they are in there."""
+
+    source = ""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {self.source}{visible(message)}\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults of flags that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def build_parser() -> Parser:
@@ -609,7 +710,7 @@ def build_parser() -> Parser:
     p = Parser(
         prog="train.py",
         description="Train a model on bytes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     p.add_argument(
@@ -631,9 +732,9 @@ def build_parser() -> Parser:
     optim.add_argument("--matrix-lr", type=positive_float, default=0.01, help="peak learning rate of hidden matrices")
     optim.add_argument("--lr", type=positive_float, default=0.003, help="peak learning rate of all else, by AdamW")
     optim.add_argument("--weight-decay", type=not_negative_float, default=0.1, help="of the hidden matrices")
-    optim.add_argument("--momentum", type=fraction, default=0.95, help="of Muon")
-    optim.add_argument("--beta1", type=fraction, default=0.9, help="of AdamW")
-    optim.add_argument("--beta2", type=fraction, default=0.95, help="of AdamW")
+    optim.add_argument("--momentum", type=below_one, default=0.95, help="of Muon")
+    optim.add_argument("--beta1", type=below_one, default=0.9, help="of AdamW")
+    optim.add_argument("--beta2", type=below_one, default=0.95, help="of AdamW")
     optim.add_argument("--grad-clip", type=not_negative_float, default=1.0, help="largest gradient norm; 0 for none")
     optim.add_argument("--schedule", choices=["wsd", "cosine"], default="wsd", help="warm-up, stable, decay; or cosine")
     optim.add_argument("--warmup", type=fraction, default=0.02, help="fraction of the run")
@@ -641,9 +742,16 @@ def build_parser() -> Parser:
     compute = p.add_argument_group("compute")
     compute.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the best there is")
     compute.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the activations")
-    compute.add_argument("--compile", action="store_true", help="torch.compile the step")
-    compute.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks: less memory, slower")
-    compute.add_argument("--seed", type=not_negative_int, default=0, help="of the weights and the order of the data")
+    compute.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the step"
+    )
+    compute.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute blocks: less memory, slower",
+    )
+    compute.add_argument("--seed", type=seed_int, default=0, help="of the weights and the order of the data")
     report = p.add_argument_group("reports")
     report.add_argument("--log-interval", type=positive_int, default=10, help="steps between lines of metrics")
     report.add_argument("--eval-interval", type=not_negative_int, default=0, help="steps; 0: a tenth of the run")
@@ -652,7 +760,7 @@ def build_parser() -> Parser:
     return p
 
 
-def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Any]:
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, ModelArgs]:
     """Parses the command line over the defaults that the config has under "train".
 
     Returns:
@@ -670,11 +778,13 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Any]:
             raise ConfigError(f"{given.config}: train.{key} is not a flag of train.py that a config may set")
         if key in ("steps", "minutes") and (given.steps or given.minutes):
             continue
-        switch = action.nargs == 0
-        if switch and not isinstance(value, bool) or not switch and isinstance(value, (bool, list, dict, type(None))):
+        switch = isinstance(action, argparse.BooleanOptionalAction)
+        if switch != isinstance(value, bool) or isinstance(value, (list, dict, type(None))):
             raise ConfigError(f"{given.config}: train.{key} cannot be {value!r}")
-        if not switch or value:
-            config_argv += [action.option_strings[0]] + ([] if switch else [str(value)])
+        config_argv += [action.option_strings[not value]] if switch else [action.option_strings[0], str(value)]
+    parser.source = f"{given.config}: train: "
+    parser.parse_args(["--config", given.config, *config_argv])
+    parser.source = ""
     args = parser.parse_args(config_argv + (sys.argv[1:] if argv is None else argv))
     if (args.steps is None) == (args.minutes is None):
         parser.error("give one of --steps and --minutes: how long to train")
@@ -702,7 +812,7 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, two_gib)
 
 
-def build_trainer(args: argparse.Namespace, shape: Any) -> Trainer:
+def build_trainer(args: argparse.Namespace, shape: ModelArgs) -> Trainer:
     """Loads the data and makes everything that a run needs."""
     device = pick_device(args.device)
     dtype = pick_dtype(device, args.dtype)
@@ -743,29 +853,33 @@ def train(argv: list[str] | None) -> int:
     if args.resume and has_run(path):
         trainer.resume(path)
         print(f"resumed {path} at step {trainer.step}")
-    metrics = Metrics(None if path is None else path / METRICS_FILE, trainer.step)
+    metrics = Metrics(None if path is None else path / METRICS_FILE, trainer.step, trainer.val_step == trainer.step)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, trainer.stop)
     try:
         val_loss = run(trainer, metrics)
     except NotFinite as error:
         kept = f"; the last good checkpoint is in {path}" if path is not None and has_run(path) else ""
-        print(f"train.py: error: {error}{kept}; try a lower --lr or --matrix-lr", file=sys.stderr)
+        print(f"train.py: error: {error}{kept}; train anew with a lower --lr or --matrix-lr", file=sys.stderr)
         return 1
     where = f"model in {path}" if path is not None else "not saved, for want of --save-path"
     if val_loss is None:
         print(f"stopped by {signal.Signals(trainer.stop_signal).name} after step {trainer.step}: {where}")
     else:
+        if trainer.eval_windows is not None:
+            print(f"validated on {trainer.eval_windows:,} windows, evenly spread: all would have taken too long")
         print(f"step {trainer.step}, {trainer.clock.elapsed_s():.1f} s: val_loss {val_loss:.4f} nats/byte, {where}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command, with a user's mistake told in one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model writes characters that a terminal may not have
     try:
         return train(argv)
-    except (ConfigError, DataError, CheckpointError, DeviceError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+    except (ConfigError, DataError, CheckpointError, DeviceError, OSError) as error:
+        print(f"train.py: error: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -22,7 +22,8 @@ Which files of a folder are text
     be a control character (of random or compressed bytes, ten are). The bytes are never recoded. UTF-16 is full of
     zeros, so it is not text here. Files and folders whose name starts with a dot are skipped. A link to a file is
     followed, a link to a folder is not, which rules out loops. If the folder contains this data folder, then what was
-    prepared there (`*.bin`, `*.zip`, `*.part`) is skipped, so that a corpus never feeds on itself.
+    prepared there (`*.bin`, `*.zip`, `*.part`) is skipped, and so are the folders of training runs, so that a corpus
+    never feeds on itself.
 
 What a crash leaves behind
     A file gets its final name in one step, after its last byte is safely on disk: whatever has the name is complete.
@@ -61,6 +62,7 @@ except ImportError:  # Windows, where an open file can be neither removed nor re
 
 DATA_DIR = Path(__file__).resolve().parent
 CACHE_NAME = ".cache"  # the folder in the data folder that holds the joined folders
+RUN_FILE = "checkpoints.json"  # what a folder of checkpoints and metrics has
 SEPARATOR = b"\0"  # byte_tokenizer.EOS_ID, which cannot be imported when this file runs as a script
 TIMEOUT_S = 30.0  # for each wait on the network, not for a download as a whole
 
@@ -431,6 +433,9 @@ def _list_documents(
     own_folders = {data_dir.resolve(), (data_dir / CACHE_NAME).resolve()}
     documents = []
     for folder, subfolders, files in _walk(root):
+        if RUN_FILE in files:  # a run that trains on this folder would change what it trains on
+            subfolders.clear()
+            continue
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
         for file in files:
             path = Path(folder, file)

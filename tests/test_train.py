@@ -1,0 +1,1311 @@
+"""Training against brute force, torch's own Muon, and real processes that are interrupted, killed and resumed."""
+
+import contextlib
+import ctypes
+import functools
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import convert
+import model as model_module
+import train
+from byte_tokenizer import visible
+from convert import CheckpointError, load_model, load_run
+from data.prepare import DataError, resolve
+from train import Muon, Trainer, WindowSampler, evaluate, main, orthogonalize, schedule, split
+
+FOLDER = Path(train.__file__).parent
+TRAIN_PY = str(FOLDER / "train.py")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)}
+TINY = {
+    "max_seq_len": 32,
+    "original_seq_len": 32,
+    "dtype": "fp32",
+    "dim": 32,
+    "inter_dim": 48,
+    "moe_inter_dim": 16,
+    "n_layers": 2,
+    "n_dense_layers": 1,
+    "moe_layer_freq": 2,
+    "n_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_activated_experts": 2,
+    "score_func": "sigmoid",
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_mtp_layers": 1,
+}
+UNIFORM = math.log(256)
+draws = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def text(n_bytes: int, seed: int = 0) -> bytes:
+    """Words of a small vocabulary in random order: easy to learn, and like text."""
+    sentence = "the quick brown fox jumps over a lazy dog while we train small models on plain bytes"
+    chosen = random.Random(seed).choices(sentence.split(), k=n_bytes // 2)
+    return " ".join(chosen).encode()[:n_bytes]
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process() -> Iterator[None]:
+    """One thread, for products this small; and the signal handlers that a run in this process leaves behind go."""
+    threads = torch.get_num_threads()
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+class Here:
+    """A folder with a config and data, and the flags of a short run on them."""
+
+    def __init__(self, path: Path):
+        self.path, self.run = path, path / "run"
+        self.config, self.data = path / "config.json", path / "data.txt"
+        self.write_config()
+        self.data.write_bytes(text(4000))
+
+    def write_config(self, **changes: Any) -> None:
+        self.config.write_text(json.dumps(TINY | changes))
+
+    def flags(self, *extra: object, save: bool = True) -> list[str]:
+        """The command line; later flags override earlier ones."""
+        flags = ["--config", self.config, "--data", self.data, "--batch-size", 4, "--log-interval", 1]
+        flags += ["--sample-bytes", 0, "--dtype", "fp32", "--device", "cpu", *extra]
+        return [str(flag) for flag in flags + (["--save-path", self.run] if save else [])]
+
+    def trainer(self, *extra: object) -> Trainer:
+        args, shape = train.parse_args(self.flags("--steps", 10, *extra, save=False))
+        return train.build_trainer(args, shape)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Here:
+    return Here(tmp_path)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without what differs from run to run: times."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("elapsed_s", "bytes_per_s")} for row in rows]
+
+
+def checkpoint(run: Path, which: str = "last") -> Path:
+    return run / json.loads((run / "checkpoints.json").read_text())[which]
+
+
+def assert_same_run(ours: Path, theirs: Path, steps: int) -> None:
+    """Bit for bit: every step's metrics, once each and in order, the weights, and the optimizer's state."""
+    assert lines(ours) == lines(theirs)
+    assert [row["step"] for row in lines(ours) if "train_loss" in row] == list(range(1, steps + 1))
+    assert checkpoint(ours, "best").name == checkpoint(theirs, "best").name
+    for file in ("model0-mp1.safetensors", "state0-mp1.safetensors"):
+        assert (checkpoint(ours) / file).read_bytes() == (checkpoint(theirs) / file).read_bytes(), file
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], argv: list[str], *parts: object) -> str:
+    """The command ends with exit code 2 and one line on stderr that names all of `parts`."""
+    capsys.readouterr()
+    try:
+        code = main(argv)
+    except SystemExit as error:
+        code = error.code
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.count("\n") == 1 and err.startswith("train.py: error: "), err
+    for part in parts:
+        assert str(part) in err
+    return err
+
+
+# --- Windows ----------------------------------------------------------------------------------------------------------
+
+corpora = st.integers(1, 40).flatmap(lambda seq_len: st.tuples(st.integers(seq_len + 1, 1500), st.just(seq_len)))
+
+
+@draws
+@given(corpora, st.integers(0, 2**40), st.integers(0, 5))
+def test_each_epoch_goes_through_all_windows_once(sizes: tuple[int, int], seed: int, epoch: int) -> None:
+    n_bytes, seq_len = sizes
+    sampler = WindowSampler(n_bytes, seq_len, seed)
+    n = sampler.n_windows
+    starts = sampler.starts(epoch * n, n)
+    assert starts.dtype == np.int64 and starts.shape == (n,)
+    assert starts.min() >= 0 and starts.max() + seq_len + 1 <= n_bytes
+    # the windows of a cut at some offset, each of them once, in any order
+    cuts = [np.clip((np.arange(n) - 1) * seq_len + offset, 0, n_bytes - 1 - seq_len) for offset in range(seq_len)]
+    assert any(np.array_equal(np.sort(starts), cut) for cut in cuts)
+    targets = starts[:, None] + 1 + np.arange(seq_len)
+    assert np.array_equal(np.unique(targets), np.arange(1, n_bytes))
+    order = sampler._permute(np.arange(n, dtype=np.uint64), np.arange(4, dtype=np.uint64) + np.uint64(seed))
+    assert np.array_equal(np.sort(order), np.arange(n, dtype=np.uint64))
+
+
+@draws
+@given(corpora, st.integers(0, 99), st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(0, 10**6))
+def test_batches_do_not_matter(sizes: tuple[int, int], seed: int, batches: list[int], position: int) -> None:
+    at_once = WindowSampler(*sizes, seed).starts(position, sum(batches))
+    sampler, begins = WindowSampler(*sizes, seed), position + np.cumsum([0, *batches[:-1]])
+    parts = [sampler.starts(int(begin), count) for begin, count in zip(begins, batches, strict=True)]
+    assert np.array_equal(np.concatenate(parts), at_once)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    sampler = WindowSampler(10_000, 10, 0)
+    n = sampler.n_windows
+    orders = [tuple(sampler.starts(epoch * n, n)) for epoch in range(4)]
+    orders += [tuple(WindowSampler(10_000, 10, seed).starts(0, n)) for seed in range(1, 5)]
+    assert len(set(orders)) == len(orders)
+    offsets = {min(start for start in order if start > 0) for order in orders}
+    assert len(offsets) > 2
+    assert WindowSampler(10_000, 10, 0).starts(0, n).tolist() == list(orders[0])
+
+
+def test_order_looks_random() -> None:
+    """No correlation between neighbours, and every part of the corpus equally often early in the epoch."""
+    sampler = WindowSampler(1_000_000, 10, 0)
+    starts = sampler.starts(0, 20_000) / 1_000_000
+    assert abs(np.corrcoef(starts[:-1], starts[1:])[0, 1]) < 0.03  # 4 sigma
+    counts = np.histogram(starts, bins=20, range=(0, 1))[0]
+    assert abs(counts - 1000).max() < 150  # 4.7 sigma
+
+
+def test_huge_corpora_need_no_memory() -> None:
+    tracemalloc.start()
+    try:
+        sampler = WindowSampler(10**10, 128, 0)
+        starts = sampler.starts(10**12, 1000)  # late as well
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert starts.min() >= 0 and starts.max() + 129 <= 10**10
+    assert 4e9 < starts.mean() < 6e9 and len(set(starts.tolist())) > 990
+
+
+def test_windows_are_a_byte_apart() -> None:
+    data = np.arange(100, dtype=np.uint8)
+    tokens, targets = train.windows(data, np.array([3, 90]), 9, "cpu")
+    assert tokens.dtype == targets.dtype == torch.int64
+    assert tokens.tolist() == [list(range(3, 12)), list(range(90, 99))]
+    assert targets.tolist() == [list(range(4, 13)), list(range(91, 100))]
+
+
+# --- Split and evaluation ---------------------------------------------------------------------------------------------
+
+
+def test_validation_is_the_last_tenth() -> None:
+    for n in [*range(40, 3000), 99_999, 10**6 + 1, 1_115_394, 10**8]:
+        data = np.broadcast_to(np.zeros(1, np.uint8), n)
+        first, last = split(data, 8)
+        assert len(first) == n * 9 // 10 and len(first) + len(last) == n
+    data = np.arange(200, dtype=np.uint8)
+    assert np.concatenate(split(data, 8)).tolist() == data.tolist()
+
+
+@pytest.mark.parametrize(("n_bytes", "fits"), [(36, False), (37, True), (10, False), (1, False)])
+def test_too_short_a_corpus(n_bytes: int, fits: bool) -> None:
+    data = np.zeros(n_bytes, np.uint8)
+    with contextlib.nullcontext() if fits else pytest.raises(DataError, match=f"^{n_bytes} bytes .* 33[^\n]*$"):
+        split(data, 32)
+
+
+def shake(model: nn.Module, seed: int = 0) -> None:
+    """Random weights everywhere: fresh ones are zero where it matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+
+@pytest.mark.parametrize("n_bytes", [2, 20, 32, 33, 34, 65, 200, 1000])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_evaluation_is_the_mean_over_every_byte(here: Here, n_bytes: int, batch_size: int) -> None:
+    model = here.trainer().model
+    shake(model)
+    data = np.frombuffer(text(n_bytes, 5), np.uint8)
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, n_bytes - 1, 32):
+            window = torch.tensor(data[start : start + 33].astype(np.int64))
+            logits = model(window[None, :-1])[0].double()
+            total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    assert evaluate(model, data, batch_size, "cpu") == pytest.approx(total / (n_bytes - 1), rel=1e-6)
+    assert model.training
+
+
+# --- Muon -------------------------------------------------------------------------------------------------------------
+
+SHAPES = [(24, 8), (8, 24), (16, 16), (1, 5), (40, 3)]
+
+
+def steps_of(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], n_steps: int = 5) -> list[torch.Tensor]:
+    """Takes steps with gradients that depend on the parameters' order alone; returns the parameters."""
+    generators = [torch.Generator().manual_seed(i) for i in range(len(params))]
+    for step in range(n_steps):
+        for p, generator in zip(params, generators, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator) * 10.0 ** (step - 3)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(9))) for s in shapes]
+
+
+def exact_muon(p: torch.Tensor, lr: float, momentum: float, weight_decay: float, n_steps: int = 5) -> torch.Tensor:
+    """Muon of one matrix from the formulas, in float64."""
+    generator, p, buffer = torch.Generator().manual_seed(0), p.detach().double(), 0.0
+    for step in range(n_steps):
+        grad = (torch.randn(p.shape, generator=generator) * 10.0 ** (step - 3)).double()
+        buffer = momentum * buffer + (1 - momentum) * grad
+        x = (1 - momentum) * grad + momentum * buffer
+        x = x / x.norm()
+        for _ in range(5):  # U s V' -> U (a s + b s^3 + c s^5) V'
+            x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+        p = p * (1 - lr * weight_decay) - lr * 0.2 * max(p.shape) ** 0.5 * x
+    return p
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_muon_is_torchs_in_bfloat16(shape: tuple[int, int]) -> None:
+    ours, theirs, before = (parameters([shape]) for _ in range(3))
+    settings_ = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    (a,) = steps_of(Muon(ours, dtype=torch.bfloat16, **settings_), ours)
+    (b,) = steps_of(torch.optim.Muon(theirs, nesterov=True, adjust_lr_fn="match_rms_adamw", **settings_), theirs)
+    # the same products, but fused otherwise: some roundings to 8 bits differ, out of about thirty in a row
+    assert (a - b).norm() < 0.02 * (a - before[0]).norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_muon_follows_the_formulas_in_float32(shape: tuple[int, int]) -> None:
+    params = parameters([shape])
+    expected = exact_muon(params[0], 0.02, 0.9, 0.1)
+    (a,) = steps_of(Muon(params, lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32), params)
+    torch.testing.assert_close(a.double(), expected, rtol=0, atol=2e-5)  # where the map of 5 iterations is steep
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_takes_a_stack_as_separate_matrices(dtype: torch.dtype) -> None:
+    stack = nn.Parameter(torch.randn(3, 2, 6, 10, generator=torch.Generator().manual_seed(0)))
+    singles = [nn.Parameter(matrix.clone()) for matrix in stack.detach().flatten(0, 1)]
+    a, b = Muon([stack], lr=0.1, weight_decay=0.2, dtype=dtype), Muon(singles, lr=0.1, weight_decay=0.2, dtype=dtype)
+    for step in range(4):
+        stack.grad = torch.randn(stack.shape, generator=torch.Generator().manual_seed(step))
+        for p, grad in zip(singles, stack.grad.flatten(0, 1), strict=True):
+            p.grad = grad.clone()
+        a.step(), b.step()
+    torch.testing.assert_close(stack.flatten(0, 1), torch.stack(singles), rtol=0, atol=1e-6)
+
+
+def test_muon_batches_shapes_without_mixing_them() -> None:
+    shapes = [(6, 10), (4, 4), (6, 10), (10, 6), (2, 6, 10), (4, 4)]
+    together, alone = parameters(shapes), parameters(shapes)
+    optimizer = Muon(together, lr=0.1, dtype=torch.float32)
+    optimizers = [Muon([p], lr=0.1, dtype=torch.float32) for p in alone]
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(together, alone, strict=True)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            q.grad = p.grad.clone()
+        optimizer.step()
+        for single in optimizers:
+            single.step()
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    together[0].grad = None
+    before = together[0].detach().clone()
+    optimizer.step()
+    assert torch.equal(together[0], before)  # no gradient, no step, no decay
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (128, 32), (7, 9)])
+def test_orthogonalize_pushes_singular_values_towards_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+    x *= torch.tensor([1e-4, 1.0, 1e4, 1.0])[:, None, None]  # its size does not matter
+    y = orthogonalize(x.to(dtype))
+    assert y.dtype == dtype and y.shape == x.shape
+    values = torch.linalg.svdvals(y.float())
+    # a random square matrix has singular values near 0, which five iterations lift only part of the way
+    low = torch.linalg.svdvals(x) / x.norm(dim=(1, 2))[:, None] > 0.01
+    assert values.max() < 1.3 and values[low].min() > 0.6
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    inside = torch.diagonal(u.mT @ y.float() @ v.mT, dim1=1, dim2=2)
+    assert inside[low].min() > 0.55  # the same singular vectors
+    assert orthogonalize(torch.zeros(1, 3, 4)).abs().max() == 0
+
+
+# --- Schedule ---------------------------------------------------------------------------------------------------------
+
+fractions = st.floats(0, 1)
+
+
+@draws
+@given(st.sampled_from(["wsd", "cosine"]), fractions, fractions, fractions)
+def test_schedule_is_a_fraction(kind: str, progress: float, warmup: float, decay: float) -> None:
+    assert 0 <= schedule(progress, kind, warmup, decay) <= 1
+
+
+@pytest.mark.parametrize("kind", ["wsd", "cosine"])
+@pytest.mark.parametrize(("warmup", "decay"), [(0.02, 0.5), (0.0, 1.0), (0.3, 0.2), (0.0, 0.0)])
+def test_schedule_goes_up_stays_and_goes_down(kind: str, warmup: float, decay: float) -> None:
+    at = np.linspace(0, 1, 1001)
+    values = np.array([schedule(x, kind, warmup, decay) for x in at])
+    up, rest = values[at < warmup], values[at >= warmup]
+    assert np.allclose(up, at[at < warmup] / max(warmup, 1e-9))
+    assert (np.diff(rest) <= 1e-12).all() and rest[0] == pytest.approx(1)
+    if kind == "wsd":
+        assert np.allclose(values[(at >= warmup) & (at <= 1 - decay)], 1)
+        assert schedule(1 - decay / 2, kind, warmup, decay) == pytest.approx(0.5 if decay else 1)
+    else:
+        assert schedule((1 + warmup) / 2, kind, warmup, decay) == pytest.approx(0.5)
+    assert values[-1] == pytest.approx(1 if kind == "wsd" and decay == 0 else 0)
+
+
+# --- Steps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_accumulation_is_a_larger_batch(here: Here, optimizer: str) -> None:
+    here.write_config(aux_loss_alpha=0.01)  # per sequence, so it does not notice either
+    results = []
+    for batch, accumulation in ((8, 1), (4, 2), (2, 4)):
+        trainer = here.trainer("--batch-size", batch, "--accumulation", accumulation, "--optimizer", optimizer)
+        shake(trainer.model)
+        steps = [trainer.train_step(0.3) for _ in range(3)]
+        state = train.optimizer_tensors(trainer.model, trainer.optimizers)
+        results.append((steps, trainer.model.state_dict(), state, trainer.state()["windows"]))
+    first = results[0]
+    assert first[0][0]["balance_loss"] > 0 and first[3] == 24
+    for steps, weights, state, windows in results[1:]:
+        assert windows == 24
+        for a, b in zip(first[0], steps, strict=True):
+            assert torch.equal(a.pop("load").clone(), b["load"]) if "load" in a else True
+            assert all(b[key] == pytest.approx(a[key], rel=1e-4) for key in a)
+        torch.testing.assert_close(weights, first[1], rtol=0, atol=2e-4)
+        torch.testing.assert_close(state, first[2], rtol=1e-3, atol=1e-4)
+
+
+def test_step_is_what_torch_would_do(here: Here) -> None:
+    """One step by hand: the loss of the sampler's windows, gradients clipped, rates by the schedule, biases moved."""
+    flags = ["--optimizer", "adamw", "--grad-clip", 0.1, "--weight-decay", 0.2, "--lr", 0.01, "--matrix-lr", 0.02]
+    trainer, other = here.trainer(*flags), here.trainer(*flags)
+    shake(trainer.model), shake(other.model)
+    model, before = other.model, {name: p.detach().clone() for name, p in other.model.named_parameters()}
+    data = other.train_data
+    batch = np.stack([data[s : s + 33] for s in other.sampler.starts(0, 4)]).astype(np.int64)
+    losses = model.loss(torch.from_numpy(batch[:, :-1]), torch.from_numpy(batch[:, 1:]))
+    losses.total.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert norm > 0.1
+    metrics = trainer.train_step(0.75)
+    factor = schedule(0.75, trainer.args.schedule, trainer.args.warmup, trainer.args.decay)
+    assert metrics["train_loss"] == pytest.approx(losses.next_byte.item()) and trainer.step == 1
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5) and metrics["lr"] == pytest.approx(0.01 * factor)
+    after = dict(trainer.model.named_parameters())
+    outside = [n for n in after if n in ("embed.weight", "head.weight") or "norm" in n or n.endswith("gate.weight")]
+    for name, p in model.named_parameters():
+        lr, decay = (0.01, 0.0) if name in outside else (0.02, 0.2)
+        grad = p.grad * 0.1 / (norm + 1e-6)
+        expected = before[name] * (1 - lr * factor * decay) - lr * factor * grad / (grad.abs() + 1e-10)
+        sure = grad.abs() > 1e-6  # below, the sign of a gradient is a matter of rounding
+        torch.testing.assert_close(after[name][sure], expected[sure], rtol=0, atol=1e-5)
+    for gate, load in zip(trainer.model.gates(), losses.load, strict=True):
+        expected = trainer.model.args.bias_update_speed * torch.sign(load.mean() - load)
+        torch.testing.assert_close(gate.bias, expected)
+
+
+def test_training_learns(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    here.data.write_bytes(text(30_000))
+    assert main(here.flags("--steps", 120, "--batch-size", 8, save=False)) == 0
+    out = capsys.readouterr().out.splitlines()
+    first, last = (float(line.split("val_loss ")[1].split()[0]) for line in (out[1], out[-1]))
+    assert first > last and last < 0.5 * UNIFORM
+    assert out[-1].startswith("step 120, ") and "not saved" in out[-1]
+
+
+def test_gradient_checkpointing_changes_nothing(here: Here) -> None:
+    plain, saving = here.trainer(), here.trainer("--gradient-checkpointing")
+    assert saving.model.gradient_checkpointing and not plain.model.gradient_checkpointing
+    for trainer in (plain, saving):
+        shake(trainer.model)
+    for _ in range(5):
+        a, b = plain.train_step(0.3), saving.train_step(0.3)
+        assert torch.equal(a.pop("load"), b.pop("load")) and a == b
+    for p, q in zip(plain.model.parameters(), saving.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_compile_changes_nothing(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is traced whole, forward and backward; the compiler behind it is torch's own matter."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    plain, compiled = here.trainer(), here.trainer("--compile")
+    shake(plain.model), shake(compiled.model)
+    for _ in range(3):
+        a, b = plain.train_step(0.3), compiled.train_step(0.3)
+        assert torch.equal(a.pop("load"), b.pop("load"))
+        assert b == pytest.approx(a, rel=1e-4)
+    torch._dynamo.reset()
+
+
+def test_balancing_works(here: Here) -> None:
+    """One expert of eight takes over on its own; with biases that follow the load, none does."""
+    here.data.write_bytes(text(50_000))
+    tail = {}
+    for speed in (0.0, 0.01):
+        here.write_config(
+            n_layers=1,
+            n_dense_layers=0,
+            n_mtp_layers=0,
+            n_routed_experts=8,
+            n_activated_experts=1,
+            aux_loss_alpha=0.0,
+            bias_update_speed=speed,
+        )
+        here.run = here.path / f"run-{speed}"
+        assert main(here.flags("--steps", 300, "--log-interval", 100, "--eval-interval", 1000)) == 0
+        last = [row for row in lines(here.run) if "train_loss" in row][-1]
+        tail[speed] = last["max_load"]
+        (loads,) = last["expert_load"]
+        assert len(loads) == 8 and np.mean(loads) == pytest.approx(1, abs=1e-3)
+        assert max(loads) == pytest.approx(last["max_load"], abs=1e-3)
+    assert tail[0.0] > 1.5 > tail[0.01], tail
+
+
+# --- Not finite -------------------------------------------------------------------------------------------------------
+
+
+def break_loss(monkeypatch: pytest.MonkeyPatch, step: int, value: float = math.nan) -> None:
+    """Makes the loss of one step `value`."""
+    calls, loss = iter(range(1, 1000)), model_module.Transformer.loss
+
+    def broken(self: model_module.Transformer, *batch: torch.Tensor) -> model_module.Losses:
+        losses = loss(self, *batch)
+        bad = losses.next_byte * value if next(calls) == step else losses.next_byte
+        return losses._replace(total=losses.total + bad - losses.next_byte, next_byte=bad)
+
+    monkeypatch.setattr(model_module.Transformer, "loss", broken)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_ends_the_run(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    break_loss(monkeypatch, 6, value)
+    assert main(here.flags("--steps", 10, "--save-interval", 2, "--eval-interval", 100)) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("train.py: error: step 6: ") and str(here.run) in err
+    assert checkpoint(here.run).name == "step-00000004"
+    assert all(t.isfinite().all() for t in load_model(here.run).state_dict().values())
+    assert [row["step"] for row in lines(here.run)] == [1, 2, 3, 4, 5]
+    monkeypatch.undo()
+    assert main(here.flags("--steps", 10, "--resume")) == 0  # it can go on from there
+
+
+def test_loss_that_is_not_finite_without_a_checkpoint(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_loss(monkeypatch, 1)
+    assert main(here.flags("--steps", 10)) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "step 1: " in err and str(here.run) not in err
+
+
+def test_gradient_that_is_not_finite_changes_nothing(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = here.trainer()
+    shake(trainer.model)
+    trainer.train_step(0.5)
+    before = {name: t.clone() for name, t in trainer.model.state_dict().items()}
+    trainer.model.head.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(train.NotFinite, match="step 2"):
+        trainer.train_step(0.5)
+    assert all(torch.equal(t, before[name]) for name, t in trainer.model.state_dict().items())
+    assert trainer.step == 1
+
+
+def test_learning_rate_that_explodes(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that overflow the model are noticed one way or another, and never become a checkpoint."""
+    flags = ["--optimizer", "adamw", "--lr", 1e36, "--matrix-lr", 1e36, "--warmup", 0]
+    assert main(here.flags("--steps", 8, "--eval-interval", 1, *flags)) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "step " in err
+    if (here.run / "checkpoints.json").exists():
+        for which in ("best", "last"):
+            tensors = convert.load_model(checkpoint(here.run, which)).state_dict().values()
+            assert all(t.isfinite().all() for t in tensors)
+    assert all(math.isfinite(row.get("val_loss", 0)) for row in lines(here.run))
+
+
+def test_validation_loss_that_is_not_finite(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last step can spoil the weights with no further step to notice: the evaluation does."""
+    values = iter([2.0, math.nan])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    assert main(here.flags("--steps", 4, "--eval-interval", 2)) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "step 4" in err
+    assert checkpoint(here.run).name == checkpoint(here.run, "best").name == "step-00000002"
+
+
+# --- Saves ------------------------------------------------------------------------------------------------------------
+
+
+def test_best_and_last_are_kept(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, seen = iter([3.0, 2.0, 2.5, 1.5, 1.5, 4.0]), []
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    save_run = train.save_run
+
+    def spy(run: Path, *rest: Any) -> Path:
+        path = save_run(run, *rest)
+        folders = sorted(int(p.name.removeprefix("step-")) for p in run.glob("step-*"))
+        pointer = json.loads((run / "checkpoints.json").read_text())
+        seen.append((pointer["best"][-2:], pointer["last"][-2:], folders))
+        return path
+
+    monkeypatch.setattr(train, "save_run", spy)
+    assert main(here.flags("--steps", 6, "--eval-interval", 1)) == 0
+    expected = [("01", "01", [1]), ("02", "02", [2]), ("02", "03", [2, 3]), ("04", "04", [4])]
+    assert seen == [*expected, ("04", "05", [4, 5]), ("04", "06", [4, 6])]
+    assert {p.name for p in here.run.iterdir()} == {
+        *("checkpoints.json", "metrics.jsonl", "step-00000004", "step-00000006")
+    }
+    state = json.loads((checkpoint(here.run) / "state.json").read_text())
+    assert state["best_val"] == 1.5 and state["step"] == 6 and state["windows"] == 24
+
+
+def test_best_is_remembered_by_a_resumed_run(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last step was saved before it was evaluated."""
+    values = iter([2.0, 1.0, 1.5, 1.6])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    flags = ["--eval-interval", 2, "--save-interval", 1]
+    assert main(here.flags("--steps", 4, *flags)) == 0
+    assert checkpoint(here.run, "best").name == "step-00000004"
+    assert main(here.flags("--steps", 8, *flags, "--resume")) == 0
+    assert checkpoint(here.run, "best").name == "step-00000004"
+    assert checkpoint(here.run).name == "step-00000008"
+
+
+def test_full_disk(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 2)) == 0
+    before = {p: p.read_bytes() for p in here.run.rglob("*.safetensors")}
+    save_file = convert.save_file
+
+    def full_disk(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        if "state" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(convert, "save_file", full_disk)
+    assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, "No space left on device")
+    assert {p: p.read_bytes() for p in here.run.rglob("*.safetensors")} == before
+    assert not list(here.run.glob(".*"))
+    monkeypatch.undo()
+    assert main(here.flags("--steps", 4, "--resume")) == 0
+
+
+def test_full_disk_for_metrics(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    real_open = Path.open
+
+    def full_disk(self: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if self.name == "metrics.jsonl" and mode == "a":
+            raise OSError(28, "No space left on device")
+        return real_open(self, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", full_disk)
+    assert_refused(capsys, here.flags("--steps", 2), "metrics.jsonl", "No space left on device")
+
+
+class Crash(BaseException):
+    """The end of the process, as far as the code can tell."""
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Makes the process die at the given call of what changes the disk: from then on nothing has an effect."""
+    left = [calls]
+
+    def dying(function: Callable[..., Any], torn: bool) -> Callable[..., Any]:
+        def wrapper(*args: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                if left[0] == -1 and torn:  # half of a file
+                    path = args[1] if isinstance(args[1], Path) else args[0]
+                    with open(path, "wb") as file:
+                        file.write(b"torn")
+                raise Crash
+            return function(*args, **options)
+
+        return wrapper
+
+    monkeypatch.setattr(convert, "save_file", dying(convert.save_file, True))
+    monkeypatch.setattr(Path, "write_text", dying(Path.write_text, True))
+    for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree"), (os, "fsync")):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name), False))
+
+
+def test_crash_at_every_moment_of_a_save(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was the last thing done to the disk, the run resumes at the old or at the new checkpoint."""
+    trainer = here.trainer()
+    trainer.args.save_path = here.run
+    trainer.train_step(0.3)
+    trainer.save(True)
+    weights = {1: trainer.model.head.weight.detach().clone()}
+    trainer.train_step(0.3)
+    weights[2] = trainer.model.head.weight.detach().clone()
+    kept, resumed = here.path / "kept", []
+    shutil.copytree(here.run, kept)
+    for calls in range(100):
+        with monkeypatch.context() as patch:
+            crash_after(patch, calls)
+            try:
+                trainer.save(True)
+                crashed = False
+            except Crash:
+                crashed = True
+        after, fresh = here.trainer(), here.trainer()
+        after.resume(here.run)
+        resumed.append(after.step)
+        assert torch.equal(after.model.head.weight, weights[after.step])
+        assert torch.equal(load_model(here.run).head.weight, weights[after.step])
+        # and the next save, of that step and another, leaves no litter
+        fresh.resume(here.run)
+        fresh.args.save_path = here.run
+        while fresh.step < 3:
+            fresh.train_step(0.3)
+            fresh.save(fresh.step == 3)
+        assert {p.name for p in here.run.iterdir()} == {"checkpoints.json", "step-00000003"}
+        shutil.rmtree(here.run)
+        shutil.copytree(kept, here.run)
+        if not crashed:
+            break
+    assert not crashed and calls > 10
+    assert resumed == sorted(resumed) and set(resumed) == {1, 2}
+
+
+def test_litter_of_other_steps_is_swept(here: Here) -> None:
+    """Steps of a run by the clock never come again, so their leftovers are only found by looking for them."""
+    here.run.mkdir()
+    for name in (".step-00000007.tmp", "step-00000009"):
+        (here.run / name).mkdir()
+        (here.run / name / "model0-mp1.safetensors").write_bytes(b"torn")
+    (here.run / ".checkpoints.json.tmp").write_text("{")
+    assert main(here.flags("--steps", 2, "--resume")) == 0
+    assert {p.name for p in here.run.iterdir()} == {"checkpoints.json", "metrics.jsonl", "step-00000002"}
+
+
+# --- Resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    flags = ["--steps", 6, "--eval-interval", 2, "--save-interval", 1, "--optimizer", optimizer, "--accumulation", 2]
+    assert main(here.flags(*flags)) == 0
+    whole, train_step = here.run, Trainer.train_step
+    for stop_at in range(6):
+        here.run = here.path / f"stopped-at-{stop_at}"
+
+        def step(self: Trainer, progress: float, stop_at: int = stop_at) -> dict[str, Any]:
+            if self.step == stop_at:
+                raise Crash
+            return train_step(self, progress)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", step)
+            with contextlib.suppress(Crash):
+                main(here.flags(*flags))
+        assert main(here.flags(*flags, "--resume")) == 0
+        assert_same_run(here.run, whole, 6)
+
+
+def test_resumed_run_can_be_made_longer(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 2)) == 0
+    assert main(here.flags("--steps", 5, "--resume")) == 0
+    assert [row["step"] for row in lines(here.run) if "train_loss" in row] == [1, 2, 3, 4, 5]
+    assert f"resumed {here.run} at step 2" in capsys.readouterr().out
+
+
+def test_crash_between_the_last_evaluation_and_its_save(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step may have been saved already: then the evaluation is all that a resumed run repeats."""
+    flags, saves = ["--steps", 4, "--eval-interval", 100, "--save-interval", 2], []
+    assert main(here.flags(*flags)) == 0
+    whole, here.run, save_run = here.run, here.path / "crashed", train.save_run
+
+    def dying(*args: Any) -> Path:
+        saves.append(args)
+        if len(saves) == 3:
+            raise Crash
+        return save_run(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_run", dying)
+        with pytest.raises(Crash):
+            main(here.flags(*flags))
+    assert main(here.flags(*flags, "--resume")) == 0
+    assert_same_run(here.run, whole, 4)
+
+
+def test_resuming_a_finished_run_repeats_nothing(here: Here) -> None:
+    assert main(here.flags("--steps", 3)) == 0
+    before = lines(here.run)
+    assert main(here.flags("--steps", 3, "--resume")) == 0
+    assert lines(here.run) == before
+
+
+def test_resume_of_nothing_starts_fresh(here: Here) -> None:
+    assert main(here.flags("--steps", 2, "--resume")) == 0  # no folder
+    whole, here.run = here.run, here.path / "empty"
+    here.run.mkdir()
+    assert main(here.flags("--steps", 2, "--resume")) == 0
+    assert_same_run(here.run, whole, 2)
+    here.run = here.path / "killed-before-the-first-save"
+    here.run.mkdir()
+    (here.run / "metrics.jsonl").write_text('{"step": 1, "train_loss": 9}\n{"step": 2, "tra')
+    assert main(here.flags("--steps", 2, "--resume")) == 0
+    assert_same_run(here.run, whole, 2)
+
+
+def test_torn_metrics_are_dropped(here: Here) -> None:
+    assert main(here.flags("--steps", 3)) == 0
+    before = lines(here.run)
+    with (here.run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train_loss": 1}\n{"step": 5, "expert_load": [[1.0]')
+    train.Metrics(here.run / "metrics.jsonl", 3).write(step=4, x=0.123456789)
+    assert lines(here.run) == [*before, {"step": 4, "x": 0.123457}]
+
+
+def test_metrics_survive_a_crash_while_a_run_resumes(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier runs wrote is not in any checkpoint: there is no getting it back."""
+    assert main(here.flags("--steps", 3)) == 0
+    before = lines(here.run)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 1)  # the first is a mkdir
+        with contextlib.suppress(Crash):
+            train.Metrics(here.run / "metrics.jsonl", 3)
+    train.Metrics(here.run / "metrics.jsonl", 3)
+    assert lines(here.run) == before
+
+
+def test_existing_run_is_refused_without_resume(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 2)) == 0
+    before = {p: p.read_bytes() for p in here.run.rglob("*") if p.is_file()}
+    assert_refused(capsys, here.flags("--steps", 2), here.run, "--resume")
+    assert {p: p.read_bytes() for p in here.run.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("key", "flags"),
+    [
+        ("seed", ["--seed", 1]),
+        ("batch_size", ["--batch-size", 3]),
+        ("accumulation", ["--accumulation", 2]),
+        ("optimizer", ["--optimizer", "adamw"]),
+        ("lr", ["--lr", 0.123]),
+        ("matrix_lr", ["--matrix-lr", 0.123]),
+        ("momentum", ["--momentum", 0.5]),
+        ("beta1", ["--beta1", 0.5]),
+        ("beta2", ["--beta2", 0.5]),
+        ("weight_decay", ["--weight-decay", 0.5]),
+        ("grad_clip", ["--grad-clip", 0.5]),
+        ("schedule", ["--schedule", "cosine"]),
+        ("warmup", ["--warmup", 0.9]),
+        ("decay", ["--decay", 0.9]),
+    ],
+)
+def test_resume_with_another_flag_is_refused(
+    here: Here, capsys: pytest.CaptureFixture[str], key: str, flags: list[object]
+) -> None:
+    assert main(here.flags("--steps", 1, "--optimizer", "muon", "--schedule", "wsd")) == 0
+    before = (here.run / "metrics.jsonl").read_bytes()
+    again = ["--steps", 2, "--optimizer", "muon", "--schedule", "wsd", "--resume", *flags]
+    assert_refused(capsys, here.flags(*again), here.run, f"{key} = ", str(flags[1]))
+    assert (here.run / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_with_another_config_or_data_is_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 1)) == 0
+    resume = here.flags("--steps", 2, "--resume")
+    here.write_config(bias_update_speed=0.5)
+    assert_refused(capsys, resume, here.run, "bias_update_speed = ", "0.5")
+    here.write_config(n_layers=3)
+    assert_refused(capsys, resume, here.run, "n_layers = 2", "3")
+    here.write_config()
+    here.data.write_bytes(text(5000))
+    assert_refused(capsys, resume, here.run, "training_bytes = 3600", "4500")
+    here.data.write_bytes(text(4000))
+    assert main(resume) == 0
+
+
+def test_resume_with_other_data_of_the_same_size_is_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 1)) == 0
+    here.data.write_bytes(text(4000, seed=1))
+    assert_refused(capsys, here.flags("--steps", 2, "--resume"), here.run)
+
+
+def test_damaged_runs_are_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 1)) == 0
+    resume, folder = here.flags("--steps", 2, "--resume"), checkpoint(here.run)
+    for file in (folder / "model0-mp1.safetensors", folder / "state0-mp1.safetensors", folder / "state.json"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        assert_refused(capsys, resume, file)
+        file.write_bytes(whole)
+    (here.run / "checkpoints.json").write_text('{"last": "../x"}')
+    assert_refused(capsys, resume, here.run / "checkpoints.json")
+
+
+# --- Real processes ---------------------------------------------------------------------------------------------------
+
+SERVER = """
+import json, os, sys, time, traceback
+import torch
+torch.set_num_threads(1)
+import train
+for line in sys.stdin:
+    argv, log = json.loads(line)
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for target in (1, 2):
+                os.dup2(out, target)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            train._STARTED = time.monotonic()
+            code = train.main(argv)
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Processes:
+    """Starts the command in a process of its own, without waiting for imports each time: a clean one is forked."""
+
+    def __init__(self, log: Path):
+        self.log = log
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
+
+    def start(self, argv: list[str]) -> int:
+        """Starts the command and returns its process id."""
+        self.server.stdin.write(json.dumps([argv, str(self.log)]) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def wait(self) -> int:
+        """Waits for its end and returns its exit code, negative for a signal."""
+        return int(self.server.stdout.readline())
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait(60)
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    processes = Processes(tmp_path / "log.txt")
+    yield processes
+    processes.close()
+
+
+@pytest.mark.parametrize(("optimizer", "kills"), [("adamw", 10), ("muon", 5)])
+def test_killed_at_random_moments(here: Here, processes: Processes, optimizer: str, kills: int) -> None:
+    """SIGKILL while it steps, saves, evaluates, starts or resumes: in the end nobody can tell."""
+    steps = 40
+    flags = ["--steps", steps, "--eval-interval", 5, "--save-interval", 1, "--optimizer", optimizer, "--batch-size", 2]
+    processes.start(here.flags(*flags))
+    assert processes.wait() == 0, processes.log.read_text()
+    whole, here.run = here.run, here.path / "killed"
+    chance, resumed_at, killed = random.Random(kills), [], 0
+    pointer = here.run / "checkpoints.json"
+    while killed < kills:
+        before = pointer.read_bytes() if pointer.exists() else None
+        resumed_at.append(json.loads(before)["last"] if before else None)
+        pid = processes.start(here.flags(*flags, "--resume"))
+        if chance.random() < 0.8:  # else it may die before its first step
+            deadline = time.monotonic() + 30
+            while (pointer.read_bytes() if pointer.exists() else None) == before and time.monotonic() < deadline:
+                time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.08))
+        os.kill(pid, signal.SIGKILL)
+        code = processes.wait()
+        assert code in (0, -signal.SIGKILL), processes.log.read_text()
+        if code == 0:
+            break
+        killed += 1
+        if chance.random() < 0.3 and pointer.exists():
+            load_model(here.run)  # anybody can read it at any time
+    assert killed >= min(kills, 8) and len(set(resumed_at)) > killed / 2, resumed_at
+    processes.start(here.flags(*flags, "--resume"))
+    assert processes.wait() == 0, processes.log.read_text()
+    assert_same_run(here.run, whole, steps)
+    assert [row["val_loss"] for row in lines(here.run) if "val_loss" in row]
+    assert "Traceback" not in processes.log.read_text()
+
+
+def wait_for_step(here: Here, step: int, process: subprocess.Popen[str]) -> None:
+    """Waits until a run has logged a step."""
+    deadline, file = time.monotonic() + 60, here.run / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.exists() and file.read_text().count("\n") > step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached: {process.communicate(timeout=30) if process.poll() is not None else ''}")
+
+
+def test_interrupted_by_the_user(here: Here, processes: Processes) -> None:
+    """Ctrl-C, then the system's polite request to end: each is obeyed, saved and told, and can be resumed."""
+    flags = ["--steps", 100_000, "--eval-interval", 1_000_000]
+    process = subprocess.Popen(
+        [sys.executable, TRAIN_PY, *here.flags(*flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    wait_for_step(here, 3, process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert time.monotonic() - began < 8
+    assert process.returncode == 0 and err == ""
+    step = json.loads((checkpoint(here.run) / "state.json").read_text())["step"]
+    assert f"stopped by SIGINT after step {step}: model in {here.run}" in out.splitlines()[-1]
+    assert step >= 3 and lines(here.run)[-1]["step"] == step
+
+    pid = processes.start(here.flags(*flags, "--resume"))
+    deadline = time.monotonic() + 60
+    while lines(here.run)[-1]["step"] < step + 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)
+    assert processes.wait() == 0
+    log = processes.log.read_text()
+    later = json.loads((checkpoint(here.run) / "state.json").read_text())["step"]
+    assert f"resumed {here.run} at step {step}\n" in log and "Traceback" not in log
+    assert f"stopped by SIGTERM after step {later}: model in {here.run}" in log
+    assert [row["step"] for row in lines(here.run)] == list(range(1, later + 1)) and later > step
+
+
+def test_signal_before_the_first_step_and_twice(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train.run
+
+    def interrupted(trainer: Trainer, metrics: train.Metrics) -> float | None:
+        os.kill(os.getpid(), signal.SIGINT)
+        return run(trainer, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "run", interrupted)
+        assert main(here.flags("--steps", 2)) == 0
+    assert "after step 0" in capsys.readouterr().out
+    assert main(here.flags("--steps", 2, "--resume")) == 0
+    whole, here.run = here.run, here.path / "other"
+    assert main(here.flags("--steps", 2)) == 0
+    assert lines(here.run) == lines(whole)
+
+    def impatient(trainer: Trainer, metrics: train.Metrics) -> float | None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return run(trainer, metrics)
+
+    monkeypatch.setattr(train, "run", impatient)
+    assert main(here.flags("--steps", 4, "--resume")) == 130
+
+
+def test_minutes_are_kept(here: Here) -> None:
+    """The whole process, as a stopwatch beside it would have it."""
+    minutes = 0.25
+    here.data.write_bytes(text(20_000))
+    began = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, TRAIN_PY, *here.flags("--minutes", minutes, "--sample-bytes", 20)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+    )
+    took = time.monotonic() - began
+    assert process.returncode == 0 and process.stderr == ""
+    assert 0.6 * 60 * minutes <= took <= 60 * minutes
+    rows = lines(here.run)
+    step = rows[-1]["step"]
+    last = process.stdout.splitlines()[-1]
+    assert last.startswith(f"step {step}, ") and f"val_loss {rows[-1]['val_loss']:.4f} nats/byte" in last
+    assert str(here.run) in last and checkpoint(here.run).name == f"step-{step:08d}"
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert rates[-1] < 0.05 * max(rates)
+    assert len({row["step"] for row in rows if "val_loss" in row}) == sum("val_loss" in row for row in rows)
+
+
+def test_warm_up_is_of_the_training_not_of_the_imports(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run by the clock begins at a low rate, however long the process took to get there."""
+    monkeypatch.setattr(train, "_STARTED", time.monotonic() - 10)
+    rates: list[float] = []
+    train_step = Trainer.train_step
+
+    def step(self: Trainer, progress: float) -> dict[str, Any]:
+        metrics = train_step(self, progress)
+        rates.append(metrics["lr"] / self.args.lr)
+        if len(rates) == 3:
+            self.stop(signal.SIGINT, None)
+        return metrics
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert main(here.flags("--minutes", 1, "--warmup", 0.1, save=False)) == 0
+    assert rates[0] < 0.2
+
+
+# --- Flags and mistakes -----------------------------------------------------------------------------------------------
+
+
+def test_config_sets_defaults_that_flags_override(here: Here) -> None:
+    defaults = {"minutes": 3, "batch_size": 7, "lr": 0.5, "optimizer": "adamw", "compile": True, "grad_clip": 0}
+    here.write_config(train=defaults | {"gradient_checkpointing": False})
+    plain = ["--config", str(here.config)]
+    args, shape = train.parse_args(plain)
+    assert (args.minutes, args.steps, args.batch_size, args.lr) == (3, None, 7, 0.5)
+    assert args.optimizer == "adamw" and args.compile and not args.gradient_checkpointing and args.grad_clip == 0
+    assert shape.dim == 32
+    args, _ = train.parse_args([*plain, "--steps", "5", "--lr", "0.25", "--optimizer", "muon"])
+    assert (args.minutes, args.steps, args.lr, args.optimizer, args.batch_size) == (None, 5, 0.25, "muon", 7)
+    args, _ = train.parse_args([*plain, "--minutes", "9"])
+    assert (args.minutes, args.steps) == (9, None)
+    here.write_config(train={"steps": 4})
+    args, _ = train.parse_args([*plain, "--minutes", "9"])
+    assert (args.minutes, args.steps) == (9, None)
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"stepz": 3},
+        {"save_path": "x"},
+        {"resume": True},
+        {"config": "x"},
+        {"help": True},
+        {"batch_size": True},
+        {"batch_size": "many"},
+        {"batch_size": 1.5},
+        {"batch_size": None},
+        {"batch_size": [3]},
+        {"batch_size": 0},
+        {"compile": "yes"},
+        {"compile": 1},
+        {"optimizer": "sgd"},
+        {"lr": {}},
+        {"steps": -5},
+    ],
+)
+def test_bad_defaults_in_a_config(here: Here, capsys: pytest.CaptureFixture[str], defaults: dict[str, Any]) -> None:
+    here.write_config(train=defaults)
+    (key,) = defaults
+    err = assert_refused(capsys, here.flags("--lr", 0.1) + (["--steps", "2"] if "steps" not in defaults else []))
+    assert key in err or key.replace("_", "-") in err
+    assert not here.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (None, "no such file"),
+        ("", "JSON"),
+        ("{'dim': 3}", "JSON"),
+        ("[]", "object"),
+        ('{"dimm": 3}', "dimm"),
+        ('{"dim": "3"}', "dim "),
+        ('{"dim": true}', "dim "),
+        ('{"dim": -1}', "dim "),
+        ('{"norm_eps": NaN}', "norm_eps"),
+        ('{"train": []}', "train"),
+        (json.dumps(TINY | {"vocab_size": 255}), "vocab_size"),
+        (json.dumps(TINY | {"n_mtp_layers": 32}), "n_mtp_layers"),
+        (json.dumps(TINY | {"n_activated_experts": 5}), "n_activated_experts"),
+    ],
+)
+def test_bad_config(here: Here, capsys: pytest.CaptureFixture[str], content: str | None, part: str) -> None:
+    here.config.unlink() if content is None else here.config.write_text(content)
+    assert_refused(capsys, here.flags("--steps", 2), here.config, part)
+    assert not here.run.exists()
+
+
+def test_bad_data(here: Here, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "resolve", functools.partial(resolve, data_dir=here.path / "prepared"))
+    empty, short, folder, binary = (here.path / name for name in ("empty", "short", "folder", "binary"))
+    empty.write_bytes(b"")
+    short.write_bytes(b"x" * 36)
+    folder.mkdir()
+    binary.mkdir()
+    (binary / "x.bin").write_bytes(bytes(range(256)))
+    for data, part in ((here.path / "none", "none"), (empty, empty), (short, "36 bytes"), (folder, folder)):
+        assert_refused(capsys, here.flags("--steps", 2, "--data", data), part)
+    assert_refused(capsys, here.flags("--steps", 2, "--data", binary), binary)
+    assert_refused(capsys, here.flags("--steps", 2, "--data", ""))
+    assert not here.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ([], "--minutes"),
+        (["--steps", 2, "--minutes", 1], "--steps"),
+        (["--steps", 0], "--steps"),
+        (["--steps", -1], "--steps"),
+        (["--steps", "x"], "--steps"),
+        (["--steps", 1.5], "--steps"),
+        (["--minutes", 0], "--minutes"),
+        (["--minutes", -1], "--minutes"),
+        (["--minutes", "nan"], "--minutes"),
+        (["--minutes", "inf"], "--minutes"),
+        (["--steps", 2, "--batch-size", 0], "--batch-size"),
+        (["--steps", 2, "--accumulation", -2], "--accumulation"),
+        (["--steps", 2, "--lr", -0.1], "--lr"),
+        (["--steps", 2, "--lr", "nan"], "--lr"),
+        (["--steps", 2, "--matrix-lr", 0], "--matrix-lr"),
+        (["--steps", 2, "--weight-decay", -1], "--weight-decay"),
+        (["--steps", 2, "--momentum", 1.1], "--momentum"),
+        (["--steps", 2, "--beta1", -0.1], "--beta1"),
+        (["--steps", 2, "--beta1", 1], "--beta1"),
+        (["--steps", 2, "--beta2", 1], "--beta2"),
+        (["--steps", 2, "--warmup", 2], "--warmup"),
+        (["--steps", 2, "--seed", -1], "--seed"),
+        (["--steps", 2, "--seed", 10**30], "--seed"),
+        (["--steps", 2, "--log-interval", 0], "--log-interval"),
+        (["--steps", 2, "--eval-interval", -1], "--eval-interval"),
+        (["--steps", 2, "--optimizer", "sgd"], "--optimizer"),
+        (["--steps", 2, "--step", 3], "--step"),
+        (["--steps", 2, "extra"], "extra"),
+    ],
+)
+def test_bad_flags(here: Here, capsys: pytest.CaptureFixture[str], flags: list[object], part: str) -> None:
+    assert_refused(capsys, here.flags(*flags), part)
+    assert not here.run.exists()
+
+
+def test_resume_needs_a_path(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(capsys, here.flags("--steps", 2, "--resume", save=False), "--resume", "--save-path")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_missing_device(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(capsys, here.flags("--steps", 2, "--device", "cuda"), "cuda")
+    assert not here.run.exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_save_path_that_cannot_be(here: Here, capsys: pytest.CaptureFixture[str], resume: bool, inside: bool) -> None:
+    (here.path / "file").write_text("mine")
+    here.run = here.path / "file" / "run" if inside else here.path / "file"
+    assert_refused(capsys, here.flags("--steps", 2, *(["--resume"] if resume else [])), here.path / "file")
+    assert (here.path / "file").read_text() == "mine"
+
+
+# --- Terminals and systems --------------------------------------------------------------------------------------------
+
+
+@given(st.text())
+@draws
+def test_printable_obeys_no_text(value: str) -> None:
+    shown = visible(value)
+    assert all(unicodedata.category(c) not in ("Cc", "Cf") or c in "\n\t" for c in shown)
+    kept = [c for c in value if unicodedata.category(c) not in ("Cc", "Cf") or c in "\n\t"]
+    assert len(shown) >= len(value) and (len(kept) < len(value) or shown == value)
+
+
+def test_sample_cannot_write_escapes(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "sample_text", lambda *_: "a\x1b[31mred\x07\r\x9b\u202e\x7fé\n\tb")
+    assert main(here.flags("--steps", 1, "--sample-bytes", 9, save=False)) == 0
+    out = capsys.readouterr().out
+    assert "a\\x1b[31mred\\x07\\r\\x9b\\u202e\\x7fé\n\tb\n" in out
+    assert all(unicodedata.category(c) not in ("Cc", "Cf") or c in "\n\t" for c in out)
+
+
+def test_sample_is_text_of_the_model(here: Here) -> None:
+    model = here.trainer().model
+    shake(model)
+    sample = train.sample_text(model, 1000, "cpu")
+    assert sample == train.sample_text(model, 1000, "cpu") and len(sample) <= 32 and model.training
+    assert train.sample_text(model, 0, "cpu") == ""
+
+
+def test_output_that_takes_ascii_only(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log file may have an encoding that a fresh model's sample does not fit: that is no reason to die."""
+    monkeypatch.setattr(train, "sample_text", lambda *_: "caf\xe9 \ufffd")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(here.flags("--steps", 1, "--sample-bytes", 9)) == 0
+    out.flush()
+    assert b"caf" in out.buffer.getvalue()
+
+
+def test_without_mallopt(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        """A C library that has no such function."""
+
+    def missing(error: Exception) -> Callable[[None], None]:
+        def load(_: None) -> None:
+            raise error
+
+        return load
+
+    for load in (lambda _: Library(), missing(OSError("none")), missing(TypeError("no name"))):
+        monkeypatch.setattr(ctypes, "CDLL", load)
+        train.keep_freed_memory()
+
+
+def test_optimizer_state_goes_where_its_parameter_is(here: Here) -> None:
+    """AdamW's fused kernel wants its step count on the device too; the meta device stands for a GPU here."""
+    trainer = here.trainer()
+    trainer.train_step(0.3)
+    tensors = train.optimizer_tensors(trainer.model, trainer.optimizers)
+    model = trainer.model.to("meta")
+    optimizers = train.make_optimizers(model, trainer.args, torch.float32)
+    train.load_optimizer_tensors(model, optimizers, tensors)
+    for optimizer in optimizers:
+        assert {t.device.type for state in optimizer.state.values() for t in state.values()} == {"meta"}
+
+
+def test_checkpoint_loads_back_into_the_trainer(here: Here) -> None:
+    """The state that is saved is all there is: names of parameters, and two figures or one for each."""
+    assert main(here.flags("--steps", 2)) == 0
+    trainer = here.trainer()
+    tensors, state = load_run(here.run, trainer.model)
+    names = {name for name, _ in trainer.model.named_parameters()}
+    assert {name.rpartition(".")[0] for name in tensors} == names
+    kinds = {name.rpartition(".")[2] for name in tensors}
+    assert kinds == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    assert state["step"] == 2 and state["settings"]["training_bytes"] == 3600
+    with pytest.raises(CheckpointError, match="other.weight.exp_avg"):
+        train.load_optimizer_tensors(trainer.model, trainer.optimizers, {"other.weight.exp_avg": torch.zeros(1)})
