@@ -27,6 +27,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -364,9 +365,10 @@ class Metrics:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         for line in path.read_text().splitlines() if path.exists() else []:
-            values = json.loads(line) if line.endswith("}") else {}  # a crash may have cut the last line
-            if values and (values["step"] < step or values["step"] == step and (evaluated or "val_loss" not in values)):
-                kept.append(line + "\n")
+            with suppress(ValueError, KeyError, TypeError):  # a crash may have cut a line
+                values = json.loads(line)
+                if values["step"] < step or values["step"] == step and (evaluated or "val_loss" not in values):
+                    kept.append(line + "\n")
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)
@@ -432,6 +434,8 @@ class Trainer:
     def resume(self, run: Path) -> None:
         """Goes on from the last checkpoint of `run`."""
         tensors, state = load_run(run, self.model)
+        if missing := sorted(self.state().keys() - state.keys()):
+            raise CheckpointError(f"{run}: the state of its last checkpoint lacks {missing[0]!r}; start a new run")
         now = resume_settings(self.args, self.train_data)
         for key, value in state["settings"].items():
             if now.get(key) != value:
@@ -633,60 +637,26 @@ def _due(trainer: Trainer) -> Iterator[tuple[bool, bool]]:
         yield evaluate_now, trainer.step % args.save_interval == 0 if args.save_interval else reached
 
 
-def positive_int(text: str) -> int:
-    """argparse type: an integer above 0."""
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
+def number(kind: type, accept: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    """Makes an argparse type: a number of that kind that is acceptable, or an error that says what is wanted."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            value = kind(text)
+            if accept(value):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+
+    return parse
 
 
-def not_negative_int(text: str) -> int:
-    """argparse type: an integer from 0 on."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-def not_negative_float(text: str) -> float:
-    """argparse type: a finite number from 0 on."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
-    return value
-
-
-def below_one(text: str) -> float:
-    """argparse type: a number from 0 up to but not including 1, such as the decay of a running mean."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, got {text}")
-    return value
-
-
-def seed_int(text: str) -> int:
-    """argparse type: an integer from 0 to 2^32 - 1."""
-    value = not_negative_int(text)
-    if value >= 1 << 32:
-        raise argparse.ArgumentTypeError(f"must be below 2^32, got {text}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
-    return value
+POSITIVE_INT = number(int, lambda n: n > 0, "an integer above 0")
+NOT_NEGATIVE_INT = number(int, lambda n: n >= 0, "an integer, 0 or more")
+SEED = number(int, lambda n: 0 <= n < 1 << 32, "an integer from 0 to 2^32 - 1")
+POSITIVE = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+NOT_NEGATIVE = number(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
+FRACTION = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+BELOW_ONE = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
 class Parser(argparse.ArgumentParser):
@@ -722,23 +692,23 @@ def build_parser() -> Parser:
     )
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --save-path, if any")
     length = p.add_argument_group("length of the run (one of them)")
-    length.add_argument("--steps", type=positive_int, help="optimizer steps")
-    length.add_argument("--minutes", type=positive_float, help="time for the whole process, start and end included")
+    length.add_argument("--steps", type=POSITIVE_INT, help="optimizer steps")
+    length.add_argument("--minutes", type=POSITIVE, help="time for the whole process, start and end included")
     batch = p.add_argument_group("batch")
-    batch.add_argument("--batch-size", type=positive_int, default=32, help="windows of max_seq_len bytes at a time")
-    batch.add_argument("--accumulation", type=positive_int, default=1, help="batches whose gradients make one step")
+    batch.add_argument("--batch-size", type=POSITIVE_INT, default=32, help="windows of max_seq_len bytes at a time")
+    batch.add_argument("--accumulation", type=POSITIVE_INT, default=1, help="batches whose gradients make one step")
     optim = p.add_argument_group("optimizer")
     optim.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
-    optim.add_argument("--matrix-lr", type=positive_float, default=0.01, help="peak learning rate of hidden matrices")
-    optim.add_argument("--lr", type=positive_float, default=0.003, help="peak learning rate of all else, by AdamW")
-    optim.add_argument("--weight-decay", type=not_negative_float, default=0.1, help="of the hidden matrices")
-    optim.add_argument("--momentum", type=below_one, default=0.95, help="of Muon")
-    optim.add_argument("--beta1", type=below_one, default=0.9, help="of AdamW")
-    optim.add_argument("--beta2", type=below_one, default=0.95, help="of AdamW")
-    optim.add_argument("--grad-clip", type=not_negative_float, default=1.0, help="largest gradient norm; 0 for none")
+    optim.add_argument("--matrix-lr", type=POSITIVE, default=0.01, help="peak learning rate of hidden matrices")
+    optim.add_argument("--lr", type=POSITIVE, default=0.003, help="peak learning rate of all else, by AdamW")
+    optim.add_argument("--weight-decay", type=NOT_NEGATIVE, default=0.1, help="of the hidden matrices")
+    optim.add_argument("--momentum", type=BELOW_ONE, default=0.95, help="of Muon")
+    optim.add_argument("--beta1", type=BELOW_ONE, default=0.9, help="of AdamW")
+    optim.add_argument("--beta2", type=BELOW_ONE, default=0.95, help="of AdamW")
+    optim.add_argument("--grad-clip", type=NOT_NEGATIVE, default=1.0, help="largest gradient norm; 0 for none")
     optim.add_argument("--schedule", choices=["wsd", "cosine"], default="wsd", help="warm-up, stable, decay; or cosine")
-    optim.add_argument("--warmup", type=fraction, default=0.02, help="fraction of the run")
-    optim.add_argument("--decay", type=fraction, default=0.5, help="fraction of the run (wsd)")
+    optim.add_argument("--warmup", type=FRACTION, default=0.02, help="fraction of the run")
+    optim.add_argument("--decay", type=FRACTION, default=0.5, help="fraction of the run (wsd)")
     compute = p.add_argument_group("compute")
     compute.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the best there is")
     compute.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the activations")
@@ -751,12 +721,12 @@ def build_parser() -> Parser:
         default=False,
         help="recompute blocks: less memory, slower",
     )
-    compute.add_argument("--seed", type=seed_int, default=0, help="of the weights and the order of the data")
+    compute.add_argument("--seed", type=SEED, default=0, help="of the weights and the order of the data")
     report = p.add_argument_group("reports")
-    report.add_argument("--log-interval", type=positive_int, default=10, help="steps between lines of metrics")
-    report.add_argument("--eval-interval", type=not_negative_int, default=0, help="steps; 0: a tenth of the run")
-    report.add_argument("--save-interval", type=not_negative_int, default=0, help="steps; 0: with each evaluation only")
-    report.add_argument("--sample-bytes", type=not_negative_int, default=200, help="bytes of the sample; 0 for none")
+    report.add_argument("--log-interval", type=POSITIVE_INT, default=10, help="steps between lines of metrics")
+    report.add_argument("--eval-interval", type=NOT_NEGATIVE_INT, default=0, help="steps; 0: a tenth of the run")
+    report.add_argument("--save-interval", type=NOT_NEGATIVE_INT, default=0, help="steps; 0: with each evaluation only")
+    report.add_argument("--sample-bytes", type=NOT_NEGATIVE_INT, default=200, help="bytes of the sample; 0 for none")
     return p
 
 

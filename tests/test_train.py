@@ -861,6 +861,25 @@ def test_resume_with_another_config_or_data_is_refused(here: Here, capsys: pytes
     assert main(resume) == 0
 
 
+@pytest.mark.parametrize("key", ["step", "settings", "best_val", "elapsed_s"])
+def test_state_that_lacks_something_is_refused(here: Here, capsys: pytest.CaptureFixture[str], key: str) -> None:
+    assert main(here.flags("--steps", 1)) == 0
+    file = checkpoint(here.run) / "state.json"
+    state = json.loads(file.read_text())
+    del state[key]
+    file.write_text(json.dumps(state))
+    assert_refused(capsys, here.flags("--steps", 2, "--resume"), here.run, repr(key))
+
+
+def test_garbage_in_metrics_is_dropped(here: Here) -> None:
+    assert main(here.flags("--steps", 2)) == 0
+    whole = lines(here.run)
+    with (here.run / "metrics.jsonl").open("a") as file:
+        file.write('{"no": "step"}\nnull}\n{"step": 3, "trai')
+    assert main(here.flags("--steps", 2, "--resume")) == 0
+    assert lines(here.run) == whole
+
+
 def test_resume_with_other_data_of_the_same_size_is_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(here.flags("--steps", 1)) == 0
     here.data.write_bytes(text(4000, seed=1))
