@@ -436,42 +436,29 @@ class MLA(nn.Module):
         q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_pe = apply_rotary_emb(q_pe, where.cos, where.sin)
         if self.kv_lora_rank == 0:
-            out = self._attend_plain(x, q_nope, q_pe, where, cache)
+            k, v = self._plain_kv(x, where)
         else:
             kv, k_pe = self.wkv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             kv = self.kv_norm(kv)
             k_pe = apply_rotary_emb(k_pe.unsqueeze(2), where.cos, where.sin)
-            attend = self._attend_absorbed if attn_impl == "absorb" else self._attend_expanded
-            out = attend(q_nope, q_pe, kv, k_pe, where, cache)
+            if attn_impl == "absorb":
+                return self.wo(self._attend_absorbed(q_nope, q_pe, kv, k_pe, where, cache).flatten(2))
+            k, v = self._expand_kv(kv, k_pe)
+        out = self._attend(torch.cat([q_nope, q_pe], dim=-1), k, v, where, cache)
         return self.wo(out.flatten(2))
 
-    def _attend_plain(
-        self, x: torch.Tensor, q_nope: torch.Tensor, q_pe: torch.Tensor, where: Positions, cache: Cache | None
-    ) -> torch.Tensor:
-        """Ordinary multi-head attention: keys and values straight from `x`. Returns (B, S, H, v_head_dim)."""
-        bsz, seqlen, _ = x.shape
-        k = self.wk(x).view(bsz, seqlen, self.n_heads, self.qk_head_dim)
+    def _plain_kv(self, x: torch.Tensor, where: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values straight from `x`, as in ordinary multi-head attention: each (B, S, H, its width)."""
+        k = self.wk(x).unflatten(-1, (self.n_heads, self.qk_head_dim))
         k_nope, k_pe = k.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        k_pe = apply_rotary_emb(k_pe, where.cos, where.sin)
-        v = self.wv(x).view(bsz, seqlen, self.n_heads, self.v_head_dim)
-        q, k = torch.cat([q_nope, q_pe], dim=-1), torch.cat([k_nope, k_pe], dim=-1)
-        return self._attend(q, k, v, where, cache)
+        k = torch.cat([k_nope, apply_rotary_emb(k_pe, where.cos, where.sin)], dim=-1)
+        return k, self.wv(x).unflatten(-1, (self.n_heads, self.v_head_dim))
 
-    def _attend_expanded(
-        self,
-        q_nope: torch.Tensor,
-        q_pe: torch.Tensor,
-        kv: torch.Tensor,
-        k_pe: torch.Tensor,
-        where: Positions,
-        cache: Cache | None,
-    ) -> torch.Tensor:
-        """ "naive": expands the latent `kv` (B, S, C) to each head's keys and values. Returns (B, S, H, v_head_dim)."""
+    def _expand_kv(self, kv: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each head's keys and values from the latent (B, S, C) and the shared rotary key (B, S, 1, R)."""
         kv = self.wkv_b(kv).unflatten(-1, (self.n_heads, self.qk_nope_head_dim + self.v_head_dim))
         k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        q = torch.cat([q_nope, q_pe], dim=-1)
-        k = torch.cat([k_nope, k_pe.expand(-1, -1, self.n_heads, -1)], dim=-1)
-        return self._attend(q, k, v, where, cache)
+        return torch.cat([k_nope, k_pe.expand(-1, -1, self.n_heads, -1)], dim=-1), v
 
     def _attend_absorbed(
         self,
@@ -482,7 +469,7 @@ class MLA(nn.Module):
         where: Positions,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """ "absorb": attends in the latent space, one key of C + R for all heads. Returns (B, S, H, v_head_dim)."""
+        """Attends in the latent space, one key of C + R for all heads. Returns (B, S, H, v_head_dim)."""
         wkv_b = self.wkv_b.weight.to(kv.dtype).view(self.n_heads, -1, self.kv_lora_rank)
         w_k, w_v = wkv_b.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope, w_k), q_pe], dim=-1)

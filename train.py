@@ -415,6 +415,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.loss = torch.compile(self.model.loss, fullgraph=True) if self.args.compile else self.model.loss
+        self.settings = resume_settings(self.args, self.train_data)
         self.step_bytes = self.args.batch_size * self.args.accumulation * self.model.args.max_seq_len
 
     def state(self) -> dict[str, Any]:
@@ -428,7 +429,7 @@ class Trainer:
             "val_step": self.val_step,
             "val_loss": self.val_loss,
             "eval_windows": self.eval_windows,
-            "settings": resume_settings(self.args, self.train_data),
+            "settings": self.settings,
         }
 
     def resume(self, run: Path) -> None:
@@ -436,11 +437,10 @@ class Trainer:
         tensors, state = load_run(run, self.model)
         if missing := sorted(self.state().keys() - state.keys()):
             raise CheckpointError(f"{run}: the state of its last checkpoint lacks {missing[0]!r}; start a new run")
-        now = resume_settings(self.args, self.train_data)
         for key, value in state["settings"].items():
-            if now.get(key) != value:
+            if self.settings.get(key) != value:
                 raise CheckpointError(
-                    f"{run} was trained with {key} = {value}, now it is {now.get(key)}; "
+                    f"{run} was trained with {key} = {value}, now it is {self.settings.get(key)}; "
                     "resume with what it began with, or choose another --save-path"
                 )
         load_optimizer_tensors(self.model, self.optimizers, tensors)
@@ -491,9 +491,8 @@ class Trainer:
         if self.val_step == self.step:  # resumed after its last step
             return self.val_loss
         began = time.monotonic()
-        stop = lambda: self.stop_signal is not None  # noqa: E731
-        batch_size = 4 * self.args.batch_size
-        val_loss = evaluate(self.model, self.val_data, batch_size, self.device, self.eval_windows, stop)
+        batch_size, stopped = 4 * self.args.batch_size, lambda: self.stop_signal is not None
+        val_loss = evaluate(self.model, self.val_data, batch_size, self.device, self.eval_windows, stopped)
         if val_loss is None:
             return None
         if not math.isfinite(val_loss):
@@ -526,7 +525,8 @@ class Trainer:
         expected = len(self.val_data) / self.step_bytes / 3 * step_s
         bound = 0.1 * self.clock.seconds
         n_windows = len(self.val_data) // self.model.args.max_seq_len
-        self.eval_windows = None if expected <= bound else max(1, int(n_windows * bound / expected))
+        if self.val_step is None:  # a resumed run keeps to the windows that its best loss is of
+            self.eval_windows = None if expected <= bound else max(1, int(n_windows * bound / expected))
         self.clock.closing_s = min(2 * min(expected, bound) + 1, 0.25 * self.clock.seconds)
 
     def save(self, is_best: bool) -> None:
@@ -546,11 +546,12 @@ def resume_settings(args: argparse.Namespace, data: np.ndarray) -> dict[str, Any
     """What must not change when a run is resumed, for its steps to be the ones that it would have taken."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
     names += ["weight_decay", "grad_clip", "schedule", "warmup", "decay"]
-    probes = data[np.linspace(0, len(data) - 1, min(len(data), 1 << 16)).astype(np.int64)]  # of 10 GB, few
+    # of 10 GB, only a few pages are read: 64 of 4 KiB, evenly spread
+    pages = [data[i : i + 4096].tobytes() for i in np.linspace(0, max(len(data) - 4096, 0), 64).astype(np.int64)]
     return {
         **{name: getattr(args, name) for name in names},
         "training_bytes": len(data),
-        "training_crc32": zlib.crc32(probes.tobytes()),
+        "training_crc32": zlib.crc32(b"".join(pages)),
     }
 
 
@@ -581,7 +582,7 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
             clock.step_s = max(0.9 * clock.step_s, time.monotonic() - began)
             # the first steps, which warm up, and a busy machine mislead; hence the fastest step
             fastest = min(fastest, time.monotonic() - began)
-            if trainer.val_step is None and clock.seconds is not None:
+            if trainer.eval_s is None and clock.seconds is not None:
                 trainer.plan_evaluation(fastest)
             if trainer.step % args.log_interval == 0:
                 steps, seconds = trainer.step - logged_at[0], time.monotonic() - logged_at[1]
@@ -725,7 +726,9 @@ def build_parser() -> Parser:
     report = p.add_argument_group("reports")
     report.add_argument("--log-interval", type=POSITIVE_INT, default=10, help="steps between lines of metrics")
     report.add_argument("--eval-interval", type=NOT_NEGATIVE_INT, default=0, help="steps; 0: a tenth of the run")
-    report.add_argument("--save-interval", type=NOT_NEGATIVE_INT, default=0, help="steps; 0: with each evaluation only")
+    report.add_argument(
+        "--save-interval", type=NOT_NEGATIVE_INT, default=0, help="steps; 0: with each evaluation or tenth of the run"
+    )
     report.add_argument("--sample-bytes", type=NOT_NEGATIVE_INT, default=200, help="bytes of the sample; 0 for none")
     return p
 
