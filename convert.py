@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import ConfigError, Experts, ModelArgs, Transformer
+from model import ConfigError, ModelArgs, Transformer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model0-mp1.safetensors"
@@ -177,12 +177,11 @@ def _resolve(path: Path, which: str) -> Path:
 
 def _native_tensors(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's tensors in native names: those of stacked experts one by one, as views."""
-    stacked = {name for name, module in model.named_modules() if isinstance(module, Experts)}
     for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        if owner in stacked:
+        owner, is_routed, leaf = name.partition(".experts.")
+        if is_routed:
             for e, matrix in enumerate(tensor):
-                yield f"{owner}.{e}.{leaf}.weight", matrix
+                yield f"{owner}.experts.{e}.{leaf}", matrix
         else:
             yield name, tensor
 

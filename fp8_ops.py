@@ -1,16 +1,46 @@
-"""The matrix products of every linear layer, behind one function each.
+"""FP8 on every device: the format, and the matrix products of every linear layer.
 
-`model.py` multiplies by weights in two ways only: one matrix for all rows (`linear`) and one matrix per expert for rows
-that are sorted by expert (`grouped_linear`). Both take the weight as it is stored, master weights in float32 for
-instance, and compute in the dtype of the activations: the cast is part of the graph, so the gradient arrives at the
-weight in the weight's own precision and accumulates there.
+FP8 here is `float8_e4m3fn`: a sign, 4 bits of exponent, 3 of mantissa, values up to 448. That is too little range for a
+tensor, so each small block of it carries a float32 scale that stores the block's largest value as 448 (DeepSeek-V3
+report, section 3.3.2):
+
+    activations and gradients   one scale per 1×128 tile along the inner dimension     (rows, K) -> (rows, ⌈K/128⌉)
+    weights                     one scale per 128×128 block                            (N, K) -> (⌈N/128⌉, ⌈K/128⌉)
+
+A scale is what the stored value is multiplied by to get back: x ≈ q · s. The last block may be ragged.
+
+A linear layer y = x Wᵀ is three products, all of them in FP8 while training: y itself, the gradient dx = dy W, and the
+gradient dW = dyᵀ x. FP8 tensor cores read both operands along the dimension that is summed over, and so do the scales.
+Hence what each of them sums over decides how it is quantised:
+
+    y  = x · Wᵀ     over K      x in tiles along K         W in blocks
+    dx = dy · W     over N      dy in tiles along N        the same blocks, transposed
+    dW = dyᵀ · x    over rows   dyᵀ in tiles along rows    xᵀ in tiles along rows
+
+So activations and gradients are quantised both ways in one pass, and what a layer keeps for the backward pass is xᵀ in
+FP8, half the memory of bfloat16.
+
+Each function here is one function on all devices. Where a CUDA GPU multiplies FP8 (compute capability 8.9 or more) it
+runs a kernel of `kernel.py`. Everywhere else it is plain torch with the same numbers: the products are those of the
+dequantised operands in float32. `gemm_impl` chooses what linear layers do.
 """
 
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+gemm_impl: Literal["bf16", "fp8"] = "bf16"
+
+BLOCK = 128
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # so that a scale's reciprocal is finite; all-zero blocks get this one
+SCALE_FORMATS = (None, "ue8m0")
 
 
 class DeviceError(ValueError):
@@ -49,36 +79,516 @@ def pick_dtype(device: str, name: str = "auto") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Multiplies every row of `x` by one weight matrix.
+@cache
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device has FP8 tensor cores that kernel.py can use: compute capability 8.9 or more, and Triton."""
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _runs_kernel(x: torch.Tensor, block_size: int = BLOCK) -> bool:
+    return block_size == BLOCK and x.numel() > 0 and multiplies_fp8(x.device)
+
+
+# --- The format ---------------------------------------------------------------------------------------------------
+# These are operators of torch's own kind: to torch.compile each is one node that it leaves as it is.
+
+
+@torch.library.custom_op("bytegpt::act_quant", mutates_args=())
+def act_quant(
+    x: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantises activations in tiles of 1×`block_size` along the last dimension.
 
     Args:
-        x: Activations of shape (..., in_features), any float dtype.
-        weight: Weight of shape (out_features, in_features), any float dtype.
+        x: Shape (..., K), any float dtype, contiguous or not. NaN or infinity makes its whole tile NaN when read back.
+        block_size: Width of a tile; the last one may be narrower.
+        scale_fmt: "ue8m0" rounds scales up to powers of two.
 
     Returns:
-        `x @ weight.T` of shape (..., out_features), in the dtype of `x`.
+        The tiles' values, float8_e4m3fn (..., K), and their scales, float32 (..., ⌈K/block_size⌉); both contiguous.
+
+    Raises:
+        ValueError: `x` is of no float dtype, or another argument is out of range.
     """
-    return F.linear(x, weight.to(x.dtype))
+    _check(x, block_size, scale_fmt)
+    if _runs_kernel(x, block_size):
+        import kernel
+
+        q, s = kernel.act_quant(x.reshape(-1, x.shape[-1]), scale_fmt)
+        return q.view(x.shape), s.view(*x.shape[:-1], -1)
+    tiles = F.pad(x.float(), (0, -x.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
+    s = _scale(tiles.abs().amax(dim=-1), scale_fmt)
+    q = (tiles * s.reciprocal().unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]
+    return _to_e4m3(q), s
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Multiplies consecutive groups of rows by a weight matrix each: the products of a mixture of experts.
+@torch.library.custom_op("bytegpt::act_quant_both", mutates_args=())
+def act_quant_both(
+    x: torch.Tensor, scale_fmt: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantises activations along both dimensions: as the left operand of one product and the right one of another.
 
     Args:
-        x: Activations of shape (rows, in_features), the rows of group 0 first, then those of group 1, and so on.
-        weight: Weights of shape (groups, out_features, in_features), any float dtype.
+        x: Shape (M, K), as for `act_quant`.
+        scale_fmt: As for `act_quant`.
+
+    Returns:
+        `act_quant(x)` followed by `act_quant(x.T)`: (M, K), (M, ⌈K/128⌉), (K, M), (K, ⌈M/128⌉).
+    """
+    _check(x, BLOCK, scale_fmt)
+    if _runs_kernel(x):
+        import kernel
+
+        return kernel.act_quant_both(x, scale_fmt)
+    return *act_quant(x, BLOCK, scale_fmt), *act_quant(x.T, BLOCK, scale_fmt)
+
+
+@torch.library.custom_op("bytegpt::weight_quant", mutates_args=())
+def weight_quant(
+    w: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantises weights in blocks of `block_size`×`block_size`.
+
+    Args:
+        w: Shape (..., N, K), any float dtype, contiguous or not; leading dimensions are a stack of matrices. NaN or
+            infinity makes its whole block NaN when read back.
+        block_size: Width and height of a block; those at the edges may be smaller.
+        scale_fmt: "ue8m0" rounds scales up to powers of two.
+
+    Returns:
+        The values, float8_e4m3fn (..., N, K), and the scales, float32 (..., ⌈N/block_size⌉, ⌈K/block_size⌉).
+
+    Raises:
+        ValueError: `w` is of no float dtype or has less than two dimensions, or another argument is out of range.
+    """
+    _check(w, block_size, scale_fmt)
+    if w.ndim < 2:
+        raise ValueError(f"a weight must have two dimensions or more, got shape {list(w.shape)}")
+    if _runs_kernel(w, block_size):
+        import kernel
+
+        return kernel.weight_quant(w, scale_fmt)
+    n, k = w.shape[-2:]
+    blocks = F.pad(w.float(), (0, -k % block_size, 0, -n % block_size))
+    blocks = blocks.unflatten(-2, (-1, block_size)).unflatten(-1, (-1, block_size))  # (..., N blocks, ·, K blocks, ·)
+    s = _scale(blocks.abs().amax(dim=(-3, -1)), scale_fmt)
+    q = (blocks * s.reciprocal()[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
+    return _to_e4m3(q[..., :n, :k]), s
+
+
+@torch.library.custom_op("bytegpt::weight_dequant", mutates_args=())
+def weight_dequant(
+    q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """Turns quantised weights back: q · s, rounded once to `dtype`.
+
+    Args:
+        q: float8_e4m3fn (..., N, K).
+        s: Scales, float32 (..., ⌈N/block_size⌉, ⌈K/block_size⌉).
+        block_size: Width and height of a block.
+        dtype: Dtype to return.
+
+    Returns:
+        Shape (..., N, K), contiguous, on the device of the scales.
+
+    Raises:
+        ValueError: `q` is not FP8, or the scales do not fit it.
+    """
+    n, k = q.shape[-2:]
+    wanted = (*q.shape[:-2], -(-n // block_size), -(-k // block_size))
+    if q.dtype != E4M3 or s.shape != wanted:
+        raise ValueError(
+            f"weight {q.dtype} {list(q.shape)} needs scales {list(wanted)} of its {block_size}×{block_size} blocks, "
+            f"got {list(s.shape)}"
+        )
+    if _runs_kernel(q, block_size):
+        import kernel
+
+        return kernel.weight_dequant(q, s, dtype)
+    out = torch.empty(q.shape, dtype=dtype, device=s.device)
+    s = s.float().repeat_interleave(block_size, dim=-1)[..., :k]  # of each column: (..., N blocks, K)
+    # in bands of rows that stay in the cache from the cast to the store
+    blocks = max(1, (1 << 19) // max(1, q[..., :block_size, :].numel()))
+    for i in range(0, s.shape[-2], blocks):
+        rows = slice(i * block_size, (i + blocks) * block_size)
+        band, scales = _from_e4m3(q[..., rows, :]).to(s.device), s[..., i : i + blocks, :]
+        whole = band.shape[-2] // block_size
+        if whole:
+            band[..., : whole * block_size, :].unflatten(-2, (whole, block_size)).mul_(scales[..., :whole, None, :])
+        if whole < scales.shape[-2]:  # the last block is ragged
+            band[..., whole * block_size :, :].mul_(scales[..., whole:, :])
+        out[..., rows, :] = band
+    return out
+
+
+def act_dequant(q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK) -> torch.Tensor:
+    """Turns quantised activations back: float32 (..., K) from what `act_quant` returns."""
+    k = q.shape[-1]
+    tiles = F.pad(_from_e4m3(q).to(s.device), (0, -k % block_size)).unflatten(-1, (-1, block_size))
+    return (tiles * s.unsqueeze(-1)).flatten(-2)[..., :k]
+
+
+def _check(x: torch.Tensor, block_size: int, scale_fmt: str | None) -> None:
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
+        raise ValueError(f"only float tensors of 16 bits or more can be quantised, got {x.dtype}")
+    if block_size < 1:
+        raise ValueError(f"block_size must be 1 or more, got {block_size}")
+    if scale_fmt not in SCALE_FORMATS:
+        raise ValueError(f"scale_fmt must be one of {SCALE_FORMATS}, got {scale_fmt!r}")
+
+
+def _scale(amax: torch.Tensor, scale_fmt: str | None) -> torch.Tensor:
+    """The scale that stores `amax`, float32, as E4M3's largest value; infinity and NaN stay what they are."""
+    s = (amax / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    if scale_fmt is None:
+        return s
+    # all mantissa bits that are not 0 carry into the exponent
+    up = ((s.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(s.isfinite(), up, s)
+
+
+@cache
+def _fp8_device(device: torch.device) -> torch.device:
+    """Where FP8 tensors of a device live: there, or on the CPU if it lacks the type, as MPS does until torch 2.14."""
+    try:
+        torch.zeros(1, device=device).to(E4M3)
+    except (TypeError, RuntimeError):
+        return torch.device("cpu")
+    return device
+
+
+def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    return x.to(_fp8_device(x.device)).to(E4M3, memory_format=torch.contiguous_format)
+
+
+def _from_e4m3(q: torch.Tensor) -> torch.Tensor:
+    """FP8 to float32. On a CPU by moving bits, which is several times as fast as torch's cast.
+
+    A float16 has the same layout with one more bit of exponent and seven of mantissa. So `seeeemmm` moved to
+    `s0eeeemmm0000000` is the number times 2^(7 - 15), subnormals included. NaN has to be put back.
+    """
+    if q.device.type != "cpu":
+        return q.float()
+    bits = q.view(torch.int8)
+    half = (
+        bits.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16)
+    )  # sign-extended, so cut
+    x = half.float().mul_(256.0)
+    nan = bits.bitwise_or(-128).eq_(-1)
+    return x.masked_fill_(nan.bool(), float("nan")) if nan.any() else x
+
+
+@act_quant.register_fake
+def _(x: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    q = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    return q, x.new_empty(*x.shape[:-1], -(-x.shape[-1] // block_size), dtype=torch.float32)
+
+
+@act_quant_both.register_fake
+def _(x: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    (m, k), new = x.shape, x.new_empty
+    s, s_t = (new(a, -(-b // BLOCK), dtype=torch.float32) for a, b in ((m, k), (k, m)))
+    return new(m, k, dtype=E4M3), s, new(k, m, dtype=E4M3), s_t
+
+
+@weight_quant.register_fake
+def _(w: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    n, k = w.shape[-2:]
+    q = torch.empty(w.shape, dtype=E4M3, device=w.device)
+    return q, w.new_empty(*w.shape[:-2], -(-n // block_size), -(-k // block_size), dtype=torch.float32)
+
+
+@weight_dequant.register_fake
+def _(q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=dtype, device=s.device)
+
+
+# --- Products -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("bytegpt::fp8_gemm", mutates_args=())
+def fp8_gemm(
+    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """Multiplies quantised matrices, `a @ b.T`, summing in float32.
+
+    Args:
+        a: float8_e4m3fn (..., K), quantised by `act_quant`.
+        a_s: Its scales, float32 (..., ⌈K/128⌉).
+        b: float8_e4m3fn (N, K), quantised by `weight_quant` or by `act_quant`.
+        b_s: Its scales, float32 (⌈N/128⌉, ⌈K/128⌉) or (N, ⌈K/128⌉).
+        dtype: Dtype to return.
+
+    Returns:
+        Shape (..., N).
+
+    Raises:
+        ValueError: The operands or their scales do not fit each other.
+    """
+    _check_operands(a, a_s, b, b_s)
+    if _runs_kernel(a):
+        import kernel
+
+        return kernel.gemm(a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1]), b, b_s, dtype).view(
+            *a.shape[:-1], len(b)
+        )
+    return (act_dequant(a, a_s) @ _right_operand(b, b_s).mT).to(dtype)
+
+
+@torch.library.custom_op("bytegpt::fp8_grouped_gemm", mutates_args=())
+def fp8_grouped_gemm(
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    offsets: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Multiplies consecutive groups of rows by a quantised weight each: `a[group g] @ b[g].T`.
+
+    Args:
+        a: float8_e4m3fn (rows, K), quantised by `act_quant`: the rows of group 0 first, then those of group 1, ...
+        a_s: Its scales, float32 (rows, ⌈K/128⌉).
+        b: float8_e4m3fn (groups, N, K), quantised by `weight_quant`.
+        b_s: Its scales, float32 (groups, ⌈N/128⌉, ⌈K/128⌉).
+        offsets: Where each group's rows end, int32 (groups,), ascending, the last equal to `rows`.
+        dtype: Dtype to return.
+
+    Returns:
+        Shape (rows, N).
+
+    Raises:
+        ValueError: The operands or their scales do not fit each other.
+    """
+    _check_operands(a, a_s, b, b_s, offsets)
+    if _runs_kernel(a):
+        import kernel
+
+        return kernel.grouped_gemm(a, a_s, b, b_s, offsets, dtype)
+    return _grouped_mm(act_dequant(a, a_s), _right_operand(b, b_s).mT, offsets).to(dtype)
+
+
+@torch.library.custom_op("bytegpt::fp8_grouped_outer", mutates_args=())
+def fp8_grouped_outer(
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    offsets: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Multiplies consecutive groups of columns with each other: `a[:, group g] @ b[:, group g].T`.
+
+    It is the weight gradient of `fp8_grouped_gemm`. A tile of 128 columns may span two groups, which share its scale.
+
+    Args:
+        a: float8_e4m3fn (N, rows), a transposed output of `act_quant_both`.
+        a_s: Its scales, float32 (N, ⌈rows/128⌉).
+        b: float8_e4m3fn (K, rows), likewise.
+        b_s: Its scales, float32 (K, ⌈rows/128⌉).
+        offsets: Where each group's columns end, int32 (groups,), ascending, the last equal to `rows`.
+        dtype: Dtype to return.
+
+    Returns:
+        Shape (groups, N, K); zeros for an empty group.
+
+    Raises:
+        ValueError: The operands or their scales do not fit each other.
+    """
+    _check_operands(a, a_s, b, b_s)
+    if _runs_kernel(a):
+        import kernel
+
+        return kernel.grouped_outer(a, a_s, b, b_s, offsets, dtype)
+    outer = _grouped_outer(act_dequant(b, b_s).mT, act_dequant(a, a_s).mT, offsets)
+    return outer.mT.to(dtype, memory_format=torch.contiguous_format)
+
+
+def _check_operands(
+    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor | None = None
+) -> None:
+    k_tiles = -(-a.shape[-1] // BLOCK)
+    if a.dtype != E4M3 or b.dtype != E4M3:
+        raise ValueError(f"both operands must be {E4M3}, got {a.dtype} and {b.dtype}")
+    if a.shape[-1] != b.shape[-1] or (offsets is not None and len(b) != len(offsets)):
+        raise ValueError(f"operands of shapes {list(a.shape)} and {list(b.shape)} do not fit each other")
+    if a_s.shape != (*a.shape[:-1], k_tiles):
+        raise ValueError(f"scales of {list(a.shape)} must be {[*a.shape[:-1], k_tiles]}, got {list(a_s.shape)}")
+    n = b.shape[-2]
+    if b_s.shape[:-2] != b.shape[:-2] or b_s.shape[-2] not in (n, -(-n // BLOCK)) or b_s.shape[-1] != k_tiles:
+        raise ValueError(f"scales {list(b_s.shape)} fit neither the blocks nor the tiles of {list(b.shape)}")
+
+
+def _right_operand(b: torch.Tensor, b_s: torch.Tensor) -> torch.Tensor:
+    """Dequantises the right operand of a product, whichever way it was quantised; float32."""
+    if b_s.shape[-2] == b.shape[-2]:
+        return act_dequant(b, b_s)
+    return weight_dequant(b, b_s, BLOCK, torch.float32)
+
+
+@fp8_gemm.register_fake
+def _(
+    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    return a_s.new_empty(*a.shape[:-1], b.shape[0], dtype=dtype)
+
+
+@fp8_grouped_gemm.register_fake
+def _(
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    offsets: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    return a_s.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+
+
+@fp8_grouped_outer.register_fake
+def _(
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    offsets: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    return a_s.new_empty(offsets.shape[0], a.shape[0], b.shape[0], dtype=dtype)
+
+
+# --- Linear layers ------------------------------------------------------------------------------------------------
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight as the FP8 products read it.
+
+    Attributes:
+        q: float8_e4m3fn (..., N, K).
+        s: Scales of its blocks, float32 (..., ⌈N/128⌉, ⌈K/128⌉).
+        q_t: `q` transposed, (..., K, N), for the gradient of the input: contiguous where tensor cores read it.
+    """
+
+    q: torch.Tensor
+    s: torch.Tensor
+    q_t: torch.Tensor
+
+
+def quantize(weight: torch.Tensor, scale_fmt: str | None = None) -> QuantizedWeight:
+    """Quantises the weight of a linear layer, for as many products as are made until it changes."""
+    q, s = weight_quant(weight.detach(), BLOCK, scale_fmt)
+    return QuantizedWeight(q, s, q.mT.contiguous() if multiplies_fp8(q.device) else q.mT)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiplies rows by a weight matrix, or consecutive groups of rows by one each (a mixture of experts).
+
+    The weight is taken as it is stored, master weights in float32 for instance, and cast to the dtype of the
+    activations. The cast is part of the graph, so the gradient arrives in the weight's own precision.
+
+    Args:
+        x: Activations of shape (..., in_features), any float dtype; with `offsets` (rows, in_features), the rows of
+            group 0 first, then those of group 1, and so on.
+        weight: Weight of shape (out_features, in_features), any float dtype; with `offsets` one for each group,
+            (groups, out_features, in_features).
         offsets: Where each group's rows end, int32 of shape (groups,), ascending, the last equal to `rows`. An empty
             group costs nothing.
 
     Returns:
-        Shape (rows, out_features), in the dtype of `x`.
+        `x @ weight.T` of shape (..., out_features), in the dtype of `x`.
     """
-    weight = weight.to(x.dtype).transpose(-2, -1)
+    weight = weight.to(x.dtype)
+    if offsets is None:
+        return F.linear(x, weight)
     # torch's own kernel is for GPUs: bfloat16, and rows that start at multiples of 16 bytes
     if x.is_cuda and x.dtype == torch.bfloat16 and weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0:
-        return F.grouped_mm(x, weight, offs=offsets)
-    return _grouped_mm(x, weight, offsets)
+        return F.grouped_mm(x, weight.mT, offs=offsets)
+    return _grouped_mm(x, weight.mT, offsets)
+
+
+def fp8_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[QuantizedWeight],
+    offsets: torch.Tensor | None = None,
+    scale_fmt: str | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Multiplies the same rows by several weights, with all three products of each in FP8.
+
+    The input is quantised once for all of them, and what is kept for the backward pass is its FP8 copy alone.
+
+    Args:
+        x: As for `linear`.
+        weights: The weights that get the gradients, in their own dtype. Their values are not read.
+        quantized: The same weights, quantised.
+        offsets: As for `linear`.
+        scale_fmt: Format of the scales of activations and gradients.
+
+    Returns:
+        For each weight what `linear` returns.
+    """
+    operands = [tensor for weight in quantized for tensor in weight]
+    keep = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    return _FP8Linear.apply(offsets, scale_fmt, keep, x, *operands, *weights)
+
+
+class _FP8Linear(torch.autograd.Function):
+    """`fp8_linear`, with its inputs in a row: three tensors of each quantised weight, then the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        offsets: torch.Tensor | None,
+        scale_fmt: str | None,
+        keep: bool,
+        x: torch.Tensor,
+        *operands: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        n = len(operands) // 4
+        quantized = [QuantizedWeight(*operands[3 * i : 3 * i + 3]) for i in range(n)]
+        rows = x.reshape(-1, x.shape[-1])
+        if keep:
+            q, s, q_t, s_t = act_quant_both(rows, scale_fmt)
+            ctx.save_for_backward(offsets, q_t, s_t, *(t for w in quantized for t in (w.q_t, w.s)))
+            ctx.scale_fmt, ctx.shape, ctx.dtypes = scale_fmt, x.shape, [w.dtype for w in operands[3 * n :]]
+        else:
+            q, s = act_quant(rows, BLOCK, scale_fmt)
+        return tuple(_gemm(q, s, w.q, w.s, offsets, x.dtype).unflatten(0, x.shape[:-1]) for w in quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        offsets, x_t, x_ts, *weights = ctx.saved_tensors
+        n = len(grads)
+        needs_x, needs_weights = ctx.needs_input_grad[3], ctx.needs_input_grad[4 + 3 * n :]
+        grad_x, grad_weights = None, [None] * n
+        for i, grad in enumerate(grads):
+            g, g_s, g_t, g_ts = act_quant_both(grad.reshape(-1, grad.shape[-1]), ctx.scale_fmt)
+            if needs_x:
+                part = _gemm(g, g_s, weights[2 * i], weights[2 * i + 1].mT, offsets, grad.dtype)
+                grad_x = part if grad_x is None else grad_x + part
+            if needs_weights[i]:
+                if offsets is None:
+                    grad_weights[i] = fp8_gemm(g_t, g_ts, x_t, x_ts, ctx.dtypes[i])
+                else:
+                    grad_weights[i] = fp8_grouped_outer(g_t, g_ts, x_t, x_ts, offsets, ctx.dtypes[i])
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.shape)
+        return None, None, None, grad_x, *[None] * (3 * n), *grad_weights
+
+
+def _gemm(
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    offsets: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if offsets is None:
+        return fp8_gemm(a, a_s, b, b_s, dtype)
+    return fp8_grouped_gemm(a, a_s, b, b_s, offsets, dtype)
 
 
 # A loop over groups needs their sizes as Python numbers. As an operator of its own it is one node of a compiled graph.

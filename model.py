@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fp8_ops import grouped_linear, linear
+import fp8_ops
 
 attn_impl: Literal["naive", "absorb"] = "naive"
 
@@ -336,14 +336,85 @@ class Losses(NamedTuple):
 
 
 class Linear(nn.Module):
-    """A matrix without bias; no layer of the architecture has one."""
+    """A matrix without bias (no layer of the architecture has one), or a stack of them, one for each routed expert.
 
-    def __init__(self, in_features: int, out_features: int):
+    Its weight is kept in one of two ways. Trained: in the parameter's own precision, and for FP8 products a quantised
+    copy beside it, made by `quantize` once a step. Or stored in FP8, as a checkpoint may have it: then the parameter
+    itself is FP8 and `scale` holds its scales.
+
+    Args:
+        args: The model's shape.
+        in_features: Width of the input.
+        out_features: Width of the output.
+        stack: Number of matrices; None for a single one.
+        high_precision: Never in FP8 (V3 report, section 3.3.1: embedding, head, router and norms are not).
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        in_features: int,
+        out_features: int,
+        stack: int | None = None,
+        high_precision: bool = False,
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.scale_fmt = args.scale_fmt
+        self.high_precision = high_precision
+        shape = (out_features, in_features) if stack is None else (stack, out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.register_buffer("scale", None)
+        for name in fp8_ops.QuantizedWeight._fields:
+            self.register_buffer(f"weight_{name}", None, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+        (y,) = project(x, self, offsets=offsets)
+        return y
+
+    def store_fp8(self) -> None:
+        """Makes room for a weight stored in FP8; its values are undefined until they are loaded."""
+        blocks = [-(-n // fp8_ops.BLOCK) for n in self.weight.shape[-2:]]
+        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=fp8_ops.E4M3), requires_grad=False)
+        self.scale = self.weight.new_empty(*self.weight.shape[:-2], *blocks, dtype=torch.float32)
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Quantises the weight for the products to come, in place of what an earlier call made."""
+        for name, new in fp8_ops.quantize(self.weight, self.scale_fmt)._asdict().items():
+            old = getattr(self, f"weight_{name}")
+            if old is None:
+                setattr(self, f"weight_{name}", new)
+            else:
+                old.copy_(new)
+
+    def quantized(self) -> fp8_ops.QuantizedWeight:
+        """The weight for FP8 products: as `quantize` made it, or as it is stored, or else made now."""
+        if self.scale is not None:
+            return fp8_ops.QuantizedWeight(self.weight, self.scale, self.weight.mT)
+        if self.weight_q is not None:
+            return fp8_ops.QuantizedWeight(self.weight_q, self.weight_s, self.weight_q_t)
+        return fp8_ops.quantize(self.weight, self.scale_fmt)
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in `dtype`, or as it is where the product casts it."""
+        return self.weight if self.scale is None else fp8_ops.weight_dequant(self.weight, self.scale, dtype=dtype)
+
+
+def project(x: torch.Tensor, *layers: Linear, offsets: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Applies several layers to one input, which FP8 then quantises, and keeps for the backward pass, once.
+
+    Args:
+        x: Shape (..., in_features).
+        layers: The layers, all in FP8 or none.
+        offsets: For stacks, where the rows of each matrix end; see `fp8_ops.linear`.
+
+    Returns:
+        (..., out_features) of each.
+    """
+    if fp8_ops.gemm_impl == "fp8" and not layers[0].high_precision:
+        quantized = [layer.quantized() for layer in layers]
+        return fp8_ops.fp8_linear(x, [layer.weight for layer in layers], quantized, offsets, layers[0].scale_fmt)
+    return tuple(fp8_ops.linear(x, layer.dense_weight(x.dtype), offsets) for layer in layers)
 
 
 class RMSNorm(nn.Module):
@@ -411,19 +482,19 @@ class MLA(nn.Module):
         self.qk_head_dim = args.qk_nope_head_dim + args.qk_rope_head_dim
         self.v_head_dim = args.v_head_dim
         if args.q_lora_rank == 0:
-            self.wq = Linear(args.dim, args.n_heads * self.qk_head_dim)
+            self.wq = Linear(args, args.dim, args.n_heads * self.qk_head_dim)
         else:
-            self.wq_a = Linear(args.dim, args.q_lora_rank)
+            self.wq_a = Linear(args, args.dim, args.q_lora_rank)
             self.q_norm = RMSNorm(args.q_lora_rank, args.norm_eps)
-            self.wq_b = Linear(args.q_lora_rank, args.n_heads * self.qk_head_dim)
+            self.wq_b = Linear(args, args.q_lora_rank, args.n_heads * self.qk_head_dim)
         if args.kv_lora_rank == 0:
-            self.wk = Linear(args.dim, args.n_heads * self.qk_head_dim)
-            self.wv = Linear(args.dim, args.n_heads * args.v_head_dim)
+            self.wk = Linear(args, args.dim, args.n_heads * self.qk_head_dim)
+            self.wv = Linear(args, args.dim, args.n_heads * args.v_head_dim)
         else:
-            self.wkv_a = Linear(args.dim, args.kv_lora_rank + args.qk_rope_head_dim)
+            self.wkv_a = Linear(args, args.dim, args.kv_lora_rank + args.qk_rope_head_dim)
             self.kv_norm = RMSNorm(args.kv_lora_rank, args.norm_eps)
-            self.wkv_b = Linear(args.kv_lora_rank, args.n_heads * (args.qk_nope_head_dim + args.v_head_dim))
-        self.wo = Linear(args.n_heads * args.v_head_dim, args.dim)
+            self.wkv_b = Linear(args, args.kv_lora_rank, args.n_heads * (args.qk_nope_head_dim + args.v_head_dim))
+        self.wo = Linear(args, args.n_heads * args.v_head_dim, args.dim)
         self.softmax_scale = self.qk_head_dim**-0.5
         if args.max_seq_len > args.original_seq_len:
             mscale = 0.1 * args.mscale * math.log(args.rope_factor) + 1.0
@@ -431,14 +502,20 @@ class MLA(nn.Module):
 
     def forward(self, x: torch.Tensor, where: Positions, cache: Cache | None) -> torch.Tensor:
         bsz, seqlen, _ = x.shape
-        q = self.wq(x) if self.q_lora_rank == 0 else self.wq_b(self.q_norm(self.wq_a(x)))
+        q, *rest = project(
+            x,
+            self.wq_a if self.q_lora_rank else self.wq,
+            *([self.wkv_a] if self.kv_lora_rank else [self.wk, self.wv]),
+        )
+        if self.q_lora_rank:
+            q = self.wq_b(self.q_norm(q))
         q = q.view(bsz, seqlen, self.n_heads, self.qk_head_dim)
         q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_pe = apply_rotary_emb(q_pe, where.cos, where.sin)
         if self.kv_lora_rank == 0:
-            k, v = self._plain_kv(x, where)
+            k, v = self._plain_kv(*rest, where)
         else:
-            kv, k_pe = self.wkv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            kv, k_pe = rest[0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             kv = self.kv_norm(kv)
             k_pe = apply_rotary_emb(k_pe.unsqueeze(2), where.cos, where.sin)
             if attn_impl == "absorb":
@@ -447,12 +524,12 @@ class MLA(nn.Module):
         out = self._attend(torch.cat([q_nope, q_pe], dim=-1), k, v, where, cache)
         return self.wo(out.flatten(2))
 
-    def _plain_kv(self, x: torch.Tensor, where: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values straight from `x`, as in ordinary multi-head attention: each (B, S, H, its width)."""
-        k = self.wk(x).unflatten(-1, (self.n_heads, self.qk_head_dim))
+    def _plain_kv(self, k: torch.Tensor, v: torch.Tensor, where: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of ordinary multi-head attention, straight from projections: each (B, S, H, its width)."""
+        k = k.unflatten(-1, (self.n_heads, self.qk_head_dim))
         k_nope, k_pe = k.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         k = torch.cat([k_nope, apply_rotary_emb(k_pe, where.cos, where.sin)], dim=-1)
-        return k, self.wv(x).unflatten(-1, (self.n_heads, self.v_head_dim))
+        return k, v.unflatten(-1, (self.n_heads, self.v_head_dim))
 
     def _expand_kv(self, kv: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each head's keys and values from the latent (B, S, C) and the shared rotary key (B, S, 1, R)."""
@@ -470,7 +547,7 @@ class MLA(nn.Module):
         cache: Cache | None,
     ) -> torch.Tensor:
         """Attends in the latent space, one key of C + R for all heads. Returns (B, S, H, v_head_dim)."""
-        wkv_b = self.wkv_b.weight.to(kv.dtype).view(self.n_heads, -1, self.kv_lora_rank)
+        wkv_b = self.wkv_b.dense_weight(kv.dtype).to(kv.dtype).view(self.n_heads, -1, self.kv_lora_rank)
         w_k, w_v = wkv_b.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope, w_k), q_pe], dim=-1)
         latent = torch.cat([kv, k_pe.squeeze(2)], dim=-1)
@@ -504,15 +581,16 @@ class MLA(nn.Module):
 class MLP(nn.Module):
     """The gated feed-forward layer: `w2(act(w1 x) * w3 x)`."""
 
-    def __init__(self, dim: int, inter_dim: int, hidden_act: str):
+    def __init__(self, args: ModelArgs, inter_dim: int, stack: int | None = None):
         super().__init__()
-        self.w1 = Linear(dim, inter_dim)
-        self.w2 = Linear(inter_dim, dim)
-        self.w3 = Linear(dim, inter_dim)
-        self.act = ACTIVATIONS[hidden_act]
+        self.w1 = Linear(args, args.dim, inter_dim, stack)
+        self.w2 = Linear(args, inter_dim, args.dim, stack)
+        self.w3 = Linear(args, args.dim, inter_dim, stack)
+        self.act = ACTIVATIONS[args.hidden_act]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(self.act(self.w1(x)) * self.w3(x))
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+        gate, up = project(x, self.w1, self.w3, offsets=offsets)
+        return self.w2(self.act(gate) * up, offsets)
 
 
 class Gate(nn.Module):
@@ -568,15 +646,11 @@ class _Permute(torch.autograd.Function):
         return grad.index_select(0, inverse).unflatten(0, (-1, ctx.k)).sum(dim=1), None, None, None
 
 
-class Experts(nn.Module):
-    """The routed experts' weights, stacked so that each step of the MLP is one grouped product."""
+class Experts(MLP):
+    """The routed experts: one MLP whose weights are stacks, so that each step of it is one grouped product."""
 
-    def __init__(self, n_experts: int, dim: int, inter_dim: int, hidden_act: str):
-        super().__init__()
-        self.w1 = nn.Parameter(torch.empty(n_experts, inter_dim, dim))
-        self.w2 = nn.Parameter(torch.empty(n_experts, dim, inter_dim))
-        self.w3 = nn.Parameter(torch.empty(n_experts, inter_dim, dim))
-        self.act = ACTIVATIONS[hidden_act]
+    def __init__(self, args: ModelArgs):
+        super().__init__(args, args.moe_inter_dim, stack=args.n_routed_experts)
 
     def forward(
         self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
@@ -594,10 +668,9 @@ class Experts(nn.Module):
         k = indices.shape[1]
         experts, order = indices.flatten().sort(stable=True)
         inverse = order.argsort()
-        offsets = torch.searchsorted(experts, torch.arange(len(self.w1), device=x.device), right=True).int()
-        h = _Permute.apply(x, order, inverse, k)
-        h = self.act(grouped_linear(h, self.w1, offsets)) * grouped_linear(h, self.w3, offsets)
-        h = _Permute.apply(grouped_linear(h, self.w2, offsets), inverse, order, 1)
+        offsets = torch.searchsorted(experts, torch.arange(len(self.w1.weight), device=x.device), right=True).int()
+        h = super().forward(_Permute.apply(x, order, inverse, k), offsets)
+        h = _Permute.apply(h, inverse, order, 1)
         y = torch.einsum("nk,nkd->nd", weights.to(x.dtype), h.unflatten(0, (-1, k)))
         return y, offsets.diff(prepend=offsets.new_zeros(1)).float()
 
@@ -609,9 +682,9 @@ class MoE(nn.Module):
         super().__init__()
         self.aux_loss_alpha = args.aux_loss_alpha
         self.gate = Gate(args)
-        self.experts = Experts(args.n_routed_experts, args.dim, args.moe_inter_dim, args.hidden_act)
+        self.experts = Experts(args)
         shared_dim = args.n_shared_experts * args.moe_inter_dim
-        self.shared_experts = MLP(args.dim, shared_dim, args.hidden_act) if shared_dim else None
+        self.shared_experts = MLP(args, shared_dim) if shared_dim else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         rows = x.flatten(0, 1)
@@ -650,7 +723,7 @@ class Block(nn.Module):
     def __init__(self, layer_id: int, args: ModelArgs):
         super().__init__()
         self.attn = MLA(layer_id, args)
-        self.ffn = MoE(args) if args.is_moe(layer_id) else MLP(args.dim, args.inter_dim, args.hidden_act)
+        self.ffn = MoE(args) if args.is_moe(layer_id) else MLP(args, args.inter_dim)
         self.attn_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
@@ -669,7 +742,7 @@ class MTPModule(nn.Module):
         super().__init__()
         self.enorm = RMSNorm(args.dim, args.norm_eps)
         self.hnorm = RMSNorm(args.dim, args.norm_eps)
-        self.eh_proj = Linear(2 * args.dim, args.dim)
+        self.eh_proj = Linear(args, 2 * args.dim, args.dim, high_precision=True)
         self.block = Block(layer_id, args)
         self.norm = RMSNorm(args.dim, args.norm_eps)
 
@@ -701,12 +774,13 @@ class Transformer(nn.Module):
     Args:
         args: The model's shape.
         compute_dtype: Dtype of the activations between the layers.
+        fp8_weights: Make room for weights stored in FP8 and their scales, as an FP8 checkpoint has them.
 
     Attributes:
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
     """
 
-    def __init__(self, args: ModelArgs, compute_dtype: torch.dtype = torch.float32):
+    def __init__(self, args: ModelArgs, compute_dtype: torch.dtype = torch.float32, fp8_weights: bool = False):
         super().__init__()
         self.args = args
         self.compute_dtype = compute_dtype
@@ -714,11 +788,14 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.head = Linear(args.dim, args.vocab_size)
+        self.head = Linear(args, args.dim, args.vocab_size, high_precision=True)
         self.mtp = nn.ModuleList(MTPModule(args.n_layers + k, args) for k in range(args.n_mtp_layers))
         angles = torch.outer(torch.arange(args.max_seq_len).float(), rope_frequencies(args)).unsqueeze(1)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        if fp8_weights:
+            for layer in self.fp8_layers():
+                layer.store_fp8()
 
     def init_weights(self, seed: int) -> None:
         """Draws fresh weights, each parameter from a generator of its own: the same for every layout and device.
@@ -740,6 +817,18 @@ class Transformer(nn.Module):
         for gate in self.gates():
             if gate.bias is not None:
                 gate.bias.zero_()
+
+    def fp8_layers(self) -> list[Linear]:
+        """The layers that multiply in FP8 where `fp8_ops.gemm_impl` says so."""
+        return [m for m in self.modules() if isinstance(m, Linear) and not m.high_precision]
+
+    def quantize_weights(self) -> None:
+        """Quantises the weights for the FP8 products to come, which otherwise do it at each use.
+
+        To be called whenever weights have changed: once a step.
+        """
+        for layer in self.fp8_layers():
+            layer.quantize()
 
     def gates(self) -> list[Gate]:
         """The routers, in the order of the layers, MTP modules last: the rows of `Losses.load`."""

@@ -37,6 +37,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import fp8_ops
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, visible
 from convert import CheckpointError, has_run, load_run, read_config, save_run
 from data.prepare import DataError, open_bytes, resolve
@@ -416,6 +417,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.loss = torch.compile(self.model.loss, fullgraph=True) if self.args.compile else self.model.loss
         self.settings = resume_settings(self.args, self.train_data)
+        self.quantize_weights()
         self.step_bytes = self.args.batch_size * self.args.accumulation * self.model.args.max_seq_len
 
     def state(self) -> dict[str, Any]:
@@ -444,10 +446,16 @@ class Trainer:
                     "resume with what it began with, or choose another --save-path"
                 )
         load_optimizer_tensors(self.model, self.optimizers, tensors)
+        self.quantize_weights()
         self.step, self.val_step, self.val_loss = state["step"], state["val_step"], state["val_loss"]
         self.eval_windows = state["eval_windows"]
         self.clock.earlier_s, self.clock.startup_s = state["elapsed_s"], state["startup_s"]
         self.best_val = math.inf if state["best_val"] is None else state["best_val"]
+
+    def quantize_weights(self) -> None:
+        """Brings the FP8 copies of the weights up to date: once a step, however many batches it has."""
+        if fp8_ops.gemm_impl == "fp8":
+            self.model.quantize_weights()
 
     def train_step(self, progress: float) -> dict[str, Any]:
         """Takes one step; returns its metrics as Python numbers.
@@ -475,6 +483,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         model.update_gate_bias(load)
+        self.quantize_weights()
         self.step += 1
         metrics = {"train_loss": next_byte, "lr": args.lr * lr_factor, "grad_norm": norm, "balance_loss": balance}
         return metrics | ({"mtp_loss": mtp} if len(model.mtp) else {}) | {"load": load}
@@ -545,7 +554,7 @@ class Trainer:
 def resume_settings(args: argparse.Namespace, data: np.ndarray) -> dict[str, Any]:
     """What must not change when a run is resumed, for its steps to be the ones that it would have taken."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
-    names += ["weight_decay", "grad_clip", "schedule", "warmup", "decay"]
+    names += ["weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
     # of 10 GB, only a few pages are read: 64 of 4 KiB, evenly spread
     pages = [data[i : i + 4096].tobytes() for i in np.linspace(0, max(len(data) - 4096, 0), 64).astype(np.int64)]
     return {
@@ -714,6 +723,12 @@ def build_parser() -> Parser:
     compute.add_argument("--device", choices=["cuda", "mps", "cpu"], help="default: the best there is")
     compute.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the activations")
     compute.add_argument(
+        "--gemm-impl",
+        choices=["bf16", "fp8"],
+        help="products of the linear layers; default: as the config's dtype says. FP8 runs on any device, and is fast "
+        "on GPUs of compute capability 8.9 or more",
+    )
+    compute.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the step"
     )
     compute.add_argument(
@@ -767,6 +782,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, ModelArgs]:
         raise ConfigError(f"{args.config}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
     if shape.n_mtp_layers >= shape.max_seq_len:
         raise ConfigError(f"{args.config}: n_mtp_layers must be below max_seq_len ({shape.max_seq_len})")
+    args.gemm_impl = args.gemm_impl or ("fp8" if shape.dtype == "fp8" else "bf16")
     return args, shape
 
 
@@ -789,6 +805,7 @@ def build_trainer(args: argparse.Namespace, shape: ModelArgs) -> Trainer:
     """Loads the data and makes everything that a run needs."""
     device = pick_device(args.device)
     dtype = pick_dtype(device, args.dtype)
+    fp8_ops.gemm_impl = args.gemm_impl
     data = open_bytes(resolve(args.data))
     train_data, val_data = split(data, shape.max_seq_len)
     model = Transformer(shape, dtype)
@@ -800,7 +817,8 @@ def build_trainer(args: argparse.Namespace, shape: ModelArgs) -> Trainer:
     size = dtype.itemsize
     print(
         f"{total:,} parameters, {active:,} active per byte; cache {latent * size:,} bytes per position "
-        f"(plain multi-head attention: {plain * size:,}); {device}, {str(dtype).removeprefix('torch.')}; "
+        f"(plain multi-head attention: {plain * size:,}); {device}, {str(dtype).removeprefix('torch.')}"
+        f"{', products in FP8' if args.gemm_impl == 'fp8' else ''}; "
         f"{len(train_data):,} bytes to train on, {len(val_data):,} to validate"
     )
     return Trainer(

@@ -110,9 +110,9 @@ def test_names_and_content_are_native(saved: Path) -> None:
     tensors, model = load_file(saved / WEIGHTS), tiny()
     assert sorted(tensors) == sorted(names)
     experts = model.layers[1].ffn.experts
-    assert torch.equal(tensors["layers.1.ffn.experts.3.w1.weight"], experts.w1[3])
-    assert torch.equal(tensors["layers.1.ffn.experts.0.w2.weight"], experts.w2[0])
-    assert torch.equal(tensors["mtp.0.block.ffn.experts.2.w3.weight"], model.mtp[0].block.ffn.experts.w3[2])
+    assert torch.equal(tensors["layers.1.ffn.experts.3.w1.weight"], experts.w1.weight[3])
+    assert torch.equal(tensors["layers.1.ffn.experts.0.w2.weight"], experts.w2.weight[0])
+    assert torch.equal(tensors["mtp.0.block.ffn.experts.2.w3.weight"], model.mtp[0].block.ffn.experts.w3.weight[2])
     assert torch.equal(tensors["layers.1.ffn.gate.bias"], model.layers[1].ffn.gate.bias)
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
 

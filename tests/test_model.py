@@ -30,7 +30,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 import model
-from fp8_ops import grouped_linear, linear
+from fp8_ops import linear
 from model import ConfigError, ModelArgs, Transformer
 
 TOLERANCE = 1e-5  # float32, logits of order 1
@@ -224,11 +224,13 @@ def to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
             parts.insert(0, "model")
         elif parts[0] == "mtp" and parts[2] == "norm":
             parts[2] = "post_norm"
-        if name.endswith("experts.w1"):
-            tensor = torch.cat([tensor, tensors[name[:-2] + "w3"]], dim=1)
-            parts[-1] = "gate_up_proj"
-        elif name.endswith("experts.w3"):
-            continue
+        if tensor.ndim == 3:
+            if name.endswith("w3.weight"):
+                continue
+            if name.endswith("w1.weight"):
+                tensor = torch.cat([tensor, tensors[name.replace("w1", "w3")]], dim=1)
+                parts[-2] = "gate_up_proj"
+            parts.pop()
         renamed[".".join(parts)] = tensor
     return renamed
 
@@ -554,8 +556,8 @@ def moe_by_hand(moe: nn.Module, x: torch.Tensor, args: ModelArgs) -> tuple[torch
         y = torch.zeros_like(row)
         for e in chosen:
             load[e] += 1
-            hidden = act(p["experts.w1"][e] @ row) * (p["experts.w3"][e] @ row)
-            y = y + args.route_scale * scores[e] / total * (p["experts.w2"][e] @ hidden)
+            hidden = act(p["experts.w1.weight"][e] @ row) * (p["experts.w3.weight"][e] @ row)
+            y = y + args.route_scale * scores[e] / total * (p["experts.w2.weight"][e] @ hidden)
         if args.n_shared_experts:
             hidden = act(p["shared_experts.w1.weight"] @ row) * (p["shared_experts.w3.weight"] @ row)
             y = y + p["shared_experts.w2.weight"] @ hidden
@@ -580,7 +582,7 @@ def compare_moe_with_hand(args: ModelArgs, moe: nn.Module, x: torch.Tensor) -> l
     assert_near_grads(gradients(moe), gradients(by_hand))
     assert moe.gate.bias is None or not moe.gate.bias.requires_grad
     for name in ("w1", "w2", "w3"):
-        grad = getattr(moe.experts, name).grad
+        grad = getattr(moe.experts, name).weight.grad
         idle = [e for e, n in enumerate(load) if not n]
         assert torch.equal(grad[idle], torch.zeros_like(grad[idle]))
     return load
@@ -649,11 +651,11 @@ def test_grouped_linear(counts: list[int], n_in: int, n_out: int) -> None:
     x, weight, offsets = grouped_inputs(counts, n_in, n_out)
     group = [g for g, n in enumerate(counts) for _ in range(n)]
     expected = torch.einsum("ni,noi->no", x, weight[group])
-    torch.testing.assert_close(grouped_linear(x, weight, offsets), expected)
+    torch.testing.assert_close(linear(x, weight, offsets), expected)
     x.requires_grad_()
     weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, w: grouped_linear(a, w, offsets), (x, weight))
-    grouped_linear(x, weight, offsets).sum().backward()
+    assert torch.autograd.gradcheck(lambda a, w: linear(a, w, offsets), (x, weight))
+    linear(x, weight, offsets).sum().backward()
     empty = [g for g, n in enumerate(counts) if not n]
     assert torch.equal(weight.grad[empty], torch.zeros(len(empty), n_out, n_in, dtype=torch.float64))
 
@@ -671,7 +673,7 @@ def test_grouped_operators_are_well_formed(counts: list[int]) -> None:
 def test_master_weights_keep_their_precision() -> None:
     """Products are in the dtype of the activations, gradients in that of the weights."""
     x, weight, offsets = grouped_inputs([2, 0, 3], 3, 5)
-    for product in (lambda a, w: grouped_linear(a, w, offsets), lambda a, w: linear(a, w[0])):
+    for product in (lambda a, w: linear(a, w, offsets), lambda a, w: linear(a, w[0])):
         w = weight.float().requires_grad_()
         y = product(x.bfloat16(), w)
         torch.testing.assert_close(y, product(x.bfloat16(), w.bfloat16()), rtol=0, atol=0)

@@ -1,0 +1,347 @@
+"""The FP8 kernels for CUDA GPUs of compute capability 8.9 and more, in Triton.
+
+What they compute is defined in `fp8_ops.py`, whose functions are the only callers and have checked the arguments; that
+file says what a tile, a block and a scale are. Two things govern how they are written.
+
+Quantisation moves bytes. A kernel reads each number once, from memory to registers, and writes it once, at a quarter or
+half of its size; the largest value of a tile and the division by its scale are free beside that. So each program takes
+a square of 128×128, which holds whole tiles of both directions, and one reading serves both.
+
+A product of FP8 numbers moves few bytes and multiplies at twice the rate of bfloat16, but tensor cores sum FP8 products
+with only some 14 bits (DeepSeek-V3 report, section 3.3.2). So a sum runs over 128 products, which is as far as a scale
+reaches anyway, and is then multiplied by both scales and added to an accumulator in float32. Both operands are read
+along the dimension that is summed over, as Hopper's tensor cores want them: `a` (M, K) and `b` (N, K).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(128)
+E4M3_MAX = tl.constexpr(448.0)
+SMALLEST_SCALE_BITS = tl.constexpr(0x00800000)  # float32's smallest normal number
+INFINITY_BITS = tl.constexpr(0x7F800000)
+MANTISSA_BITS = tl.constexpr(0x007FFFFF)
+
+
+@triton.jit
+def _scale(x, axis: tl.constexpr, UE8M0: tl.constexpr):
+    """The scale that stores the largest of |x| as 448, and its reciprocal.
+
+    Positive floats are ordered as the integers of the same bits, NaN above infinity: so as integers the maximum keeps
+    a NaN, which as floats it would drop.
+    """
+    amax = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=axis).to(tl.float32, bitcast=True)
+    bits = tl.div_rn(amax, tl.full(amax.shape, E4M3_MAX, tl.float32)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits = tl.maximum(bits, SMALLEST_SCALE_BITS)
+    if UE8M0:  # all mantissa bits that are not 0 carry into the exponent
+        bits = tl.where(bits < INFINITY_BITS, (bits + MANTISSA_BITS) & INFINITY_BITS, bits)
+    s = bits.to(tl.float32, bitcast=True)
+    return s, tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
+
+
+@triton.jit
+def _act_quant_kernel(
+    x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, stride_m, stride_k, UE8M0: tl.constexpr, BOTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Activations (M, K) to FP8 in tiles of 1×128 and, with BOTH, transposed (K, M) in tiles of 1×128 along M.
+
+    Program (i, j) takes BLOCK_M×128 numbers. Reads each once and writes it once, twice with BOTH. Bound by memory.
+    """
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (m < M)[:, None] & (k < K)[None, :]
+    k = k.to(tl.int64)
+    x = tl.load(x_ptr + m[:, None] * stride_m + k[None, :] * stride_k, mask=inside, other=0.0).to(tl.float32)
+    s, r = _scale(x, 1, UE8M0)
+    tl.store(q_ptr + m[:, None] * K + k[None, :], (x * r[:, None]).to(tl.float8e4nv), mask=inside)
+    tl.store(s_ptr + m * tl.num_programs(1) + tl.program_id(1), s, mask=m < M)
+    if BOTH:
+        s, r = _scale(x, 0, UE8M0)
+        q = tl.trans((x * r[None, :]).to(tl.float8e4nv))
+        tl.store(qt_ptr + k[:, None] * M + m[None, :], q, mask=tl.trans(inside))
+        tl.store(st_ptr + k * tl.num_programs(0) + tl.program_id(0), s, mask=k < K)
+
+
+def act_quant(x: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `fp8_ops.act_quant`; `x` has shape (M, K)."""
+    m, k = x.shape
+    q, s = _new(x, m, k)
+    grid = (triton.cdiv(m, 32), triton.cdiv(k, 128))
+    _act_quant_kernel[grid](x, q, s, q, s, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=False, BLOCK_M=32)
+    return q, s
+
+
+def act_quant_both(
+    x: torch.Tensor, scale_fmt: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `fp8_ops.act_quant_both`."""
+    m, k = x.shape
+    outputs = *_new(x, m, k), *_new(x, k, m)
+    grid = (triton.cdiv(m, 128), triton.cdiv(k, 128))
+    _act_quant_kernel[grid](
+        x, *outputs, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=True, BLOCK_M=128, num_warps=8
+    )
+    return outputs
+
+
+def _new(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for quantised activations and their scales."""
+    q = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    return q, torch.empty(rows, triton.cdiv(columns, 128), dtype=torch.float32, device=x.device)
+
+
+@triton.jit
+def _weight_quant_kernel(
+    w_ptr, q_ptr, s_ptr, N, K, stride_e, stride_n, stride_k, UE8M0: tl.constexpr
+):  # fmt: skip
+    """A stack of weights (E, N, K) to FP8 in blocks of 128×128; program (i, j, e) takes one.
+
+    Reads each number once and writes it once. Bound by memory.
+    """
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.program_id(2).to(tl.int64)
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    n, k = n.to(tl.int64), k.to(tl.int64)
+    where = e * stride_e + n[:, None] * stride_n + k[None, :] * stride_k
+    w = tl.load(w_ptr + where, mask=inside, other=0.0).to(tl.float32)
+    s, r = _scale(tl.reshape(w, [BLOCK * BLOCK]), 0, UE8M0)
+    tl.store(q_ptr + (e * N + n[:, None]) * K + k[None, :], (w * r).to(tl.float8e4nv), mask=inside)
+    tl.store(s_ptr + (e * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1), s)
+
+
+def weight_quant(w: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `fp8_ops.weight_quant`."""
+    *stack, n, k = w.shape
+    w = w.reshape(-1, n, k)
+    blocks = triton.cdiv(n, 128), triton.cdiv(k, 128)
+    q = torch.empty(*stack, n, k, dtype=torch.float8_e4m3fn, device=w.device)
+    s = torch.empty(*stack, *blocks, dtype=torch.float32, device=w.device)
+    _weight_quant_kernel[(*blocks, len(w))](w, q, s, n, k, *w.stride(), UE8M0=scale_fmt == "ue8m0", num_warps=8)
+    return q, s
+
+
+@triton.jit
+def _weight_dequant_kernel(
+    q_ptr, s_ptr, w_ptr, N, K, q_stride_e, q_stride_n, q_stride_k, s_stride_e, s_stride_n, s_stride_k
+):  # fmt: skip
+    """A stack of quantised weights (E, N, K) back to floats; program (i, j, e) takes a block of 128×128.
+
+    Reads each number once and writes it once. Bound by memory, and there by what is written.
+    """
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.program_id(2).to(tl.int64)
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    n, k = n.to(tl.int64), k.to(tl.int64)
+    q = tl.load(q_ptr + e * q_stride_e + n[:, None] * q_stride_n + k[None, :] * q_stride_k, mask=inside, other=0.0)
+    s = tl.load(s_ptr + e * s_stride_e + tl.program_id(0) * s_stride_n + tl.program_id(1) * s_stride_k)
+    w = (q.to(tl.float32) * s).to(w_ptr.dtype.element_ty)
+    tl.store(w_ptr + (e * N + n[:, None]) * K + k[None, :], w, mask=inside)
+
+
+def weight_dequant(q: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """See `fp8_ops.weight_dequant`."""
+    n, k = q.shape[-2:]
+    w = torch.empty(q.shape, dtype=dtype, device=q.device)
+    q, s = q.reshape(-1, n, k), s.reshape(-1, *s.shape[-2:])
+    grid = (triton.cdiv(n, 128), triton.cdiv(k, 128), len(q))
+    _weight_dequant_kernel[grid](q, s, w, n, k, *q.stride(), *s.stride(), num_warps=8)
+    return w
+
+
+def _tiles(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
+    """Candidates for autotuning, from (BLOCK_M, BLOCK_N, warps, stages)."""
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in sizes
+    ]
+
+
+@triton.jit
+def _block_scaled_dot(
+    acc, a_ptr, as_ptr, b_ptr, bs_ptr, k, k_begin, k_end, a_row, b_row, a_inside, b_inside, MASKED: tl.constexpr
+):  # fmt: skip
+    """Adds 128 products of quantised numbers to an accumulator, from where `k` is a multiple of 128.
+
+    `a_row` and `b_row` are offsets of rows; `as_ptr` and `bs_ptr` point to the scales of these rows for these 128.
+    MASKED: positions outside of `k_begin` to `k_end` count as zero.
+    """
+    along = k + tl.arange(0, BLOCK)
+    a_mask, b_mask = a_inside[:, None], b_inside[:, None]
+    if MASKED:
+        inside = ((along >= k_begin) & (along < k_end))[None, :]
+        a_mask, b_mask = a_mask & inside, b_mask & inside
+    a = tl.load(a_ptr + a_row[:, None] + along[None, :], mask=a_mask, other=0.0)
+    b = tl.load(b_ptr + b_row[:, None] + along[None, :], mask=b_mask, other=0.0)
+    a_s = tl.load(as_ptr, mask=a_inside, other=0.0)
+    b_s = tl.load(bs_ptr, mask=b_inside, other=0.0)
+    return acc + tl.dot(a, tl.trans(b)) * (a_s[:, None] * b_s[None, :])
+
+
+@triton.autotune(
+    _tiles((128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4), (64, 64, 4, 4), (16, 64, 4, 4)),
+    key=["N", "K", "M_BUCKET"],
+    cache_results=True,
+)
+@triton.jit
+def _gemm_kernel(
+    a_ptr, as_ptr, b_ptr, bs_ptr, c_ptr, offsets_ptr, M, N, K,
+    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, M_BUCKET,
+    ROWS_PER_SCALE: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """c (M, N) = a (M, K) · b (N, K)ᵀ; with GROUPS, rows `offsets[e-1]` to `offsets[e]` by matrix e of b (E, N, K).
+
+    A program makes BLOCK_M×BLOCK_N of c in steps of 128 along K: it reads (BLOCK_M + BLOCK_N)·128 bytes and multiplies
+    BLOCK_M·BLOCK_N·128 times in each. Programs run in bands of 8 tiles of rows, whose operands stay in the L2 cache.
+    With large tiles it is bound by the tensor cores; with few rows (decoding), by reading b once.
+
+    With GROUPS, each program finds its group by itself, so the host need not know their sizes: the grid has room for
+    one ragged tile per group, and programs beyond the last tile leave.
+    """
+    n_tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    if GROUPS == 0:
+        n_tiles_m = tl.cdiv(M, BLOCK_M)
+        band = pid // (8 * n_tiles_n)
+        band_rows = tl.minimum(n_tiles_m - band * 8, 8)
+        tile_m = band * 8 + pid % (8 * n_tiles_n) % band_rows
+        tile_n = pid % (8 * n_tiles_n) // band_rows
+        start, end = tile_m * BLOCK_M, M
+        e = 0
+    else:
+        tile, tile_n = pid // n_tiles_n, pid % n_tiles_n
+        groups = tl.arange(0, GROUPS_POW2)
+        ends = tl.load(offsets_ptr + groups, mask=groups < GROUPS, other=0)
+        starts = tl.load(offsets_ptr + groups - 1, mask=(groups > 0) & (groups < GROUPS), other=0)
+        last_tile = tl.cumsum(tl.cdiv(ends - starts, BLOCK_M), 0)
+        e = tl.sum((last_tile <= tile).to(tl.int32) * (groups < GROUPS).to(tl.int32), 0)
+        if e >= GROUPS:
+            return
+        before = tl.sum(tl.where(groups == e - 1, last_tile, 0), 0)
+        start = tl.sum(tl.where(groups == e, starts, 0), 0) + (tile - before) * BLOCK_M
+        end = tl.sum(tl.where(groups == e, ends, 0), 0)
+    m = start + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    a_inside, b_inside = m < end, n < N
+    e = e.to(tl.int64) if GROUPS else 0
+    a_row = m.to(tl.int64) * K
+    b_row = (e * N + n.to(tl.int64)) * K
+    as_ptr += m.to(tl.int64) * as_stride_m
+    bs_ptr += e * bs_stride_e + n.to(tl.int64) // ROWS_PER_SCALE * bs_stride_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK):
+        acc = _block_scaled_dot(
+            acc, a_ptr, as_ptr, b_ptr, bs_ptr, k, 0, K, a_row, b_row, a_inside, b_inside, MASKED
+        )  # fmt: skip
+        as_ptr += as_stride_k
+        bs_ptr += bs_stride_k
+    c = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=a_inside[:, None] & b_inside[None, :])
+
+
+def gemm(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """See `fp8_ops.fp8_gemm`; `a` has shape (M, K)."""
+    return _gemm(a, a_s, b.unsqueeze(0), b_s.unsqueeze(0), None, dtype)
+
+
+def grouped_gemm(
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    offsets: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `fp8_ops.fp8_grouped_gemm`."""
+    return _gemm(a, a_s, b, b_s, offsets, dtype)
+
+
+def _gemm(
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    offsets: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    a, b = a.contiguous(), b.contiguous()
+    (m, k), (e, n, _) = a.shape, b.shape
+    groups = 0 if offsets is None else e
+    c = torch.empty(m, n, dtype=dtype, device=a.device)
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return ((triton.cdiv(m, meta["BLOCK_M"]) + groups) * triton.cdiv(n, meta["BLOCK_N"]),)
+
+    _gemm_kernel[grid](
+        a, a_s, b, b_s, c, a if offsets is None else offsets, m, n, k, *a_s.stride(), *b_s.stride(),
+        _bucket(m // max(groups, 1)),
+        ROWS_PER_SCALE=1 if b_s.shape[1] == n else 128,
+        GROUPS=groups, GROUPS_POW2=triton.next_power_of_2(max(groups, 1)), MASKED=k % 128 != 0,
+    )  # fmt: skip
+    return c
+
+
+def _bucket(rows: int) -> int:
+    """Row counts that share a choice of tiles."""
+    return min(max(triton.next_power_of_2(max(rows, 1)), 16), 4096)
+
+
+@triton.autotune(
+    _tiles((128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4), (64, 64, 4, 4)),
+    key=["N", "K", "ROWS_BUCKET"],
+    cache_results=True,
+)
+@triton.jit
+def _grouped_outer_kernel(
+    a_ptr, as_ptr, b_ptr, bs_ptr, c_ptr, offsets_ptr, ROWS, N, K, as_stride, bs_stride, ROWS_BUCKET,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """c[e] (N, K) = a[:, group e] · b[:, group e]ᵀ for a (N, rows) and b (K, rows).
+
+    Program (i, e) makes BLOCK_M×BLOCK_N of c[e], in steps of 128 rows that begin at multiples of 128, as the scales do:
+    the first and the last step are masked where they reach into a neighbouring group. Bound by the tensor cores with
+    many rows per group, by writing c with few.
+    """
+    e = tl.program_id(1)
+    begin = tl.load(offsets_ptr + e - 1, mask=e > 0, other=0)
+    end = tl.load(offsets_ptr + e)
+    n_tiles_k = tl.cdiv(K, BLOCK_N)
+    n = tl.program_id(0) // n_tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % n_tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    a_inside, b_inside = n < N, k < K
+    n, k = n.to(tl.int64), k.to(tl.int64)
+    as_ptr += n * as_stride
+    bs_ptr += k * bs_stride
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for tile in range(begin // BLOCK, tl.cdiv(end, BLOCK)):
+        acc = _block_scaled_dot(
+            acc, a_ptr, as_ptr + tile, b_ptr, bs_ptr + tile, tile * BLOCK, begin, end, n * ROWS, k * ROWS,
+            a_inside, b_inside, True,
+        )  # fmt: skip
+    c = c_ptr + e.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
+    tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=a_inside[:, None] & b_inside[None, :])
+
+
+def grouped_outer(
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    offsets: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `fp8_ops.fp8_grouped_outer`."""
+    a, a_s, b, b_s = a.contiguous(), a_s.contiguous(), b.contiguous(), b_s.contiguous()
+    (n, rows), k, e = a.shape, len(b), len(offsets)
+    c = torch.empty(e, n, k, dtype=dtype, device=a.device)
+
+    def grid(meta: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(n, meta["BLOCK_M"]) * triton.cdiv(k, meta["BLOCK_N"]), e
+
+    _grouped_outer_kernel[grid](
+        a, a_s, b, b_s, c, offsets, rows, n, k, a_s.stride(0), b_s.stride(0), _bucket(rows // e)
+    )
+    return c
