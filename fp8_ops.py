@@ -82,7 +82,9 @@ def pick_dtype(device: str, name: str = "auto") -> torch.dtype:
 @cache
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether a device has FP8 tensor cores that kernel.py can use: compute capability 8.9 or more, and Triton."""
-    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    if importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -135,14 +137,16 @@ def act_quant_both(
         scale_fmt: As for `act_quant`.
 
     Returns:
-        `act_quant(x)` followed by `act_quant(x.T)`: (M, K), (M, ⌈K/128⌉), (K, M), (K, ⌈M/128⌉).
+        `act_quant(x)` followed by `act_quant(x.T)`: (M, K), (M, ⌈K/128⌉), (K, M), (K, ⌈M/128⌉). The last of them lies
+        in memory transposed, with the scales of the same 128 rows side by side, as the weight gradient reads them.
     """
     _check(x, BLOCK, scale_fmt)
     if _runs_kernel(x):
         import kernel
 
         return kernel.act_quant_both(x, scale_fmt)
-    return *act_quant(x, BLOCK, scale_fmt), *act_quant(x.T, BLOCK, scale_fmt)
+    q_t, s_t = act_quant(x.T, BLOCK, scale_fmt)
+    return *act_quant(x, BLOCK, scale_fmt), q_t, s_t.T.contiguous().T
 
 
 @torch.library.custom_op("bytegpt::weight_quant", mutates_args=())
@@ -182,7 +186,7 @@ def weight_quant(
 def weight_dequant(
     q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """Turns quantised weights back: q · s, rounded once to `dtype`.
+    """Turns quantised weights back: q · s in float32, then rounded to `dtype`.
 
     Args:
         q: float8_e4m3fn (..., N, K).
@@ -290,7 +294,7 @@ def _(x: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None) ->
 def _(x: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (m, k), new = x.shape, x.new_empty
     s, s_t = (new(a, -(-b // BLOCK), dtype=torch.float32) for a, b in ((m, k), (k, m)))
-    return new(m, k, dtype=E4M3), s, new(k, m, dtype=E4M3), s_t
+    return new(m, k, dtype=E4M3), s, new(k, m, dtype=E4M3), s_t.view(-1, k).T
 
 
 @weight_quant.register_fake
@@ -555,7 +559,7 @@ class _FP8Linear(torch.autograd.Function):
             ctx.scale_fmt, ctx.shape, ctx.dtypes = scale_fmt, x.shape, [w.dtype for w in operands[3 * n :]]
         else:
             q, s = act_quant(rows, BLOCK, scale_fmt)
-        return tuple(_gemm(q, s, w.q, w.s, offsets, x.dtype).unflatten(0, x.shape[:-1]) for w in quantized)
+        return tuple(_gemm(q, s, w.q, w.s, offsets, x.dtype).view(*x.shape[:-1], w.q.shape[-2]) for w in quantized)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

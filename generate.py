@@ -41,6 +41,7 @@ from typing import BinaryIO, NoReturn, TextIO
 
 import torch
 
+import fp8_ops
 import model as model_module
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
 from convert import load_model
@@ -535,13 +536,22 @@ def choose_attn_impl(args: ModelArgs, wanted: str | None) -> str:
 
 
 def load(arguments: argparse.Namespace) -> Transformer:
-    """Loads the model and sets how it attends.
+    """Loads the model and sets how it multiplies and attends.
+
+    Weights stored in FP8 stay so where the hardware multiplies them or --gemm-impl fp8 asks for it; else they are
+    dequantised once.
 
     Raises:
         ValueError: No device, no checkpoint, or none that fits.
     """
     device = pick_device(arguments.device)
-    model = load_model(arguments.ckpt_path, device, pick_dtype(device, arguments.dtype))
+    fast = fp8_ops.multiplies_fp8(torch.device(device))
+    keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
+    model = load_model(arguments.ckpt_path, device, pick_dtype(device, arguments.dtype), keep_fp8)
+    stored = any(layer.scale is not None for layer in model.fp8_layers())
+    fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored else "bf16")
+    if fp8_ops.gemm_impl == "fp8" and not stored:
+        model.quantize_weights()
     if model.args.vocab_size != VOCAB_SIZE:
         raise ValueError(
             f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
@@ -603,6 +613,11 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--stop", metavar="STRING", help="ends a text; not printed")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--attn-impl", choices=("naive", "absorb"), help="default: absorb where there is a latent")
+    machine.add_argument(
+        "--gemm-impl",
+        choices=("bf16", "fp8"),
+        help="default: fp8 for weights stored in FP8 where the hardware multiplies them, else bf16",
+    )
     machine.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
     machine.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
     return parser

@@ -10,12 +10,15 @@ a square of 128×128, which holds whole tiles of both directions, and one readin
 A product of FP8 numbers moves few bytes and multiplies at twice the rate of bfloat16, but tensor cores sum FP8 products
 with only some 14 bits (DeepSeek-V3 report, section 3.3.2). So a sum runs over 128 products, which is as far as a scale
 reaches anyway, and is then multiplied by both scales and added to an accumulator in float32. Both operands are read
-along the dimension that is summed over, as Hopper's tensor cores want them: `a` (M, K) and `b` (N, K).
+along the dimension that is summed over, as Hopper's tensor cores want them: `a` (M, K) and `b` (N, K). They are read
+through tensor descriptors, which Hopper's copy engine (TMA) follows by itself: what lies beyond a matrix comes as
+zeros, so that loads need no masks.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK = tl.constexpr(128)
 E4M3_MAX = tl.constexpr(448.0)
@@ -49,19 +52,25 @@ def _act_quant_kernel(
 
     Program (i, j) takes BLOCK_M×128 numbers. Reads each once and writes it once, twice with BOTH. Bound by memory.
     """
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (m < M)[:, None] & (k < K)[None, :]
-    k = k.to(tl.int64)
-    x = tl.load(x_ptr + m[:, None] * stride_m + k[None, :] * stride_k, mask=inside, other=0.0).to(tl.float32)
+    # 64-bit offsets for the first number of the square alone
+    m_start, k_start = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(1).to(tl.int64) * BLOCK
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
+    m_inside, k_inside = m < M - m_start, k < K - k_start
+    x_ptr += m_start * stride_m + k_start * stride_k
+    inside = m_inside[:, None] & k_inside[None, :]
+    loaded = tl.load(x_ptr + m[:, None] * stride_m + k[None, :] * stride_k, mask=inside, other=0.0)
+    x = loaded.to(tl.float32)
     s, r = _scale(x, 1, UE8M0)
-    tl.store(q_ptr + m[:, None] * K + k[None, :], (x * r[:, None]).to(tl.float8e4nv), mask=inside)
-    tl.store(s_ptr + m * tl.num_programs(1) + tl.program_id(1), s, mask=m < M)
+    q = (x * r[:, None]).to(tl.float8e4nv)
+    tl.store(q_ptr + m_start * K + k_start + m[:, None] * K + k[None, :], q, mask=inside)
+    tl.store(s_ptr + (m_start + m) * tl.num_programs(1) + tl.program_id(1), s, mask=m_inside)
     if BOTH:
-        s, r = _scale(x, 0, UE8M0)
-        q = tl.trans((x * r[None, :]).to(tl.float8e4nv))
-        tl.store(qt_ptr + k[:, None] * M + m[None, :], q, mask=tl.trans(inside))
-        tl.store(st_ptr + k * tl.num_programs(0) + tl.program_id(0), s, mask=k < K)
+        inside = k_inside[:, None] & m_inside[None, :]
+        x = tl.trans(loaded).to(tl.float32)
+        s, r = _scale(x, 1, UE8M0)
+        q = (x * r[:, None]).to(tl.float8e4nv)
+        tl.store(qt_ptr + k_start * M + m_start + k[:, None] * M + m[None, :], q, mask=inside)
+        tl.store(st_ptr + tl.program_id(0).to(tl.int64) * K + k_start + k, s, mask=k_inside)
 
 
 def act_quant(x: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,10 +87,12 @@ def act_quant_both(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `fp8_ops.act_quant_both`."""
     m, k = x.shape
-    outputs = *_new(x, m, k), *_new(x, k, m)
+    q_t, s_t = _new(x, k, m)
+    s_t = s_t.view(-1, k).T  # the scales of 128 rows side by side, as the weight gradient reads them
+    outputs = *_new(x, m, k), q_t, s_t
     grid = (triton.cdiv(m, 128), triton.cdiv(k, 128))
     _act_quant_kernel[grid](
-        x, *outputs, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=True, BLOCK_M=128, num_warps=8
+        x, *outputs, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=True, BLOCK_M=128, num_warps=4
     )
     return outputs
 
@@ -152,44 +163,32 @@ def weight_dequant(q: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> torc
     return w
 
 
-def _tiles(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
-    """Candidates for autotuning, from (BLOCK_M, BLOCK_N, warps, stages)."""
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in sizes
-    ]
+def _set_block_shapes(args: dict[str, object]) -> None:
+    """Cuts the descriptors of both operands to the tiles about to be tried or run."""
+    args["a_desc"].block_shape = [args["BLOCK_M"], 128]
+    args["b_desc"].block_shape = [args["BLOCK_N"], 128]
 
 
-@triton.jit
-def _block_scaled_dot(
-    acc, a_ptr, as_ptr, b_ptr, bs_ptr, k, k_begin, k_end, a_row, b_row, a_inside, b_inside, MASKED: tl.constexpr
-):  # fmt: skip
-    """Adds 128 products of quantised numbers to an accumulator, from where `k` is a multiple of 128.
-
-    `a_row` and `b_row` are offsets of rows; `as_ptr` and `bs_ptr` point to the scales of these rows for these 128.
-    MASKED: positions outside of `k_begin` to `k_end` count as zero.
-    """
-    along = k + tl.arange(0, BLOCK)
-    a_mask, b_mask = a_inside[:, None], b_inside[:, None]
-    if MASKED:
-        inside = ((along >= k_begin) & (along < k_end))[None, :]
-        a_mask, b_mask = a_mask & inside, b_mask & inside
-    a = tl.load(a_ptr + a_row[:, None] + along[None, :], mask=a_mask, other=0.0)
-    b = tl.load(b_ptr + b_row[:, None] + along[None, :], mask=b_mask, other=0.0)
-    a_s = tl.load(as_ptr, mask=a_inside, other=0.0)
-    b_s = tl.load(bs_ptr, mask=b_inside, other=0.0)
-    return acc + tl.dot(a, tl.trans(b)) * (a_s[:, None] * b_s[None, :])
+# (BLOCK_M, BLOCK_N, warps, stages): large tiles for many rows, small ones for decoding and for small GPUs
+TILES = [
+    triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages, pre_hook=_set_block_shapes)
+    for m, n, warps, stages in [(128, 128, 8, 4), (64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 3), (16, 64, 4, 4)]
+]
 
 
-@triton.autotune(
-    _tiles((128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4), (64, 64, 4, 4), (16, 64, 4, 4)),
-    key=["N", "K", "M_BUCKET"],
-    cache_results=True,
-)
+def _descriptor(q: torch.Tensor) -> TensorDescriptor:
+    """A descriptor of a quantised matrix; rows are brought to multiples of 16 bytes, as the copy engine needs them."""
+    if q.shape[-1] % 16:
+        q = torch.nn.functional.pad(q.view(torch.int8), (0, -q.shape[-1] % 16)).view(q.dtype)
+    return TensorDescriptor.from_tensor(q.contiguous(), [128, 128])
+
+
+@triton.autotune(TILES, key=["N", "K", "M_BUCKET"], cache_results=True)
 @triton.jit
 def _gemm_kernel(
-    a_ptr, as_ptr, b_ptr, bs_ptr, c_ptr, offsets_ptr, M, N, K,
+    a_desc, as_ptr, b_desc, bs_ptr, c_ptr, offsets_ptr, M, N, K,
     as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, M_BUCKET,
-    ROWS_PER_SCALE: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, MASKED: tl.constexpr,
+    B_IN_BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """c (M, N) = a (M, K) · b (N, K)ᵀ; with GROUPS, rows `offsets[e-1]` to `offsets[e]` by matrix e of b (E, N, K).
@@ -199,7 +198,8 @@ def _gemm_kernel(
     With large tiles it is bound by the tensor cores; with few rows (decoding), by reading b once.
 
     With GROUPS, each program finds its group by itself, so the host need not know their sizes: the grid has room for
-    one ragged tile per group, and programs beyond the last tile leave.
+    one ragged tile per group, and programs beyond the last tile leave. Rows beyond the group's end are multiplied, but
+    not stored.
     """
     n_tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -207,17 +207,17 @@ def _gemm_kernel(
         n_tiles_m = tl.cdiv(M, BLOCK_M)
         band = pid // (8 * n_tiles_n)
         band_rows = tl.minimum(n_tiles_m - band * 8, 8)
-        tile_m = band * 8 + pid % (8 * n_tiles_n) % band_rows
+        start = (band * 8 + pid % (8 * n_tiles_n) % band_rows) * BLOCK_M
         tile_n = pid % (8 * n_tiles_n) // band_rows
-        start, end = tile_m * BLOCK_M, M
+        end = M
         e = 0
     else:
         tile, tile_n = pid // n_tiles_n, pid % n_tiles_n
         groups = tl.arange(0, GROUPS_POW2)
         ends = tl.load(offsets_ptr + groups, mask=groups < GROUPS, other=0)
         starts = tl.load(offsets_ptr + groups - 1, mask=(groups > 0) & (groups < GROUPS), other=0)
-        last_tile = tl.cumsum(tl.cdiv(ends - starts, BLOCK_M), 0)
-        e = tl.sum((last_tile <= tile).to(tl.int32) * (groups < GROUPS).to(tl.int32), 0)
+        last_tile = tl.cumsum(tl.where(groups < GROUPS, tl.cdiv(ends - starts, BLOCK_M), 0), 0)
+        e = tl.sum(((last_tile <= tile) & (groups < GROUPS)).to(tl.int32), 0)
         if e >= GROUPS:
             return
         before = tl.sum(tl.where(groups == e - 1, last_tile, 0), 0)
@@ -225,21 +225,24 @@ def _gemm_kernel(
         end = tl.sum(tl.where(groups == e, ends, 0), 0)
     m = start + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_inside, b_inside = m < end, n < N
-    e = e.to(tl.int64) if GROUPS else 0
-    a_row = m.to(tl.int64) * K
-    b_row = (e * N + n.to(tl.int64)) * K
-    as_ptr += m.to(tl.int64) * as_stride_m
-    bs_ptr += e * bs_stride_e + n.to(tl.int64) // ROWS_PER_SCALE * bs_stride_n
+    as_ptr += (m % M).to(tl.int64) * as_stride_m
+    bs_ptr += e * bs_stride_e
+    if B_IN_BLOCKS:  # a tile is no wider than a block: one scale for all of it
+        bs_ptr += tile_n * BLOCK_N // BLOCK * bs_stride_n
+    else:
+        bs_ptr += (n % N).to(tl.int64) * bs_stride_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, K, BLOCK):
-        acc = _block_scaled_dot(
-            acc, a_ptr, as_ptr, b_ptr, bs_ptr, k, 0, K, a_row, b_row, a_inside, b_inside, MASKED
-        )  # fmt: skip
-        as_ptr += as_stride_k
-        bs_ptr += bs_stride_k
+    for i in range(0, tl.cdiv(K, BLOCK)):
+        a = a_desc.load([start, i * BLOCK])
+        b = b_desc.load([e * N + tile_n * BLOCK_N, i * BLOCK])
+        a_s = tl.load(as_ptr + i * as_stride_k)
+        b_s = tl.load(bs_ptr + i * bs_stride_k)
+        if B_IN_BLOCKS:
+            acc += tl.dot(a, b.T) * (a_s * b_s)[:, None]
+        else:
+            acc += tl.dot(a, b.T) * a_s[:, None] * b_s[None, :]
     c = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=a_inside[:, None] & b_inside[None, :])
+    tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=(m < end)[:, None] & (n < N)[None, :])
 
 
 def gemm(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -267,7 +270,6 @@ def _gemm(
     offsets: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    a, b = a.contiguous(), b.contiguous()
     (m, k), (e, n, _) = a.shape, b.shape
     groups = 0 if offsets is None else e
     c = torch.empty(m, n, dtype=dtype, device=a.device)
@@ -276,10 +278,9 @@ def _gemm(
         return ((triton.cdiv(m, meta["BLOCK_M"]) + groups) * triton.cdiv(n, meta["BLOCK_N"]),)
 
     _gemm_kernel[grid](
-        a, a_s, b, b_s, c, a if offsets is None else offsets, m, n, k, *a_s.stride(), *b_s.stride(),
-        _bucket(m // max(groups, 1)),
-        ROWS_PER_SCALE=1 if b_s.shape[1] == n else 128,
-        GROUPS=groups, GROUPS_POW2=triton.next_power_of_2(max(groups, 1)), MASKED=k % 128 != 0,
+        _descriptor(a), a_s, _descriptor(b.reshape(-1, k)), b_s, c, offsets, m, n, k, *a_s.stride(), *b_s.stride(),
+        _bucket(m // max(groups, 1)), B_IN_BLOCKS=b_s.shape[1] != n,
+        GROUPS=groups, GROUPS_POW2=triton.next_power_of_2(max(groups, 1)),
     )  # fmt: skip
     return c
 
@@ -289,40 +290,37 @@ def _bucket(rows: int) -> int:
     return min(max(triton.next_power_of_2(max(rows, 1)), 16), 4096)
 
 
-@triton.autotune(
-    _tiles((128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4), (64, 64, 4, 4)),
-    key=["N", "K", "ROWS_BUCKET"],
-    cache_results=True,
-)
+@triton.autotune(TILES[:4], key=["N", "K", "ROWS_BUCKET"], cache_results=True)
 @triton.jit
 def _grouped_outer_kernel(
-    a_ptr, as_ptr, b_ptr, bs_ptr, c_ptr, offsets_ptr, ROWS, N, K, as_stride, bs_stride, ROWS_BUCKET,
+    a_desc, as_ptr, b_desc, bs_ptr, c_ptr, offsets_ptr, N, K,
+    as_stride_n, as_stride_i, bs_stride_k, bs_stride_i, ROWS_BUCKET,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """c[e] (N, K) = a[:, group e] · b[:, group e]ᵀ for a (N, rows) and b (K, rows).
 
     Program (i, e) makes BLOCK_M×BLOCK_N of c[e], in steps of 128 rows that begin at multiples of 128, as the scales do:
-    the first and the last step are masked where they reach into a neighbouring group. Bound by the tensor cores with
-    many rows per group, by writing c with few.
+    the first and the last step may reach into a neighbouring group, whose rows count as zero in `a`. Bound by the
+    tensor cores with many rows per group, by writing c with few.
     """
     e = tl.program_id(1)
     begin = tl.load(offsets_ptr + e - 1, mask=e > 0, other=0)
     end = tl.load(offsets_ptr + e)
     n_tiles_k = tl.cdiv(K, BLOCK_N)
-    n = tl.program_id(0) // n_tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) % n_tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_inside, b_inside = n < N, k < K
-    n, k = n.to(tl.int64), k.to(tl.int64)
-    as_ptr += n * as_stride
-    bs_ptr += k * bs_stride
+    n_start, k_start = tl.program_id(0) // n_tiles_k * BLOCK_M, tl.program_id(0) % n_tiles_k * BLOCK_N
+    n, k = n_start + tl.arange(0, BLOCK_M), k_start + tl.arange(0, BLOCK_N)
+    as_ptr += (n % N).to(tl.int64) * as_stride_n
+    bs_ptr += (k % K).to(tl.int64) * bs_stride_k
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for tile in range(begin // BLOCK, tl.cdiv(end, BLOCK)):
-        acc = _block_scaled_dot(
-            acc, a_ptr, as_ptr + tile, b_ptr, bs_ptr + tile, tile * BLOCK, begin, end, n * ROWS, k * ROWS,
-            a_inside, b_inside, True,
-        )  # fmt: skip
-    c = c_ptr + e.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
-    tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=a_inside[:, None] & b_inside[None, :])
+    for i in range(begin // BLOCK, tl.where(end > begin, tl.cdiv(end, BLOCK), 0)):
+        row = i * BLOCK + tl.arange(0, BLOCK)
+        a = a_desc.load([n_start, i * BLOCK])
+        b = b_desc.load([k_start, i * BLOCK])
+        a = tl.where(((row >= begin) & (row < end))[None, :], a, 0.0)
+        a_s, b_s = tl.load(as_ptr + i * as_stride_i), tl.load(bs_ptr + i * bs_stride_i)
+        acc += tl.dot(a.to(tl.float8e4nv), b.T) * a_s[:, None] * b_s[None, :]
+    c = c_ptr + (e.to(tl.int64) * N + n[:, None]) * K + k[None, :]
+    tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 def grouped_outer(
@@ -334,14 +332,23 @@ def grouped_outer(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `fp8_ops.fp8_grouped_outer`."""
-    a, a_s, b, b_s = a.contiguous(), a_s.contiguous(), b.contiguous(), b_s.contiguous()
-    (n, rows), k, e = a.shape, len(b), len(offsets)
+    n, k, e = len(a), len(b), len(offsets)
     c = torch.empty(e, n, k, dtype=dtype, device=a.device)
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return triton.cdiv(n, meta["BLOCK_M"]) * triton.cdiv(k, meta["BLOCK_N"]), e
 
     _grouped_outer_kernel[grid](
-        a, a_s, b, b_s, c, offsets, rows, n, k, a_s.stride(0), b_s.stride(0), _bucket(rows // e)
+        _descriptor(a),
+        a_s,
+        _descriptor(b),
+        b_s,
+        c,
+        offsets,
+        n,
+        k,
+        *a_s.stride(),
+        *b_s.stride(),
+        _bucket(a.shape[1] // e),
     )
     return c

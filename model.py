@@ -380,6 +380,8 @@ class Linear(nn.Module):
     @torch.no_grad()
     def quantize(self) -> None:
         """Quantises the weight for the products to come, in place of what an earlier call made."""
+        if self.scale is not None:  # it is stored in FP8
+            return
         for name, new in fp8_ops.quantize(self.weight, self.scale_fmt)._asdict().items():
             old = getattr(self, f"weight_{name}")
             if old is None:

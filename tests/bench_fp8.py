@@ -1,0 +1,281 @@
+"""FP8 measured: dequantisation, casting a checkpoint, the GPU's kernels, and training against bfloat16.
+
+    python tests/bench_fp8.py dequant cast           a CPU will do
+    python tests/bench_fp8.py kernels                needs a GPU of compute capability 8.9 or more
+    python tests/bench_fp8.py train --data FILE      shakespeare.json twice; --figure draws the curves (matplotlib)
+
+Each part compares two ways in the same run, repeats them alternately and prints the medians. With no part named, all
+that this machine can do are run.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import fp8_ops  # noqa: E402
+from fp8_ops import BLOCK, act_quant, act_quant_both, fp8_gemm, weight_dequant, weight_quant  # noqa: E402
+
+# M, N, K of DeepSeek-V3's matrices, and what DeepGEMM's README (commit 327ec92) gives for them on an H800, in TFLOP/s
+SHAPES = [
+    (4096, 2112, 7168, 1127),
+    (4096, 24576, 1536, 1212),
+    (4096, 32768, 512, 775),
+    (4096, 7168, 16384, 1520),
+    (4096, 4096, 7168, 1410),
+    (4096, 7168, 2048, 1168),
+]
+
+
+def seconds(*ways: Callable[[], object], repeats: int = 5) -> list[float]:
+    """The median time of each way; they take turns, after one round that does not count."""
+    times: list[list[float]] = [[] for _ in ways]
+    for i in range(repeats + 1):
+        for way, taken in zip(ways, times, strict=True):
+            began = time.perf_counter()
+            way()
+            if i:
+                taken.append(time.perf_counter() - began)
+    return [statistics.median(t) for t in times]
+
+
+def block_by_block(q: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantisation as one would first write it."""
+    out = torch.empty(q.shape, dtype=dtype)
+    for i in range(s.shape[0]):
+        for j in range(s.shape[1]):
+            rows, columns = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
+            out[rows, columns] = q[rows, columns].to(torch.float32) * s[i, j]
+    return out
+
+
+def bench_dequant() -> None:
+    """Dequantisation on the CPU, against the plain way block by block."""
+    print("\n## Dequantisation on the CPU\n")
+    print("| weight | to | block by block | weight_dequant | ratio |\n|---|---|---|---|---|")
+    for shape in [(7168, 2048), (8192, 8192), (1000, 3000)]:
+        q, s = weight_quant(torch.randn(shape))
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(block_by_block(q, s, dtype), weight_dequant(q, s, dtype=dtype))
+            plain, ours = seconds(
+                lambda q=q, s=s, dtype=dtype: block_by_block(q, s, dtype),
+                lambda q=q, s=s, dtype=dtype: weight_dequant(q, s, dtype=dtype),
+            )
+            print(
+                f"| {shape[0]}×{shape[1]} | {str(dtype)[6:]} | {1e3 * plain:.0f} ms | {1e3 * ours:.0f} ms "
+                f"({q.numel() / ours / 1e9:.1f} GB/s read) | {plain / ours:.1f} |",
+                flush=True,
+            )
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> None:
+    """Writes an FP8 checkpoint in DeepSeek's published layout, with matrices of DeepSeek-V3's expert size."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    weight_map, per_file = {}, 32
+    n_files = max(1, round(gigabytes * 1e9 / (7168 * 2048) / per_file))
+    for i in range(n_files):
+        file, tensors = f"model-{i + 1:05d}-of-{n_files:05d}.safetensors", {}
+        for j in range(per_file):
+            name = f"model.layers.{i}.mlp.experts.{j}.down_proj.weight"
+            q, s = weight_quant(torch.randn(7168, 2048))
+            tensors |= {name: q, f"{name}_scale_inv": s}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "quantization_config": quantization}))
+
+
+def bench_cast(gigabytes: float, workspace: Path | None) -> None:
+    """fp8_cast_bf16.py against `cp` of its input, both from the page cache."""
+    with tempfile.TemporaryDirectory(dir=workspace) as folder:
+        source, copy, target = (Path(folder) / name for name in ("fp8", "copy", "bf16"))
+        make_checkpoint(source, gigabytes)
+        size = sum(file.stat().st_size for file in source.iterdir())
+        command = [sys.executable, str(ROOT / "fp8_cast_bf16.py")]
+        command += ["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(target)]
+
+        def copying() -> None:
+            shutil.rmtree(copy, ignore_errors=True)
+            subprocess.run(["cp", "-r", source, copy], check=True)
+            os.sync()
+
+        def casting() -> None:
+            shutil.rmtree(target, ignore_errors=True)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            os.sync()
+
+        copied, cast = seconds(copying, casting, repeats=3)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        print(f"\n## fp8_cast_bf16.py, {size / 1e9:.2f} GB of FP8, each flushed to disk\n")
+        print("| cp of the input | cast, which writes twice that | speed of the cast / of cp | peak memory |")
+        print("|---|---|---|---|")
+        print(f"| {copied:.2f} s | {cast:.2f} s | {copied / cast:.2f} | {peak:,.0f} MiB |", flush=True)
+
+
+def gpu_seconds(way: Callable[[], object]) -> float:
+    """The median time of some work on the GPU."""
+    from triton.testing import do_bench
+
+    return do_bench(way, warmup=20, rep=80, return_mode="median") / 1e3
+
+
+def scaled_mm(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor) -> Callable[[], object] | None:
+    """torch's own block-wise FP8 product, or None where this build of torch has none for this GPU."""
+    try:
+        from torch.nn.functional import ScalingType
+
+        a_s, b_s = a_s.T.contiguous().T, b_s.contiguous().T
+        recipes = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+
+        def way() -> torch.Tensor:
+            return F.scaled_mm(a, b.T, a_s, recipes[0], b_s, recipes[1])
+
+        way()
+        return way
+    except (AttributeError, ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+        print(f"<!-- scaled_mm: {str(error).splitlines()[0][:160]} -->")
+        return None
+
+
+def bench_kernels() -> None:
+    """The kernels on this GPU: products in TFLOP/s, and quantisers as a share of the copy bandwidth."""
+    print(f"\n## Kernels, {torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print("| M×N×K | bf16 | fp8_gemm | of bf16 | weight gradient | scaled_mm block-wise | DeepGEMM, published, H800 |")
+    print("|---|---|---|---|---|---|---|")
+    for m, n, k, published in SHAPES:
+        x, w, grad = (torch.randn(shape, device="cuda").bfloat16() for shape in ((m, k), (n, k), (m, n)))
+        q, s, x_t, x_ts = act_quant_both(x)
+        b, b_s = weight_quant(w)
+        _, _, grad_t, grad_ts = act_quant_both(grad)
+        theirs = scaled_mm(q, s, b, b_s)
+        bf16, ours, gradient, torchs = (
+            2e-12 * m * n * k / gpu_seconds(way) if way else float("nan")
+            for way in (
+                lambda x=x, w=w: x @ w.T,
+                lambda q=q, s=s, b=b, b_s=b_s: fp8_gemm(q, s, b, b_s),
+                lambda a=grad_t, a_s=grad_ts, b=x_t, b_s=x_ts: fp8_gemm(a, a_s, b, b_s, torch.float32),
+                theirs,
+            )
+        )
+        figures = f"{bf16:.0f} | {ours:.0f} | {ours / bf16:.2f} | {gradient:.0f} | {torchs:.0f} | {published}"
+        print(f"| {m}×{n}×{k} | {figures} |", flush=True)
+    x = torch.randn(16384, 7168, device="cuda").bfloat16()
+    y, (q, s) = torch.empty_like(x), weight_quant(x)
+    copy = 4 * x.numel() / gpu_seconds(lambda: y.copy_(x))
+    print(f"\n| 16384×7168, bfloat16 | bytes moved, of the copy bandwidth ({copy / 1e12:.2f} TB/s) |\n|---|---|")
+    for name, bytes_each, way in (
+        ("act_quant", 3, lambda: act_quant(x)),
+        ("act_quant_both", 4, lambda: act_quant_both(x)),
+        ("weight_quant", 3, lambda: weight_quant(x)),
+        ("weight_dequant", 3, lambda: weight_dequant(q, s)),
+    ):
+        print(f"| {name} | {bytes_each * x.numel() / gpu_seconds(way) / copy:.0%} |", flush=True)
+
+
+def smoothed(losses: list[float], window: int) -> list[float]:
+    """Means over the last `window` values, from where there are so many."""
+    return [statistics.fmean(losses[i : i + window]) for i in range(len(losses) - window + 1)]
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """The same run in bfloat16 and in FP8: how far the smoothed training loss differs."""
+    with tempfile.TemporaryDirectory(dir=args.workspace) as folder:
+        curves, val = {}, {}
+        for gemm_impl in ("bf16", "fp8"):
+            run = Path(folder) / gemm_impl
+            command = [sys.executable, str(ROOT / "train.py"), "--config", str(args.config), "--data", args.data]
+            command += ["--steps", str(args.steps), "--seed", "0", "--gemm-impl", gemm_impl, "--save-path", str(run)]
+            command += ["--log-interval", "1", "--eval-interval", str(args.steps), "--sample-bytes", "0"]
+            subprocess.run(command + args.train_flags.split(), check=True, stdout=sys.stderr)
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            curves[gemm_impl] = [line["train_loss"] for line in lines if "train_loss" in line]
+            val[gemm_impl] = [line["val_loss"] for line in lines if "val_loss" in line][-1]
+    a, b = (smoothed(curves[name], args.window) for name in ("bf16", "fp8"))
+    differences = [(y - x) / x for x, y in zip(a, b, strict=True)]
+    print(f"\n## Training {args.config.name}, {args.steps} steps, loss smoothed over {args.window} steps\n")
+    print("| | bf16 | fp8 | relative difference |\n|---|---|---|---|")
+    print(f"| smoothed training loss at the end | {a[-1]:.4f} | {b[-1]:.4f} | {differences[-1]:+.3%} |")
+    print(f"| largest difference along the way | | | {max(differences, key=abs):+.3%} |")
+    print(f"| mean difference | | | {statistics.fmean(differences):+.3%} |")
+    print(
+        f"| validation loss | {val['bf16']:.4f} | {val['fp8']:.4f} | {val['fp8'] / val['bf16'] - 1:+.3%} |", flush=True
+    )
+    if args.curves:
+        args.curves.write_text(json.dumps(curves))
+    if args.figure:
+        draw(curves, args.window, args.figure)
+
+
+def draw(curves: dict[str, list[float]], window: int, path: Path) -> None:
+    """Draws both smoothed curves, and their relative difference below."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "bytegpt"
+    from matplotlib import pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, layout="constrained", height_ratios=[3, 1])
+    a, b = (smoothed(curves[name], window) for name in ("bf16", "fp8"))
+    steps = range(window, window + len(a))
+    above.plot(steps, a, label="bf16")
+    above.plot(steps, b, "--", label="fp8")
+    above.set(ylabel="nats per byte")
+    above.legend()
+    below.plot(steps, [100 * (y - x) / x for x, y in zip(a, b, strict=True)], color="C3")
+    below.axhspan(-0.25, 0.25, alpha=0.15)
+    below.set(xlabel=f"step (means over {window})", ylabel="difference, %", ylim=(-0.5, 0.5))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Runs the parts that are named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help="dequant, cast, kernels, train")
+    parser.add_argument("--workspace", type=Path, help="where temporary files go; default: the system's place")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint to cast")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shakespeare.json")
+    parser.add_argument("--data", default="shakespeare", help="what train.py --data takes")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--window", type=int, default=50, help="steps over which the training loss is smoothed")
+    parser.add_argument("--train-flags", default="", help="further flags of train.py, in one string")
+    parser.add_argument("--curves", type=Path, help="write both loss curves to this JSON file")
+    parser.add_argument("--figure", type=Path, help="draw the curves into this .svg file")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - {"dequant", "cast", "kernels", "train"}:
+        parser.error(f"no part {unknown.pop()!r}")
+    on_gpu = fp8_ops.multiplies_fp8(torch.device("cuda"))
+    parts = args.parts or ["dequant", "cast", *(["kernels"] if on_gpu else []), "train"]
+    if "kernels" in parts and not on_gpu:
+        parser.error("kernels: no GPU of compute capability 8.9 or more, or no Triton, here")
+    if "dequant" in parts:
+        bench_dequant()
+    if "cast" in parts:
+        bench_cast(args.gigabytes, args.workspace)
+    if "kernels" in parts:
+        bench_kernels()
+    if "train" in parts:
+        bench_train(args)
+
+
+if __name__ == "__main__":
+    main()

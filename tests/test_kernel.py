@@ -1,0 +1,807 @@
+"""The Triton kernels: they compile for the GPUs they are for, and compute what `fp8_ops.py` says, bit for bit.
+
+What plain torch makes on the CPU is the reference. Quantised values, scales and dequantised values must equal it in
+every bit; products are held against float64, with the error that summation in float32, or by a tensor core, may make.
+
+Where there is a GPU that multiplies FP8, the kernels run on it. Elsewhere they run in Triton's interpreter, as
+`conftest.py` has it, and the same tests show the same: only what a tensor core rounds, and what autotuning picks, is
+left to a GPU. Every tensor that a kernel is given lies between guards of NaN, and every one that it makes was full of
+them: so a kernel that reads or writes beside its tensor, or leaves a number out, shows.
+
+Compilation needs no GPU either, but a Triton that does not interpret. That is another process: this file, run as a
+script, compiles the kernels for each compute capability and prints what came of them.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+import fp8_ops  # noqa: E402
+import kernel  # noqa: E402
+from fp8_ops import E4M3  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and fp8_ops.multiplies_fp8(torch.device("cuda")) else "cpu")
+INTERPRETED = isinstance(kernel._weight_quant_kernel, interpreter.InterpretedFunction)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FORMATS = fp8_ops.SCALE_FORMATS
+GEMM_TILES, OUTER_TILES = list(kernel._gemm_kernel.configs), list(kernel._grouped_outer_kernel.configs)
+GUARD = 256  # bytes
+EPS = 2.0**-24  # the relative rounding error of float32
+
+# One instruction of a tensor core adds 32 products to a sum. It shifts all of them to the exponent of the largest and
+# drops what is then below some 14 bits: so each of 128 products, and of 4 sums, loses at most 2^-13 of the largest of
+# them, which is at most the sum of their magnitudes.
+TENSOR_CORE_WORST = (128 + 4) * 2.0**-13
+# That is the worst. What is lost has either sign, and the largest of many numbers is far less than the sum of them:
+# adding up normal numbers so in float64 loses 2^-16.4 of the magnitudes on average, 2^-12.2 in one of 40,000 sums.
+TENSOR_CORE_MEAN = 2.0**-14
+
+phases = [phase for phase in Phase if phase is not Phase.explain]  # which takes minutes in the interpreter
+draws = settings(max_examples=20, deadline=None, derandomize=True, database=None, phases=phases)
+runs = pytest.mark.skipif(not (DEVICE.type == "cuda" or INTERPRETED), reason="no GPU for FP8, and no interpreter")
+on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU of compute capability 8.9 or more")
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of the interpreter's numpy
+in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="is about Triton's interpreter, which is off")
+
+
+# --- How kernels are run ------------------------------------------------------------------------------------------
+
+TORCH_DTYPES = {
+    "fp64": (torch.int64, torch.float64),
+    "fp32": (torch.int32, torch.float32),
+    "fp16": (torch.int16, torch.float16),
+    "bf16": (torch.int16, torch.bfloat16),
+    "fp8e4nv": (torch.int8, E4M3),
+}
+faulty_casts = interpreter._convert_float
+
+
+def exact_casts(array: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
+    """Casts as a GPU does, instead of `interpreter._convert_float`: bits in, bits out, by torch's own casts."""
+    (bits, dtype), (new_bits, new_dtype) = TORCH_DTYPES[source.name], TORCH_DTYPES[target.name]
+    x = torch.frombuffer(bytearray(array.tobytes()), dtype=bits).view(dtype)
+    new = x.to(new_dtype).view(new_bits).numpy()
+    return new.view(f"uint{new.itemsize * 8}").reshape(array.shape)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_and_exact() -> Iterator[None]:
+    """Kernels in the interpreter cast as GPUs do; tensors this small only lose by being shared out to threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", exact_casts)
+        yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def tiles(which: int) -> Iterator[None]:
+    """Uses one candidate of each kernel's tiles, without autotuning, which only a GPU can do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel._gemm_kernel, "configs", [GEMM_TILES[which % len(GEMM_TILES)]])
+        patch.setattr(kernel._grouped_outer_kernel, "configs", [OUTER_TILES[which % len(OUTER_TILES)]])
+        yield
+
+
+class GuardedTorch:
+    """`torch` as `kernel.py` uses it, but what `empty` makes is full of NaN and lies between guards."""
+
+    def __init__(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        shape = torch.Size(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else torch.Size(shape)
+        buffer, inside = guarded(shape.numel(), dtype, device)
+        self.buffers.append(buffer)
+        return inside.view(shape)
+
+    def check(self) -> None:
+        for buffer in self.buffers:
+            assert (buffer[:GUARD] == 0xFF).all() and (buffer[-GUARD:] == 0xFF).all(), "wrote beside a tensor"
+
+
+def guarded(numel: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes that are NaN in every float dtype, and the middle of them as `numel` numbers."""
+    buffer = torch.full((numel * dtype.itemsize + 2 * GUARD,), 0xFF, dtype=torch.uint8, device=device)
+    return buffer, buffer[GUARD:-GUARD].view(dtype)
+
+
+def framed(x: torch.Tensor) -> torch.Tensor:
+    """A copy on the device with the same strides, and NaN around it and in its gaps."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    copy = guarded(span, x.dtype, DEVICE)[1].as_strided(x.shape, x.stride())
+    return copy.copy_(x)
+
+
+def run(wrapper: Callable[..., Any], *args: Any) -> Any:
+    """What a function of `kernel.py` returns for tensors on the CPU, on the CPU."""
+    guards = GuardedTorch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "torch", guards)
+        out = wrapper(*(framed(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+    guards.check()
+    return out.cpu() if isinstance(out, torch.Tensor) else tuple(t.cpu() for t in out)
+
+
+@contextmanager
+def dispatched() -> Iterator[set[str]]:
+    """Lets `fp8_ops.py` run the kernels where it would not, in the interpreter; yields the names of those that ran."""
+    ran: set[str] = set()
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: ran.add(name) or function(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in "act_quant", "act_quant_both", "weight_quant", "weight_dequant":
+            patch.setattr(kernel, name, recorded(name, getattr(kernel, name)))
+        for name in "gemm", "grouped_gemm", "grouped_outer":
+            patch.setattr(kernel, name, recorded(name, getattr(kernel, name)))
+        if DEVICE.type == "cpu":
+            patch.setattr(fp8_ops, "multiplies_fp8", lambda device: True)
+        yield ran
+
+
+# --- What they are run on -----------------------------------------------------------------------------------------
+
+sizes = st.sampled_from([1, 2, 31, 127, 128, 129, 200, 257]) | st.integers(1, 300)
+seeds = st.integers(0, 2**32 - 1)
+MAGNITUDES = ("normal", "wide", "subnormal", "huge", "zero", "outlier", "midpoints", "not finite")
+LAYOUTS = ("contiguous", "transposed", "every second", "a part")
+layouts, dtypes = st.sampled_from(LAYOUTS), st.sampled_from(FLOATS)
+candidates = st.integers(0, len(GEMM_TILES) - 1)
+group_sizes = st.lists(
+    st.sampled_from([0, 0, 1, 5, 64, 128, 130]) | st.integers(0, 150), min_size=1, max_size=5
+).filter(any)
+
+
+def numbers(shape: tuple[int, ...], magnitude: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Random numbers of one sort; all of them finite in `dtype`, but for "not finite"."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=rng, dtype=torch.float64)
+    pick = torch.rand(shape, generator=rng)
+    match magnitude:
+        case "wide":
+            x *= torch.exp2(torch.empty(shape).uniform_(-40, 40, generator=rng))
+        case "subnormal":
+            x *= 1e-38 if dtype != torch.float16 else 1e-7
+        case "huge":
+            x *= min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        case "zero":
+            x.zero_().copysign_(pick - 0.5)
+        case "outlier":
+            x[pick < 0.002] *= 1e4
+        case "midpoints":  # between neighbours of e4m3, and beside them, where a tile's scale is 1
+            values = torch.arange(127, dtype=torch.uint8).view(E4M3).double()
+            middles = (values[1:] + values[:-1]) / 2
+            x = middles[torch.randint(len(middles), shape, generator=rng)].copysign(x)
+            x *= 1 + torch.randint(-1, 2, shape, generator=rng) * torch.finfo(dtype).eps
+            x[pick < 0.1] = 448.0
+        case "not finite":
+            for value, below in (torch.nan, 0.001), (-torch.nan, 0.002), (torch.inf, 0.003), (-torch.inf, 0.004):
+                x[(pick < below) & (pick >= below - 0.001)] = value
+    if magnitude == "not finite":
+        return x.to(dtype)
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return x.clamp(-largest, largest).to(dtype)
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers with other strides."""
+    if x.dtype == E4M3:
+        return laid_out(x.view(torch.int8), layout).view(E4M3)
+    match layout:
+        case "transposed":
+            return x.mT.contiguous().mT
+        case "every second":
+            return x.repeat_interleave(2, dim=-1)[..., ::2]
+        case "a part":
+            return torch.cat([x, x], dim=-1)[..., : x.shape[-1]]
+    return x
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Shape, dtype, NaN where NaN is wanted, and all other numbers bit for bit."""
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    nan = want.isnan() if want.dtype != E4M3 else want.float().isnan()
+    assert torch.equal(got.isnan() if got.dtype != E4M3 else got.float().isnan(), nan)
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[want.dtype.itemsize]
+    got, want = (t.contiguous().view(bits).masked_fill(nan, 0) for t in (got, want))
+    wrong = (got != want).nonzero()
+    assert not len(wrong), f"{len(wrong)} of {got.numel()} differ, the first at {wrong[0].tolist()}"
+
+
+def dequantised(q: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """Float64 from a matrix in FP8 with scales of its 1×128 tiles or 128×128 blocks."""
+    (n, k), rows = q.shape, 1 if len(s) == len(q) else 128
+    return q.double() * s.double().repeat_interleave(rows, 0)[:n].repeat_interleave(128, 1)[:, :k]
+
+
+def assert_product(got: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`got`, float32, is a @ b.T to the accuracy of its sums; `a` and `b` are exact, in float64."""
+    want, magnitude = a @ b.T, a.abs() @ b.abs().T
+    error = (got.double() - want).abs()
+    # Sums in float32, in any order: 127 additions in a tile, 3 multiplications by scales, one addition a tile. And a
+    # product of two scales below float32's normal numbers is a multiple of the smallest of all.
+    bound = (127 + 3 + -(-a.shape[1] // 128)) * EPS
+    underflow = a.shape[1] * fp8_ops.E4M3_MAX**2 * 2.0**-150
+    if DEVICE.type == "cuda":
+        assert error.numel() < 1000 or error.mean() <= (TENSOR_CORE_MEAN + bound) * magnitude.mean() + underflow
+        bound += TENSOR_CORE_WORST
+    assert got.shape == want.shape
+    assert (error <= bound * magnitude + underflow).all(), f"{(error / magnitude).nan_to_num().max():.2e} > {bound:.2e}"
+
+
+# --- Quantisation and back ----------------------------------------------------------------------------------------
+
+
+@runs
+@draws
+@given(
+    m=sizes,
+    k=sizes,
+    dtype=dtypes,
+    magnitude=st.sampled_from(MAGNITUDES),
+    layout=layouts,
+    scale_fmt=st.sampled_from(FORMATS),
+    seed=seeds,
+)
+def test_activations(
+    m: int, k: int, dtype: torch.dtype, magnitude: str, layout: str, scale_fmt: str | None, seed: int
+) -> None:
+    """Both quantisers, on every sort of numbers and of memory."""
+    x = laid_out(numbers((m, k), magnitude, dtype, seed), layout)
+    want = fp8_ops.act_quant_both(x, scale_fmt)
+    for got, tensor in zip(run(kernel.act_quant, x, scale_fmt), want[:2], strict=True):
+        assert_same(got, tensor)
+    for got, tensor in zip(run(kernel.act_quant_both, x, scale_fmt), want, strict=True):
+        assert_same(got, tensor)
+
+
+@runs
+@draws
+@given(
+    stack=st.sampled_from([(), (1,), (3,), (2, 2)]),
+    n=sizes,
+    k=sizes,
+    dtype=dtypes,
+    magnitude=st.sampled_from(MAGNITUDES),
+    layout=layouts,
+    scale_fmt=st.sampled_from(FORMATS),
+    seed=seeds,
+)
+def test_weights(
+    stack: tuple[int, ...],
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    magnitude: str,
+    layout: str,
+    scale_fmt: str | None,
+    seed: int,
+) -> None:
+    """Quantisation of single weights and stacks of them."""
+    w = laid_out(numbers((*stack, n, k), magnitude, dtype, seed), layout)
+    for got, want in zip(run(kernel.weight_quant, w, scale_fmt), fp8_ops.weight_quant(w, 128, scale_fmt), strict=True):
+        assert_same(got, want)
+
+
+@runs
+@draws
+@given(
+    stack=st.sampled_from([(), (1,), (3,), (2, 2)]),
+    n=sizes,
+    k=sizes,
+    dtype=dtypes,
+    spread=st.sampled_from([0.0, 20.0, 126.0]),
+    layout=layouts,
+    seed=seeds,
+)
+def test_dequantisation(
+    stack: tuple[int, ...], n: int, k: int, dtype: torch.dtype, spread: float, layout: str, seed: int
+) -> None:
+    """All 256 values of e4m3, with scales up to where the product overflows, underflows or is NaN."""
+    rng = torch.Generator().manual_seed(seed)
+    q = laid_out(torch.randint(256, (*stack, n, k), generator=rng, dtype=torch.uint8), layout).view(E4M3)
+    blocks = (*stack, -(-n // 128), -(-k // 128))
+    s = torch.exp2(torch.empty(blocks).uniform_(-spread, spread, generator=rng))
+    s[torch.rand(blocks, generator=rng) < 0.05] = torch.nan
+    s = laid_out(s, layout)
+    assert_same(run(kernel.weight_dequant, q, s, dtype), fp8_ops.weight_dequant(q, s, 128, dtype))
+
+
+# --- Products -----------------------------------------------------------------------------------------------------
+
+
+def spread(*shape: int, seed: int) -> torch.Tensor:
+    """Random powers of two."""
+    return torch.exp2(torch.randint(-6, 7, shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def activations(rows: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantised rows, whose tiles differ much in scale."""
+    x = numbers((rows, k), "normal", torch.float32, seed)
+    x *= spread(rows, -(-k // 128), seed=seed).repeat_interleave(128, 1)[:, :k]
+    return fp8_ops.act_quant(x)
+
+
+def weights(*shape: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantised weights, whose blocks differ much in scale."""
+    w = numbers(shape, "normal", torch.float32, seed)
+    blocks = spread(*shape[:-2], *(-(-size // 128) for size in shape[-2:]), seed=seed)
+    w *= blocks.repeat_interleave(128, -2).repeat_interleave(128, -1)[..., : shape[-2], : shape[-1]]
+    return fp8_ops.weight_quant(w)
+
+
+def ends(counts: list[int]) -> torch.Tensor:
+    """Where groups of these sizes end."""
+    return torch.tensor(counts).cumsum(0).int()
+
+
+def check_gemm(m: int, n: int, k: int, per_row: bool, layout: str, dtype: torch.dtype, seed: int) -> None:
+    a, a_s = activations(m, k, seed)
+    b, b_s = activations(n, k, seed + 1) if per_row else weights(n, k, seed=seed + 1)
+    operands = [laid_out(t, layout) for t in (a, a_s, b, b_s)]
+    c = run(kernel.gemm, *operands, torch.float32)
+    assert_product(c, dequantised(a, a_s), dequantised(b, b_s))
+    if dtype != torch.float32:
+        assert_same(run(kernel.gemm, *operands, dtype), c.to(dtype))
+
+
+def check_grouped(counts: list[int], n: int, k: int, layout: str, dtype: torch.dtype, seed: int) -> None:
+    rows, offsets = sum(counts), ends(counts)
+    a, a_s = activations(rows, k, seed)
+    b, b_s = weights(len(counts), n, k, seed=seed + 1)
+    b, b_s = laid_out(b, layout), laid_out(b_s, layout)
+    c = run(kernel.grouped_gemm, a, a_s, b, b_s, offsets, torch.float32)
+    assert c.shape == (rows, n)
+    for e, (start, end) in enumerate(pairwise([0, *offsets.tolist()])):
+        assert_product(c[start:end], dequantised(a[start:end], a_s[start:end]), dequantised(b[e], b_s[e]))
+    if dtype != torch.float32:
+        assert_same(run(kernel.grouped_gemm, a, a_s, b, b_s, offsets, dtype), c.to(dtype))
+
+
+def check_outer(counts: list[int], n: int, k: int, layout: str, dtype: torch.dtype, seed: int) -> None:
+    rows, offsets = sum(counts), ends(counts)
+    (a, a_s), (b, b_s) = activations(n, rows, seed), activations(k, rows, seed + 1)
+    operands = [laid_out(t, layout) for t in (a, a_s, b, b_s)]
+    c = run(kernel.grouped_outer, *operands, offsets, torch.float32)
+    assert c.shape == (len(counts), n, k)
+    a, b = dequantised(a, a_s), dequantised(b, b_s)
+    for e, (start, end) in enumerate(pairwise([0, *offsets.tolist()])):
+        assert_product(c[e], a[:, start:end], b[:, start:end])
+    if dtype != torch.float32:
+        assert_same(run(kernel.grouped_outer, *operands, offsets, dtype), c.to(dtype))
+
+
+@runs
+@settings(draws, max_examples=12)
+@given(m=sizes, n=sizes, k=sizes, per_row=st.booleans(), layout=layouts, dtype=dtypes, which=candidates, seed=seeds)
+def test_product(m: int, n: int, k: int, per_row: bool, layout: str, dtype: torch.dtype, which: int, seed: int) -> None:
+    """Any shape, any strides, the right operand with a scale per block or per row."""
+    with tiles(which):
+        check_gemm(m, n, k, per_row, layout, dtype, seed)
+
+
+@runs
+@settings(draws, max_examples=12)
+@given(counts=group_sizes, n=sizes, k=sizes, layout=layouts, dtype=dtypes, which=candidates, seed=seeds)
+def test_grouped_product(
+    counts: list[int], n: int, k: int, layout: str, dtype: torch.dtype, which: int, seed: int
+) -> None:
+    """Groups of any sizes, empty ones among them, that begin anywhere."""
+    with tiles(which):
+        check_grouped(counts, n, k, layout, dtype, seed)
+
+
+@runs
+@settings(draws, max_examples=12)
+@given(counts=group_sizes, n=sizes, k=sizes, layout=layouts, dtype=dtypes, which=candidates, seed=seeds)
+def test_grouped_outer_product(
+    counts: list[int], n: int, k: int, layout: str, dtype: torch.dtype, which: int, seed: int
+) -> None:
+    """The sum runs over the group's own columns, though their tiles and scales reach into its neighbours'."""
+    with tiles(which):
+        check_outer(counts, n, k, layout, dtype, seed)
+
+
+@runs
+@pytest.mark.parametrize("which", range(len(GEMM_TILES)))
+def test_every_candidate(which: int) -> None:
+    """Each of the tiles that autotuning may pick gives the same product, on shapes that fit none of them."""
+    layout, dtype = LAYOUTS[which % len(LAYOUTS)], FLOATS[which % len(FLOATS)]
+    with tiles(which):
+        block = kernel._gemm_kernel.configs[0].kwargs  # more than a band of 8 tiles, and one column of them and a bit
+        m, n = 9 * block["BLOCK_M"] + 5, block["BLOCK_N"] + 5
+        check_gemm(m, n, 130, which % 2 == 1, layout, dtype, 1)
+        check_grouped([0, block["BLOCK_M"] + 1, 1, 0, block["BLOCK_M"]], n, 256, layout, dtype, 2)
+        if which < len(OUTER_TILES):
+            check_outer([0, 70, 1, 0, 129], 130, 200, layout, dtype, 3)
+
+
+@runs
+def test_what_is_not_finite_stays_visible() -> None:
+    """NaN and infinity make NaN of every product that their tile or block takes part in, and of no other."""
+    x, w = numbers((140, 300), "normal", torch.float32, 1), numbers((3, 200, 300), "normal", torch.float32, 2)
+    y = numbers((140, 200), "normal", torch.float32, 3)
+    x[5, 7] = x[70, 130] = w[0, 1, 2] = y[70, 3] = torch.nan
+    x[100, 299] = w[2, 150, 290] = y[130, 50] = -torch.inf
+    offsets = ends([60, 0, 80])
+    q, s, q_t, s_t = fp8_ops.act_quant_both(x)
+    _, _, p_t, p_ts = fp8_ops.act_quant_both(y)
+    b, b_s = fp8_ops.weight_quant(w)
+    with tiles(3):
+        for got, want in (
+            (run(kernel.gemm, q, s, b[2], b_s[2], torch.float32), fp8_ops.fp8_gemm(q, s, b[2], b_s[2])),
+            (run(kernel.gemm, q_t, s_t, p_t, p_ts, torch.float32), fp8_ops.fp8_gemm(q_t, s_t, p_t, p_ts)),
+            (
+                run(kernel.grouped_gemm, q, s, b, b_s, offsets, torch.float32),
+                fp8_ops.fp8_grouped_gemm(q, s, b, b_s, offsets),
+            ),
+            (
+                run(kernel.grouped_outer, p_t, p_ts, q_t, s_t, offsets, torch.float32),
+                fp8_ops.fp8_grouped_outer(p_t, p_ts, q_t, s_t, offsets),
+            ),
+        ):
+            assert want.isnan().any() and not want.isnan().all()
+            assert torch.equal(got.isfinite(), want.isfinite())
+
+
+@runs
+@pytest.mark.parametrize("exponents", [(-60, -60), (100, -110), (60, 60)])
+def test_products_of_extreme_scales(exponents: tuple[int, int]) -> None:
+    """The scales' own product may be too small or too large for float32 where that of the numbers is not."""
+    a, b = (numbers((20, 128), "normal", torch.float32, i) * 2.0**e for i, e in enumerate(exponents))
+    (a, a_s), (b, b_s) = fp8_ops.act_quant(a), fp8_ops.act_quant(b)
+    with tiles(0):
+        c = run(kernel.gemm, a, a_s, b, b_s, torch.float32)
+    assert_product(c, dequantised(a, a_s), dequantised(b, b_s))
+
+
+# --- What calls them ----------------------------------------------------------------------------------------------
+
+
+@runs
+def test_which_calls_reach_a_kernel() -> None:
+    """Any leading dimensions do, a stack of weights too; other block sizes than 128 and empty tensors do not."""
+    x = numbers((2, 3, 200), "normal", torch.float32, 1).to(DEVICE)
+    for function, args, name in (
+        (fp8_ops.act_quant, (x,), "act_quant"),
+        (fp8_ops.act_quant_both, (x[0],), "act_quant_both"),
+        (fp8_ops.weight_quant, (x,), "weight_quant"),
+        (fp8_ops.weight_dequant, fp8_ops.weight_quant(x), "weight_dequant"),
+        (fp8_ops.fp8_gemm, (*fp8_ops.act_quant(x), *fp8_ops.weight_quant(x[0])), "gemm"),
+    ):
+        want = function(*(t.cpu() for t in args))
+        with dispatched() as ran, tiles(0):
+            got = function(*args)
+        assert ran == {name}
+        for g, w in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (got, want)), strict=True):
+            torch.testing.assert_close(g.cpu().float(), w.float(), rtol=2**-7 if name == "gemm" else 0, atol=0.02)
+    with dispatched() as ran:
+        for empty in x[:0], x[..., :0]:
+            assert fp8_ops.act_quant(empty)[0].shape == empty.shape
+            fp8_ops.act_quant_both(empty.flatten(0, -2))
+            fp8_ops.weight_dequant(*fp8_ops.weight_quant(empty))
+        fp8_ops.act_quant(x, 64)
+        fp8_ops.weight_dequant(*fp8_ops.weight_quant(x, 64), 64)
+    assert not ran
+
+
+@runs
+def test_what_torch_compile_is_told() -> None:
+    """A compiled graph trusts the shapes, strides and dtypes announced: kernels and plain torch have to return them."""
+    x, w = (numbers(shape, "normal", torch.float32, 1).to(DEVICE) for shape in [(300, 200), (3, 140, 200)])
+    offsets = ends([100, 0, 200]).to(DEVICE)
+    q, s, q_t, s_t = fp8_ops.act_quant_both(x)
+    b, b_s = fp8_ops.weight_quant(w)
+    for function, *args in (
+        (fp8_ops.act_quant, x),
+        (fp8_ops.act_quant, x.T),
+        (fp8_ops.act_quant_both, x),
+        (fp8_ops.act_quant_both, x.T),
+        (fp8_ops.weight_quant, w),
+        (fp8_ops.weight_quant, w.mT),
+        (fp8_ops.weight_dequant, b, b_s),
+        (fp8_ops.weight_dequant, b.mT, b_s.mT),
+        (fp8_ops.fp8_gemm, q, s, b[0], b_s[0]),
+        (fp8_ops.fp8_gemm, q_t, s_t, q_t, s_t),
+        (fp8_ops.fp8_grouped_gemm, q, s, b, b_s, offsets),
+        (fp8_ops.fp8_grouped_outer, q_t, s_t, q_t, s_t, offsets),
+    ):
+        with FakeTensorMode() as mode:
+            told = function(*(mode.from_tensor(arg) for arg in args))
+        with dispatched() as ran, tiles(0):
+            made = function(*args)
+        assert ran
+        plain = function(*(arg.cpu() for arg in args))
+        for out in made, plain:
+            for t, m in zip(*((o,) if isinstance(o, torch.Tensor) else o for o in (told, out)), strict=True):
+                assert (t.shape, t.stride(), t.dtype) == (m.shape, m.stride(), m.dtype), function
+
+
+def grads_of(
+    x: torch.Tensor,
+    ws: list[torch.Tensor],
+    offsets: torch.Tensor | None,
+    scale_fmt: str | None,
+    linear: Callable[..., tuple[torch.Tensor, ...]] = fp8_ops.fp8_linear,
+) -> list[torch.Tensor]:
+    """Outputs of an FP8 layer of several weights, and the gradients of its input and of them, on the CPU."""
+    x, *ws = (t.detach().clone().requires_grad_() for t in (x, *ws))
+    quantized = [fp8_ops.quantize(w, scale_fmt) for w in ws]
+    ys = linear(x, ws, quantized, offsets, scale_fmt)
+    grads = [numbers(tuple(y.shape), "normal", y.dtype, i).to(y.device) for i, y in enumerate(ys)]
+    torch.autograd.backward(ys, grads)
+    return [t.detach().cpu() for t in (*ys, x.grad, *(w.grad for w in ws))]
+
+
+def assert_near(got: list[torch.Tensor], want: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """The operands are the same bit for bit, so what differs is summation, and at most a rounding to `dtype`."""
+    tolerance = 2.0**-9 if DEVICE.type == "cuda" else 2.0**-20
+    for g, w in zip(got, want, strict=True):
+        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+        error = (g.double() - w.double()).norm() / w.double().norm()
+        assert error <= max(tolerance, 2 * torch.finfo(dtype).eps)
+
+
+@runs
+@pytest.mark.parametrize(("scale_fmt", "dtype"), [(None, torch.float32), ("ue8m0", torch.bfloat16)])
+@pytest.mark.parametrize("counts", [None, [0, 70, 1, 59]])
+def test_linear_layer(counts: list[int] | None, scale_fmt: str | None, dtype: torch.dtype) -> None:
+    """Forward and backward through the kernels, and through plain torch: the same."""
+    offsets = None if counts is None else ends(counts)
+    stack = () if counts is None else (len(counts),)
+    x = numbers((130, 200) if stack else (2, 65, 200), "normal", dtype, 1)
+    ws = [numbers((*stack, n, 200), "normal", torch.float32, n) for n in (136, 50)]
+    want = grads_of(x, ws, offsets, scale_fmt)
+    on_device = None if offsets is None else offsets.to(DEVICE)
+    with dispatched() as ran, tiles(2):
+        got = grads_of(x.to(DEVICE), [w.to(DEVICE) for w in ws], on_device, scale_fmt)
+    assert ran == {"weight_quant", "act_quant_both", *(["grouped_gemm", "grouped_outer"] if stack else ["gemm"])}
+    assert_near(got, want, dtype)
+
+
+# --- Compilation, without a GPU -----------------------------------------------------------------------------------
+
+ARCHITECTURES = (89, 90, 100)
+TENSOR_CORES = {
+    89: r"mma\.sync\S*\.e4m3\.e4m3\.",
+    90: r"wgmma\.mma_async\S*\.e4m3\.e4m3$",
+    100: r"tcgen05\.mma\S*\.kind::f8f6f4$",
+}
+SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
+
+
+class DryDriver:
+    """As much of a GPU's driver as it takes to compile for it."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_all(arch: int) -> list[dict[str, Any]]:
+    """Calls the functions of `kernel.py` with kernels that are compiled, as for these arguments, but not launched."""
+    compiled: list[dict[str, Any]] = []
+    launch = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        binary = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        ptx = binary.asm["ptx"]
+        compiled.append(
+            {
+                "kernel": self.fn.__name__,
+                "block_m": kwargs.get("BLOCK_M"),
+                "target": re.findall(r"^\.target (\w+)", ptx, re.M),
+                "multiplies": sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]*", ptx))),
+                "casts": sorted(set(re.findall(r"cvt\.\S*e4m3\S*", ptx))),
+                "shared": binary.metadata.shared,
+                "cubin": len(binary.asm["cubin"]),
+            }
+        )
+        return binary
+
+    def fp8(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=E4M3)
+
+    triton.runtime.driver.set_active(DryDriver(arch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", compile_only)
+        x, offsets = torch.empty(256, 384, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int32)
+        kernel.act_quant(x, None)
+        kernel.act_quant_both(x, "ue8m0")
+        kernel.weight_quant(x.float(), None)
+        kernel.weight_dequant(fp8(256, 384), torch.empty(2, 3), torch.bfloat16)
+        if arch == 90:  # other dtypes, strides and sizes of 1, which Triton compiles as constants
+            kernel.act_quant(x.T.double(), "ue8m0")
+            kernel.act_quant_both(x[:1, ::2].half(), None)
+            kernel.weight_quant(torch.empty(3, 1, 1, dtype=torch.float16), "ue8m0")
+            kernel.weight_dequant(fp8(3, 384, 256).mT, torch.empty(3, 3, 2).mT, torch.float32)
+        for i in range(len(GEMM_TILES)):
+            with tiles(i):
+                if i % 2:
+                    kernel.gemm(fp8(256, 384), torch.empty(256, 3), fp8(256, 384), torch.empty(2, 3), torch.bfloat16)
+                else:
+                    operands = fp8(256, 384), torch.empty(256, 3), fp8(4, 256, 384), torch.empty(4, 2, 3)
+                    kernel.grouped_gemm(*operands, offsets, torch.float32)
+        for i in range(len(OUTER_TILES)) if arch == 90 else (0, len(OUTER_TILES) - 1):  # the others lie between
+            with tiles(i):
+                operands = fp8(256, 512), torch.empty(256, 4), fp8(384, 512), torch.empty(384, 4)
+                kernel.grouped_outer(*operands, offsets, [torch.float32, torch.bfloat16][i % 2])
+        with tiles(3):  # ragged, and of size 1
+            kernel.gemm(fp8(1, 100), torch.empty(1, 1), fp8(200, 100), torch.empty(200, 1), torch.float16)
+            if arch == 90:
+                kernel.grouped_outer(fp8(1, 1), torch.empty(1, 1), fp8(1, 1), torch.empty(1, 1), offsets[:1], x.dtype)
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def all_binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What another process, in which Triton compiles, made of every kernel for each compute capability."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    env |= {
+        "PYTHONPATH": os.pathsep.join([str(Path(kernel.__file__).parent), env.get("PYTHONPATH", "")]),
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+    }
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+def binaries(request: pytest.FixtureRequest, all_binaries: dict[str, list[dict]]) -> tuple[int, list[dict[str, Any]]]:
+    """A compute capability, and what compiling for it gave."""
+    return request.param, all_binaries[str(request.param)]
+
+
+def test_compiles(binaries: tuple[int, list[dict[str, Any]]]) -> None:
+    """All kernels become machine code of this compute capability, and their casts the hardware's own."""
+    arch, compiled = binaries
+    assert {row["kernel"] for row in compiled} == {
+        name for name, value in vars(kernel).items() if re.fullmatch(r"_\w+_kernel", name) and value is not None
+    }
+    for row in compiled:
+        assert row["cubin"] > 0
+        assert [target.rstrip("a") for target in row["target"]] == [f"sm_{arch}"]
+        if row["kernel"] in ("_act_quant_kernel", "_weight_quant_kernel"):
+            assert row["casts"] and all(cast.startswith("cvt.rn.satfinite.e4m3x2.f32") for cast in row["casts"])
+
+
+def test_multiplies_on_fp8_tensor_cores(binaries: tuple[int, list[dict[str, Any]]]) -> None:
+    """With every candidate of 64 rows or more; for fewer, Hopper and Blackwell have FP8 in no tensor core."""
+    arch, compiled = binaries
+    products = [row for row in compiled if row["kernel"] in ("_gemm_kernel", "_grouped_outer_kernel")]
+    assert len(products) >= len(GEMM_TILES) + 3
+    for row in products:
+        assert row["multiplies"]
+        if arch == 89 or row["block_m"] >= 64:
+            assert all(re.match(TENSOR_CORES[arch], name) for name in row["multiplies"]), row
+
+
+def test_shared_memory_suffices(binaries: tuple[int, list[dict[str, Any]]]) -> None:
+    """For every kernel, and of a product's candidates for at least two on compute capability 8.9, for all on others."""
+    arch, compiled = binaries
+    for name in {row["kernel"] for row in compiled}:
+        fit = [row["shared"] <= SHARED_MEMORY[arch] for row in compiled if row["kernel"] == name]
+        assert sum(fit) >= 2 if arch == 89 and name in ("_gemm_kernel", "_grouped_outer_kernel") else all(fit)
+
+
+# --- Triton's interpreter -----------------------------------------------------------------------------------------
+
+
+@in_interpreter
+def test_interpreter_casts_wrongly_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loses a carry on the way to e4m3, and truncates to bfloat16. When it no longer does, this file is simpler."""
+    x = torch.tensor([[448.0, 127.4]])  # the scale is 1
+    q, s = torch.ones(1, 1).to(E4M3), torch.tensor([[1 + 2.0**-8 + 2.0**-10]])
+    e4m3, bf16 = 128.0, 1 + 2.0**-7
+    assert run(kernel.act_quant, x, None)[0][0, 1].float() == e4m3
+    assert run(kernel.weight_dequant, q, s, torch.bfloat16) == bf16
+    monkeypatch.setattr(interpreter, "_convert_float", faulty_casts)
+    mended = (
+        run(kernel.act_quant, x, None)[0][0, 1].float() == e4m3,
+        run(kernel.weight_dequant, q, s, torch.bfloat16).item() == bf16,
+    )
+    if all(mended):
+        pytest.skip("this Triton's interpreter casts as GPUs do: exact_casts can go once all supported ones do")
+
+
+# --- What only a GPU shows ----------------------------------------------------------------------------------------
+
+
+@on_gpu
+@pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 64, 100, 129, 1000, 4096, 5000])
+def test_autotuned_product(m: int) -> None:
+    """From decoding to training: each number of rows finds its tiles, and all give the product."""
+    check_gemm(m, 384, 1000 if m % 2 else 1024, False, "contiguous", torch.bfloat16, m)
+    x = numbers((m, 1000), "normal", torch.bfloat16, m)
+    for got, want in zip(run(kernel.act_quant_both, x, None), fp8_ops.act_quant_both(x), strict=True):
+        assert_same(got, want)
+
+
+@on_gpu
+def test_many_experts() -> None:
+    """64 experts, a few of them with most of the rows and some with none, autotuned."""
+    torch.manual_seed(0)
+    rows = torch.multinomial(torch.rand(64).pow(6), 4096, replacement=True)
+    counts = torch.bincount(rows, minlength=64).tolist()
+    assert 0 in counts
+    check_grouped(counts, 256, 512, "contiguous", torch.bfloat16, 1)
+    check_outer(counts, 256, 384, "contiguous", torch.bfloat16, 2)
+
+
+@on_gpu
+@pytest.mark.parametrize("counts", [None, [0, 70, 1, 57]])
+def test_compiled_linear_layer(counts: list[int] | None) -> None:
+    """Under torch.compile, as one graph, nothing changes."""
+    offsets = None if counts is None else ends(counts).to(DEVICE)
+    stack = () if counts is None else (len(counts),)
+    x = numbers((128, 256), "normal", torch.bfloat16, 1).to(DEVICE)
+    ws = [numbers((*stack, n, 256), "normal", torch.float32, n).to(DEVICE) for n in (384, 128)]
+    with tiles(2):
+        eager = grads_of(x, ws, offsets, None)
+        compiled = grads_of(x, ws, offsets, None, torch.compile(fp8_ops.fp8_linear, fullgraph=True))
+    for got, want in zip(compiled, eager, strict=True):
+        assert torch.equal(got, want)
+
+
+@on_gpu
+def test_more_than_two_billion_numbers() -> None:
+    """Offsets in memory do not fit 32 bits."""
+    m, k = 2**16 + 3, 2**15 + 128
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of the GPU's memory")
+    x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
+    tail = slice(m // 128 * 128 - 128, None)  # of whole tiles, and beyond 2^31
+    q, s, q_t, s_t = kernel.act_quant_both(x, None)
+    want = fp8_ops.act_quant_both(x[tail].cpu())
+    for got, tensor in zip((q[tail], s[tail], q_t[:, tail].contiguous(), s_t[:, -2:].contiguous()), want, strict=True):
+        assert_same(got.cpu(), tensor)
+    b, b_s = (t.to(DEVICE) for t in weights(64, k, seed=1))
+    with tiles(2):
+        c = kernel.gemm(q, s, b, b_s, torch.float32)[tail]
+    assert_product(c.cpu(), dequantised(want[0], want[1]), dequantised(b.cpu(), b_s.cpu()))
+    del q_t, s_t, c
+    q, s = kernel.weight_quant(x, None)
+    want = fp8_ops.weight_quant(x[tail].cpu())
+    for got, tensor in zip((q[tail], s[-2:]), want, strict=True):
+        assert_same(got.cpu(), tensor)
+    del x
+    w = kernel.weight_dequant(q, s, torch.bfloat16)[tail]
+    assert_same(w.cpu(), fp8_ops.weight_dequant(*want))
+
+
+if __name__ == "__main__":
+    json.dump({arch: compile_all(arch) for arch in ARCHITECTURES}, sys.stdout)
