@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import convert
+import fp8_ops
 import model as model_module
 import train
 from byte_tokenizer import visible
@@ -77,6 +78,7 @@ def unchanged_process() -> Iterator[None]:
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
     yield
+    fp8_ops.gemm_impl = "bf16"
     torch.set_num_threads(threads)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
@@ -449,11 +451,14 @@ def test_training_learns(here: Here, capsys: pytest.CaptureFixture[str]) -> None
     assert out[-1].startswith("step 120, ") and "not saved" in out[-1]
 
 
-def test_gradient_checkpointing_changes_nothing(here: Here) -> None:
-    plain, saving = here.trainer(), here.trainer("--gradient-checkpointing")
+@pytest.mark.parametrize("gemm_impl", ["bf16", "fp8"])
+def test_gradient_checkpointing_changes_nothing(here: Here, gemm_impl: str) -> None:
+    flags = ["--gemm-impl", gemm_impl]
+    plain, saving = here.trainer(*flags), here.trainer(*flags, "--gradient-checkpointing")
     assert saving.model.gradient_checkpointing and not plain.model.gradient_checkpointing
     for trainer in (plain, saving):
         shake(trainer.model)
+        trainer.quantize_weights()
     for _ in range(5):
         a, b = plain.train_step(0.3), saving.train_step(0.3)
         assert torch.equal(a.pop("load"), b.pop("load")) and a == b
@@ -461,16 +466,54 @@ def test_gradient_checkpointing_changes_nothing(here: Here) -> None:
         assert torch.equal(p, q)
 
 
-def test_compile_changes_nothing(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gemm_impl", ["bf16", "fp8"])
+def test_compile_changes_nothing(here: Here, monkeypatch: pytest.MonkeyPatch, gemm_impl: str) -> None:
     """The graph is traced whole, forward and backward; the compiler behind it is torch's own matter."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    plain, compiled = here.trainer(), here.trainer("--compile")
-    shake(plain.model), shake(compiled.model)
+    flags = ["--gemm-impl", gemm_impl]
+    plain, compiled = here.trainer(*flags), here.trainer(*flags, "--compile")
+    for trainer in (plain, compiled):
+        shake(trainer.model)
+        trainer.quantize_weights()
     for _ in range(3):
         a, b = plain.train_step(0.3), compiled.train_step(0.3)
         assert torch.equal(a.pop("load"), b.pop("load"))
         assert b == pytest.approx(a, rel=1e-4)
     torch._dynamo.reset()
+
+
+def test_weights_are_quantised_once_a_step(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batches a step has; and a step ends with the FP8 copies of the weights that it ends with."""
+    trainer = here.trainer("--gemm-impl", "fp8", "--accumulation", 3)
+    calls, quantize = [], fp8_ops.quantize
+    monkeypatch.setattr(fp8_ops, "quantize", lambda *args: calls.append(args) or quantize(*args))
+    trainer.train_step(0.3)
+    layers = trainer.model.fp8_layers()
+    assert len(calls) == len(layers) > 10
+    for layer in layers:
+        q, s = fp8_ops.weight_quant(layer.weight.detach())
+        assert torch.equal(layer.weight_q.view(torch.uint8), q.view(torch.uint8)) and torch.equal(layer.weight_s, s)
+
+
+def test_training_in_fp8_learns_as_well(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    here.data.write_bytes(text(30_000))
+    losses = []
+    for gemm_impl in ("bf16", "fp8"):
+        assert main(here.flags("--steps", 60, "--batch-size", 8, "--gemm-impl", gemm_impl, save=False)) == 0
+        out = capsys.readouterr().out
+        assert ("products in FP8" in out) == (gemm_impl == "fp8")
+        losses.append(float(out.splitlines()[-1].split("val_loss ")[1].split()[0]))
+    assert losses[0] < 0.6 * UNIFORM and losses[1] == pytest.approx(losses[0], rel=0.05) and losses[1] != losses[0]
+
+
+@pytest.mark.parametrize(("dtype", "flags", "expected"), [
+    ("fp8", [], "fp8"), ("bf16", [], "bf16"), ("fp32", [], "bf16"),
+    ("fp8", ["--gemm-impl", "bf16"], "bf16"), ("fp32", ["--gemm-impl", "fp8"], "fp8"),
+])  # fmt: skip
+def test_products_are_as_the_config_says(here: Here, dtype: str, flags: list[str], expected: str) -> None:
+    here.write_config(dtype=dtype)
+    here.trainer(*flags)
+    assert fp8_ops.gemm_impl == expected
 
 
 def test_balancing_works(here: Here) -> None:
@@ -722,9 +765,10 @@ def test_litter_of_other_steps_is_swept(here: Here) -> None:
 # --- Resuming ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+@pytest.mark.parametrize(("optimizer", "gemm_impl"), [("muon", "bf16"), ("adamw", "bf16"), ("muon", "fp8")])
+def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optimizer: str, gemm_impl: str) -> None:
     flags = ["--steps", 6, "--eval-interval", 2, "--save-interval", 1, "--optimizer", optimizer, "--accumulation", 2]
+    flags += ["--gemm-impl", gemm_impl]
     assert main(here.flags(*flags)) == 0
     whole, train_step = here.run, Trainer.train_step
     for stop_at in range(6):
@@ -835,6 +879,7 @@ def test_existing_run_is_refused_without_resume(here: Here, capsys: pytest.Captu
         ("schedule", ["--schedule", "cosine"]),
         ("warmup", ["--warmup", 0.9]),
         ("decay", ["--decay", 0.9]),
+        ("gemm_impl", ["--gemm-impl", "fp8"]),
     ],
 )
 def test_resume_with_another_flag_is_refused(
