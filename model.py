@@ -37,6 +37,7 @@ import fp8_ops
 
 attn_impl: Literal["naive", "absorb"] = "naive"
 
+LATENT_NORM_EPS = 1e-6  # of q_norm and kv_norm, whatever norm_eps is, in DeepSeek's code and in transformers
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -95,7 +96,7 @@ class ModelArgs:
         beta_fast: Rotations over `original_seq_len` above which YaRN leaves a frequency as it is.
         beta_slow: Rotations below which it is divided by `rope_factor` in full.
         mscale: Strength of YaRN's correction of the attention's temperature.
-        norm_eps: Epsilon of the RMS norms.
+        norm_eps: Epsilon of the RMS norms, those of the latent vectors excepted: `LATENT_NORM_EPS`.
         n_mtp_layers: Multi-token prediction modules, each looking one byte further ahead.
         mtp_loss_weight: Weight of their mean loss (lambda in the V3 report, equation 25).
 
@@ -487,14 +488,14 @@ class MLA(nn.Module):
             self.wq = Linear(args, args.dim, args.n_heads * self.qk_head_dim)
         else:
             self.wq_a = Linear(args, args.dim, args.q_lora_rank)
-            self.q_norm = RMSNorm(args.q_lora_rank, args.norm_eps)
+            self.q_norm = RMSNorm(args.q_lora_rank, LATENT_NORM_EPS)
             self.wq_b = Linear(args, args.q_lora_rank, args.n_heads * self.qk_head_dim)
         if args.kv_lora_rank == 0:
             self.wk = Linear(args, args.dim, args.n_heads * self.qk_head_dim)
             self.wv = Linear(args, args.dim, args.n_heads * args.v_head_dim)
         else:
             self.wkv_a = Linear(args, args.dim, args.kv_lora_rank + args.qk_rope_head_dim)
-            self.kv_norm = RMSNorm(args.kv_lora_rank, args.norm_eps)
+            self.kv_norm = RMSNorm(args.kv_lora_rank, LATENT_NORM_EPS)
             self.wkv_b = Linear(args, args.kv_lora_rank, args.n_heads * (args.qk_nope_head_dim + args.v_head_dim))
         self.wo = Linear(args, args.n_heads * args.v_head_dim, args.dim)
         self.softmax_scale = self.qk_head_dim**-0.5

@@ -92,6 +92,7 @@ def shapes(draw: st.DrawFn, **fixed: Any) -> ModelArgs:
         "qk_rope_head_dim": rope,
         "v_head_dim": integers(1, 9),
         "rope_theta": draw(st.sampled_from([100.0, 10000.0])),
+        "norm_eps": draw(st.sampled_from([1e-6, 1e-2])),
         "max_seq_len": 64,
         "aux_loss_alpha": 0.0,
         "n_mtp_layers": integers(0, 2),

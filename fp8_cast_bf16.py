@@ -1,0 +1,100 @@
+"""FP8 checkpoint to BF16 checkpoint, in Hugging Face's layout, as DeepSeek publishes its models.
+
+    python fp8_cast_bf16.py --input-fp8-hf-path DIR --output-bf16-hf-path DIR
+
+An FP8 weight is stored with a scale for each block of 128×128, in a tensor named `…weight_scale_inv` that may be in
+another file than the weight. The number meant is the product, and that is what is written. Everything else stays as it
+is: the files and their names, the tensors in other dtypes, the tokenizer. The scales go, and with them their entries in
+the index and the `quantization_config`.
+
+It works in bands of some rows, several tensors at a time, so that memory does not grow with the checkpoint, and on the
+CPU, which is about as fast at this as at copying. The output folder appears when it is complete; after an interruption
+the next run starts over.
+
+Unlike convert.py, which does the same with `--dtype bf16` to a model that it knows, this looks at names and dtypes only
+and so takes a model of any architecture.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import convert
+from convert import E4M3, CheckpointError, Entry, Job, Output, Piece, Stored
+
+
+def cast(source: Path, target: Path, progress: bool = False) -> None:
+    """Casts a checkpoint; `target` appears when it is complete, or not at all.
+
+    Args:
+        source: A folder with config.json, safetensors files, and their index if there are several.
+        target: The folder to make; it must not exist, or be empty.
+        progress: Whether to show a bar on stderr.
+
+    Raises:
+        CheckpointError: The source is damaged or has nothing to cast, or the target cannot be written.
+        ConfigError: The config is damaged, or speaks of another quantisation.
+    """
+    config = convert.read_json(source / convert.CONFIG_FILE, convert.ConfigError)
+    with convert.naming(source / convert.CONFIG_FILE):
+        convert.check_quantization(config.pop("quantization_config", None) or convert.HF_FP8)
+    convert.check_paths(source, target)
+    outputs, jobs = plan(convert.read_hf_headers(source))
+    with convert.new_folder(target) as folder:
+        convert.copy_files(source, folder, source.iterdir())
+        convert.write_json(folder / convert.CONFIG_FILE, config)
+        if (source / convert.INDEX_FILE).exists():
+            convert.write_json(folder / convert.INDEX_FILE, convert.make_index(outputs))
+        convert.write_tensors(folder, outputs, jobs, None, progress)
+
+
+def plan(entries: dict[str, Entry]) -> tuple[list[Output], list[Job]]:
+    """Lays the new files out, for which no tensor need be read.
+
+    Args:
+        entries: The tensors that there are.
+
+    Returns:
+        The files, with the names that they have now, and what goes into them.
+
+    Raises:
+        CheckpointError: A weight without scale, a scale without weight, a wrong shape or dtype; or nothing is FP8.
+    """
+    left = dict(entries)
+    contents: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {e.path.name: {} for e in entries.values()}
+    jobs = {}
+    for name, entry in entries.items():
+        is_fp8 = entry.dtype == E4M3
+        if name.endswith("_scale_inv"):
+            continue
+        if is_fp8 and len(entry.shape) != 2:
+            raise CheckpointError(f"{entry} is FP8, but no matrix: {list(entry.shape)}")
+        stored = Stored(name, entry.shape, entry.dtype)
+        scale = left.pop(name + "_scale_inv", None) if is_fp8 else None
+        stored.pieces.append(convert.make_piece(left.pop(name), stored.box, scale))
+        jobs[name] = Job(stored, torch.bfloat16 if is_fp8 else entry.dtype)
+        contents[entry.path.name][name] = jobs[name].dtype, entry.shape
+    for entry in left.values():
+        raise CheckpointError(f"{entry} is the scale of no FP8 tensor")
+    outputs = [Output(file, tensors) for file, tensors in contents.items()]
+    for output in outputs:
+        for name, place in output.entries.items():
+            jobs[name].parts.append(Piece(place, jobs[name].source.box))
+    if all(job.dtype == job.source.dtype for job in jobs.values()):
+        raise CheckpointError("no tensor of the checkpoint is FP8: there is nothing to cast")
+    return outputs, list(jobs.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description="Casts an FP8 checkpoint in Hugging Face's layout to BF16.")
+    parser.add_argument("--input-fp8-hf-path", type=Path, required=True, metavar="DIR", help="the checkpoint's folder")
+    parser.add_argument("--output-bf16-hf-path", type=Path, required=True, metavar="DIR", help="the folder to make")
+    args = parser.parse_args(argv)
+    return convert.run_command("fp8_cast_bf16.py", lambda: cast(args.input_fp8_hf_path, args.output_bf16_hf_path, True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

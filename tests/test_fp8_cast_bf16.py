@@ -1,0 +1,180 @@
+"""FP8 to BF16 against block-by-block arithmetic, in DeepSeek's layout; and what must be refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fp8_cast_bf16
+from convert import CheckpointError
+from fp8_ops import weight_quant
+
+ROOT = Path(fp8_cast_bf16.__file__).parent
+E4M3 = torch.float8_e4m3fn
+QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+SHAPES = {"a.weight": (300, 200), "b.weight": (128, 256), "c.weight": (1, 1), "d.weight": (129, 127)}
+FILES = [f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
+
+
+@pytest.fixture
+def fp8(tmp_path: Path) -> Path:
+    """A checkpoint of no architecture in particular: the scales of each file's weights are in the other file."""
+    folder, generator = tmp_path / "fp8", torch.Generator().manual_seed(0)
+    folder.mkdir()
+    files: list[dict[str, torch.Tensor]] = [{}, {}]
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        q, s = weight_quant(torch.randn(shape, generator=generator) * 10.0 ** torch.arange(shape[1]).div(40).floor())
+        files[i % 2][name], files[1 - i % 2][name + "_scale_inv"] = q, s
+    files[0] |= {"norm.weight": torch.randn(7), "stack": torch.randn(2, 3, 4).bfloat16(), "empty": torch.zeros(0, 5)}
+    files[1] |= {"steps": torch.arange(3), "scalar": torch.tensor(2.5)}
+    for file, tensors in zip(FILES, files, strict=True):
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    where = {name: file for file, tensors in zip(FILES, files, strict=True) for name in tensors}
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {"model_type": "anything", "hidden_size": 3, "quantization_config": QUANTIZATION}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("a tokenizer")
+    (folder / "figures").mkdir()
+    return folder
+
+
+def run(source: Path, target: Path) -> int:
+    return fp8_cast_bf16.main(["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(target)])
+
+
+def by_blocks(q: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """The product, one block at a time, in float64 and rounded once."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for i in range(s.shape[0]):
+        for j in range(s.shape[1]):
+            block = slice(i * 128, i * 128 + 128), slice(j * 128, j * 128 + 128)
+            out[block] = q[block].double() * s[i, j].double()
+    return out.float().bfloat16()
+
+
+def test_every_tensor(fp8: Path, tmp_path: Path) -> None:
+    assert run(fp8, tmp_path / "bf16") == 0
+    before = {name: tensor for file in FILES for name, tensor in load_file(fp8 / file).items()}
+    after: dict[str, torch.Tensor] = {}
+    for file in FILES:
+        tensors = load_file(tmp_path / "bf16" / file)
+        assert tensors.keys() == {name for name in load_file(fp8 / file) if not name.endswith("_scale_inv")}
+        after |= tensors
+    for name, tensor in after.items():
+        expected = by_blocks(before[name], before[name + "_scale_inv"]) if name in SHAPES else before[name]
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+    index = json.loads((tmp_path / "bf16" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in after.values())
+    assert index["weight_map"] == {name: file for file in FILES for name in load_file(tmp_path / "bf16" / file)}
+    config = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert config == {"model_type": "anything", "hidden_size": 3}
+    assert (tmp_path / "bf16" / "tokenizer.json").read_text() == "a tokenizer"
+    assert len(list((tmp_path / "bf16").iterdir())) == 5
+
+
+def test_one_file_without_index(tmp_path: Path) -> None:
+    (tmp_path / "fp8").mkdir()
+    q, s = weight_quant(torch.randn(200, 200))
+    save_file({"w": q, "w_scale_inv": s}, tmp_path / "fp8" / "model.safetensors")
+    (tmp_path / "fp8" / "config.json").write_text("{}")
+    assert run(tmp_path / "fp8", tmp_path / "bf16") == 0
+    assert sorted(path.name for path in (tmp_path / "bf16").iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(load_file(tmp_path / "bf16" / "model.safetensors")["w"], by_blocks(q, s))
+
+
+def test_bands(fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where a tensor takes many bands."""
+    assert run(fp8, tmp_path / "whole") == 0
+    monkeypatch.setattr("convert.BAND_BYTES", 1)
+    assert run(fp8, tmp_path / "bands") == 0
+    for file in FILES:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "bands" / file).read_bytes()
+
+
+def edit(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Replaces, adds or removes a tensor, in its file and in the index."""
+    index = folder / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    file = value["weight_map"].get(name, FILES[0])
+    tensors = load_file(folder / file) | {name: tensor}
+    value["weight_map"][name] = file
+    if tensor is None:
+        del tensors[name], value["weight_map"][name]
+    save_file(tensors, folder / file)
+    index.write_text(json.dumps(value))
+
+
+def break_index(folder: Path, **changes: str) -> None:
+    index = folder / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    value["weight_map"] |= {name.replace("__", "."): file for name, file in changes.items()}
+    index.write_text(json.dumps(value))
+
+
+DAMAGE = {
+    "missing scale": (lambda f: edit(f, "a.weight_scale_inv", None), "a.weight"),
+    "scale of nothing": (lambda f: edit(f, "a.weight", None), "a.weight_scale_inv"),
+    "scale of bf16": (lambda f: edit(f, "a.weight", torch.ones(300, 200).bfloat16()), "a.weight_scale_inv"),
+    "wrong shape": (lambda f: edit(f, "a.weight_scale_inv", torch.ones(2, 3)), "a.weight_scale_inv"),
+    "wrong dtype": (lambda f: edit(f, "a.weight_scale_inv", torch.ones(3, 2).double()), "a.weight_scale_inv"),
+    "NaN": (lambda f: edit(f, "a.weight_scale_inv", torch.full((3, 2), torch.nan)), "a.weight_scale_inv"),
+    "a stack": (lambda f: edit(f, "e.weight", torch.ones(2, 3, 4).to(E4M3)), "e.weight"),
+    "nothing FP8": (lambda f: [edit(f, n + e, None) for n in SHAPES for e in ("", "_scale_inv")], "nothing to cast"),
+    "outside": (lambda f: break_index(f, a__weight="../fp8/" + FILES[0]), "a.weight"),
+    "absolute": (lambda f: break_index(f, a__weight=str(f / FILES[0])), "a.weight"),
+    "wrong file": (lambda f: break_index(f, a__weight=FILES[1]), "a.weight"),
+    "not there": (lambda f: break_index(f, z__weight=FILES[1]), "z.weight"),
+    "truncated": (lambda f: os.truncate(f / FILES[0], (f / FILES[0]).stat().st_size - 1), FILES[0]),
+    "no file": (lambda f: (f / FILES[1]).unlink(), FILES[1]),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "int8": (
+        lambda f: (f / "config.json").write_text('{"quantization_config": {"quant_method": "int8"}}'),
+        "quant_method",
+    ),
+    "no folder": (lambda f: shutil.rmtree(f), "fp8"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_refused(fp8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    spoil, part = DAMAGE[damage]
+    spoil(fp8)
+    assert run(fp8, tmp_path / "out") == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "B/s]" not in line]
+    assert len(lines) == 1 and lines[0].startswith("fp8_cast_bf16.py: error: ") and part in lines[0], lines
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_where_to(fp8: Path, tmp_path: Path) -> None:
+    for target in (fp8, fp8 / "inside", tmp_path):
+        assert run(fp8, target) == 2
+    assert len(list(tmp_path.iterdir())) == 1 and len(list(fp8.iterdir())) == 6
+
+
+def test_killed_and_run_again(fp8: Path, tmp_path: Path) -> None:
+    slow = "import convert, time; f = convert.Piece.read\nconvert.Piece.read = lambda *a: (time.sleep(0.1), f(*a))[1]"
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n{slow}\nimport fp8_cast_bf16\nsys.exit(fp8_cast_bf16.main())"
+    flags = ["--input-fp8-hf-path", str(fp8), "--output-bf16-hf-path", str(tmp_path / "out")]
+    for signum, expected in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = subprocess.Popen([sys.executable, "-c", code, *flags], stderr=subprocess.DEVNULL)
+        while not (tmp_path / ".out.tmp" / FILES[1]).exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signum)
+        assert process.wait() == expected and not (tmp_path / "out").exists()
+        assert (tmp_path / ".out.tmp").exists() == (signum == signal.SIGKILL)
+    assert run(fp8, tmp_path / "out") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp8", "out"]
+
+
+def test_nothing_is_read_to_plan() -> None:
+    with pytest.raises(CheckpointError):
+        fp8_cast_bf16.plan({})
