@@ -26,8 +26,8 @@ dequantised operands in float32. `gemm_impl` chooses what linear layers do.
 """
 
 import importlib.util
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -93,11 +93,27 @@ def _runs_kernel(x: torch.Tensor, block_size: int = BLOCK) -> bool:
     return block_size == BLOCK and x.numel() > 0 and multiplies_fp8(x.device)
 
 
+def _operator(function: Callable) -> Callable:
+    """Makes a function one of torch's operators: to torch.compile each call is one node that it leaves as it is.
+
+    `torch.library.custom_op` would do so too, but loads the compiler, seconds of it, with the first call.
+    """
+    name = function.__name__.lstrip("_")
+    torch.library.define(f"bytegpt::{name}", torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(f"bytegpt::{name}", "default", function)
+    operator = getattr(torch.ops.bytegpt, name).default
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return operator(*args, **kwargs)
+
+    return call
+
+
 # --- The format ---------------------------------------------------------------------------------------------------
-# These are operators of torch's own kind: to torch.compile each is one node that it leaves as it is.
 
 
-@torch.library.custom_op("bytegpt::act_quant", mutates_args=())
+@_operator
 def act_quant(
     x: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +142,7 @@ def act_quant(
     return _to_e4m3(q), s
 
 
-@torch.library.custom_op("bytegpt::act_quant_both", mutates_args=())
+@_operator
 def act_quant_both(
     x: torch.Tensor, scale_fmt: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -149,7 +165,7 @@ def act_quant_both(
     return *act_quant(x, BLOCK, scale_fmt), q_t, s_t.T.contiguous().T
 
 
-@torch.library.custom_op("bytegpt::weight_quant", mutates_args=())
+@_operator
 def weight_quant(
     w: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,7 +198,7 @@ def weight_quant(
     return _to_e4m3(q[..., :n, :k]), s
 
 
-@torch.library.custom_op("bytegpt::weight_dequant", mutates_args=())
+@_operator
 def weight_dequant(
     q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
@@ -309,27 +325,27 @@ def _from_e4m3(q: torch.Tensor, out: torch.Tensor, shift: int, bits: torch.Tenso
             out.masked_fill_(q.isnan(), float("nan"))
 
 
-@act_quant.register_fake
+@torch.library.register_fake("bytegpt::act_quant")
 def _(x: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     q = torch.empty(x.shape, dtype=E4M3, device=x.device)
     return q, x.new_empty(*x.shape[:-1], -(-x.shape[-1] // block_size), dtype=torch.float32)
 
 
-@act_quant_both.register_fake
+@torch.library.register_fake("bytegpt::act_quant_both")
 def _(x: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (m, k), new = x.shape, x.new_empty
     s, s_t = (new(a, -(-b // BLOCK), dtype=torch.float32) for a, b in ((m, k), (k, m)))
     return new(m, k, dtype=E4M3), s, new(k, m, dtype=E4M3), s_t.view(-1, k).T
 
 
-@weight_quant.register_fake
+@torch.library.register_fake("bytegpt::weight_quant")
 def _(w: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     n, k = w.shape[-2:]
     q = torch.empty(w.shape, dtype=E4M3, device=w.device)
     return q, w.new_empty(*w.shape[:-2], -(-n // block_size), -(-k // block_size), dtype=torch.float32)
 
 
-@weight_dequant.register_fake
+@torch.library.register_fake("bytegpt::weight_dequant")
 def _(q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(q.shape, dtype=dtype, device=s.device)
 
@@ -337,7 +353,7 @@ def _(q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK, dtype: torch.dt
 # --- Products -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("bytegpt::fp8_gemm", mutates_args=())
+@_operator
 def fp8_gemm(
     a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
@@ -366,7 +382,7 @@ def fp8_gemm(
     return (act_dequant(a, a_s) @ _right_operand(b, b_s).mT).to(dtype)
 
 
-@torch.library.custom_op("bytegpt::fp8_grouped_gemm", mutates_args=())
+@_operator
 def fp8_grouped_gemm(
     a: torch.Tensor,
     a_s: torch.Tensor,
@@ -399,7 +415,7 @@ def fp8_grouped_gemm(
     return _grouped_mm(act_dequant(a, a_s), _right_operand(b, b_s).mT, offsets).to(dtype)
 
 
-@torch.library.custom_op("bytegpt::fp8_grouped_outer", mutates_args=())
+@_operator
 def fp8_grouped_outer(
     a: torch.Tensor,
     a_s: torch.Tensor,
@@ -457,14 +473,14 @@ def _right_operand(b: torch.Tensor, b_s: torch.Tensor) -> torch.Tensor:
     return weight_dequant(b, b_s, BLOCK, torch.float32)
 
 
-@fp8_gemm.register_fake
+@torch.library.register_fake("bytegpt::fp8_gemm")
 def _(
     a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
     return a_s.new_empty(*a.shape[:-1], b.shape[0], dtype=dtype)
 
 
-@fp8_grouped_gemm.register_fake
+@torch.library.register_fake("bytegpt::fp8_grouped_gemm")
 def _(
     a: torch.Tensor,
     a_s: torch.Tensor,
@@ -476,7 +492,7 @@ def _(
     return a_s.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
-@fp8_grouped_outer.register_fake
+@torch.library.register_fake("bytegpt::fp8_grouped_outer")
 def _(
     a: torch.Tensor,
     a_s: torch.Tensor,
@@ -621,7 +637,7 @@ def _gemm(
 
 
 # A loop over groups needs their sizes as Python numbers. As an operator of its own it is one node of a compiled graph.
-@torch.library.custom_op("bytegpt::grouped_mm", mutates_args=())
+@_operator
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`x[group g] @ weight[g]`: (rows, in), (groups, in, out) -> (rows, out)."""
     out = x.new_empty(len(x), weight.shape[2])
@@ -631,7 +647,7 @@ def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) ->
     return out
 
 
-@torch.library.custom_op("bytegpt::grouped_outer", mutates_args=())
+@_operator
 def _grouped_outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`x[group g].T @ grad[group g]`, the gradient of the weights: (rows, in), (rows, out) -> (groups, in, out)."""
     # made as (groups, out, in) and transposed, as the weight is: so the parameter gets a contiguous gradient
@@ -642,12 +658,12 @@ def _grouped_outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -
     return out.transpose(1, 2)
 
 
-@_grouped_mm.register_fake
+@torch.library.register_fake("bytegpt::grouped_mm")
 def _(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-@_grouped_outer.register_fake
+@torch.library.register_fake("bytegpt::grouped_outer")
 def _(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return x.new_empty(offsets.shape[0], grad.shape[1], x.shape[1]).transpose(1, 2)
 
@@ -663,4 +679,4 @@ def _grouped_mm_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | N
     return grad_x, grad_weight, None
 
 
-_grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_for_backward)
+torch.library.register_autograd("bytegpt::grouped_mm", _grouped_mm_backward, setup_context=_save_for_backward)

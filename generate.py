@@ -44,7 +44,7 @@ import torch
 import fp8_ops
 import model as model_module
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
-from convert import load_model
+from convert import keep_freed_memory, load_model
 from fp8_ops import pick_device, pick_dtype
 from model import Cache, ModelArgs, Transformer
 
@@ -686,6 +686,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompts = [encode(arguments.prompt)]
         else:
             prompts = read_prompts(arguments.input_file)
+        keep_freed_memory()
         model = load(arguments)
     except (ValueError, OSError) as error:
         return report(str(error))

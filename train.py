@@ -19,7 +19,6 @@ import time
 _STARTED = time.monotonic()  # before torch is imported: --minutes counts that as well
 
 import argparse
-import ctypes
 import io
 import json
 import math
@@ -39,7 +38,7 @@ from tqdm import tqdm
 
 import fp8_ops
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, visible
-from convert import CheckpointError, has_run, load_run, read_config, save_run
+from convert import CheckpointError, has_run, keep_freed_memory, load_run, read_config, save_run
 from data.prepare import DataError, open_bytes, resolve
 from fp8_ops import DeviceError, pick_device, pick_dtype
 from model import ConfigError, ModelArgs, Transformer
@@ -784,21 +783,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, ModelArgs]:
         raise ConfigError(f"{args.config}: n_mtp_layers must be below max_seq_len ({shape.max_seq_len})")
     args.gemm_impl = args.gemm_impl or ("fp8" if shape.dtype == "fp8" else "bf16")
     return args, shape
-
-
-def keep_freed_memory() -> None:
-    """Asks glibc's malloc to keep what is freed, instead of returning it to the system and fetching it again.
-
-    Activations of a few megabytes come and go hundreds of times a step. By default each is a fresh mapping whose pages
-    the kernel must clear, which costs more than the arithmetic on them. Elsewhere than on glibc, nothing happens.
-    """
-    m_trim_threshold, m_mmap_threshold, two_gib = -1, -3, (1 << 31) - 1
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, two_gib)
 
 
 def build_trainer(args: argparse.Namespace, shape: ModelArgs) -> Trainer:

@@ -2,14 +2,15 @@
 
     python tests/bench_convert.py [--gb 4] [--folder DIR] [--repeat 3]
 
-Each line is the best of several runs in processes of their own, of which Python's start and its imports are subtracted.
-"cp" copies the same files and, like a conversion, waits until they are on the disk; "at once" loads the checkpoint with
-safetensors, does the same to its tensors and saves them.
+Each line is the median of several runs in processes of their own, copying and converting in turn, of which Python's
+start and its imports are left out. "cp" copies the files that are read and, like a conversion, waits until they are on
+the disk; "at once" loads the checkpoint with safetensors, does the same to its tensors and saves them.
 """
 
 import argparse
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,10 +48,11 @@ os.sync()
 def run(code: str, *flags: object) -> tuple[float, float]:
     """Seconds and peak memory in MB of Python code, in a process of its own."""
     ready = f"""
-import sys, time
+import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import convert, torch
 torch.set_num_threads(1)
+convert.keep_freed_memory()
 begin = time.perf_counter()
 """
     done = """
@@ -66,14 +68,16 @@ print(time.perf_counter() - begin, status.split("VmHWM:")[1].split()[0])
     return float(seconds), float(peak) / 1024
 
 
-def best(code: str, target: Path, repeat: int, *flags: object) -> tuple[float, float]:
-    runs = []
+def alternate(target: Path, repeat: int, *codes: str, flags: tuple[object, ...]) -> list[tuple[float, float]]:
+    """The median time and the highest peak of several ways to make `target`, which take turns."""
+    runs: list[list[tuple[float, float]]] = [[] for _ in codes]
     for _ in range(repeat):
-        shutil.rmtree(target, ignore_errors=True)
-        os.sync()
-        runs.append(run(code, *flags))
+        for code, results in zip(codes, runs, strict=True):
+            shutil.rmtree(target, ignore_errors=True)
+            os.sync()
+            results.append(run(code, *flags))
     shutil.rmtree(target, ignore_errors=True)
-    return min(seconds for seconds, _ in runs), max(peak for _, peak in runs)
+    return [(statistics.median(time for time, _ in r), max(peak for _, peak in r)) for r in runs]
 
 
 def make(folder: Path, gb: float) -> None:
@@ -96,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=4.0, help="size of the float32 checkpoint (default: 4)")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of which the best counts (default: 3)")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each, of which the median counts (default: 3)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
@@ -121,9 +125,8 @@ def main() -> None:
         ):
             size = sum(file.stat().st_size for file in (folder / source).iterdir()) / 1e9
             flags = (folder / source, folder / "out", world, dtype, kind)
-            copied, _ = best(copy, folder / "out", args.repeat, *flags)
-            seconds, peak = best(what, folder / "out", args.repeat, *flags)
-            once, once_peak = best(AT_ONCE, folder / "out", 1, *flags)
+            (copied, _), (seconds, peak) = alternate(folder / "out", args.repeat, copy, what, flags=flags)
+            ((once, once_peak),) = alternate(folder / "out", 1, AT_ONCE, flags=flags)
             row = f"{title} | {size:.2f} | {seconds:.2f} | {size / seconds:.2f} | {copied / seconds:.2f} | {peak:.0f}"
             print(f"| {row} | {once:.2f} | {once_peak:.0f} |", flush=True)
 

@@ -1346,7 +1346,7 @@ def test_without_mallopt(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for load in (lambda _: Library(), missing(OSError("none")), missing(TypeError("no name"))):
         monkeypatch.setattr(ctypes, "CDLL", load)
-        train.keep_freed_memory()
+        convert.keep_freed_memory()
 
 
 def test_optimizer_state_goes_where_its_parameter_is(here: Here) -> None:
