@@ -43,14 +43,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 from fp8_ops import BLOCK, E4M3, weight_dequant, weight_quant
@@ -58,7 +58,7 @@ from model import ConfigError, ModelArgs, Transformer
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
-STATE_FILE, STATE_TENSORS_FILE = "state.json", "state0-mp1.safetensors"
+STATE_FILE = "state.json"
 POINTER_FILE = "checkpoints.json"
 
 BAND_BYTES = 1 << 20  # read of a tensor at a time: much for a disk, little for a cache and for malloc
@@ -79,185 +79,6 @@ WEIGHT_DTYPES = {*CONFIG_DTYPES, torch.float16, torch.float64}
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another model: the message names the file and the remedy."""
-
-
-# --- Models in and out ------------------------------------------------------------------------------------------------
-
-
-def read_config(path: str | os.PathLike) -> tuple[ModelArgs, dict[str, Any]]:
-    """Reads a config file.
-
-    Args:
-        path: A JSON file of `ModelArgs` fields; its nested key "train" holds defaults for train.py's flags.
-
-    Returns:
-        The model's shape, and the object under "train" (empty without one).
-
-    Raises:
-        ConfigError: The file is missing or no JSON object, or a key of it is wrong; the message names both.
-    """
-    values = read_json(Path(path), ConfigError)
-    train = values.pop("train", {})
-    if not isinstance(train, dict):
-        raise ConfigError(f"{path}: train must be an object of flags, got {train!r}")
-    with naming(path):
-        return ModelArgs.from_dict(values), train
-
-
-def save_model(model: Transformer, path: str | os.PathLike) -> None:
-    """Writes a model as a native checkpoint; `path` appears when it is complete, or not at all.
-
-    Weights stored in FP8 are written as they are, with their scales.
-
-    Raises:
-        CheckpointError: `path` exists and is no empty folder, or cannot be written.
-    """
-    with new_folder(Path(path)) as folder:
-        _write_weights(model, folder)
-
-
-def load_model(
-    path: str | os.PathLike,
-    device: str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
-    keep_fp8: bool = False,
-) -> Transformer:
-    """Loads a model for inference: its matrices are cast once, while they are read, to the dtype they compute in.
-
-    Args:
-        path: A checkpoint's folder, native of any number of shards or Hugging Face's; or a run's, of which the best
-            checkpoint is taken.
-        device: Where the model goes.
-        compute_dtype: Dtype of activations and of the matrices; the router's stay in float32.
-        keep_fp8: Keep weights that are stored in FP8 in it. By default they are dequantised.
-
-    Raises:
-        CheckpointError: No checkpoint there, or one that does not fit its own config.
-        ConfigError: Its config is not one of a model.
-    """
-    checkpoint = open_checkpoint(path)
-    model = Transformer(checkpoint.args, compute_dtype, fp8_weights=keep_fp8 and checkpoint.is_fp8)
-    for name, p in model.named_parameters():
-        if p.ndim >= 2 and p.dtype != E4M3 and not name.endswith("gate.weight"):
-            p.data = torch.empty_like(p, dtype=compute_dtype)
-    _read_weights(model, checkpoint)
-    return model.to(device).eval().requires_grad_(False)
-
-
-def has_run(run: Path) -> bool:
-    """Whether a folder holds a run that can be resumed."""
-    return (run / POINTER_FILE).exists()
-
-
-def save_run(
-    run: Path, model: Transformer, tensors: dict[str, torch.Tensor], state: dict[str, Any], is_best: bool
-) -> Path:
-    """Writes a checkpoint of a training run, points to it, and removes those that are neither last nor best any more.
-
-    Args:
-        run: The run's folder; made if there is none.
-        model: The model.
-        tensors: What else training needs to go on, by name: the optimizer's state.
-        state: The rest of it, ready for JSON; "step" gives the checkpoint its name.
-        is_best: Whether this is the best checkpoint so far.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: It cannot be written. What was there before is still whole.
-    """
-    path = run / f"step-{state['step']:08d}"
-    pointer = read_json(run / POINTER_FILE, CheckpointError) if has_run(run) else {}
-    if path.name in pointer.values():  # saved before it was evaluated: the tensors are these
-        with _reported(path):
-            _replace_json(path / STATE_FILE, state)
-    else:
-        shutil.rmtree(path, ignore_errors=True)  # complete, but never pointed to: the leftover of a crash
-        with new_folder(path) as folder:
-            _write_weights(model, folder)
-            save_file(tensors, folder / STATE_TENSORS_FILE, metadata={"format": "pt"})
-            write_json(folder / STATE_FILE, state)
-    pointer["last"] = path.name
-    if is_best or "best" not in pointer:
-        pointer["best"] = path.name
-    with _reported(run):
-        _replace_json(run / POINTER_FILE, pointer)
-    for old in [*run.glob("step-*"), *run.glob(".step-*.tmp")]:
-        if old.name not in pointer.values():
-            shutil.rmtree(old, ignore_errors=True)
-    return path
-
-
-def load_run(run: Path, model: Transformer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Loads the last checkpoint of a run into `model`; returns the tensors and the state that `save_run` was given.
-
-    Raises:
-        CheckpointError: There is none, it is damaged, or it is one of another model.
-    """
-    checkpoint = open_checkpoint(run, "last")
-    folder = checkpoint.folder
-    ours, theirs = model.args.to_dict(), checkpoint.args.to_dict()
-    for key in ours:
-        if ours[key] != theirs[key] and key not in ("dtype", "max_batch_size"):
-            raise CheckpointError(
-                f"{folder} was trained with {key} = {theirs[key]}, the config says {ours[key]}; "
-                "resume with the config it began with, or choose another --save-path"
-            )
-    _read_weights(model, checkpoint)
-    tensors = {name: entry.read() for name, entry in read_header(folder / STATE_TENSORS_FILE).items()}
-    return tensors, read_json(folder / STATE_FILE, CheckpointError)
-
-
-def _resolve(path: Path, which: str) -> Path:
-    """The checkpoint's folder that `path` means: itself, or the "last" or "best" of a run."""
-    if (path / CONFIG_FILE).is_file():
-        return path
-    if has_run(path):
-        name = read_json(path / POINTER_FILE, CheckpointError).get(which)
-        for folder in path.iterdir():  # a name that leads elsewhere is not among these
-            if folder.name == name and (folder / CONFIG_FILE).is_file():
-                return folder
-        raise CheckpointError(f"{path / POINTER_FILE} names {name!r}, which is no checkpoint beside it")
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such folder; train.py --save-path {path} makes one")
-    raise CheckpointError(f"{path} holds no checkpoint: neither {CONFIG_FILE} nor {POINTER_FILE} is in it")
-
-
-def _native_tensors(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's tensors in native names: those of stacked experts one by one, as views."""
-    for name, tensor in model.state_dict().items():
-        owner, is_routed, leaf = name.partition(".experts.")
-        if is_routed:
-            for e, matrix in enumerate(tensor):
-                yield f"{owner}.experts.{e}.{leaf}", matrix
-        else:
-            yield name, tensor
-
-
-def _write_weights(model: Transformer, folder: Path) -> None:
-    # safetensors takes no views into shared memory, hence the copies of single experts
-    tensors = {name: t.clone() if t._is_view() else t for name, t in _native_tensors(model)}
-    is_fp8 = any(t.dtype == E4M3 for t in tensors.values())
-    dtype = "fp8" if is_fp8 else "fp32" if model.head.weight.dtype == torch.float32 else "bf16"
-    write_json(folder / CONFIG_FILE, model.args.to_dict() | {"dtype": dtype})
-    save_file(tensors, folder / _native_file(0, 1), metadata={"format": "pt"})
-
-
-@torch.no_grad()
-def _read_weights(model: Transformer, checkpoint: "Checkpoint") -> None:
-    """Fills a model, band by band, in whatever dtypes it was made with."""
-    targets = dict(_native_tensors(model))
-    for name, source in checkpoint.tensors.items():
-        target = targets[name]
-        if target.dtype == E4M3:
-            q, s = source.read_fp8(source.box, checkpoint.args.scale_fmt)
-            target.copy_(q)
-            targets[scale_name(name, False)].copy_(s)
-        else:
-            rows = target.view(source.box.shape)
-            for band in source.bands(source.box, BLOCK):
-                rows[band.top : band.bottom] = source.read(band, target.dtype)
 
 
 # --- Rectangles ------------------------------------------------------------------------------------------------------
@@ -730,26 +551,30 @@ def _weights_of(args: ModelArgs, folder: Path, count: int) -> tuple[dict[str, tu
         raise CheckpointError(f"{folder / CONFIG_FILE} wants more than the {count} tensors here: tensors are missing")
     try:
         with torch.device("meta"):
-            tensors = dict(_native_tensors(Transformer(args, fp8_weights=True)))
+            whole = Transformer(args, fp8_weights=True)
     except (RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is of a model that is too large: {error}") from None
+    tensors = {name: tensor for name, _, tensor in _native_parts(whole, Crew())}
     shapes = {name: tuple(t.shape) for name, t in tensors.items() if not name.endswith(".scale")}
     return shapes, {name for name in shapes if tensors[name].dtype == E4M3}
 
 
-def _native_file(rank: int, world: int) -> str:
-    return f"model{rank}-mp{world}.safetensors"
+def _native_file(rank: int, world: int, kind: str = "model") -> str:
+    return f"{kind}{rank}-mp{world}.safetensors"
 
 
-def _native_files(folder: Path) -> list[Path]:
-    """The files of a native checkpoint, one a rank; there may be no others."""
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    worlds = [int(m[1]) for name in found if (m := re.fullmatch(r"model\d+-mp([1-9]\d{0,3})\.safetensors", name))]
-    names = [_native_file(rank, max(worlds, default=1)) for rank in range(max(worlds, default=1))]
+def _native_files(folder: Path, kind: str = "model") -> list[Path]:
+    """The files of a native checkpoint, one a rank, and beside "model" those of "state"; there may be no others."""
+    found, worlds = sorted(path.name for path in folder.glob("*.safetensors")), {"model": 1, "state": 1}
     for name in found:
-        if name not in (*names, STATE_TENSORS_FILE):
-            raise CheckpointError(f"{folder / name} is none of the {len(names)} files of this checkpoint; remove it")
-    return [inside(folder, name) for name in names]
+        if match := re.fullmatch(r"(model|state)\d+-mp([1-9]\d{0,3})\.safetensors", name):
+            worlds[match[1]] = max(worlds[match[1]], int(match[2]))
+    names = {k: [_native_file(rank, world, k) for rank in range(world)] for k, world in worlds.items()}
+    for name in found:
+        if not any(name in expected for expected in names.values()):
+            count = len(names["model"])
+            raise CheckpointError(f"{folder / name} is none of the {count} files of this checkpoint; remove it")
+    return [inside(folder, name) for name in names[kind]]
 
 
 def read_hf_headers(folder: Path) -> dict[str, Entry]:
@@ -794,6 +619,417 @@ def inside(folder: Path, name: str) -> Path:
     if target.parent not in (home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])):
         raise CheckpointError(f"{folder / name} is a link that leads out of the folder, to {target}")
     return folder / name
+
+
+# --- Models in and out ------------------------------------------------------------------------------------------------
+
+
+def read_config(path: str | os.PathLike) -> tuple[ModelArgs, dict[str, Any]]:
+    """Reads a config file.
+
+    Args:
+        path: A JSON file of `ModelArgs` fields; its nested key "train" holds defaults for train.py's flags.
+
+    Returns:
+        The model's shape, and the object under "train" (empty without one).
+
+    Raises:
+        ConfigError: The file is missing or no JSON object, or a key of it is wrong; the message names both.
+    """
+    values = read_json(Path(path), ConfigError)
+    train = values.pop("train", {})
+    if not isinstance(train, dict):
+        raise ConfigError(f"{path}: train must be an object of flags, got {train!r}")
+    with naming(path):
+        return ModelArgs.from_dict(values), train
+
+
+def save_model(model: Transformer, path: str | os.PathLike) -> None:
+    """Writes a model as a native checkpoint; `path` appears when it is complete, or not at all.
+
+    Weights stored in FP8 are written as they are, with their scales.
+
+    Raises:
+        CheckpointError: `path` exists and is no empty folder, or cannot be written.
+    """
+    with new_folder(Path(path)) as folder:
+        _write_weights(model, folder, Crew())
+
+
+def load_model(
+    path: str | os.PathLike,
+    device: str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+    keep_fp8: bool = False,
+    make: Callable[..., Transformer] = Transformer,
+    crew: "Crew | None" = None,
+) -> Transformer:
+    """Loads a model for inference: its matrices are cast once, while they are read, to the dtype they compute in.
+
+    Args:
+        path: A checkpoint's folder, native of any number of shards or Hugging Face's; or a run's, of which the best
+            checkpoint is taken.
+        device: Where the model goes.
+        compute_dtype: Dtype of activations and of the matrices; the router's stay in float32.
+        keep_fp8: Keep weights that are stored in FP8 in it. By default they are dequantised.
+        make: Makes the model from its shape, `compute_dtype` and whether it has FP8 weights.
+        crew: The processes over which `make` spreads it; this one reads its part only.
+
+    Raises:
+        CheckpointError: No checkpoint there, or one that does not fit its own config.
+        ConfigError: Its config is not one of a model.
+    """
+    crew = crew or Crew()
+    checkpoint = open_checkpoint(path)
+    check_parallel(checkpoint.args, crew.mp)
+    model = make(checkpoint.args, compute_dtype, fp8_weights=keep_fp8 and checkpoint.is_fp8)
+    for name, p in model.named_parameters():
+        if p.ndim >= 2 and p.dtype != E4M3 and not name.endswith("gate.weight"):
+            p.data = torch.empty_like(p, dtype=compute_dtype)
+    _read_weights(model, checkpoint, crew)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def has_run(run: Path) -> bool:
+    """Whether a folder holds a run that can be resumed."""
+    return (run / POINTER_FILE).exists()
+
+
+class Crew:
+    """The processes that hold a model together and write its checkpoints; this base class is one process alone.
+
+    Attributes:
+        rank: This process among all.
+        mp_rank: Which part of the model it holds, of `mp`.
+        mp: Into how many parts the model is cut.
+        writes_copies: Whether it is the one to write what several processes hold.
+    """
+
+    rank = 0
+    mp_rank = 0
+    mp = 1
+    writes_copies = True
+
+    def agree(self, error: Exception | None = None) -> None:
+        """Waits for all; if one of them comes with an error, each raises an error."""
+        if error is not None:
+            raise error
+
+    def local(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+        """What this process holds of a tensor of its part of the model, and from which row on; None: all of it."""
+        return tensor, None
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A part of the work, at the end of which each knows whether all have done theirs."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.agree(error)
+        else:
+            self.agree()
+
+
+def save_run(
+    run: Path,
+    model: Transformer,
+    optimizer: dict[str, dict[str, torch.Tensor]],
+    state: dict[str, Any],
+    is_best: bool,
+    crew: Crew | None = None,
+) -> Path:
+    """Writes a checkpoint of a training run, points to it, and removes those that are neither last nor best any more.
+
+    Every process of a crew calls it, and writes what it holds into files that all share.
+
+    Args:
+        run: The run's folder; made if there is none.
+        model: The model.
+        optimizer: The optimizer's state of each parameter, by the parameter's name.
+        state: The rest of it, ready for JSON; "step" gives the checkpoint its name.
+        is_best: Whether this is the best checkpoint so far.
+        crew: The processes that write it together.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: It cannot be written. What was there before is still whole.
+    """
+    crew = crew or Crew()
+    path = run / f"step-{state['step']:08d}"
+    with crew.together():
+        pointer = read_json(run / POINTER_FILE, CheckpointError) if has_run(run) else {}
+    if path.name in pointer.values():  # saved before it was evaluated: the tensors are these
+        with crew.together(), _reported(path):
+            if crew.rank == 0:
+                _replace_json(path / STATE_FILE, state)
+    else:
+        if crew.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)  # complete, but never pointed to: the leftover of a crash
+        with _new_folder_together(path, crew) as folder:
+            if crew.rank == 0:
+                write_json(folder / STATE_FILE, state)
+            _write_weights(model, folder, crew)
+            _write_state(model, optimizer, folder, crew)
+    with crew.together(), _reported(run):
+        if crew.rank == 0:
+            pointer["last"] = path.name
+            if is_best or "best" not in pointer:
+                pointer["best"] = path.name
+            _replace_json(run / POINTER_FILE, pointer)
+            for old in [*run.glob("step-*"), *run.glob(".step-*.tmp")]:
+                if old.name not in pointer.values():
+                    shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load_run(
+    run: Path, model: Transformer, crew: Crew | None = None
+) -> tuple[Callable[[str, nn.Parameter], dict[str, torch.Tensor]], dict[str, Any]]:
+    """Loads the last checkpoint of a run into `model`.
+
+    Args:
+        run: The run's folder.
+        model: The model, or this process's part of it.
+        crew: The processes that hold it together; they need not be as many as wrote the checkpoint.
+
+    Returns:
+        A function that reads the optimizer's state of a parameter, from its name and the parameter itself: tensors in
+        its shape, or of a single number; and the state that `save_run` was given.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or it is one of another model.
+    """
+    crew = crew or Crew()
+    checkpoint = open_checkpoint(run, "last")
+    folder = checkpoint.folder
+    ours, theirs = model.args.to_dict(), checkpoint.args.to_dict()
+    for key in ours:
+        if ours[key] != theirs[key] and key not in ("dtype", "max_batch_size"):
+            raise CheckpointError(
+                f"{folder} was trained with {key} = {theirs[key]}, the config says {ours[key]}; "
+                "resume with the config it began with, or choose another --save-path"
+            )
+    _read_weights(model, checkpoint, crew)
+    shards, names = [read_header(path) for path in _native_files(folder, "state")], dict(model.named_parameters())
+    for name, entry in shards[0].items():
+        if name.rpartition(".")[0] not in names:
+            raise CheckpointError(f"{entry} belongs to no parameter of this model; start a new run")
+    read = partial(_read_state, shards, whole_shapes(model.args), checkpoint.args, crew)
+    return read, read_json(folder / STATE_FILE, CheckpointError)
+
+
+def _resolve(path: Path, which: str) -> Path:
+    """The checkpoint's folder that `path` means: itself, or the "last" or "best" of a run."""
+    if (path / CONFIG_FILE).is_file():
+        return path
+    if has_run(path):
+        name = read_json(path / POINTER_FILE, CheckpointError).get(which)
+        for folder in path.iterdir():  # a name that leads elsewhere is not among these
+            if folder.name == name and (folder / CONFIG_FILE).is_file():
+                return folder
+        raise CheckpointError(f"{path / POINTER_FILE} names {name!r}, which is no checkpoint beside it")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder; train.py --save-path {path} makes one")
+    raise CheckpointError(f"{path} holds no checkpoint: neither {CONFIG_FILE} nor {POINTER_FILE} is in it")
+
+
+def whole_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """The shapes of the whole model's parameters and buffers, by their names in its `state_dict`."""
+    with torch.device("meta"):
+        return {name: tuple(t.shape) for name, t in Transformer(args, fp8_weights=True).state_dict().items()}
+
+
+def held(name: str, tensor: torch.Tensor, shape: tuple[int, ...], args: ModelArgs, crew: Crew) -> Box:
+    """Says which rectangle of a whole parameter, rows of stacked matrices one after the other, a process holds of it.
+
+    Args:
+        name: Its name in `state_dict`.
+        tensor: Its tensor in this process's part of the model, of which `crew.local` may hold some rows.
+        shape: Its whole shape.
+        args: The model's shape.
+        crew: The processes.
+    """
+    if ".experts." in name:
+        rows = math.prod(shape[:-1])
+        box = Box(rows * crew.mp_rank // crew.mp, rows * (crew.mp_rank + 1) // crew.mp, 0, shape[-1])
+    else:
+        box = cut(name, shape, 0, crew.mp_rank, crew.mp)
+    part, first = crew.local(tensor)
+    if first is None:
+        return box
+    last = first + len(part)
+    if len(shape) == 1:
+        return box._replace(left=box.left + first, right=box.left + last)
+    rows = math.prod(tensor.shape[1:-1])  # of one matrix of a stack
+    return box._replace(top=box.top + first * rows, bottom=box.top + last * rows)
+
+
+def _native_parts(model: Transformer, crew: Crew) -> Iterator[tuple[str, Box, torch.Tensor]]:
+    """What a process holds of a model: native names, rectangles of the whole tensors, and tensors of those shapes.
+
+    Stacked experts come one by one, as views.
+    """
+    shapes = whole_shapes(model.args)
+    for name, tensor in model.state_dict().items():
+        box, (part, _) = held(name, tensor, shapes[name], model.args, crew), crew.local(tensor)
+        owner, is_routed, leaf = name.partition(".experts.")
+        if is_routed:
+            rows = shapes[name][1]
+            for e, matrix in enumerate(part, box.top // rows):
+                yield f"{owner}.experts.{e}.{leaf}", Box(0, rows, 0, shapes[name][2]), matrix
+        elif part.numel():
+            yield name, box, part
+
+
+def _write_weights(model: Transformer, folder: Path, crew: Crew) -> None:
+    shapes = whole_shapes(model.args)
+    parts = [(n, b, t) for n, b, t in _native_parts(model, crew)]
+    is_fp8 = any(t.dtype == E4M3 for t in model.state_dict().values())
+    whole = {}
+    for name, tensor in model.state_dict().items():
+        shape, (owner, is_routed, leaf) = shapes[name], name.partition(".experts.")
+        names = [f"{owner}.experts.{e}.{leaf}" for e in range(shape[0])] if is_routed else [name]
+        whole |= dict.fromkeys(names, (tensor.dtype, shape[1:] if is_routed else shape))
+    if crew.rank == 0:
+        dtype = "fp8" if is_fp8 else "fp32" if model.head.weight.dtype == torch.float32 else "bf16"
+        write_json(folder / CONFIG_FILE, model.args.to_dict() | {"dtype": dtype})
+    boxes = lambda name, rank: cut(name, whole[name][1], model.args.n_routed_experts, rank, crew.mp)  # noqa: E731
+    copies = {name for name, t in model.state_dict().items() if crew.local(t)[1] is None}
+    owned = [part for part in parts if crew.writes_copies or _stacked(part[0]) not in copies]
+    _write_shards("model", folder, whole, boxes, owned, crew)
+
+
+def _stacked(name: str) -> str:
+    """The name in `state_dict` of a tensor with a native name."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.", name)
+
+
+def _write_state(model: Transformer, optimizer: dict[str, dict[str, torch.Tensor]], folder: Path, crew: Crew) -> None:
+    shapes, whole, parts = whole_shapes(model.args), {}, []
+    parameters = dict(model.named_parameters())
+    for name, values in optimizer.items():
+        p = parameters[name]
+        for key, value in values.items():
+            is_number = value.ndim == 0
+            whole[f"{name}.{key}"] = value.dtype, () if is_number else shapes[name]
+            box = Box(0, 1, 0, 1) if is_number else held(name, p, shapes[name], model.args, crew)
+            part, first = crew.local(value)
+            if crew.writes_copies or first is not None:
+                parts.append((f"{name}.{key}", box, part))
+
+    def boxes(name: str, rank: int) -> Box:
+        if not whole[name][1]:
+            return Box(0, 1, 0, 1)
+        return state_box(name.rpartition(".")[0], whole[name][1], rank, crew.mp)
+
+    _write_shards("state", folder, whole, boxes, parts, crew)
+
+
+def state_box(name: str, shape: tuple[int, ...], rank: int, world: int) -> Box:
+    """What a rank's file has of the optimizer's state of a parameter, whose name in `state_dict` is given."""
+    rows = math.prod(shape[:-1])
+    if ".experts." in name:
+        return Box(rows * rank // world, rows * (rank + 1) // world, 0, shape[-1])
+    return cut(name, shape, 0, rank, world)
+
+
+def _write_shards(
+    kind: str,
+    folder: Path,
+    whole: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    boxes: Callable[[str, int], Box | None],
+    parts: list[tuple[str, Box, torch.Tensor]],
+    crew: Crew,
+) -> None:
+    """Writes one file for each part of the model, each process what it holds into the file of its part.
+
+    Args:
+        kind: First word of the files' names.
+        folder: Where to.
+        whole: Dtype and whole shape of every tensor.
+        boxes: What a rank's file has of a tensor, by its name.
+        parts: What this process writes: names, rectangles, and tensors that lie in them row by row.
+        crew: The processes.
+    """
+
+    def in_file(name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        (dtype, shape), box = whole[name], boxes(name, crew.mp_rank)
+        if len(shape) == 3:
+            return dtype, (box.shape[0] // shape[1], *shape[1:])
+        return dtype, box.shape if len(shape) == 2 else (box.shape[1],) if shape else ()
+
+    tensors = {name: in_file(name) for name in whole if boxes(name, crew.mp_rank) is not None}
+    output = Output(_native_file(crew.mp_rank, crew.mp, kind), tensors)
+    with crew.together():
+        if crew.writes_copies:
+            with _reported(_final(folder)), open(folder / output.name, "xb") as file:
+                file.write(output.header)
+                file.truncate(output.size)
+    with crew.together(), _reported(_final(folder)), open(folder / output.name, "r+b", buffering=0) as file:
+        for name, box, tensor in parts:
+            entry, around = output.entries[name], boxes(name, crew.mp_rank)
+            start = (box.top - around.top) * around.shape[1] + box.left - around.left
+            file.seek(entry.offset + start * entry.dtype.itemsize)
+            _write_all(file, tensor)
+        os.fsync(file.fileno())
+
+
+def _write_all(file: Any, tensor: torch.Tensor) -> None:
+    """Writes a tensor's bytes to an unbuffered file, which may take some of them at a time."""
+    view = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    while view:
+        view = view[file.write(view) :]
+
+
+@torch.no_grad()
+def _read_weights(model: Transformer, checkpoint: "Checkpoint", crew: Crew) -> None:
+    """Fills what a process holds of a model, band by band, in whatever dtypes it was made with."""
+    parts = {name: (box, tensor) for name, box, tensor in _native_parts(model, crew)}
+    for name, (box, target) in parts.items():
+        if name not in checkpoint.tensors:  # scales, which go with their weights
+            continue
+        source = checkpoint.tensors[name]
+        if target.dtype == E4M3:
+            q, s = source.read_fp8(box, checkpoint.args.scale_fmt)
+            target.copy_(q)
+            parts[scale_name(name, False)][1].copy_(s)
+        else:
+            rows = target.view(box.shape)
+            for band in source.bands(box, BLOCK):
+                rows[band.top - box.top : band.bottom - box.top] = source.read(band, target.dtype)
+
+
+@torch.no_grad()
+def _read_state(
+    shards: list[dict[str, Entry]],
+    shapes: dict[str, tuple[int, ...]],
+    args: ModelArgs,
+    crew: Crew,
+    name: str,
+    p: nn.Parameter,
+) -> dict[str, torch.Tensor]:
+    """Reads what a process needs of the optimizer's state of one parameter; see `load_run`."""
+    found = {}
+    for full_name, entry in shards[0].items():
+        owner, _, key = full_name.rpartition(".")
+        if owner != name:
+            continue
+        if not entry.shape:
+            found[key] = entry.read()
+            continue
+        source = Stored(full_name, shapes[name], entry.dtype)
+        for rank, shard in enumerate(shards):
+            box = state_box(name, shapes[name], rank, len(shards))
+            if full_name not in shard or math.prod(shard[full_name].shape) != math.prod(box.shape):
+                raise CheckpointError(f"{entry.path.parent}: optimizer state {full_name} does not fit the model")
+            source.pieces.append(Piece(shard[full_name], box))
+            if box == source.box:  # every rank has all of it
+                break
+        box = held(name, p, shapes[name], args, crew)
+        found[key] = source.read_bytes(box).view(entry.dtype).view(crew.local(p)[0].shape)
+    return found
 
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
@@ -1349,6 +1585,10 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+def _final(temporary: Path) -> Path:
+    return temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
+
+
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
     """Puts the file in front of what a ConfigError says."""
@@ -1363,7 +1603,7 @@ def _reported(path: Path) -> Iterator[None]:
     """Turns a failing write into a CheckpointError that names `path`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from None
 
 
@@ -1389,6 +1629,18 @@ def new_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+@contextmanager
+def _new_folder_together(path: Path, crew: Crew) -> Iterator[Path]:
+    """`new_folder`, by the first of a crew for all."""
+    with ExitStack() as stack:
+        with crew.together():
+            if crew.rank == 0:
+                stack.enter_context(new_folder(path))
+        yield _temporary(path)
+        with crew.together():
+            stack.close()
 
 
 def _fsync(path: Path) -> None:

@@ -26,6 +26,7 @@ This file is the mathematics for one device: it knows nothing of files, flags or
 
 import math
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ import fp8_ops
 
 attn_impl: Literal["naive", "absorb"] = "naive"
 
+FEW_POSITIONS = 64  # of a call on the CPU with a cache, up to which `Decoder` is the faster way
 LATENT_NORM_EPS = 1e-6  # of q_norm and kv_norm, whatever norm_eps is, in DeepSeek's code and in transformers
 ACTIVATIONS = {
     "silu": F.silu,
@@ -249,8 +251,10 @@ class Cache:
         n_heads: Heads kept here, H.
         dtype: Dtype of what is kept.
         device: Where it is kept.
+        spare: How many positions a call may go past the context, where nobody reads what comes out.
 
     Attributes:
+        decoder: The model as it decodes from here; None before it has.
         lengths: Positions filled, one for each sequence. Lower one, and the positions after it are forgotten.
     """
 
@@ -262,29 +266,35 @@ class Cache:
         n_heads: int,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        spare: int = 0,
     ):
         if args.kv_lora_rank and attn_impl == "absorb":
             shapes = [(args.kv_lora_rank + args.qk_rope_head_dim,)]
         else:
             shapes = [(n_heads, args.qk_nope_head_dim + args.qk_rope_head_dim), (n_heads, args.v_head_dim)]
-        self.capacity = capacity
+        self.capacity = capacity + spare
+        self.spare = spare
+        self.decoder: Decoder | None = None
         self.lengths = [0] * batch_size
         self.layers = [
-            [torch.zeros(batch_size, capacity, *shape, dtype=dtype, device=device) for shape in shapes]
+            [torch.zeros(batch_size, self.capacity, *shape, dtype=dtype, device=device) for shape in shapes]
             for _ in range(args.n_layers + args.n_mtp_layers)
         ]
 
-    def positions(self, seq_len: int, device: torch.device) -> torch.Tensor:
-        """Returns the positions (B, seq_len) that the next `seq_len` tokens of each sequence take."""
-        end = max(self.lengths) + seq_len
+    def positions(self, seq_len: int, device: torch.device) -> torch.Tensor | slice:
+        """Returns the positions that the next `seq_len` tokens take: (B, seq_len), or a slice if equal in all rows."""
+        start, end = min(self.lengths), max(self.lengths) + seq_len
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions, {end} are needed")
+        if end == start + seq_len:
+            return slice(start, end)
         return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(seq_len, device=device)
 
-    def update(self, layer_id: int, positions: torch.Tensor, *new: torch.Tensor) -> list[torch.Tensor]:
+    def update(self, layer_id: int, positions: torch.Tensor | slice, *new: torch.Tensor) -> list[torch.Tensor]:
         """Writes a layer's new entries (B, S, ...) at `positions` and returns all that may be read (B, T, ...)."""
-        end = max(self.lengths) + positions.shape[1]
-        rows = torch.arange(len(self.lengths), device=positions.device)[:, None]
+        end, rows = max(self.lengths) + new[0].shape[1], slice(None)
+        if isinstance(positions, torch.Tensor):
+            rows = torch.arange(len(self.lengths), device=positions.device)[:, None]
         for tensor, entries in zip(self.layers[layer_id], new, strict=True):
             tensor[rows, positions] = entries.to(tensor.dtype)
         return [tensor[:, :end] for tensor in self.layers[layer_id]]
@@ -294,15 +304,15 @@ class Positions(NamedTuple):
     """Where the tokens of a call stand: computed once, read by every layer.
 
     Attributes:
-        cos: Cosines of the rotary angles, float32 (S, 1, R/2), or (B, S, 1, R/2) with a cache.
+        cos: Cosines of the rotary angles, float32 (S, 1, R/2), or (B, S, 1, R/2) where rows differ in it.
         sin: Their sines.
-        index: Positions (B, S) in the cache; None without one.
-        mask: True where a query may look, (B, 1, S, T); None without a cache, which means causal.
+        index: Positions (B, S) in the cache, or a slice of it that is the same for all rows; None without a cache.
+        mask: True where a query may look, (B or 1, 1, S, T). None: causal, or everywhere for a single query.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
-    index: torch.Tensor | None = None
+    index: torch.Tensor | slice | None = None
     mask: torch.Tensor | None = None
 
 
@@ -471,6 +481,11 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
 
 
+def causal_mask(seq_len: int, device: torch.device) -> torch.Tensor:
+    """True where a query may look in a sequence of `seq_len` that nothing came before: (1, 1, S, S)."""
+    return torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
+
+
 class MLA(nn.Module):
     """Multi-head latent attention (DeepSeek-V2 report, equations 9 to 19); plain attention where the ranks are 0."""
 
@@ -523,7 +538,7 @@ class MLA(nn.Module):
             k_pe = apply_rotary_emb(k_pe.unsqueeze(2), where.cos, where.sin)
             if attn_impl == "absorb":
                 return self.wo(self._attend_absorbed(q_nope, q_pe, kv, k_pe, where, cache).flatten(2))
-            k, v = self._expand_kv(kv, k_pe)
+            k, v = self._split_kv(self.wkv_b(kv), k_pe)
         out = self._attend(torch.cat([q_nope, q_pe], dim=-1), k, v, where, cache)
         return self.wo(out.flatten(2))
 
@@ -534,9 +549,9 @@ class MLA(nn.Module):
         k = torch.cat([k_nope, apply_rotary_emb(k_pe, where.cos, where.sin)], dim=-1)
         return k, v.unflatten(-1, (self.n_heads, self.v_head_dim))
 
-    def _expand_kv(self, kv: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each head's keys and values from the latent (B, S, C) and the shared rotary key (B, S, 1, R)."""
-        kv = self.wkv_b(kv).unflatten(-1, (self.n_heads, self.qk_nope_head_dim + self.v_head_dim))
+    def _split_kv(self, kv: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each head's keys and values from what `wkv_b` makes of the latent and the shared rotary key (B, S, 1, R)."""
+        kv = kv.unflatten(-1, (self.n_heads, self.qk_nope_head_dim + self.v_head_dim))
         k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat([k_nope, k_pe.expand(-1, -1, self.n_heads, -1)], dim=-1), v
 
@@ -549,21 +564,34 @@ class MLA(nn.Module):
         where: Positions,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """Attends in the latent space, one key of C + R for all heads. Returns (B, S, H, v_head_dim)."""
-        wkv_b = self.wkv_b.dense_weight(kv.dtype).to(kv.dtype).view(self.n_heads, -1, self.kv_lora_rank)
-        w_k, w_v = wkv_b.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope, w_k), q_pe], dim=-1)
+        """Attends through the latents, one key of C + R for all heads. Returns (B, S, H, v_head_dim)."""
+        bsz, seqlen = kv.shape[:2]
         latent = torch.cat([kv, k_pe.squeeze(2)], dim=-1)
         if cache is not None:
             (latent,) = cache.update(self.layer_id, where.index, latent)
-        latent = latent.unsqueeze(2).to(q.dtype)  # (B, T, 1, C + R): one head of keys whose first C are the values
-        out = self._attend(q, latent, latent[..., : self.kv_lora_rank], where, None)
-        return torch.einsum("bshc,hdc->bshd", out, w_v)
+            latent = latent.to(kv.dtype)
+        values = latent[..., : self.kv_lora_rank]  # (B, T, C)
+        wkv_b = self.wkv_b.dense_weight(kv.dtype).to(kv.dtype)
+        # for a query, the latent space is the wider one; for a position to attend to, expanding is a product more
+        wider = 2 * self.kv_lora_rank - self.qk_nope_head_dim - self.v_head_dim
+        if seqlen * wider > self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim):
+            k, v = self._split_kv(F.linear(values, wkv_b), latent[..., self.kv_lora_rank :].unsqueeze(2))
+            return self._attend(torch.cat([q_nope, q_pe], dim=-1), k, v, where, None)
+        w_k, w_v = wkv_b.view(self.n_heads, -1, self.kv_lora_rank).split([self.qk_nope_head_dim, self.v_head_dim], 1)
+        q = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_k).transpose(0, 1)  # (B·S, H, C)
+        q = torch.cat([q, q_pe.flatten(0, 1)], dim=-1).view(bsz, -1, latent.shape[-1]) * self.softmax_scale
+        scores = torch.bmm(q, latent.mT)  # (B, S·H, T): no copy of the cache, and no cast
+        if where.mask is not None or seqlen > 1:
+            mask = where.mask if where.mask is not None else causal_mask(seqlen, kv.device)
+            scores = scores.unflatten(1, (seqlen, -1)).masked_fill(~mask.transpose(1, 2), float("-inf")).flatten(1, 2)
+        out = torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(kv.dtype), values)
+        out = torch.bmm(out.view(bsz * seqlen, self.n_heads, -1).transpose(0, 1), w_v.mT)
+        return out.transpose(0, 1).unflatten(0, (bsz, seqlen))
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Positions, cache: Cache | None
     ) -> torch.Tensor:
-        """Softmax attention of `q` (B, S, H, d) over `k` and `v` (B, T, H or 1, ...), after what `cache` remembers."""
+        """Softmax attention of `q` (B, S, H, d) over `k` and `v` (B, T, H, ...), after what `cache` remembers."""
         if cache is not None:
             k, v = (t.to(q.dtype) for t in cache.update(self.layer_id, where.index, k, v))
         dtype = q.dtype
@@ -574,9 +602,8 @@ class MLA(nn.Module):
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=where.mask,
-            is_causal=where.mask is None,
+            is_causal=where.mask is None and q.shape[1] > 1,
             scale=self.softmax_scale,
-            enable_gqa=k.shape[2] != q.shape[2],
         )
         return out.to(dtype).transpose(1, 2)
 
@@ -654,10 +681,10 @@ class Experts(MLP):
 
     def __init__(self, args: ModelArgs):
         super().__init__(args, args.moe_inter_dim, stack=args.n_routed_experts)
+        self.n_experts = args.n_routed_experts
+        self.first_expert = 0  # of those that are here, where processes share them out
 
-    def forward(
-        self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Sends each position through its experts: rows are sorted by expert once, so an idle expert costs nothing.
 
         Args:
@@ -666,16 +693,21 @@ class Experts(MLP):
             indices: The experts chosen, int64 (N, K).
 
         Returns:
-            The weighted sums (N, dim), and the number of positions per expert, float32 (E,).
+            The weighted sums (N, dim), over the experts that are here.
         """
         k = indices.shape[1]
-        experts, order = indices.flatten().sort(stable=True)
+        here = len(self.w1.weight)
+        experts, order = ((indices - self.first_expert) % self.n_experts).flatten().sort(stable=True)
         inverse = order.argsort()
-        offsets = torch.searchsorted(experts, torch.arange(len(self.w1.weight), device=x.device), right=True).int()
-        h = super().forward(_Permute.apply(x, order, inverse, k), offsets)
+        offsets = torch.searchsorted(experts, torch.arange(here, device=x.device), right=True).int()
+        rows = _Permute.apply(x, order, inverse, k)
+        if here == self.n_experts:
+            h = super().forward(rows, offsets)
+        else:  # the rows of the others come last; what a grouped product leaves there is undefined, both ways
+            is_here = (torch.arange(len(rows), device=x.device) < offsets[-1]).unsqueeze(1)
+            h = super().forward(rows.where(is_here, 0), offsets).where(is_here, 0)
         h = _Permute.apply(h, inverse, order, 1)
-        y = torch.einsum("nk,nkd->nd", weights.to(x.dtype), h.unflatten(0, (-1, k)))
-        return y, offsets.diff(prepend=offsets.new_zeros(1)).float()
+        return torch.einsum("nk,nkd->nd", weights.to(x.dtype), h.unflatten(0, (-1, k)))
 
 
 class MoE(nn.Module):
@@ -692,13 +724,14 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         rows = x.flatten(0, 1)
         weights, indices, scores = self.gate(rows)
-        y, load = self.experts(rows, weights, indices)
+        y = self.experts(rows, weights, indices)
         if self.shared_experts is not None:
             y = y + self.shared_experts(rows)
         if self.training and self.aux_loss_alpha > 0:
             balance_loss = self.aux_loss_alpha * sequence_balance_loss(scores, indices, x.shape[0])
         else:
             balance_loss = scores.new_zeros(())
+        load = scores.new_zeros(scores.shape[1]).index_add_(0, indices.flatten(), scores.new_ones(indices.numel()))
         return y.view_as(x), Routing(load, balance_loss)
 
 
@@ -768,6 +801,31 @@ class MTPModule(nn.Module):
         return self.norm(x), routing
 
 
+def draw_weight(name: str, index: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Draws a fresh parameter from a generator of its own: the same for every layout and device.
+
+    Matrices are normal with standard deviation 1/sqrt(fan-in), so that activations keep their scale. Those that write
+    into the residual stream, and the head, start at zero: each block begins as the identity and each byte as equally
+    likely. Norms start at one.
+
+    Args:
+        name: The parameter's name in the model.
+        index: Its number there.
+        shape: Its whole shape.
+        seed: Seed of all weights.
+
+    Returns:
+        float32 of that shape, on the CPU.
+    """
+    if len(shape) == 1:
+        return torch.ones(shape)
+    if name.endswith(("wo.weight", "w2.weight", "head.weight")):
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    std = 1.0 if name == "embed.weight" else shape[-1] ** -0.5
+    return torch.randn(shape, generator=generator) * std
+
+
 class Transformer(nn.Module):
     """The whole model.
 
@@ -801,22 +859,10 @@ class Transformer(nn.Module):
                 layer.store_fp8()
 
     def init_weights(self, seed: int) -> None:
-        """Draws fresh weights, each parameter from a generator of its own: the same for every layout and device.
-
-        Matrices are normal with standard deviation 1/sqrt(fan-in), so that activations keep their scale. Those that
-        write into the residual stream, and the head, start at zero: each block begins as the identity and each byte
-        as equally likely.
-        """
-        for i, (name, p) in enumerate(self.named_parameters()):
-            if p.ndim == 1:
-                nn.init.ones_(p)
-            elif name.endswith(("wo.weight", "w2", "w2.weight", "head.weight")):
-                nn.init.zeros_(p)
-            else:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-                std = 1.0 if name == "embed.weight" else p.shape[-1] ** -0.5
-                with torch.no_grad():
-                    p.copy_(torch.randn(p.shape, generator=generator) * std)
+        """Draws fresh weights, each by `draw_weight`."""
+        with torch.no_grad():
+            for i, (name, p) in enumerate(self.named_parameters()):
+                p.copy_(draw_weight(name, i, p.shape, seed))
         for gate in self.gates():
             if gate.bias is not None:
                 gate.bias.zero_()
@@ -844,9 +890,10 @@ class Transformer(nn.Module):
         share = self.args.n_activated_experts / self.args.n_routed_experts if routed else 0
         return total, round(total - routed * (1 - share))
 
-    def new_cache(self, batch_size: int, capacity: int) -> Cache:
+    def new_cache(self, batch_size: int, capacity: int, spare: int = 0) -> Cache:
         """Makes an empty cache for `batch_size` sequences of up to `capacity` positions, for today's `attn_impl`."""
-        return Cache(self.args, batch_size, capacity, self.args.n_heads, self.compute_dtype, self.head.weight.device)
+        n_heads, device = self.layers[0].attn.n_heads, self.head.weight.device
+        return Cache(self.args, batch_size, capacity, n_heads, self.compute_dtype, device, spare)
 
     def forward(self, tokens: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Computes the logits of the next token at every position.
@@ -870,11 +917,40 @@ class Transformer(nn.Module):
     def hidden(self, tokens: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, list[Routing]]:
         """Runs the main layers: the states (B, S, dim) after the last norm, and what each MoE layer tells."""
         where = self.positions(tokens.shape[1], cache)
+        if decoder := self._decoder(tokens, cache):
+            return decoder.hidden(tokens, where, cache), []
         h, routings = self.embed(tokens).to(self.compute_dtype), []
         for layer in self.layers:
             h, routing = self._run(layer, h, where, cache)
             routings += [routing] if routing is not None else []
         return self.norm(h), routings
+
+    def look_ahead(self, h: torch.Tensor, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Runs the first MTP module on states and the bytes after them, at the positions after `cache.lengths`.
+
+        Args:
+            h: States (B, S, dim), of `hidden` or of an earlier call.
+            tokens: Token ids, int64 (B, S).
+            cache: What came before in each row.
+
+        Returns:
+            States (B, S, dim) for the head, which predict the byte after each of `tokens`.
+        """
+        where = self.positions(tokens.shape[1], cache)
+        if decoder := self._decoder(tokens, cache):
+            return decoder.look_ahead(h, tokens, where, cache)
+        return self.mtp[0](h, self.embed(tokens).to(h.dtype), where, cache)[0]
+
+    def _decoder(self, tokens: torch.Tensor, cache: Cache | None) -> "Decoder | None":
+        """What runs a call instead of the layers: for few positions, on a CPU, of a whole model with a latent."""
+        if cache is None or tokens.numel() > FEW_POSITIONS or tokens.device.type != "cpu" or torch.is_grad_enabled():
+            return None
+        whole = self.layers[0].attn.n_heads == self.args.n_heads
+        latent = self.args.kv_lora_rank > 0 and attn_impl == "absorb"
+        if not whole or not latent or fp8_ops.gemm_impl != "bf16":
+            return None
+        cache.decoder = cache.decoder or Decoder(self)
+        return cache.decoder
 
     def positions(self, seq_len: int, cache: Cache | None) -> Positions:
         """Where the next `seq_len` tokens stand: from 0 on, or after what `cache` holds."""
@@ -884,10 +960,15 @@ class Transformer(nn.Module):
             return Positions(self.rope_cos[:seq_len], self.rope_sin[:seq_len])
         index = cache.positions(seq_len, self.rope_cos.device)
         end = max(cache.lengths) + seq_len
-        if end > self.args.max_seq_len:
+        if end > self.args.max_seq_len + cache.spare:
             raise ValueError(f"{end} positions, but the context is max_seq_len = {self.args.max_seq_len}")
-        mask = torch.arange(end, device=index.device) <= index[:, None, :, None]
-        return Positions(self.rope_cos[index], self.rope_sin[index], index, mask)
+        mask, every = None, torch.arange(end, device=self.rope_cos.device)
+        if isinstance(index, torch.Tensor):
+            mask = every <= index[:, None, :, None]
+        elif index.start > 0 and seq_len > 1:
+            mask = every <= every[None, None, index, None]
+        angle = every[index].clamp(max=self.args.max_seq_len - 1) if end > self.args.max_seq_len else index
+        return Positions(self.rope_cos[angle], self.rope_sin[angle], index, mask)
 
     def _run(self, layer: nn.Module, *inputs: Any) -> tuple[torch.Tensor, Routing | None]:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -943,3 +1024,162 @@ class Transformer(nn.Module):
         for gate, counts in zip(self.gates(), load, strict=True):
             if gate.bias is not None:
                 gate.bias += self.args.bias_update_speed * torch.sign(counts.mean() - counts)
+
+
+class Decoder:
+    """The model for a few positions at a time on a CPU, where what counts is the number of operations, not their size.
+
+    The numbers are those of the modules to rounding, and so is the cache; the mathematics is explained there. Products
+    of the same input are one, rotary pairs are laid out as halves in the weights, whatever stays the same from byte to
+    byte is computed here once, and the experts chosen are looped over. N is the number of positions in all rows, B·S.
+
+    Args:
+        model: The model. Most weights are shared with it: it must not change while this is used.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer):
+        self.model = model
+        self.dtype = model.compute_dtype
+        self.blocks = [DecoderBlock(block, self.dtype) for block in model.layers]
+        self.norm = DecoderNorm(model.norm)
+        self.embedding = model.embed.weight.to(self.dtype)
+        if len(model.mtp):
+            module = model.mtp[0]
+            self.mtp_block = DecoderBlock(module.block, self.dtype)
+            self.enorm, self.hnorm, self.mtp_norm = map(DecoderNorm, (module.enorm, module.hnorm, module.norm))
+            self.eh_proj = module.eh_proj.weight.to(self.dtype)
+
+    def hidden(self, tokens: torch.Tensor, where: Positions, cache: Cache) -> torch.Tensor:
+        """The states that `Transformer.hidden` returns, (B, S, dim)."""
+        x, rotary = F.embedding(tokens.flatten(), self.embedding), self._rotary(where, len(tokens))
+        for block in self.blocks:
+            x = block(x, where, rotary, cache)
+        return self.norm(x).unflatten(0, tokens.shape)
+
+    def look_ahead(self, h: torch.Tensor, tokens: torch.Tensor, where: Positions, cache: Cache) -> torch.Tensor:
+        """The states that `Transformer.look_ahead` returns, (B, S, dim)."""
+        embedded = F.embedding(tokens.flatten(), self.embedding)
+        x = few_rows(torch.cat([self.enorm(embedded), self.hnorm(h.flatten(0, 1))], dim=-1), self.eh_proj)
+        x = self.mtp_block(x, where, self._rotary(where, len(tokens)), cache)
+        return self.mtp_norm(x).unflatten(0, tokens.shape)
+
+    @staticmethod
+    def _rotary(where: Positions, bsz: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines (N, 1, 1, R/2) and sines (N, 1, 2, R/2), the first of the two with a minus."""
+        cos, sin = where.cos.unsqueeze(-2), torch.stack([-where.sin, where.sin], dim=-2)
+        if where.cos.ndim == 4:  # a position of its own for each row
+            return cos.flatten(0, 1), sin.flatten(0, 1)
+        return (cos, sin) if bsz == 1 or len(cos) == 1 else (cos.repeat(bsz, 1, 1, 1), sin.repeat(bsz, 1, 1, 1))
+
+
+class DecoderNorm:
+    """An RMSNorm in four operations: sqrt(mean(x²) + eps) = sqrt(|x|² + n·eps) / sqrt(n)."""
+
+    def __init__(self, norm: RMSNorm):
+        size = norm.weight.numel()
+        self.weight = norm.weight.float() * math.sqrt(size)
+        self.floor = torch.tensor(math.sqrt(size * norm.eps))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+        return (x / norm.hypot_(self.floor)).mul(self.weight).to(x.dtype)
+
+
+class DecoderBlock:
+    """One `Block`; see `Decoder`."""
+
+    def __init__(self, block: Block, dtype: torch.dtype):
+        attn, ffn = block.attn, block.ffn
+        self.layer_id, self.n_heads, self.scale = attn.layer_id, attn.n_heads, attn.softmax_scale
+        self.nope, self.rope, self.latent = attn.qk_nope_head_dim, attn.qk_rope_head_dim, attn.kv_lora_rank
+        self.attn_norm, self.ffn_norm = DecoderNorm(block.attn_norm), DecoderNorm(block.ffn_norm)
+        self.kv_norm = DecoderNorm(attn.kv_norm)
+        self.q_norm = DecoderNorm(attn.q_norm) if attn.q_lora_rank else None
+
+        def dense(layer: Linear) -> torch.Tensor:
+            return layer.dense_weight(dtype).to(dtype)
+
+        wkv_b = dense(attn.wkv_b).view(self.n_heads, -1, self.latent)
+        self.w_k, self.w_v = wkv_b[:, : self.nope], wkv_b[:, self.nope :].mT
+        self.wo = dense(attn.wo)
+        self._join_inputs(dense(attn.wkv_a), *map(dense, [attn.wq_a, attn.wq_b] if attn.q_lora_rank else [attn.wq]))
+        self.gate = ffn.gate if isinstance(ffn, MoE) else None
+        mlp = ffn.shared_experts if isinstance(ffn, MoE) else ffn
+        self.mlp = None if mlp is None else [dense(layer) for layer in (mlp.w1, mlp.w2, mlp.w3)]
+        if isinstance(ffn, MoE):
+            self.experts = [dense(layer).unbind() for layer in (ffn.experts.w1, ffn.experts.w2, ffn.experts.w3)]
+        self.act = (ffn.experts if isinstance(ffn, MoE) else ffn).act
+
+    def _join_inputs(self, wkv_a: torch.Tensor, *wq: torch.Tensor) -> None:
+        """One matrix for the queries, or their latent, and the latent of keys and values, rotary parts side by side."""
+        kv, k_pe = wkv_a.split([self.latent, self.rope])
+        q_nope, q_pe = wq[-1].unflatten(0, (self.n_heads, -1)).split([self.nope, self.rope], dim=1)
+        q = [q_nope.flatten(0, 1), torch.cat([q_pe[:, 0::2], q_pe[:, 1::2]], dim=1).flatten(0, 1)]
+        k_pe = torch.cat([k_pe[0::2], k_pe[1::2]])
+        self.wq_b = torch.cat(q) if self.q_norm else None
+        self.w_in = torch.cat([wq[0], k_pe, kv] if self.q_norm else [*q, k_pe, kv])
+        self.widths = [len(wq[0]) if self.q_norm else len(q[0]), len(self.w_in) - self.latent, self.latent]
+        self.widths[1] -= self.widths[0]
+
+    def __call__(
+        self, x: torch.Tensor, where: Positions, rotary: tuple[torch.Tensor, torch.Tensor], cache: Cache
+    ) -> torch.Tensor:
+        """From the residual stream (N, dim) to the residual stream."""
+        x = x + self._attend(self.attn_norm(x), where, rotary, cache)
+        h = self.ffn_norm(x)
+        if self.mlp is not None:
+            x = x + self._mlp(h, *self.mlp)
+        return x if self.gate is None else self._visit_experts(x, h)
+
+    def _mlp(self, h: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
+        return few_rows(self.act(few_rows(h, w1)) * few_rows(h, w3), w2)
+
+    def _attend(
+        self, h: torch.Tensor, where: Positions, rotary: tuple[torch.Tensor, torch.Tensor], cache: Cache
+    ) -> torch.Tensor:
+        """`MLA.forward` in the latent space."""
+        rows, heads, bsz = len(h), self.n_heads, len(cache.lengths)
+        q, pe, kv = few_rows(h, self.w_in).split(self.widths, dim=1)
+        if self.q_norm:
+            q, q_pe = few_rows(self.q_norm(q), self.wq_b).split([heads * self.nope, heads * self.rope], dim=1)
+            pe = torch.cat([q_pe, pe], dim=1)
+        pe = pe.unflatten(1, (heads + 1, 2, self.rope // 2))
+        pe = torch.addcmul(pe * rotary[0], pe.flip(2), rotary[1]).flatten(2).to(h.dtype)
+        new = torch.cat([self.kv_norm(kv), pe[:, heads]], dim=1)
+        (latent,) = cache.update(self.layer_id, where.index, new.unflatten(0, (bsz, -1)))
+        q = torch.bmm(q.unflatten(1, (heads, self.nope)).transpose(0, 1), self.w_k).transpose(0, 1)
+        q = torch.cat([q, pe[:, :heads]], dim=-1).view(bsz, -1, latent.shape[-1]) * self.scale
+        # a cache of several thousand positions is read faster so than from the queries' side
+        scores = torch.mm(latent[0], q[0].t()).t().unsqueeze(0) if bsz == 1 else torch.bmm(latent, q.mT).mT
+        if rows > bsz or where.mask is not None:
+            mask = causal_mask(rows // bsz, h.device) if where.mask is None else where.mask
+            scores = scores.unflatten(1, (-1, heads)).masked_fill(~mask.transpose(1, 2), float("-inf")).flatten(1, 2)
+        out = torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(h.dtype), latent[..., : self.latent])
+        out = torch.bmm(out.view(rows, heads, self.latent).transpose(0, 1), self.w_v)
+        return few_rows(out.transpose(0, 1).flatten(1), self.wo)
+
+    def _visit_experts(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Adds the routed experts' part: Python knows sooner who is next than a tensor is sorted."""
+        weights, indices, _ = self.gate.forward(h)
+        chosen = indices.flatten().tolist()
+        if len(h) == 1:
+            sizes, rows, home = dict.fromkeys(chosen, 1), h.expand(len(chosen), -1), None
+        else:
+            order = sorted(range(len(chosen)), key=chosen.__getitem__)
+            sizes = {expert: len(list(group)) for expert, group in groupby(chosen[i] for i in order)}
+            place = torch.tensor(order)
+            home, weights = place // indices.shape[1], weights.flatten()[place]
+            rows = h.index_select(0, home)
+        parts = rows.split(list(sizes.values()))
+        w1, w2, w3 = ([w[expert] for expert in sizes] for w in self.experts)
+        y = torch.cat([few_rows(part, w) for part, w in zip(parts, w1, strict=True)])
+        y = self.act(y) * torch.cat([few_rows(part, w) for part, w in zip(parts, w3, strict=True)])
+        parts = (y * weights.view(-1, 1).to(y.dtype)).split(list(sizes.values()))
+        y = torch.cat([few_rows(part, w) for part, w in zip(parts, w2, strict=True)])
+        return x + y.sum(dim=0) if home is None else x.index_add(0, home, y)
+
+
+def few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T`; (W xᵀ)ᵀ reads the weight for 2 to 4 rows at the speed of one."""
+    return torch.mm(weight, x.t()).t() if 1 < len(x) <= 4 else F.linear(x, weight)

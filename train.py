@@ -22,11 +22,12 @@ import argparse
 import io
 import json
 import math
+import os
 import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, visible
 from convert import CheckpointError, has_run, keep_freed_memory, load_run, read_config, save_run
 from data.prepare import DataError, open_bytes, resolve
 from fp8_ops import DeviceError, pick_device, pick_dtype
-from model import ConfigError, ModelArgs, Transformer
+from model import ConfigError, Losses, ModelArgs, Transformer
+from parallel import AgreedError, Layout, LayoutError, is_first
 
 METRICS_FILE = "metrics.jsonl"
 VAL_FRACTION = 0.1
@@ -137,6 +139,7 @@ class Muon(torch.optim.Optimizer):
         momentum: Decay of the running mean of gradients; Nesterov's look-ahead is on.
         weight_decay: Decoupled weight decay.
         dtype: What to orthogonalise in; bfloat16 is precise enough.
+        layout: The processes over which the matrices are spread; each is orthogonalised as a whole.
     """
 
     def __init__(
@@ -146,32 +149,38 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
+        layout: Layout | None = None,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
+        self.layout = layout
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Updates all parameters that have a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape[-2:], []).append(p)
-            for shape, params in by_shape.items():
-                updates = orthogonalize(torch.cat([self._momentum(p, group) for p in params]))
+                    update = self._momentum(p, group)
+                    by_shape.setdefault(update.shape[1:], []).append((p, update))
+            for shape, pairs in by_shape.items():
+                updates = orthogonalize(torch.cat([update for _, update in pairs]))
                 lr = group["lr"] * 0.2 * math.sqrt(max(shape))
-                for p, update in zip(params, updates.split([p[..., 0, 0].numel() for p in params]), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.view_as(p), alpha=-lr)
+                for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
+                    here = p if self.layout is None else self.layout.local(p)[0]
+                    here.mul_(1 - group["lr"] * group["weight_decay"])
+                    update = update if self.layout is None else self.layout.part(p, update)
+                    here.add_(update.view_as(here), alpha=-lr)
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
-        """Advances the running mean; returns the Nesterov update as (matrices, rows, columns)."""
+        """Advances the running mean; returns the Nesterov update of whole matrices, (matrices, rows, columns)."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        return p.grad.lerp(buffer, group["momentum"]).view(-1, *p.shape[-2:]).to(self.dtype)
+        update = p.grad.lerp(buffer, group["momentum"]).to(self.dtype)
+        return update.view(-1, *p.shape[-2:]) if self.layout is None else self.layout.whole(p, update)
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +202,9 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def make_optimizers(model: Transformer, args: argparse.Namespace, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: Transformer, args: argparse.Namespace, dtype: torch.dtype, layout: Layout | None = None
+) -> list[torch.optim.Optimizer]:
     """Divides the parameters: hidden matrices by `--optimizer`; embedding, head, router and norms by AdamW.
 
     Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink.
@@ -205,9 +216,7 @@ def make_optimizers(model: Transformer, args: argparse.Namespace, dtype: torch.d
     groups = [{"params": others, "lr": args.lr, "weight_decay": 0.0}]
     optimizers = []
     if args.optimizer == "muon":
-        optimizers.append(
-            Muon(matrices, args.matrix_lr, momentum=args.momentum, weight_decay=args.weight_decay, dtype=dtype)
-        )
+        optimizers.append(Muon(matrices, args.matrix_lr, args.momentum, args.weight_decay, dtype, layout))
     else:
         groups.append({"params": matrices, "lr": args.matrix_lr, "weight_decay": args.weight_decay})
     optimizers.append(torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=1e-10, fused=True))
@@ -217,29 +226,27 @@ def make_optimizers(model: Transformer, args: argparse.Namespace, dtype: torch.d
     return optimizers
 
 
-def optimizer_tensors(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """Returns the optimizers' state, named `{parameter}.{what}`."""
+def optimizer_tensors(
+    model: Transformer, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns the optimizers' state of each parameter, by the parameter's name."""
     names = {p: name for name, p in model.named_parameters()}
-    return {
-        f"{names[p]}.{key}": value
-        for optimizer in optimizers
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    return {names[p]: dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
 
 
+@torch.no_grad()
 def load_optimizer_tensors(
-    model: Transformer, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
+    model: Transformer,
+    optimizers: list[torch.optim.Optimizer],
+    read: Callable[[str, nn.Parameter], dict[str, torch.Tensor]],
+    layout: Layout,
 ) -> None:
-    """Puts what `optimizer_tensors` returned back."""
+    """Puts back what `optimizer_tensors` returned, which `read` knows of each parameter; see `convert.load_run`."""
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition(".")
-        if parameter not in parameters:
-            raise CheckpointError(f"optimizer state {name} belongs to no parameter of this model; start a new run")
-        p = parameters[parameter]
-        owner[p].state[p][key] = tensor.to(p.device)
+    for name, p in model.named_parameters():
+        for key, tensor in read(name, p).items():
+            owner[p].state[p][key] = state = torch.zeros_like(p) if tensor.ndim else tensor.to(p.device)
+            layout.local(state)[0].copy_(tensor)
 
 
 def schedule(progress: float, kind: str, warmup: float, decay: float) -> float:
@@ -285,7 +292,7 @@ class Clock:
         """How much is done in the middle of `step`, 0 to 1; 1 means that it is not to be taken."""
         if self.steps is not None:
             return (step + 0.5) / self.steps if step < self.steps else 1.0
-        left = self.seconds - self.closing_s - 1.0 - self.elapsed_s()  # a second to leave the process in
+        left = self.seconds - self.closing_s - 1.5 - self.elapsed_s()  # some time to leave the process in
         if left < 1.5 * self.step_s:
             return 1.0
         trained = self.elapsed_s() - self.startup_s + self.step_s / 2
@@ -300,6 +307,7 @@ def evaluate(
     device: str,
     max_windows: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    layout: Layout | None = None,
 ) -> float | None:
     """Measures the loss over a whole split, in non-overlapping windows of the model's context.
 
@@ -310,6 +318,7 @@ def evaluate(
         device: Where the model is.
         max_windows: If the split has more windows than these, that many are taken, evenly spread over it.
         stop: Asked before each batch; True ends the evaluation.
+        layout: The processes that share the batches.
 
     Returns:
         Nats per byte; every byte but the first is predicted once. None after `stop`.
@@ -321,15 +330,19 @@ def evaluate(
         starts, rest = starts[np.linspace(0, len(starts) - 1, max_windows).astype(np.int64)], 0
     batches = [(starts[i : i + batch_size], seq_len) for i in range(0, len(starts), batch_size)]
     batches += [(np.array([len(data) - 1 - rest]), rest)] if rest else []
-    total, n_targets = 0.0, 0
+    n_targets = sum(len(firsts) * length for firsts, length in batches)
+    rank, world = (layout.dp_rank, layout.dp) if layout else (0, 1)
+    total = torch.zeros((), dtype=torch.float64)
     model.eval()
-    for firsts, length in batches:
+    for i in range(0, len(batches), world):
         if stop():
             return None
-        total += model.next_byte_loss(*windows(data, firsts, length, device)).item() * len(firsts) * length
-        n_targets += len(firsts) * length
+        # all must go through the model equally often: who has nothing left repeats a batch, for nothing
+        firsts, length = batches[min(i + rank, len(batches) - 1)]
+        loss = model.next_byte_loss(*windows(data, firsts, length, device)).item()
+        total += loss * len(firsts) * length if i + rank < len(batches) else 0
     model.train()
-    return total / n_targets
+    return (layout.sum_data(total) if layout else total).item() / n_targets
 
 
 @torch.inference_mode()
@@ -404,7 +417,8 @@ class Trainer:
     val_data: np.ndarray
     sampler: WindowSampler
     clock: Clock
-    device: str
+    layout: Layout
+    loss: Callable[[torch.Tensor, torch.Tensor], Losses]
     step: int = 0
     best_val: float = math.inf
     val_step: int | None = None  # the step last evaluated, and its loss
@@ -414,7 +428,6 @@ class Trainer:
     stop_signal: int | None = None
 
     def __post_init__(self) -> None:
-        self.loss = torch.compile(self.model.loss, fullgraph=True) if self.args.compile else self.model.loss
         self.settings = resume_settings(self.args, self.train_data)
         self.quantize_weights()
         self.step_bytes = self.args.batch_size * self.args.accumulation * self.model.args.max_seq_len
@@ -435,7 +448,7 @@ class Trainer:
 
     def resume(self, run: Path) -> None:
         """Goes on from the last checkpoint of `run`."""
-        tensors, state = load_run(run, self.model)
+        read, state = load_run(run, self.model, self.layout)
         if missing := sorted(self.state().keys() - state.keys()):
             raise CheckpointError(f"{run}: the state of its last checkpoint lacks {missing[0]!r}; start a new run")
         for key, value in state["settings"].items():
@@ -444,7 +457,7 @@ class Trainer:
                     f"{run} was trained with {key} = {value}, now it is {self.settings.get(key)}; "
                     "resume with what it began with, or choose another --save-path"
                 )
-        load_optimizer_tensors(self.model, self.optimizers, tensors)
+        load_optimizer_tensors(self.model, self.optimizers, read, self.layout)
         self.quantize_weights()
         self.step, self.val_step, self.val_loss = state["step"], state["val_step"], state["val_loss"]
         self.eval_windows = state["eval_windows"]
@@ -452,8 +465,11 @@ class Trainer:
         self.best_val = math.inf if state["best_val"] is None else state["best_val"]
 
     def quantize_weights(self) -> None:
-        """Brings the FP8 copies of the weights up to date: once a step, however many batches it has."""
-        if fp8_ops.gemm_impl == "fp8":
+        """Brings the FP8 copies of the weights up to date: once a step, however many batches it has.
+
+        Shards have none: there a layer's weights are quantised when they have been gathered.
+        """
+        if fp8_ops.gemm_impl == "fp8" and not self.layout.shards:
             self.model.quantize_weights()
 
     def train_step(self, progress: float) -> dict[str, Any]:
@@ -462,17 +478,20 @@ class Trainer:
         Raises:
             NotFinite: Loss or gradient is; nothing has been changed then.
         """
-        args, model = self.args, self.model
+        args, model, layout = self.args, self.model, self.layout
         lr_factor = schedule(progress, args.schedule, args.warmup, args.decay)
         parts, load = 0, 0
         for micro in range(args.accumulation):
             position = (self.step * args.accumulation + micro) * args.batch_size
-            starts = self.sampler.starts(position, args.batch_size)
-            losses = self.loss(*windows(self.train_data, starts, self.sampler.seq_len, self.device))
-            (losses.total / args.accumulation).backward()
+            starts = self.sampler.starts(position, args.batch_size)[layout.share(args.batch_size)]
+            with layout.last_only(self.loss, micro == args.accumulation - 1):
+                losses = self.loss(*windows(self.train_data, starts, self.sampler.seq_len, layout.device))
+                (losses.total / args.accumulation).backward()
             parts = parts + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / args.accumulation
             load = load + losses.load
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        layout.sum_gradients()
+        parts, load = layout.sum_data(parts / layout.dp), layout.sum_data(load)
+        grad_norm = layout.clip_grad_norm(model, args.grad_clip or math.inf)
         next_byte, mtp, balance, norm = torch.cat([parts, grad_norm.view(1)]).tolist()
         if not math.isfinite(next_byte + mtp + balance + norm):
             raise NotFinite(f"step {self.step + 1}: the loss is {next_byte}, the gradient's norm {norm}")
@@ -499,8 +518,10 @@ class Trainer:
         if self.val_step == self.step:  # resumed after its last step
             return self.val_loss
         began = time.monotonic()
-        batch_size, stopped = 4 * self.args.batch_size, lambda: self.stop_signal is not None
-        val_loss = evaluate(self.model, self.val_data, batch_size, self.device, self.eval_windows, stopped)
+        batch_size, stopped = 4 * self.args.batch_size // self.layout.dp, lambda: self.stopped()
+        val_loss = evaluate(
+            self.model, self.val_data, batch_size, self.layout.device, self.eval_windows, stopped, self.layout
+        )
         if val_loss is None:
             return None
         if not math.isfinite(val_loss):
@@ -520,7 +541,7 @@ class Trainer:
         self.save(is_best)
         tqdm.write(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte")
         if self.args.sample_bytes:
-            tqdm.write(visible(sample_text(self.model, self.args.sample_bytes, self.device)))
+            tqdm.write(visible(sample_text(self.model, self.args.sample_bytes, self.layout.device)))
         self.clock.closing_s = 1.2 * (time.monotonic() - began)
         return val_loss
 
@@ -534,20 +555,27 @@ class Trainer:
         bound = 0.1 * self.clock.seconds
         n_windows = len(self.val_data) // self.model.args.max_seq_len
         if self.val_step is None:  # a resumed run keeps to the windows that its best loss is of
-            self.eval_windows = None if expected <= bound else max(1, int(n_windows * bound / expected))
+            (fits,) = self.layout.of_first(bound / expected)
+            self.eval_windows = None if fits >= 1 else max(1, int(n_windows * fits))
         self.clock.closing_s = min(2 * min(expected, bound) + 1, 0.25 * self.clock.seconds)
 
     def save(self, is_best: bool) -> None:
         """Writes a checkpoint, if the run has a folder."""
         if self.args.save_path is not None:
             tensors = optimizer_tensors(self.model, self.optimizers)
-            save_run(self.args.save_path, self.model, tensors, self.state(), is_best)
+            save_run(self.args.save_path, self.model, tensors, self.state(), is_best, self.layout)
 
     def stop(self, signum: int, _frame: object) -> None:
         """Signal handler: ends the run after this step; the second time, at once."""
         if self.stop_signal is not None:
             raise KeyboardInterrupt
         self.stop_signal = signum
+
+    def stopped(self) -> bool:
+        """Whether a signal has come, to whichever process."""
+        (signum,) = self.layout.largest(self.stop_signal or 0)
+        self.stop_signal = int(signum) or None
+        return self.stop_signal is not None
 
 
 def resume_settings(args: argparse.Namespace, data: np.ndarray) -> dict[str, Any]:
@@ -577,11 +605,11 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
     due, load, logged_at = _due(trainer), 0, (trainer.step, time.monotonic())
     fastest = math.inf
     with progress_bar(trainer) as bar:
-        while trainer.stop_signal is None:
+        while not trainer.stopped():
             began = time.monotonic()
             if trainer.step == 0:
                 clock.startup_s = clock.elapsed_s()
-            progress = clock.progress(trainer.step)
+            (progress,) = trainer.layout.of_first(clock.progress(trainer.step))
             bar.n = round(100 * progress, 1)
             if progress >= 1:
                 break
@@ -605,13 +633,13 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
                     **load_summary(load),
                 )
                 load, logged_at = 0, (trainer.step, time.monotonic())
-            evaluate_now, save_now = next(due)
+            evaluate_now, save_now = trainer.layout.of_first(*next(due))
             if evaluate_now:
                 trainer.evaluate_and_save(metrics)
                 logged_at = (trainer.step, time.monotonic())
             elif save_now:
                 trainer.save(is_best=False)
-    val_loss = None if trainer.stop_signal is not None else trainer.evaluate_and_save(metrics)
+    val_loss = None if trainer.stopped() else trainer.evaluate_and_save(metrics)
     if val_loss is None:
         trainer.save(is_best=False)
     return val_loss
@@ -621,7 +649,11 @@ def progress_bar(trainer: Trainer) -> tqdm:
     """A bar in percent of the run, on a terminal only."""
     form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     return tqdm(
-        total=100, disable=None, bar_format=form, mininterval=0.5, initial=100 * trainer.clock.progress(trainer.step)
+        total=100,
+        disable=None if is_first() else True,
+        bar_format=form,
+        mininterval=0.5,
+        initial=100 * trainer.clock.progress(trainer.step),
     )
 
 
@@ -674,7 +706,7 @@ class Parser(argparse.ArgumentParser):
     source = ""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {self.source}{visible(message)}\n")
+        self.exit(2, f"{self.prog}: error: {self.source}{visible(message)}\n" if is_first() else None)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -736,6 +768,15 @@ def build_parser() -> Parser:
         default=False,
         help="recompute blocks: less memory, slower",
     )
+    compute.add_argument(
+        "--model-parallel", type=POSITIVE_INT, default=1, metavar="M", help="processes that share one model's layers"
+    )
+    compute.add_argument(
+        "--fsdp",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="shard parameters, gradients and optimizer state over the data-parallel processes",
+    )
     compute.add_argument("--seed", type=SEED, default=0, help="of the weights and the order of the data")
     report = p.add_argument_group("reports")
     report.add_argument("--log-interval", type=POSITIVE_INT, default=10, help="steps between lines of metrics")
@@ -785,57 +826,87 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, ModelArgs]:
     return args, shape
 
 
-def build_trainer(args: argparse.Namespace, shape: ModelArgs) -> Trainer:
+def build_trainer(args: argparse.Namespace, shape: ModelArgs, layout: Layout) -> Trainer:
     """Loads the data and makes everything that a run needs."""
-    device = pick_device(args.device)
-    dtype = pick_dtype(device, args.dtype)
+    dtype = pick_dtype(torch.device(layout.device).type, args.dtype)
     fp8_ops.gemm_impl = args.gemm_impl
-    data = open_bytes(resolve(args.data))
-    train_data, val_data = split(data, shape.max_seq_len)
-    model = Transformer(shape, dtype)
-    model.init_weights(args.seed)
-    model = model.to(device).train()
+    with layout.together():
+        layout.check(shape, args.batch_size)
+        data = open_bytes(resolve(args.data))
+        train_data, val_data = split(data, shape.max_seq_len)
+    model = layout.make(shape, dtype)
+    layout.init_weights(model, args.seed)
+    model = model.to(layout.device).train()
     model.gradient_checkpointing = args.gradient_checkpointing
-    total, active = model.n_params()
-    latent, plain = shape.cache_numbers_per_position()
-    size = dtype.itemsize
-    print(
-        f"{total:,} parameters, {active:,} active per byte; cache {latent * size:,} bytes per position "
-        f"(plain multi-head attention: {plain * size:,}); {device}, {str(dtype).removeprefix('torch.')}"
-        f"{', products in FP8' if args.gemm_impl == 'fp8' else ''}; "
-        f"{len(train_data):,} bytes to train on, {len(val_data):,} to validate"
-    )
+    describe(model, args, layout, train_data, val_data)
+    loss = layout.spread(model, args.compile)
     return Trainer(
         args=args,
         model=model,
-        optimizers=make_optimizers(model, args, dtype),
+        optimizers=make_optimizers(model, args, dtype, layout),
         train_data=train_data,
         val_data=val_data,
         sampler=WindowSampler(len(train_data), shape.max_seq_len, args.seed),
         clock=Clock(args.steps, args.minutes),
-        device=device,
+        layout=layout,
+        loss=loss,
+    )
+
+
+def describe(
+    model: Transformer, args: argparse.Namespace, layout: Layout, train_data: np.ndarray, val_data: np.ndarray
+) -> None:
+    """Prints what will be trained, and on what."""
+    with torch.device("meta"):
+        total, active = Transformer(model.args).n_params()
+    latent, plain = model.args.cache_numbers_per_position()
+    size, dtype = model.compute_dtype.itemsize, str(model.compute_dtype).removeprefix("torch.")
+    spread = f"; {layout.dp} data-parallel × {layout.mp} model-parallel processes" if layout.world > 1 else ""
+    print(
+        f"{total:,} parameters, {active:,} active per byte; cache {latent * size:,} bytes per position "
+        f"(plain multi-head attention: {plain * size:,}); {torch.device(layout.device).type}, {dtype}"
+        f"{', products in FP8' if args.gemm_impl == 'fp8' else ''}{spread}; "
+        f"{len(train_data):,} bytes to train on, {len(val_data):,} to validate"
     )
 
 
 def train(argv: list[str] | None) -> int:
     """Runs the command; returns its exit code."""
     args, shape = parse_args(argv)
-    path = args.save_path
-    if path is not None and path.exists() and not args.resume and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"--save-path {path} is not an empty folder; go on with --resume, or choose another path")
     keep_freed_memory()
-    trainer = build_trainer(args, shape)
-    if args.resume and has_run(path):
-        trainer.resume(path)
+    layout = Layout(pick_device(args.device), args.model_parallel, args.fsdp)
+    try:
+        return train_in(layout, args, shape)
+    finally:
+        layout.close()
+
+
+def train_in(layout: Layout, args: argparse.Namespace, shape: ModelArgs) -> int:
+    """Trains in one of the processes; returns its exit code."""
+    path = args.save_path
+    # a worker that the elastic agent starts again goes on where its crew was
+    resumes = args.resume or path is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    with layout.together():
+        if path is not None and path.exists() and not resumes and (not path.is_dir() or any(path.iterdir())):
+            raise CheckpointError(
+                f"--save-path {path} is not an empty folder; go on with --resume, or choose another path"
+            )
+    trainer = build_trainer(args, shape, layout)
+    if resumes and has_run(path):
+        with layout.together():
+            trainer.resume(path)
         print(f"resumed {path} at step {trainer.step}")
-    metrics = Metrics(None if path is None else path / METRICS_FILE, trainer.step, trainer.val_step == trainer.step)
+    with layout.together():
+        kept = path / METRICS_FILE if path is not None and is_first() else None
+        metrics = Metrics(kept, trainer.step, trainer.val_step == trainer.step)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, trainer.stop)
     try:
         val_loss = run(trainer, metrics)
     except NotFinite as error:
         kept = f"; the last good checkpoint is in {path}" if path is not None and has_run(path) else ""
-        print(f"train.py: error: {error}{kept}; train anew with a lower --lr or --matrix-lr", file=sys.stderr)
+        if is_first():
+            print(f"train.py: error: {error}{kept}; train anew with a lower --lr or --matrix-lr", file=sys.stderr)
         return 1
     where = f"model in {path}" if path is not None else "not saved, for want of --save-path"
     if val_loss is None:
@@ -851,13 +922,15 @@ def main(argv: list[str] | None = None) -> int:
     """The command, with a user's mistake told in one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes characters that a terminal may not have
-    try:
-        return train(argv)
-    except (ConfigError, DataError, CheckpointError, DeviceError, OSError) as error:
-        print(f"train.py: error: {visible(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere):
+        try:
+            return train(argv)
+        except (ConfigError, DataError, CheckpointError, DeviceError, LayoutError, OSError) as error:
+            if is_first() or not isinstance(error, (AgreedError, ConfigError, LayoutError)):  # else the first tells it
+                print(f"train.py: error: {visible(str(error))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
 
 
 if __name__ == "__main__":

@@ -178,11 +178,11 @@ def test_existing_target_is_refused_untouched(tmp_path: Path, kind: str) -> None
 
 
 def test_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(tensors: dict[str, torch.Tensor], path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def full_disk(file: Any, _: torch.Tensor) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "save_file", full_disk)
+    monkeypatch.setattr(convert, "_write_all", full_disk)
     with pytest.raises(CheckpointError) as error:
         save_model(tiny(), tmp_path / "out")
     one_line(error, tmp_path / "out", "No space left")
@@ -292,13 +292,18 @@ def test_damaged_config(saved: Path, text: str, part: str) -> None:
 
 def test_run_folder_means_its_best_and_resumes_its_last(tmp_path: Path) -> None:
     for step, is_best in ((1, True), (2, False)):
-        save_run(tmp_path, tiny(step), {"x": torch.tensor(float(step))}, {"step": step}, is_best)
-    assert torch.equal(load_model(tmp_path).head.weight, tiny(1).head.weight)
-    assert torch.equal(load_model(tmp_path / "step-00000002").head.weight, tiny(2).head.weight)
-    model = tiny(3)
-    tensors, state = load_run(tmp_path, model)
-    assert torch.equal(model.head.weight, tiny(2).head.weight)
-    assert tensors["x"] == 2 and state == {"step": 2}
+        optimizer = {"norm.weight": {"step": torch.tensor(float(step)), "exp_avg": torch.full((8,), 0.5)}}
+        save_run(tmp_path, tiny(step, dim=8), optimizer, {"step": step}, is_best)
+    assert torch.equal(load_model(tmp_path).head.weight, tiny(1, dim=8).head.weight)
+    assert torch.equal(load_model(tmp_path / "step-00000002").head.weight, tiny(2, dim=8).head.weight)
+    model = tiny(3, dim=8)
+    read, state = load_run(tmp_path, model)
+    assert torch.equal(model.head.weight, tiny(2, dim=8).head.weight)
+    assert read("head.weight", model.head.weight) == {} and state == {"step": 2}
+    found = read("norm.weight", model.norm.weight)
+    assert (
+        found.keys() == {"step", "exp_avg"} and found["step"] == 2 and (found["exp_avg"] == torch.full((8,), 0.5)).all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -329,7 +334,9 @@ def test_damaged_pointer(tmp_path: Path, text: str) -> None:
 
 
 def test_damaged_state_of_a_run(tmp_path: Path) -> None:
-    folder = save_run(tmp_path, tiny(), {"x": torch.ones(3)}, {"step": 1}, True)
+    model = tiny()
+    optimizer = {"norm.weight": {"exp_avg": torch.ones_like(model.norm.weight)}}
+    folder = save_run(tmp_path, model, optimizer, {"step": 1}, True)
     whole = (folder / "state0-mp1.safetensors").read_bytes()
     for damaged in (whole[:-1], whole[:9], b""):
         (folder / "state0-mp1.safetensors").write_bytes(damaged)

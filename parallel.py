@@ -1,0 +1,392 @@
+"""Many processes: how a model and its batches are spread over them. `model.py` knows nothing of it.
+
+`torchrun` starts N = data-parallel × model-parallel processes; process r is number r // M of the data-parallel ones and
+part r % M of a model. With M = 2 and one block:
+
+                     part 0                     part 1
+    embed            bytes 0-127                bytes 128-255           each looks up what it has; the sum is whole
+    attn_norm        whole                      whole
+    attn   wq, wkv_b heads of the first half    of the second
+           wkv_a, …  whole                      whole
+           wo        its heads' inputs          its heads' inputs       the sum over parts is the output
+    ffn    w1, w3    first half of the columns  second half
+           w2        its inputs                 its inputs              the sum is the output
+           experts   the first half of them     the second              the sum is the output
+           gate      whole                      whole
+    head             logits of bytes 0-127      of bytes 128-255        put side by side
+
+So a block has two sums forward, at the ends of `attn` and `ffn`, and two backward, at their beginnings, where every
+part has only its share of the input's gradient (Megatron-LM, Shoeybi et al. 2019, section 3, calls these g and f).
+Between the two, what is whole computes the same everywhere but gets a share of its gradient: `sum_gradients` adds these
+up. Where each tensor is cut, `convert.cut` says: the parts are those of a native checkpoint.
+
+Data-parallel processes take their share of every batch. Gradients are averaged by DDP, or parameters, gradients and
+optimizer state are sharded by FSDP2. Nothing that is computed depends on the layout but for the rounding of sums.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from convert import Box, CheckpointError, Crew, check_parallel, held, whole_shapes
+from model import Losses, ModelArgs, Transformer, draw_weight
+
+TIMEOUT = timedelta(minutes=10)  # of whatever one process waits for; a step or a saved checkpoint takes less
+
+
+class LayoutError(ValueError):
+    """A number of processes that cannot share the work so; the message has the numbers that can."""
+
+
+class AgreedError(CheckpointError):
+    """What went wrong in some process, raised in all of them; the first one tells it."""
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Layout(Crew):
+    """This process's place among all; see `convert.Crew` for what checkpoints need of it.
+
+    Attributes:
+        world: Number of processes.
+        dp: Number of data-parallel ones, dp_rank: which of them this is.
+        shards: Whether FSDP shards parameters among them.
+        device: Where this process computes.
+    """
+
+    def __init__(self, device: str, model_parallel: int = 1, shards: bool = False):
+        """Joins the other processes, if torchrun started some.
+
+        Raises:
+            LayoutError: The number of processes is no multiple of `model_parallel`, or the device is of no use.
+        """
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if self.world % model_parallel:
+            works = ", ".join(str(n) for n in range(1, self.world + 1) if self.world % n == 0)
+            raise LayoutError(
+                f"{self.world} processes are no multiple of --model-parallel {model_parallel}, which can be {works}"
+            )
+        if self.world > 1 and device == "mps":
+            raise LayoutError("several processes cannot share an mps device; add --device cpu, or start one process")
+        self.mp, self.dp = model_parallel, self.world // model_parallel
+        self.mp_rank, self.dp_rank = self.rank % self.mp, self.rank // self.mp
+        self.device, self.shards = device, shards and self.dp > 1
+        self.writes_copies = self.dp_rank == 0
+        self._cuts: dict[nn.Parameter, int] = {}  # of the parameters that are cut among parts, the dimension
+        self._shares: list[nn.Parameter] = []  # those whose gradient is a share on each part
+        if self.world > 1:
+            if device == "cuda":
+                self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+                torch.cuda.set_device(self.device)
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            mesh = dist.init_device_mesh(device, (self.dp, self.mp), mesh_dim_names=("dp", "mp"))
+            self.dp_mesh, self.dp_group, self.mp_group = mesh["dp"], mesh["dp"].get_group(), mesh["mp"].get_group()
+
+    def close(self) -> None:
+        """Leaves the other processes."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    # --- Speaking to each other ---------------------------------------------------------------------------------------
+
+    def agree(self, error: Exception | None = None) -> None:
+        if self.world == 1:
+            return super().agree(error)
+        if self.largest(float(error is not None))[0]:
+            errors: list[str | None] = [None] * self.world
+            dist.all_gather_object(errors, None if error is None else str(error))
+            raise AgreedError(next(text for text in errors if text is not None)) from error
+        return None
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value among all processes."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def of_first(self, *values: float) -> list[float]:
+        """The first process's values: what it has measured or decided."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(tensor, 0)
+        return tensor.tolist()
+
+    def sum_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the data-parallel processes."""
+        if self.dp > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
+
+    def share(self, count: int) -> slice:
+        """This process's share of a batch of `count` windows, which `check` has found to divide."""
+        each = count // self.dp
+        return slice(self.dp_rank * each, (self.dp_rank + 1) * each)
+
+    def check(self, args: ModelArgs, batch_size: int | None = None) -> None:
+        """Refuses what cannot be shared out.
+
+        Args:
+            args: The model's shape.
+            batch_size: Windows at a time, of all data-parallel processes.
+
+        Raises:
+            LayoutError: With what does not divide, and what would.
+        """
+        try:
+            check_parallel(args, self.mp)
+        except CheckpointError as error:
+            raise LayoutError(str(error)) from None
+        if batch_size is not None and batch_size % self.dp:
+            near = batch_size - batch_size % self.dp
+            works = " or ".join(str(n) for n in (near, near + self.dp) if n)
+            raise LayoutError(f"--batch-size {batch_size} cannot be shared by {self.dp} processes; take {works}")
+
+    # --- Spreading a model --------------------------------------------------------------------------------------------
+
+    def make(self, args: ModelArgs, compute_dtype: torch.dtype, fp8_weights: bool = False) -> Transformer:
+        """Makes this process's part of a model, its weights undefined; memory is touched for the part only."""
+        if self.mp == 1:
+            return Transformer(args, compute_dtype, fp8_weights)
+        model, shapes = Transformer(args, compute_dtype), whole_shapes(args)
+        for name, p in model.named_parameters():
+            box = held(name, p, shapes[name], args, self)
+            if box.shape != _flat_shape(shapes[name]):
+                p.data = torch.empty_like(_take(p.data, box), memory_format=torch.contiguous_format)
+        for layer in model.fp8_layers() if fp8_weights else []:
+            layer.store_fp8()
+        self._connect(model)
+        return model
+
+    def init_weights(self, model: Transformer, seed: int) -> None:
+        """`Transformer.init_weights` of the whole model, of which each process keeps its part."""
+        if self.mp == 1:
+            return model.init_weights(seed)
+        shapes = whole_shapes(model.args)
+        with torch.no_grad():
+            for i, (name, p) in enumerate(model.named_parameters()):
+                box = held(name, p, shapes[name], model.args, self)
+                p.copy_(_take(draw_weight(name, i, shapes[name], seed), box))
+            for gate in model.gates():
+                if gate.bias is not None:
+                    gate.bias.zero_()
+        return None
+
+    def _connect(self, model: Transformer) -> None:
+        """Puts the sums and copies between the parts into a model that was cut."""
+        group, blocks = self.mp_group, [*model.layers, *(module.block for module in model.mtp)]
+
+        def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return _Copy.apply(inputs[0], group), *inputs[1:]
+
+        def leave(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+            if isinstance(output, torch.Tensor):
+                return _Sum.apply(output, group)
+            y, routing = output
+            share = routing.balance_loss / self.mp  # each part computes all of it, and its gradients are added up
+            balance_loss = share + (routing.balance_loss - share).detach()
+            return _Sum.apply(y, group), routing._replace(balance_loss=balance_loss)
+
+        for block in blocks:
+            block.attn.n_heads //= self.mp
+            for half in (block.attn, block.ffn):
+                half.register_forward_pre_hook(enter)
+                half.register_forward_hook(leave)
+            if hasattr(block.ffn, "experts"):
+                block.ffn.experts.first_expert = self.mp_rank * (model.args.n_routed_experts // self.mp)
+        model.embed = _Embedding(model.embed.weight, self.mp_rank, group)
+        model.head.register_forward_pre_hook(enter)
+        model.head.register_forward_hook(self._side_by_side)
+
+    def _side_by_side(self, _module: nn.Module, _inputs: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
+        width = logits.shape[-1]
+        before, after = self.mp_rank * width, (self.mp - 1 - self.mp_rank) * width
+        return _Sum.apply(F.pad(logits, (before, after)), self.mp_group)
+
+    def spread(self, model: Transformer, compiles: bool) -> Callable[[torch.Tensor, torch.Tensor], Losses]:
+        """Lets the data-parallel processes share their gradients; returns the function that computes the loss.
+
+        Args:
+            model: This process's part of the model; FSDP shards it here.
+            compiles: Whether to use torch.compile.
+        """
+        if self.shards:
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+            for layer in [*model.layers, *model.mtp]:
+                if compiles:
+                    layer.compile(fullgraph=True)
+                fully_shard(layer, mesh=self.dp_mesh)
+            fully_shard(model, mesh=self.dp_mesh, reshard_after_forward=True)  # for whoever looks at its parameters
+            register_fsdp_forward_method(model, "loss")
+            register_fsdp_forward_method(model, "next_byte_loss")
+            loss = model.loss
+        else:
+            loss = torch.compile(model.loss, fullgraph=True) if compiles else model.loss
+        self._note_parameters(model)
+        if self.dp == 1 or self.shards:
+            return loss
+        return nn.parallel.DistributedDataParallel(
+            _LossModule(model, loss), process_group=self.dp_group, gradient_as_bucket_view=True
+        )
+
+    def _note_parameters(self, model: Transformer) -> None:
+        shapes = whole_shapes(model.args)
+        for name, p in model.named_parameters():
+            if self.mp > 1:
+                box, (rows, cols) = held(name, p, shapes[name], model.args, _Part(self)), _flat_shape(shapes[name])
+                if box.shape != (rows, cols):
+                    self._cuts[p] = int(box.shape[0] == rows)
+                elif ".attn." in name or ".ffn." in name:
+                    self._shares.append(p)
+
+    def last_only(self, loss: Any, is_last: bool) -> Any:
+        """A context in which DDP leaves averaging to the last of several batches that make one step."""
+        return nullcontext() if is_last or self.dp == 1 or self.shards else loss.no_sync()
+
+    def local(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+        if not self.shards or not hasattr(tensor, "device_mesh"):
+            return tensor, None
+        chunk = -(-tensor.shape[0] // self.dp)  # as torch.chunk and FSDP cut
+        return tensor.to_local(), min(tensor.shape[0], chunk * self.dp_rank)
+
+    # --- Gradients and updates ----------------------------------------------------------------------------------------
+
+    def sum_gradients(self) -> None:
+        """Adds up the gradients of which each part of the model has a share."""
+        grads = [self.local(p.grad)[0] for p in self._shares]
+        if grads:
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat, group=self.mp_group)
+            for g, new in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(new.view_as(g))
+
+    def clip_grad_norm(self, model: Transformer, max_norm: float) -> torch.Tensor:
+        """`nn.utils.clip_grad_norm_` of the whole model; returns the norm before."""
+        parameters = list(model.parameters())
+        if self.world == 1:
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
+        grads = [self.local(p.grad)[0] for p in parameters]
+        squares = torch.stack(torch._foreach_norm(grads)).double().square()
+        copies = [(1 if p in self._cuts else self.mp) * (1 if self.shards else self.dp) for p in parameters]
+        total = (squares / torch.tensor(copies, device=squares.device)).sum()
+        dist.all_reduce(total)
+        norm = total.sqrt().float()
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def whole(self, p: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
+        """Gathers what has the layout of a parameter: matrices (n, rows, columns), none of them cut."""
+        if self.shards and p.ndim == 2:
+            update = update.full_tensor()
+        elif self.shards:  # whole experts
+            update = update.to_local()
+        if (dim := self._cuts.get(p)) is not None and p.ndim == 2:
+            parts = [torch.empty_like(update) for _ in range(self.mp)]
+            dist.all_gather(parts, update.contiguous(), group=self.mp_group)
+            update = torch.cat(parts, dim=dim)
+        return update.reshape(-1, *update.shape[-2:])
+
+    def part(self, p: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
+        """The part of what `whole` gathered that this process holds."""
+        if p.ndim > 2:
+            return update
+        update = update.squeeze(0)
+        if (dim := self._cuts.get(p)) is not None:
+            update = update.chunk(self.mp, dim)[self.mp_rank]
+        held_here, first = self.local(p)
+        return update if first is None else update[first : first + len(held_here)]
+
+
+class _Part(Crew):
+    """A layout without FSDP's shards: which part of the model it is."""
+
+    def __init__(self, layout: Layout):
+        self.mp, self.mp_rank = layout.mp, layout.mp_rank
+
+
+def _flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (1, *shape)[-2:] if len(shape) < 3 else (shape[0] * shape[1], shape[2])
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(_flat_shape(tensor.shape))
+
+
+def _take(whole: torch.Tensor, box: Box) -> torch.Tensor:
+    """Cuts a rectangle, as `convert.held` gives it, out of a whole parameter."""
+    part = _flat(whole)[box.top : box.bottom, box.left : box.right]
+    return part.reshape(-1, *whole.shape[1:]) if whole.ndim == 3 else part.reshape(part.shape[2 - whole.ndim :])
+
+
+def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    import torch.distributed._functional_collectives as functional
+
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+
+
+class _Copy(torch.autograd.Function):
+    """Where parts begin to differ: the same forward; backward, the sum of the parts' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_reduce(grad, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    """Where parts meet again: the sum forward; the same gradient for all of them backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class _Embedding(nn.Module):
+    """The rows of an embedding that this part holds; those of other parts come in with the sum."""
+
+    def __init__(self, weight: nn.Parameter, rank: int, group: dist.ProcessGroup):
+        super().__init__()
+        self.weight = weight
+        self.rank, self.group = rank, group
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        index = tokens - self.rank * len(self.weight)
+        is_here = (index >= 0) & (index < len(self.weight))
+        rows = F.embedding(index.where(is_here, 0), self.weight)
+        return _Sum.apply(rows.where(is_here.unsqueeze(-1), 0), self.group)
+
+
+class _LossModule(nn.Module):
+    """The model as DDP wants it: a module whose forward is what is trained."""
+
+    def __init__(self, model: Transformer, loss: Callable[[torch.Tensor, torch.Tensor], Losses]):
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        # equal everywhere without being sent with every batch
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> Losses:
+        return self.loss(tokens, targets)
