@@ -5,7 +5,7 @@
 An FP8 weight is stored with a scale for each block of 128×128, in a tensor named `…weight_scale_inv` that may be in
 another file than the weight. The number meant is the product, and that is what is written. Everything else stays as it
 is: the files and their names, the tensors in other dtypes, the tokenizer. The scales go, and with them their entries in
-the index and the `quantization_config`.
+the index, files that have nothing else, and the `quantization_config`.
 
 It works in bands of some rows, several tensors at a time, so that memory does not grow with the checkpoint, and on the
 CPU, which is about as fast at this as at copying. The output folder appears when it is complete; after an interruption
@@ -18,11 +18,28 @@ and so takes a model of any architecture.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import convert
-from convert import E4M3, CheckpointError, Entry, Job, Output, Piece, Stored
+from checkpoint import CONFIG_FILE, INDEX_FILE, read_hf_headers, run_command
+from convert import Job, check_paths, copy_files, make_index, write_tensors
+from fp8_ops import E4M3
+from huggingface import check_quantization, shown_dict
+from model import ConfigError
+from tensor_files import (
+    CheckpointError,
+    Entry,
+    Output,
+    Piece,
+    Stored,
+    make_piece,
+    naming,
+    new_folder,
+    read_json,
+    read_metadata,
+    write_json,
+)
 
 
 def cast(source: Path, target: Path, progress: bool = False) -> None:
@@ -37,17 +54,29 @@ def cast(source: Path, target: Path, progress: bool = False) -> None:
         CheckpointError: The source is damaged or has nothing to cast, or the target cannot be written.
         ConfigError: The config is damaged, or speaks of another quantisation.
     """
-    config = convert.read_json(source / convert.CONFIG_FILE, convert.ConfigError)
-    with convert.naming(source / convert.CONFIG_FILE):
-        convert.check_quantization(config.pop("quantization_config", None) or convert.HF_FP8)
-    convert.check_paths(source, target)
-    outputs, jobs = plan(convert.read_hf_headers(source))
-    with convert.new_folder(target) as folder:
-        convert.copy_files(source, folder, source.iterdir())
-        convert.write_json(folder / convert.CONFIG_FILE, config)
-        if (source / convert.INDEX_FILE).exists():
-            convert.write_json(folder / convert.INDEX_FILE, convert.make_index(outputs))
-        convert.write_tensors(folder, outputs, jobs, None, progress)
+    config = read_json(source / CONFIG_FILE, ConfigError)
+    with naming(source / CONFIG_FILE):
+        _remove_quantization(config)
+    check_paths(source, target)
+    outputs, jobs = plan(read_hf_headers(source))
+    index = make_index(outputs)
+    if (source / INDEX_FILE).exists():
+        told = shown_dict("metadata", read_json(source / INDEX_FILE, CheckpointError).get("metadata") or {})
+        index["metadata"] = told | index["metadata"]
+    with new_folder(target) as folder:
+        copy_files(source, folder, set())
+        write_json(folder / CONFIG_FILE, config)
+        if (source / INDEX_FILE).exists():
+            write_json(folder / INDEX_FILE, index)
+        write_tensors(folder, outputs, jobs, None, progress)
+
+
+def _remove_quantization(config: dict[str, Any]) -> None:
+    """Removes what a config, or the config of a part of the model within it, says of FP8; refuses what is not FP8."""
+    check_quantization(config.pop("quantization_config", None))
+    for value in config.values():
+        if isinstance(value, dict):
+            _remove_quantization(value)
 
 
 def plan(entries: dict[str, Entry]) -> tuple[list[Output], list[Job]]:
@@ -73,12 +102,13 @@ def plan(entries: dict[str, Entry]) -> tuple[list[Output], list[Job]]:
             raise CheckpointError(f"{entry} is FP8, but no matrix: {list(entry.shape)}")
         stored = Stored(name, entry.shape, entry.dtype)
         scale = left.pop(name + "_scale_inv", None) if is_fp8 else None
-        stored.pieces.append(convert.make_piece(left.pop(name), stored.box, scale))
+        stored.pieces.append(make_piece(left.pop(name), stored.box, scale))
         jobs[name] = Job(stored, torch.bfloat16 if is_fp8 else entry.dtype)
         contents[entry.path.name][name] = jobs[name].dtype, entry.shape
     for entry in left.values():
         raise CheckpointError(f"{entry} is the scale of no FP8 tensor")
-    outputs = [Output(file, tensors) for file, tensors in contents.items()]
+    paths = {entry.path.name: entry.path for entry in entries.values()}
+    outputs = [Output(file, tensors, read_metadata(paths[file])) for file, tensors in contents.items() if tensors]
     for output in outputs:
         for name, place in output.entries.items():
             jobs[name].parts.append(Piece(place, jobs[name].source.box))
@@ -93,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input-fp8-hf-path", type=Path, required=True, metavar="DIR", help="the checkpoint's folder")
     parser.add_argument("--output-bf16-hf-path", type=Path, required=True, metavar="DIR", help="the folder to make")
     args = parser.parse_args(argv)
-    return convert.run_command("fp8_cast_bf16.py", lambda: cast(args.input_fp8_hf_path, args.output_bf16_hf_path, True))
+    return run_command("fp8_cast_bf16.py", lambda: cast(args.input_fp8_hf_path, args.output_bf16_hf_path, True))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python generate.py --ckpt-path runs/mine --interactive
 
 A language model gives the probabilities of the next byte after some bytes. Generation asks for them, draws one byte,
-appends it and asks again, until byte 0 ends the document. Four ideas make that useful:
+appends it and asks again, until byte 0 ends the document. Five ideas make that useful:
 
 The cache. What attention computed for earlier positions stays valid, so each step runs the model on one new byte.
     `Batch` keeps this: texts of different lengths that advance together, one product for all of them.
@@ -18,6 +18,11 @@ Sampling. Temperature sharpens or flattens the probabilities, top-k keeps the k 
     Holtzman et al. 2019) then keeps the fewest of these that together reach p. Each row draws from a random generator
     of its own, seeded by the seed and the row's number: what else is in the batch changes nothing but the rounding of
     the model's numbers, and equal prompts in different rows get different texts.
+
+Speculation (Leviathan et al. 2023; DeepSeek-V3 report, section 5.4.3). The first multi-token prediction module drafts
+    the next bytes, one layer's work each. The model reads them in one call, hardly slower than for one byte, and keeps
+    what it could have drawn itself: a byte x drafted with probability q(x) stays with min(1, p(x) / q(x)), and the
+    first that does not is drawn anew from max(p - q, 0), normalised. That gives the model's own p exactly.
 
 The stop string. It ends a text without being part of it, so that bytes which may be its beginning are held back until
     the next ones tell. It counts in what the model writes, not in the prompt.
@@ -44,12 +49,14 @@ import torch
 import fp8_ops
 import model as model_module
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
-from convert import keep_freed_memory, load_model
+from checkpoint import keep_freed_memory, load_model
 from fp8_ops import pick_device, pick_dtype
 from model import Cache, ModelArgs, Transformer
 
 # Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
-PREFILL_POSITIONS = 2048
+PREFILL_POSITIONS = 4096
+ONE_THREAD = 1 << 26  # numbers that a step of decoding multiplies, up to which one thread does it
+SPECULATE = 1  # bytes drafted at a time, by default
 RULE = "-" * 40
 EPILOG = """\
 output:
@@ -88,6 +95,8 @@ class Sampling:
         seed: Of the random generators. Equal seeds, equal texts.
         max_new_tokens: Bytes after which a text ends at the latest.
         stop: Bytes that end a text; empty for none.
+        speculate: Bytes drafted ahead at a time, for a model with MTP modules; 0 for none. They change how fast a text
+            comes and, above temperature 0, which one a seed gives; not how probable it is.
 
     Raises:
         ValueError: A number out of range.
@@ -99,15 +108,16 @@ class Sampling:
     seed: int = 0
     max_new_tokens: int = 256
     stop: bytes = b""
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:  # so written, NaN fails too
             raise ValueError(f"temperature must be 0 (always the likeliest byte) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p must be greater than 0 and at most 1 (off), got {self.top_p}")
-        for name, value in (("top-k", self.top_k), ("max-new-tokens", self.max_new_tokens), ("seed", self.seed)):
-            if value < 0:
-                raise ValueError(f"{name} must be 0 or more, got {value}")
+        for name in ("top_k", "max_new_tokens", "seed", "speculate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}")
 
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -147,27 +157,51 @@ def _truncate(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return torch.zeros_like(probs).scatter_(-1, order, ranked)
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
-    """Draws the next byte of each row, on the CPU: equal logits give equal bytes on every device.
+Generators = Sequence[torch.Generator | None]
+
+
+def draw(probs: torch.Tensor, generators: Generators) -> list[int]:
+    """Draws a byte for each row, on the CPU: equal probabilities give equal bytes on every device.
 
     Args:
-        logits: Of the next byte, float (B, V).
-        sampling: Temperature, top-k and top-p.
-        generators: A CPU generator for each row. Each gives one number, or none at temperature 0.
+        probs: Probabilities, float64 (B, V) on the CPU.
+        generators: A CPU generator for each row, which gives one number; None takes the likeliest byte.
 
     Returns:
         B ids.
-
-    Raises:
-        GenerationError: As for `distribution`.
     """
-    probs = distribution(logits, sampling)
-    if sampling.temperature == 0:
+    if not any(generators):
         return probs.argmax(dim=-1).tolist()
     # where the running sum first exceeds a uniform number is a byte drawn with its probability, never one of 0
     upto = probs.cumsum(dim=-1)
-    uniform = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    return torch.searchsorted(upto, uniform * upto[:, -1:], right=True).squeeze(1).tolist()
+    numbers = torch.tensor([uniform(generator) for generator in generators], dtype=torch.float64).unsqueeze(1)
+    return torch.searchsorted(upto, numbers * upto[:, -1:], right=True).squeeze(1).tolist()
+
+
+def uniform(generator: torch.Generator | None) -> float:
+    """A random number from 0 to 1, without 1; of no generator, always the same."""
+    return 0.5 if generator is None else torch.rand(1, generator=generator, dtype=torch.float64).item()
+
+
+def accept(
+    p: torch.Tensor, q: torch.Tensor, drafts: Sequence[int], generator: torch.Generator | None
+) -> tuple[int, torch.Tensor]:
+    """Decides how many of a row's drafted bytes stay (Leviathan et al. 2023, algorithm 1).
+
+    Args:
+        p: The model's probabilities of each drafted byte, and of the one after, float64 (n + 1 or more, V).
+        q: Those that the drafts were drawn with, float64 (n or more, V).
+        drafts: The n bytes drafted.
+        generator: Gives one number for each draft up to the first that does not stay.
+
+    Returns:
+        The number of drafts that stay, and the distribution (V,) of the byte after them.
+    """
+    for i, byte in enumerate(drafts):
+        if uniform(generator) * q[i, byte].item() >= p[i, byte].item():
+            missing = (p[i] - q[i]).clamp_(min=0)
+            return i, missing / missing.sum()
+    return len(drafts), p[len(drafts)]
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
@@ -188,81 +222,172 @@ class Batch:
     Args:
         model: The model.
         texts: What the rows begin with. An empty one begins with byte 0, as a document does.
-        max_new_tokens: How many bytes a row can get at most.
+        sampling: How to choose, how many bytes a row can get, and how many are drafted at a time.
 
     Attributes:
         texts: The rows' bytes so far, all of them.
         starts: Where in each text the model starts to read.
         cache: What it remembers from there on.
-        logits: Of each row's next byte, float32 (B, V).
+        probs: Probabilities of each row's next byte, float64 (B, V).
+        drafts: Bytes drafted at a time; 0 without an MTP module.
+        drafted: How many of the bytes last drafted could have been accepted, in all rows.
+        states: With drafts, the model's states (B, S, dim) of the bytes it read last, the drafts among them.
+        seen: For each row, how many positions its MTP module has seen: those before the first of `states`.
+        fresh: For each row, how many of the drafts were accepted: the last of `states` to mean anything.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Transformer, texts: Sequence[bytes], max_new_tokens: int):
+    def __init__(self, model: Transformer, texts: Sequence[bytes], sampling: Sampling):
         self.model = model
+        self.sampling = sampling
+        self.drafts = sampling.speculate if sampling.speculate and model.args.n_mtp_layers else 0
         self.texts = [bytearray(text or [EOS_ID]) for text in texts]
         self.starts = self._starts()
-        capacity = min(model.args.max_seq_len, max(map(len, self.texts)) + max_new_tokens)
-        self.cache = model.new_cache(len(texts), capacity)
+        capacity = min(model.args.max_seq_len, max(map(len, self.texts)) + sampling.max_new_tokens)
+        self.cache = model.new_cache(len(texts), capacity, self.drafts)
         self._fill(list(range(len(texts))))
-        self.logits = self._step()
+        self.seen, self.fresh = self.cache.lengths, [0] * len(texts)
+        self.probs = self._read([[text[-1]] for text in self.texts])[:, 0]
 
     @torch.inference_mode()
-    def append(self, ids: Sequence[int]) -> None:
-        """Appends one id to each row and computes the next logits."""
+    def append(self, ids: Sequence[int], generators: Generators, left: Sequence[int]) -> list[list[int]]:
+        """Appends one id to each row, and of the bytes drafted after it those that are accepted, which it returns.
+
+        `generators` are as for `draw`; `left` is how many more bytes each row may get.
+        """
         for text, i in zip(self.texts, ids, strict=True):
             text.append(i)
         before, self.starts = self.starts, self._starts()
         moved = [row for row, start in enumerate(self.starts) if start != before[row]]
         if moved:
             self._fill(moved)
-        self.logits = self._step()
+        # each byte is read through the window that it has without drafts; and the last one is never a draft
+        limits = [
+            max(0, min(self.drafts, self.model.args.max_seq_len - (len(text) - start), most - 1))
+            for text, start, most in zip(self.texts, self.starts, left, strict=True)
+        ]
+        self.drafted = sum(limits)
+        if not any(limits):
+            self.seen, self.fresh = self.cache.lengths, [0] * len(ids)
+            self.probs = self._read([[i] for i in ids])[:, 0]
+            return [[] for _ in ids]
+        drafts, q = self._draft(generators, limits)
+        self.seen = self.cache.lengths
+        p = self._read([[i, *row] for i, row in zip(ids, drafts, strict=True)])
+        drafts = [row[:limit] for row, limit in zip(drafts, limits, strict=True)]
+        kept = [accept(*row) for row in zip(p, q, drafts, generators, strict=True)]
+        self.probs = torch.stack([after for _, after in kept])
+        self.fresh = [n for n, _ in kept]
+        self.cache.lengths = [seen + 1 + n for seen, n in zip(self.seen, self.fresh, strict=True)]
+        accepted = [row[:n] for row, n in zip(drafts, self.fresh, strict=True)]
+        for text, row in zip(self.texts, accepted, strict=True):
+            text += bytes(row)
+        return accepted
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
         """Drops all rows but these."""
-        self.texts, self.starts = [self.texts[row] for row in rows], [self.starts[row] for row in rows]
+        for name in ("texts", "starts", "seen", "fresh"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
         self.cache.lengths = [self.cache.lengths[row] for row in rows]
         for layer in self.cache.layers:
             layer[:] = [tensor[rows] for tensor in layer]
-        self.logits = self.logits[rows]
+        self.probs = self.probs[rows]
+        if self.drafts:
+            self.states = self.states[rows]
 
     def _starts(self) -> list[int]:
         return [window_start(len(text), self.model.args.max_seq_len) for text in self.texts]
 
     def _fill(self, rows: list[int]) -> None:
-        """Fills the cache of some rows anew with their windows, apart from the last byte, which `_step` adds."""
-        windows = [self.texts[row][self.starts[row] : -1] for row in rows]
-        longest = max(map(len, windows))
+        """Fills the cache of some rows anew with their windows, apart from the last byte, which is read next."""
+        windows = [self.texts[row][self.starts[row] :] for row in rows]
+        longest = max(map(len, windows)) - 1
         everything = len(rows) == len(self.texts)
         cache = self.cache if everything else self.model.new_cache(len(rows), longest)
-        prefill(self.model, windows, cache)
-        if everything:
-            return
-        for ours, theirs in zip(self.cache.layers, cache.layers, strict=True):
-            for tensor, part in zip(ours, theirs, strict=True):
-                tensor[rows, :longest] = part
-        for row, length in zip(rows, cache.lengths, strict=True):
-            self.cache.lengths[row] = length
+        last = prefill(self.model, windows, cache, self.drafts > 0)
+        if not everything:
+            for ours, theirs in zip(self.cache.layers, cache.layers, strict=True):
+                for tensor, part in zip(ours, theirs, strict=True):
+                    tensor[rows, :longest] = part
+            self.cache.lengths = list(self.cache.lengths)
+            for row, length in zip(rows, cache.lengths, strict=True):
+                self.cache.lengths[row] = length
+        if self.drafts and hasattr(self, "states"):
+            self.states[rows, 0] = last
+            for row, window in zip(rows, windows, strict=True):
+                self.seen[row], self.fresh[row] = max(len(window) - 2, 0), 0
 
-    def _step(self) -> torch.Tensor:
-        last = torch.tensor([[text[-1]] for text in self.texts], device=self.model.head.weight.device)
-        return self.model(last, self.cache)[:, -1]
+    def _read(self, tokens: list[list[int]]) -> torch.Tensor:
+        """Runs the model on the next bytes (B, S) and returns the probabilities of those after them, (B, S, V)."""
+        ids = torch.tensor(tokens, device=self.model.head.weight.device)
+        if self.drafts:
+            self.states, _ = self.model.hidden(ids, self.cache)
+            self.cache.lengths = [length + ids.shape[1] for length in self.cache.lengths]
+            logits = self.model.head(self.states)
+        else:
+            logits = self.model(ids, self.cache)
+        return distribution(logits.flatten(0, 1), self.sampling).unflatten(0, ids.shape)
+
+    def _draft(self, generators: Generators, limits: Sequence[int]) -> tuple[list[list[int]], torch.Tensor]:
+        """Drafts the largest limit's number of bytes for each row; by chance, the row's own.
+
+        Returns:
+            The drafts (B, n), and the probabilities that they were drawn with, float64 (B, n, V).
+        """
+        model, cache, lengths = self.model, self.cache, self.cache.lengths
+        device, n_rows = self.states.device, len(self.texts)
+        # the module reads what it has not seen: states and the bytes after them; what it drafted on its own states goes
+        width = max(self.fresh) + 1
+        after = [
+            list(text[-1 - n :]) + [EOS_ID] * (width - 1 - n) for text, n in zip(self.texts, self.fresh, strict=True)
+        ]
+        cache.lengths = self.seen
+        h = model.look_ahead(self.states[:, :width], torch.tensor(after, device=device), cache)
+        h = h[torch.arange(n_rows, device=device), torch.tensor(self.fresh, device=device), None]
+        drafts, q = [], []
+        for i in range(max(limits)):
+            if i > 0:
+                cache.lengths = [length + i - 1 for length in lengths]
+                h = model.look_ahead(h, torch.tensor(drafts[-1], device=device)[:, None], cache)
+            q.append(distribution(model.head(h)[:, 0], self.sampling))
+            drawing = [generator if i < limit else None for generator, limit in zip(generators, limits, strict=True)]
+            drafts.append(draw(q[-1], drawing))
+        cache.lengths = lengths
+        return [list(row) for row in zip(*drafts, strict=True)], torch.stack(q, dim=1)
 
 
-def prefill(model: Transformer, texts: Sequence[bytes | bytearray], cache: Cache) -> None:
-    """Reads texts into the rows of a cache, from its beginning, a bounded number of positions at a time.
+def prefill(
+    model: Transformer, texts: Sequence[bytes | bytearray], cache: Cache, look_ahead: bool = False
+) -> torch.Tensor | None:
+    """Reads texts, apart from the last byte of each, into the rows of a cache, from its beginning.
 
-    Shorter rows are padded on the right. The padding comes after what it could disturb, and is forgotten at the end.
+    This goes by a bounded number of positions at a time. Shorter rows are padded on the right: the padding comes after
+    what it could disturb, and is forgotten at the end.
+
+    Returns:
+        With `look_ahead`, where the first MTP module reads too, the state after each row's last byte read, (B, dim).
     """
     ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
     for row, text in enumerate(texts):
         ids[row, : len(text)] = torch.tensor(list(text), dtype=torch.int64)
+    ids = ids.to(model.head.weight.device)
     cache.lengths = [0] * len(texts)
+    last = ids.new_zeros(len(texts), model.args.dim, dtype=model.compute_dtype) if look_ahead else None
     chunk = max(PREFILL_POSITIONS // len(texts), 1)
-    for start in range(0, ids.shape[1], chunk):
-        model(ids[:, start : start + chunk].to(model.head.weight.device), cache)
-    cache.lengths = [len(text) for text in texts]
+    for start in range(0, ids.shape[1] - 1, chunk):
+        end = min(start + chunk, ids.shape[1] - 1)
+        if not look_ahead:
+            model(ids[:, start:end], cache)
+            continue
+        h, _ = model.hidden(ids[:, start:end], cache)
+        model.look_ahead(h, ids[:, start + 1 : end + 1], cache)
+        cache.lengths = [end] * len(texts)
+        for row, text in enumerate(texts):
+            if start <= len(text) - 2 < end:
+                last[row] = h[row, len(text) - 2 - start]
+    cache.lengths = [len(text) - 1 for text in texts]
+    return last
 
 
 class HoldBack:
@@ -295,13 +420,24 @@ class HoldBack:
         return held
 
 
-def generate(model: Transformer, prompts: Sequence[bytes], sampling: Sampling) -> Iterator[tuple[int, bytes]]:
+@dataclass
+class Tally:
+    """How many bytes were drafted for rows that could take them, and how many of these were accepted."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+def generate(
+    model: Transformer, prompts: Sequence[bytes], sampling: Sampling, tally: Tally | None = None
+) -> Iterator[tuple[int, bytes]]:
     """Continues prompts, `max_batch_size` of them at a time.
 
     Args:
         model: The model. What `model.attn_impl` says while this runs is how it attends.
         prompts: Any number of prompts of any length. An empty one stands for the beginning of a document.
         sampling: How to choose, and when to end.
+        tally: Counts the drafts.
 
     Yields:
         A prompt's number and the bytes that come next in its text, as soon as they are certain. Prompts of a batch take
@@ -315,37 +451,72 @@ def generate(model: Transformer, prompts: Sequence[bytes], sampling: Sampling) -
         return
     size = model.args.max_batch_size
     for first in range(0, len(prompts), size):
-        yield from _generate_batch(model, first, prompts[first : first + size], sampling)
+        yield from _generate_batch(model, first, prompts[first : first + size], sampling, tally or Tally())
 
 
 def _generate_batch(
-    model: Transformer, first: int, prompts: Sequence[bytes], sampling: Sampling
+    model: Transformer, first: int, prompts: Sequence[bytes], sampling: Sampling, tally: Tally
 ) -> Iterator[tuple[int, bytes]]:
     """`generate` for prompts that fit a batch, the first of which has number `first`. Rows leave as they end."""
-    rows = list(range(first, first + len(prompts)))
-    generators = {row: row_generator(sampling.seed, row) for row in rows}
-    texts = {row: HoldBack(sampling.stop) for row in rows}
-    batch = Batch(model, prompts, sampling.max_new_tokens)
-    for left in range(sampling.max_new_tokens - 1, -1, -1):
-        going = []  # places in the batch, and the ids drawn there, of the rows that go on
-        for i, drawn in enumerate(sample(batch.logits, sampling, [generators[row] for row in rows])):
-            text = texts[rows[i]]
-            piece = b"" if drawn == EOS_ID else text.feed(bytes([drawn]))
-            ended = drawn == EOS_ID or text.found or left == 0
-            if ended:
-                piece += text.flush()
-            else:
-                going.append((i, drawn))
+    rows = [Row(first + i, sampling) for i in range(len(prompts))]
+    batch = Batch(model, prompts, sampling)
+    numbers = model.n_params()[1] * (1 + batch.drafts)
+    accepted: list[list[int]] = [[] for _ in rows]
+    while True:
+        drawn = draw(batch.probs, [row.generator for row in rows])
+        going = []  # places in the batch of the rows that go on
+        for i, row in enumerate(rows):
+            piece = row.take([*accepted[i], drawn[i]])
             if piece:
-                yield rows[i], piece
-            if ended:
-                yield rows[i], b""
+                yield row.number, piece
+            if row.ended:
+                yield row.number, b""
+            else:
+                going.append(i)
         if not going:
             return
         if len(going) < len(rows):
-            rows = [rows[i] for i, _ in going]
-            batch.keep([i for i, _ in going])
-        batch.append([drawn for _, drawn in going])
+            rows = [rows[i] for i in going]
+            batch.keep(going)
+        with threads_for(numbers * len(rows)):
+            accepted = batch.append(
+                [drawn[i] for i in going], [row.generator for row in rows], [row.left for row in rows]
+            )
+        tally.drafted += batch.drafted
+        tally.accepted += sum(map(len, accepted))
+
+
+@contextlib.contextmanager
+def threads_for(numbers: int) -> Iterator[None]:
+    """Stays on one CPU thread for so few numbers whose sharing out saves little, or on a busy machine costs much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if numbers <= ONE_THREAD else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Row:
+    """One text of a batch: its random generator (None at temperature 0), how many bytes are left, and where it ends."""
+
+    def __init__(self, number: int, sampling: Sampling):
+        self.number = number
+        self.generator = row_generator(sampling.seed, number) if sampling.temperature > 0 else None
+        self.text = HoldBack(sampling.stop)
+        self.left = sampling.max_new_tokens
+        self.ended = False
+
+    def take(self, ids: Sequence[int]) -> bytes:
+        """Takes the next bytes, up to where the text ends, and returns those that are certain."""
+        piece = b""
+        for i in ids:
+            self.left -= 1
+            piece += b"" if i == EOS_ID else self.text.feed(bytes([i]))
+            self.ended = i == EOS_ID or self.text.found or self.left == 0
+            if self.ended:
+                return piece + self.text.flush()
+        return piece
 
 
 def complete(model: Transformer, prompt: bytes, sampling: Sampling) -> bytes:
@@ -415,6 +586,7 @@ class Meter:
     def __init__(self) -> None:
         self.bytes = 0
         self.seconds = 0.0
+        self.tally = Tally()
 
     def measure(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
         """Passes on the pieces."""
@@ -427,7 +599,10 @@ class Meter:
             self.seconds += time.perf_counter() - start
 
     def __str__(self) -> str:
-        return f"{self.bytes:,} bytes in {self.seconds:.1f} s: {self.bytes / max(self.seconds, 1e-9):,.1f} bytes/s"
+        speed = f"{self.bytes:,} bytes in {self.seconds:.1f} s: {self.bytes / max(self.seconds, 1e-9):,.1f} bytes/s"
+        if not self.tally.drafted:
+            return speed
+        return f"{speed}, {self.tally.accepted / self.tally.drafted:.0%} of {self.tally.drafted:,} drafts accepted"
 
 
 def write_results(
@@ -445,7 +620,7 @@ def write_results(
     waiting = {row: bytearray(prompt) for row, prompt in enumerate(prompts)}  # not written yet
     over, current = set(), 0
     writer.write(waiting.pop(current))
-    for row, piece in meter.measure(generate(model, prompts, sampling)):
+    for row, piece in meter.measure(generate(model, prompts, sampling, meter.tally)):
         if not piece:
             over.add(row)
         elif row == current:
@@ -479,7 +654,8 @@ def interact(
         text += line
         warned = warned or warn_if_too_long([text], model.args.max_seq_len)
         try:
-            for _, piece in meter.measure(generate(model, [text], replace(sampling, seed=sampling.seed + turn))):
+            turned = replace(sampling, seed=sampling.seed + turn)
+            for _, piece in meter.measure(generate(model, [text], turned, meter.tally)):
                 text += piece
                 writer.write(piece)
         except KeyboardInterrupt:
@@ -610,6 +786,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=default.top_p, metavar="P", help="the fewest bytes that reach P; 1: all"
     )
     how.add_argument("--seed", type=int, metavar="N", help="for the same text again; default: a new one each time")
+    how.add_argument(
+        "--speculate",
+        type=int,
+        default=SPECULATE,
+        metavar="N",
+        help="bytes drafted at a time by an MTP module: for speed alone; default %(default)s, 0: none",
+    )
     how.add_argument("--stop", metavar="STRING", help="ends a text; not printed")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--attn-impl", choices=("naive", "absorb"), help="default: absorb where there is a latent")
@@ -638,6 +821,7 @@ def make_sampling(arguments: argparse.Namespace) -> Sampling:
         seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
         stop=encode(arguments.stop or ""),
+        speculate=arguments.speculate,
     )
 
 

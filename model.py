@@ -618,8 +618,12 @@ class MLP(nn.Module):
         self.w3 = Linear(args, args.dim, inter_dim, stack)
         self.act = ACTIVATIONS[args.hidden_act]
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, offsets: torch.Tensor | None = None, is_here: torch.Tensor | None = None
+    ) -> torch.Tensor:
         gate, up = project(x, self.w1, self.w3, offsets=offsets)
+        if is_here is not None:
+            gate, up = gate.where(is_here, 0), up.where(is_here, 0)
         return self.w2(self.act(gate) * up, offsets)
 
 
@@ -705,7 +709,7 @@ class Experts(MLP):
             h = super().forward(rows, offsets)
         else:  # the rows of the others come last; what a grouped product leaves there is undefined, both ways
             is_here = (torch.arange(len(rows), device=x.device) < offsets[-1]).unsqueeze(1)
-            h = super().forward(rows.where(is_here, 0), offsets).where(is_here, 0)
+            h = super().forward(rows.where(is_here, 0), offsets, is_here).where(is_here, 0)
         h = _Permute.apply(h, inverse, order, 1)
         return torch.einsum("nk,nkd->nd", weights.to(x.dtype), h.unflatten(0, (-1, k)))
 
@@ -1119,6 +1123,7 @@ class DecoderBlock:
         k_pe = torch.cat([k_pe[0::2], k_pe[1::2]])
         self.wq_b = torch.cat(q) if self.q_norm else None
         self.w_in = torch.cat([wq[0], k_pe, kv] if self.q_norm else [*q, k_pe, kv])
+        self.w_in = self.w_in.t().contiguous().t()  # with long rows, a matrix is read faster
         self.widths = [len(wq[0]) if self.q_norm else len(q[0]), len(self.w_in) - self.latent, self.latent]
         self.widths[1] -= self.widths[0]
 
@@ -1151,7 +1156,8 @@ class DecoderBlock:
         q = torch.bmm(q.unflatten(1, (heads, self.nope)).transpose(0, 1), self.w_k).transpose(0, 1)
         q = torch.cat([q, pe[:, :heads]], dim=-1).view(bsz, -1, latent.shape[-1]) * self.scale
         # a cache of several thousand positions is read faster so than from the queries' side
-        scores = torch.mm(latent[0], q[0].t()).t().unsqueeze(0) if bsz == 1 else torch.bmm(latent, q.mT).mT
+        long = bsz == 1 and latent.shape[1] > 1024
+        scores = torch.mm(latent[0], q[0].t()).t().unsqueeze(0) if long else torch.bmm(q, latent.mT)
         if rows > bsz or where.mask is not None:
             mask = causal_mask(rows // bsz, h.device) if where.mask is None else where.mask
             scores = scores.unflatten(1, (-1, heads)).masked_fill(~mask.transpose(1, 2), float("-inf")).flatten(1, 2)

@@ -18,7 +18,7 @@ part r % M of a model. With M = 2 and one block:
 So a block has two sums forward, at the ends of `attn` and `ffn`, and two backward, at their beginnings, where every
 part has only its share of the input's gradient (Megatron-LM, Shoeybi et al. 2019, section 3, calls these g and f).
 Between the two, what is whole computes the same everywhere but gets a share of its gradient: `sum_gradients` adds these
-up. Where each tensor is cut, `convert.cut` says: the parts are those of a native checkpoint.
+up. Where each tensor is cut, `checkpoint.cut` says: the parts are those of a native checkpoint.
 
 Data-parallel processes take their share of every batch. Gradients are averaged by DDP, or parameters, gradients and
 optimizer state are sharded by FSDP2. Nothing that is computed depends on the layout but for the rounding of sums.
@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from convert import Box, CheckpointError, Crew, check_parallel, held, whole_shapes
+from checkpoint import Box, CheckpointError, Crew, check_parallel, held, whole_shapes
 from model import Losses, ModelArgs, Transformer, draw_weight
 
 TIMEOUT = timedelta(minutes=10)  # of whatever one process waits for; a step or a saved checkpoint takes less
@@ -55,7 +55,7 @@ def is_first() -> bool:
 
 
 class Layout(Crew):
-    """This process's place among all; see `convert.Crew` for what checkpoints need of it.
+    """This process's place among all; see `checkpoint.Crew` for what checkpoints need of it.
 
     Attributes:
         world: Number of processes.
@@ -64,13 +64,21 @@ class Layout(Crew):
         device: Where this process computes.
     """
 
-    def __init__(self, device: str, model_parallel: int = 1, shards: bool = False):
+    def __init__(self, device: str, model_parallel: int = 1, shards: bool = False, imagined: int | None = None):
         """Joins the other processes, if torchrun started some.
+
+        Args:
+            device: "cuda", "mps" or "cpu".
+            model_parallel: Into how many parts the model is cut.
+            shards: Whether FSDP shards it among the data-parallel processes.
+            imagined: A number of processes that are not there: then nothing is sent, but counted in `counted`, bytes.
 
         Raises:
             LayoutError: The number of processes is no multiple of `model_parallel`, or the device is of no use.
         """
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if imagined is not None:
+            self.world, self.rank = imagined, 0
         if self.world % model_parallel:
             works = ", ".join(str(n) for n in range(1, self.world + 1) if self.world % n == 0)
             raise LayoutError(
@@ -84,7 +92,8 @@ class Layout(Crew):
         self.writes_copies = self.dp_rank == 0
         self._cuts: dict[nn.Parameter, int] = {}  # of the parameters that are cut among parts, the dimension
         self._shares: list[nn.Parameter] = []  # those whose gradient is a share on each part
-        if self.world > 1:
+        self.counted, self.dp_mesh, self.dp_group, self.mp_group = 0, None, None, None
+        if self.world > 1 and imagined is None:
             if device == "cuda":
                 self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
                 torch.cuda.set_device(self.device)
@@ -187,18 +196,18 @@ class Layout(Crew):
 
     def _connect(self, model: Transformer) -> None:
         """Puts the sums and copies between the parts into a model that was cut."""
-        group, blocks = self.mp_group, [*model.layers, *(module.block for module in model.mtp)]
+        blocks = [*model.layers, *(module.block for module in model.mtp)]
 
         def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return _Copy.apply(inputs[0], group), *inputs[1:]
+            return _Copy.apply(inputs[0], self), *inputs[1:]
 
         def leave(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
             if isinstance(output, torch.Tensor):
-                return _Sum.apply(output, group)
+                return _Sum.apply(output, self)
             y, routing = output
             share = routing.balance_loss / self.mp  # each part computes all of it, and its gradients are added up
             balance_loss = share + (routing.balance_loss - share).detach()
-            return _Sum.apply(y, group), routing._replace(balance_loss=balance_loss)
+            return _Sum.apply(y, self), routing._replace(balance_loss=balance_loss)
 
         for block in blocks:
             block.attn.n_heads //= self.mp
@@ -207,14 +216,14 @@ class Layout(Crew):
                 half.register_forward_hook(leave)
             if hasattr(block.ffn, "experts"):
                 block.ffn.experts.first_expert = self.mp_rank * (model.args.n_routed_experts // self.mp)
-        model.embed = _Embedding(model.embed.weight, self.mp_rank, group)
+        model.embed = _Embedding(model.embed.weight, self)
         model.head.register_forward_pre_hook(enter)
         model.head.register_forward_hook(self._side_by_side)
 
     def _side_by_side(self, _module: nn.Module, _inputs: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
         width = logits.shape[-1]
         before, after = self.mp_rank * width, (self.mp - 1 - self.mp_rank) * width
-        return _Sum.apply(F.pad(logits, (before, after)), self.mp_group)
+        return _Sum.apply(F.pad(logits, (before, after)), self)
 
     def spread(self, model: Transformer, compiles: bool) -> Callable[[torch.Tensor, torch.Tensor], Losses]:
         """Lets the data-parallel processes share their gradients; returns the function that computes the loss.
@@ -236,14 +245,15 @@ class Layout(Crew):
             loss = model.loss
         else:
             loss = torch.compile(model.loss, fullgraph=True) if compiles else model.loss
-        self._note_parameters(model)
+        self.note_parameters(model)
         if self.dp == 1 or self.shards:
             return loss
         return nn.parallel.DistributedDataParallel(
             _LossModule(model, loss), process_group=self.dp_group, gradient_as_bucket_view=True
         )
 
-    def _note_parameters(self, model: Transformer) -> None:
+    def note_parameters(self, model: Transformer) -> None:
+        """Finds the parameters that are cut among the parts, and those whose gradients the parts share."""
         shapes = whole_shapes(model.args)
         for name, p in model.named_parameters():
             if self.mp > 1:
@@ -273,6 +283,15 @@ class Layout(Crew):
             dist.all_reduce(flat, group=self.mp_group)
             for g, new in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 g.copy_(new.view_as(g))
+
+    def share_numbers(self) -> int:
+        """How many numbers `sum_gradients` sends."""
+        return sum(p.numel() for p in self._shares)
+
+    def gathered_numbers(self, model: Transformer) -> int:
+        """How many numbers `whole` gathers in a step, of all matrices."""
+        gathered = [p for p in model.parameters() if p.ndim == 2 and (self.shards or p in self._cuts)]
+        return sum(p.numel() * (self.mp if p in self._cuts else 1) for p in gathered)
 
     def clip_grad_norm(self, model: Transformer, max_norm: float) -> torch.Tensor:
         """`nn.utils.clip_grad_norm_` of the whole model; returns the norm before."""
@@ -327,36 +346,40 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _take(whole: torch.Tensor, box: Box) -> torch.Tensor:
-    """Cuts a rectangle, as `convert.held` gives it, out of a whole parameter."""
+    """Cuts a rectangle, as `checkpoint.held` gives it, out of a whole parameter."""
     part = _flat(whole)[box.top : box.bottom, box.left : box.right]
     return part.reshape(-1, *whole.shape[1:]) if whole.ndim == 3 else part.reshape(part.shape[2 - whole.ndim :])
 
 
-def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def _all_reduce(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The sum over the parts of a model."""
+    if layout.mp_group is None:
+        layout.counted += x.numel() * x.element_size()
+        return x.clone()
     import torch.distributed._functional_collectives as functional
 
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", layout.mp_group))
 
 
 class _Copy(torch.autograd.Function):
     """Where parts begin to differ: the same forward; backward, the sum of the parts' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        ctx.layout = layout
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _all_reduce(grad, ctx.group), None
+        return _all_reduce(grad, ctx.layout), None
 
 
 class _Sum(torch.autograd.Function):
     """Where parts meet again: the sum forward; the same gradient for all of them backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        return _all_reduce(x, group)
+    def forward(ctx: Any, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        return _all_reduce(x, layout)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -366,16 +389,16 @@ class _Sum(torch.autograd.Function):
 class _Embedding(nn.Module):
     """The rows of an embedding that this part holds; those of other parts come in with the sum."""
 
-    def __init__(self, weight: nn.Parameter, rank: int, group: dist.ProcessGroup):
+    def __init__(self, weight: nn.Parameter, layout: Layout):
         super().__init__()
         self.weight = weight
-        self.rank, self.group = rank, group
+        self.layout = layout
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        index = tokens - self.rank * len(self.weight)
+        index = tokens - self.layout.mp_rank * len(self.weight)
         is_here = (index >= 0) & (index < len(self.weight))
         rows = F.embedding(index.where(is_here, 0), self.weight)
-        return _Sum.apply(rows.where(is_here.unsqueeze(-1), 0), self.group)
+        return _Sum.apply(rows.where(is_here.unsqueeze(-1), 0), self.layout)
 
 
 class _LossModule(nn.Module):

@@ -38,8 +38,9 @@ from torch import nn
 from tqdm import tqdm
 
 import fp8_ops
+import plan
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, visible
-from convert import CheckpointError, has_run, keep_freed_memory, load_run, read_config, save_run
+from checkpoint import CheckpointError, has_run, keep_freed_memory, load_run, read_config, save_run
 from data.prepare import DataError, open_bytes, resolve
 from fp8_ops import DeviceError, pick_device, pick_dtype
 from model import ConfigError, Losses, ModelArgs, Transformer
@@ -202,6 +203,11 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
+def is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
+    """Whether a parameter is one of those that `--optimizer` is for."""
+    return p.ndim >= 2 and not name.endswith("gate.weight") and name not in ("embed.weight", "head.weight")
+
+
 def make_optimizers(
     model: Transformer, args: argparse.Namespace, dtype: torch.dtype, layout: Layout | None = None
 ) -> list[torch.optim.Optimizer]:
@@ -211,8 +217,7 @@ def make_optimizers(
     """
     matrices, others = [], []
     for name, p in model.named_parameters():
-        is_hidden = p.ndim >= 2 and not name.endswith("gate.weight") and name not in ("embed.weight", "head.weight")
-        (matrices if is_hidden else others).append(p)
+        (matrices if is_hidden_matrix(name, p) else others).append(p)
     groups = [{"params": others, "lr": args.lr, "weight_decay": 0.0}]
     optimizers = []
     if args.optimizer == "muon":
@@ -241,7 +246,7 @@ def load_optimizer_tensors(
     read: Callable[[str, nn.Parameter], dict[str, torch.Tensor]],
     layout: Layout,
 ) -> None:
-    """Puts back what `optimizer_tensors` returned, which `read` knows of each parameter; see `convert.load_run`."""
+    """Puts back what `optimizer_tensors` returned, which `read` knows of each parameter; see `checkpoint.load_run`."""
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         for key, tensor in read(name, p).items():
@@ -778,6 +783,10 @@ def build_parser() -> Parser:
         help="shard parameters, gradients and optimizer state over the data-parallel processes",
     )
     compute.add_argument("--seed", type=SEED, default=0, help="of the weights and the order of the data")
+    planning = p.add_argument_group("planning")
+    planning.add_argument("--plan", action="store_true", help="say what each process would hold and send, and end")
+    planning.add_argument("--world-size", type=POSITIVE_INT, metavar="N", help="number of processes to plan for")
+    planning.add_argument("--device-memory", type=POSITIVE, metavar="GB", help="of a device: will it fit?")
     report = p.add_argument_group("reports")
     report.add_argument("--log-interval", type=POSITIVE_INT, default=10, help="steps between lines of metrics")
     report.add_argument("--eval-interval", type=NOT_NEGATIVE_INT, default=0, help="steps; 0: a tenth of the run")
@@ -798,7 +807,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, ModelArgs]:
     given = parser.parse_args(argv)
     shape, defaults = read_config(given.config)
     flags = {action.dest: action for action in parser._actions}
-    fixed = ("help", "config", "save_path", "resume")
+    fixed = ("help", "config", "save_path", "resume", "plan", "world_size", "device_memory")
     config_argv: list[str] = []
     for key, value in defaults.items():
         action = flags.get(key)
@@ -814,6 +823,12 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, ModelArgs]:
     parser.parse_args(["--config", given.config, *config_argv])
     parser.source = ""
     args = parser.parse_args(config_argv + (sys.argv[1:] if argv is None else argv))
+    args.gemm_impl = args.gemm_impl or ("fp8" if shape.dtype == "fp8" else "bf16")
+    if args.plan:
+        args.world_size = args.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        return args, shape
+    if args.world_size is not None or args.device_memory is not None:
+        parser.error("--world-size and --device-memory are for --plan; torchrun says how many processes there are")
     if (args.steps is None) == (args.minutes is None):
         parser.error("give one of --steps and --minutes: how long to train")
     if args.resume and args.save_path is None:
@@ -822,7 +837,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, ModelArgs]:
         raise ConfigError(f"{args.config}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
     if shape.n_mtp_layers >= shape.max_seq_len:
         raise ConfigError(f"{args.config}: n_mtp_layers must be below max_seq_len ({shape.max_seq_len})")
-    args.gemm_impl = args.gemm_impl or ("fp8" if shape.dtype == "fp8" else "bf16")
     return args, shape
 
 
@@ -873,6 +887,12 @@ def describe(
 def train(argv: list[str] | None) -> int:
     """Runs the command; returns its exit code."""
     args, shape = parse_args(argv)
+    if args.plan:
+        dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+        fp8_ops.gemm_impl = args.gemm_impl
+        states = lambda name, p: 1 if args.optimizer == "muon" and is_hidden_matrix(name, p) else 2  # noqa: E731
+        print(plan.show(plan.make_plan(shape, args, dtype, states), shape, args, args.device_memory))
+        return 0
     keep_freed_memory()
     layout = Layout(pick_device(args.device), args.model_parallel, args.fsdp)
     try:

@@ -21,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+import checkpoint  # noqa: E402
 import convert  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 
@@ -50,13 +51,13 @@ def run(code: str, *flags: object) -> tuple[float, float]:
     ready = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import convert, torch
+import checkpoint, convert, torch
 torch.set_num_threads(1)
-convert.keep_freed_memory()
+checkpoint.keep_freed_memory()
 begin = time.perf_counter()
 """
     done = """
-status = convert.Path("/proc/self/status").read_text()
+status = checkpoint.Path("/proc/self/status").read_text()
 print(time.perf_counter() - begin, status.split("VmHWM:")[1].split()[0])
 """
     process = subprocess.run(
@@ -92,7 +93,7 @@ def make(folder: Path, gb: float) -> None:
             tensor.copy_(
                 torch.randn(1 << 16).repeat(-(-tensor.numel() // (1 << 16)))[: tensor.numel()].view(tensor.shape)
             )
-    convert.save_model(model, folder)
+    checkpoint.save_model(model, folder)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import convert  # noqa: E402
+import checkpoint  # noqa: E402
 import fp8_ops  # noqa: E402
 from fp8_ops import BLOCK, act_quant, act_quant_both, fp8_gemm, weight_dequant, weight_quant  # noqa: E402
 
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, help="write both loss curves to this JSON file")
     parser.add_argument("--figure", type=Path, help="draw the curves into this .svg file")
     args = parser.parse_args()
-    convert.keep_freed_memory()  # as the commands do
+    checkpoint.keep_freed_memory()  # as the commands do
     if unknown := set(args.parts) - {"dequant", "cast", "kernels", "train"}:
         parser.error(f"no part {unknown.pop()!r}")
     on_gpu = fp8_ops.multiplies_fp8(torch.device("cuda"))

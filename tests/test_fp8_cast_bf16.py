@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fp8_cast_bf16
-from convert import CheckpointError
 from fp8_ops import weight_quant
+from tensor_files import CheckpointError
 
 ROOT = Path(fp8_cast_bf16.__file__).parent
 E4M3 = torch.float8_e4m3fn
@@ -94,7 +95,7 @@ def test_one_file_without_index(tmp_path: Path) -> None:
 def test_bands(fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where a tensor takes many bands."""
     assert run(fp8, tmp_path / "whole") == 0
-    monkeypatch.setattr("convert.BAND_BYTES", 1)
+    monkeypatch.setattr("tensor_files.BAND_BYTES", 1)
     assert run(fp8, tmp_path / "bands") == 0
     for file in FILES:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "bands" / file).read_bytes()
@@ -161,7 +162,8 @@ def test_where_to(fp8: Path, tmp_path: Path) -> None:
 
 
 def test_killed_and_run_again(fp8: Path, tmp_path: Path) -> None:
-    slow = "import convert, time; f = convert.Piece.read\nconvert.Piece.read = lambda *a: (time.sleep(0.1), f(*a))[1]"
+    slow = "import time; from tensor_files import Piece; read = Piece.read\n"
+    slow += "Piece.read = lambda *a: (time.sleep(0.1), read(*a))[1]"
     code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n{slow}\nimport fp8_cast_bf16\nsys.exit(fp8_cast_bf16.main())"
     flags = ["--input-fp8-hf-path", str(fp8), "--output-bf16-hf-path", str(tmp_path / "out")]
     for signum, expected in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
@@ -178,3 +180,40 @@ def test_killed_and_run_again(fp8: Path, tmp_path: Path) -> None:
 def test_nothing_is_read_to_plan() -> None:
     with pytest.raises(CheckpointError):
         fp8_cast_bf16.plan({})
+
+
+def test_what_the_files_say_of_themselves_stays(tmp_path: Path) -> None:
+    """Metadata of files and index; of the config in parts too, FP8 alone goes; a file of scales is left out."""
+    source, target = tmp_path / "fp8", tmp_path / "bf16"
+    source.mkdir()
+    q, s = weight_quant(torch.randn(200, 200))
+    save_file({"w": q}, source / FILES[0], metadata={"format": "pt", "hello": "world"})
+    save_file({"w_scale_inv": s}, source / FILES[1])
+    where = {"w": FILES[0], "w_scale_inv": FILES[1]}
+    told = {"metadata": {"total_size": 1, "total_parameters": 40000}, "weight_map": where}
+    (source / "model.safetensors.index.json").write_text(json.dumps(told))
+    config = {"model_type": "x", "text_config": {"dim": 3, "quantization_config": QUANTIZATION}}
+    (source / "config.json").write_text(json.dumps(config))
+    assert run(source, target) == 0
+    assert sorted(path.name for path in target.glob("*.safetensors")) == FILES[:1]
+    with safe_open(target / FILES[0], "pt") as file:
+        assert file.metadata() == {"format": "pt", "hello": "world"}
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index == {"metadata": {"total_size": 80000, "total_parameters": 40000}, "weight_map": {"w": FILES[0]}}
+    assert json.loads((target / "config.json").read_text()) == {"model_type": "x", "text_config": {"dim": 3}}
+
+
+def test_product_too_large(fp8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(fp8, "a.weight_scale_inv", torch.full((3, 2), 3e38))
+    assert run(fp8, tmp_path / "out") == 2
+    assert "a.weight" in (told := capsys.readouterr().err) and "too large for bfloat16" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_tensor_of_many_rows(tmp_path: Path) -> None:
+    (tmp_path / "fp8").mkdir()
+    (tmp_path / "fp8" / "config.json").write_text("{}")
+    q, s = weight_quant(torch.randn(10, 10))
+    save_file({"w": q, "w_scale_inv": s, "z": torch.empty(1 << 40, 0)}, tmp_path / "fp8" / "model.safetensors")
+    assert run(tmp_path / "fp8", tmp_path / "out") == 0
+    assert load_file(tmp_path / "out" / "model.safetensors")["z"].shape == (1 << 40, 0)

@@ -6,11 +6,13 @@ import json
 import math
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +21,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import convert
+import checkpoint as checkpoints
 import generate
 import model as model_module
-from generate import Batch, HoldBack, Sampling, complete, distribution, row_generator, sample, visible, window_start
+from generate import Batch, HoldBack, Sampling, accept, complete, distribution, row_generator, visible, window_start
 from model import ModelArgs, Transformer
 
 FOLDER = Path(generate.__file__).parent
@@ -87,11 +89,14 @@ class Script:
     """Stands in for a model: row r of the batch gets the bytes of `scripts[r]` after its prompt, for certain."""
 
     def __init__(self, scripts: dict[bytes, bytes], batch_size: int = 4):
-        self.args = SimpleNamespace(max_seq_len=10**6, max_batch_size=batch_size)
+        self.args = SimpleNamespace(max_seq_len=10**6, max_batch_size=batch_size, n_mtp_layers=0)
         self.head = SimpleNamespace(weight=torch.zeros(1))
         self.scripts = scripts  # by the first byte of the prompt, which is one byte
 
-    def new_cache(self, batch_size: int, capacity: int) -> SimpleNamespace:
+    def n_params(self) -> tuple[int, int]:
+        return 0, 0
+
+    def new_cache(self, batch_size: int, capacity: int, spare: int = 0) -> SimpleNamespace:
         return SimpleNamespace(lengths=[0] * batch_size, layers=[[torch.zeros(batch_size, capacity)]])
 
     def __call__(self, tokens: torch.Tensor, cache: SimpleNamespace) -> torch.Tensor:
@@ -105,6 +110,13 @@ class Script:
                 script = self.scripts[bytes([int(memory[row, 0])])]
                 logits[row, 0, (script + b"\0")[length - 1]] = 50.0
         return logits
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
+    """The next byte of each row."""
+    return generate.draw(
+        distribution(logits, sampling), generators if sampling.temperature > 0 else [None] * len(logits)
+    )
 
 
 def by_hand(model: Transformer, prompt: bytes, sampling: Sampling, row: int = 0) -> bytes:
@@ -158,15 +170,18 @@ def models() -> dict[str, Transformer]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints by name."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    convert.save_model(tiny(), folder / "tiny")
-    convert.save_model(tiny(kv_lora_rank=0), folder / "plain")
-    convert.save_model(tiny(vocab_size=300), folder / "foreign")
-    convert.save_model(parrot(), folder / "parrot")
+    checkpoints.save_model(tiny(), folder / "tiny")
+    checkpoints.save_model(tiny(kv_lora_rank=0), folder / "plain")
+    checkpoints.save_model(tiny(vocab_size=300), folder / "foreign")
+    without = tiny(n_mtp_layers=0)
+    without.load_state_dict(tiny().state_dict(), strict=False)
+    checkpoints.save_model(without, folder / "no-mtp")
+    checkpoints.save_model(parrot(), folder / "parrot")
     damaged = tiny()
     damaged.head.weight[5] = math.nan
-    convert.save_model(damaged, folder / "damaged")
+    checkpoints.save_model(damaged, folder / "damaged")
     (folder / "empty").mkdir()
-    convert.save_model(tiny(), folder / "cut")
+    checkpoints.save_model(tiny(), folder / "cut")
     weights = folder / "cut" / "model0-mp1.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     return folder
@@ -238,7 +253,7 @@ def test_the_cache_and_the_positions_of_a_call_are_bounded() -> None:
             return super().__call__(tokens, cache)
 
     model = Watched({b"a": b"a" * 99_999})
-    batch = Batch(model, [b"a" * 9_000, b"a"], 5)
+    batch = Batch(model, [b"a" * 9_000, b"a"], Sampling(max_new_tokens=5))
     assert max(widths) <= generate.PREFILL_POSITIONS
     assert batch.cache.layers[0][0].shape == (2, 9_005)
     assert batch.cache.lengths == [9_000, 1]
@@ -380,6 +395,169 @@ def test_logits_that_are_no_numbers_are_refused(value: float, temperature: float
         sample(torch.tensor([[0.0, 1.0], [value, 1.0]]), Sampling(temperature), [torch.Generator()] * 2)
 
 
+# --- speculation ------------------------------------------------------------------------------------------------------
+
+
+def guessing(seed: int, **changes: int) -> Transformer:
+    """A random model of four likely bytes, "abcd", so that its MTP module's drafts are right now and then."""
+    model = tiny(**changes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.copy_(torch.randn(p.shape, generator=generator) * 2 * p.shape[-1] ** -0.5)
+        a, b = torch.randn(2, model.args.dim, generator=generator)
+        model.head.weight.zero_()[torch.tensor(list(b"abcd"))] = torch.stack([a, -a, b / 2, -b / 2])
+    return model
+
+
+@st.composite
+def speculations(draw: st.DrawFn) -> tuple[Transformer, list[bytes], Sampling]:
+    """A model, prompts and a sampling with drafts."""
+    changes = {"n_mtp_layers": draw(st.integers(1, 2)), "max_seq_len": draw(st.sampled_from([1, 2, 5, 16, 40]))}
+    changes |= {"kv_lora_rank": draw(st.sampled_from([0, 8])), "q_lora_rank": draw(st.sampled_from([0, 6]))}
+    prompts = draw(st.lists(st.lists(st.sampled_from(b"abcd"), max_size=30).map(bytes), min_size=1, max_size=4))
+    sampling = Sampling(
+        seed=draw(st.integers(0, 9)),
+        max_new_tokens=draw(st.integers(1, 45)),
+        stop=draw(st.lists(st.sampled_from(b"abcd"), max_size=3).map(bytes)),
+        speculate=draw(st.integers(1, 6)),
+    )
+    return guessing(draw(st.integers(0, 10**6)), **changes), prompts, sampling
+
+
+@settings(max_examples=60, deadline=None)
+@given(speculations(), st.sampled_from(["naive", "absorb"]))
+def test_greedy_text_is_the_same_with_drafts(
+    speculation: tuple[Transformer, list[bytes], Sampling], attn_impl: str
+) -> None:
+    model, prompts, sampling = speculation
+    model_module.attn_impl = attn_impl
+    sampling = replace(sampling, temperature=0)
+    assert collect(model, prompts, sampling) == collect(model, prompts, replace(sampling, speculate=0))
+
+
+@settings(max_examples=20, deadline=None)
+@given(speculations())
+def test_sampled_text_with_drafts_depends_on_prompt_seed_and_row_alone(
+    speculation: tuple[Transformer, list[bytes], Sampling],
+) -> None:
+    model, prompts, sampling = speculation
+    texts = collect(model, prompts, sampling)
+    assert collect(model, prompts, sampling) == texts
+    assert collect(model, prompts[:1], sampling) == texts[:1]
+
+
+def test_drafts_are_right_now_and_then_and_save_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    model_module.attn_impl = "absorb"
+    model, calls, tally = guessing(3, max_seq_len=512), [], generate.Tally()
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *given: calls.append(given) or hidden(*given))
+    sampling = replace(GREEDY, max_new_tokens=200, speculate=3)
+    text = b"".join(piece for _, piece in generate.generate(model, [b"ab"], sampling, tally))
+    assert 20 < tally.accepted < tally.drafted
+    assert len(calls) == 2 + (len(text) - 1 - tally.accepted)  # the prompt in two, then once for each byte not drafted
+
+
+@pytest.mark.parametrize("attn_impl", ["naive", "absorb"])
+def test_drafts_come_from_all_states_and_bytes_before(attn_impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was drafted, rejected, refilled and left meanwhile, the first draft is what training would predict."""
+    model_module.attn_impl = attn_impl
+    model, checked = guessing(5, max_seq_len=24, original_seq_len=24), []
+    draft = Batch._draft
+
+    def checking(batch: Batch, *given: object) -> tuple[list[list[int]], torch.Tensor]:
+        drafts, q = draft(batch, *given)
+        for text, start, (first, *_), limit in zip(batch.texts, batch.starts, drafts, given[1], strict=True):
+            if limit == 0:
+                continue
+            window = torch.tensor([list(text[start:])])
+            h, _ = model.hidden(window[:, :-1])
+            h, _ = model.mtp[0](h, model.embed(window[:, 1:]), model.positions(h.shape[1], None), None)
+            assert first == model.head(h)[0, -1].argmax()
+            checked.append(first)
+        return drafts, q
+
+    monkeypatch.setattr(Batch, "_draft", checking)
+    prompts = [b"abca", b"b", b"abcdabcdab"]
+    collect(model, prompts, replace(GREEDY, speculate=3, max_new_tokens=60))
+    assert len(checked) > 50
+
+
+def test_what_stays_and_what_is_drawn_anew_have_the_models_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all drafts and chances: sum_x q(x) · (stays(x) · [x] + (1 - stays(x)) · anew(x)) = p."""
+    rng = np.random.default_rng(0)
+    chance = [0.0]
+    monkeypatch.setattr(generate, "uniform", lambda generator: chance[0])
+    for trial in range(50):
+        p, q = torch.tensor(rng.dirichlet(np.full(6, 0.5), size=(2, 2)))
+        if trial % 3 == 0:
+            p[0, :2], q[0, 1:3] = 0, 0
+            p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+        total = torch.zeros(6, dtype=torch.float64)
+        for x in q[0].nonzero().flatten().tolist():
+            stays = min(1.0, float(p[0, x] / q[0, x]))
+            total[x] += q[0, x] * stays
+            for chance[0], expected in ((stays - 1e-9, 1), (stays + 1e-9, 0)):
+                if not 0 <= chance[0] < 1:
+                    continue
+                n, after = accept(p, q, [x], None)
+                assert n == expected
+                if n == 0:
+                    total += q[0, x] * (1 - stays) * after
+                else:
+                    torch.testing.assert_close(after, p[1])
+        torch.testing.assert_close(total, p[0], rtol=0, atol=1e-12)
+
+
+def exact(model: Transformer, prompt: bytes, sampling: Sampling, n: int) -> dict[bytes, float]:
+    """The probability of each text of up to `n` bytes, by going through all of them."""
+    if n == 0:
+        return {b"": 1.0}
+    (probs,) = distribution(model(torch.tensor([list(prompt)]))[:, -1], sampling)
+    texts = {b"": float(probs[0])}
+    for byte in range(1, len(probs)):
+        for rest, p in exact(model, prompt + bytes([byte]), sampling, n - 1).items() if probs[byte] > 0 else ():
+            texts[bytes([byte]) + rest] = float(probs[byte]) * p
+    return texts
+
+
+@pytest.mark.parametrize("how", [{}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 1.7, "top_k": 3, "top_p": 0.9}])
+@pytest.mark.parametrize("speculate", [1, 3])
+def test_texts_with_drafts_come_with_their_exact_probabilities(how: dict[str, float], speculate: int) -> None:
+    model_module.attn_impl = "absorb"
+    model, n = tiny(vocab_size=4, max_batch_size=1000), 6000
+    sampling = Sampling(**{"temperature": 1.0, "seed": 1} | how, max_new_tokens=4, speculate=speculate)
+    tally, texts = generate.Tally(), [b""] * n
+    for row, piece in generate.generate(model, [b"\1\2"] * n, sampling, tally):
+        texts[row] += piece
+    assert 0.2 < tally.accepted / tally.drafted < 0.95
+    expected = {text: p * n for text, p in exact(model, b"\1\2", sampling, 4).items() if p > 0}
+    counts = Counter(texts)
+    assert set(counts) <= set(expected)
+    rare = [text for text, e in expected.items() if e < 5]
+    pairs = [(counts[text], e) for text, e in expected.items() if e >= 5]
+    pairs += [(sum(counts[text] for text in rare), sum(expected[text] for text in rare))] if rare else []
+    chi_square = sum((count - e) ** 2 / e for count, e in pairs if e > 0)
+    freedom = len(pairs) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)  # four standard deviations
+
+
+def test_the_command_drafts_unless_told_otherwise(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    outputs = []
+    for checkpoint, flags, told in [
+        ("tiny", [], True),
+        ("tiny", ["--speculate", "1"], True),
+        ("tiny", ["--speculate", "0"], False),
+        ("no-mtp", [], False),
+    ]:
+        assert generate.main(command(folder, checkpoint, "--prompt", "x", "--temperature", "0", *flags)) == 0
+        out, err = capfd.readouterr()
+        assert (re.search(r"bytes/s, \d+% of [\d,]+ drafts accepted\n", err) is not None) == told
+        outputs.append(out)
+    assert len(set(outputs)) == 1
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 
@@ -414,7 +592,7 @@ def test_a_file_of_prompts_gives_each_result_in_order_and_a_zero(
     file.write_bytes(b"one\n\n\xffthree\r\r\nfour\nfive\n\na prompt longer than the context")
     assert generate.main(command(folder, "tiny", "--input-file", str(file), "--seed", "4")) == 0
     out, err = capfdbinary.readouterr()
-    texts = collect(tiny(), prompts, Sampling(seed=4))
+    texts = collect(tiny(), prompts, Sampling(seed=4, speculate=generate.SPECULATE))
     assert out == b"".join(prompt + text + b"\0" for prompt, text in zip(prompts, texts, strict=True))
     warning, speed = err.decode().splitlines()
     assert warning == (
@@ -506,6 +684,7 @@ BAD = {
     "no number": (["--prompt", "a", "--top-k", "many"], "--top-k"),
     "negative length": (["--prompt", "a", "--max-new-tokens", "-1"], "max-new-tokens must be 0 or more, got -1"),
     "negative top-k": (["--prompt", "a", "--top-k", "-1"], "top-k must be 0 or more"),
+    "negative drafts": (["--prompt", "a", "--speculate", "-1"], "speculate must be 0 or more"),
     "negative seed": (["--prompt", "a", "--seed", "-5"], "seed must be 0 or more"),
     "top-p 0": (["--prompt", "a", "--top-p", "0"], "top-p must be greater than 0"),
     "top-p too large": (["--prompt", "a", "--top-p", "1.01"], "top-p must be"),
@@ -617,7 +796,7 @@ def test_no_lines_no_replies(
 
 
 def test_ctrl_c_stops_a_reply_on_a_terminal_and_everything_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(model: object, prompts: list[bytes], sampling: Sampling) -> Iterator[tuple[int, bytes]]:
+    def interrupted(model: object, prompts: list[bytes], *_: object) -> Iterator[tuple[int, bytes]]:
         asked.append(prompts[0])
         yield 0, b"x"
         raise KeyboardInterrupt

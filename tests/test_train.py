@@ -28,12 +28,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import convert
+import checkpoint as checkpoints
 import fp8_ops
 import model as model_module
 import train
 from byte_tokenizer import visible
-from convert import CheckpointError, load_model, load_run
+from checkpoint import CheckpointError, load_model, load_run
 from data.prepare import DataError, resolve
 from parallel import Layout
 from train import Muon, Trainer, WindowSampler, evaluate, main, orthogonalize, schedule, split
@@ -601,7 +601,7 @@ def test_learning_rate_that_explodes(here: Here, capsys: pytest.CaptureFixture[s
     assert err.count("\n") == 1 and "step " in err
     if (here.run / "checkpoints.json").exists():
         for which in ("best", "last"):
-            tensors = convert.load_model(checkpoint(here.run, which)).state_dict().values()
+            tensors = checkpoints.load_model(checkpoint(here.run, which)).state_dict().values()
             assert all(t.isfinite().all() for t in tensors)
     assert all(math.isfinite(row.get("val_loss", 0)) for row in lines(here.run))
 
@@ -659,7 +659,7 @@ def test_best_is_remembered_by_a_resumed_run(here: Here, monkeypatch: pytest.Mon
 def test_full_disk(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(here.flags("--steps", 2)) == 0
     before = {p: p.read_bytes() for p in here.run.rglob("*.safetensors")}
-    write_all = convert._write_all
+    write_all = checkpoints._write_all
 
     def full_disk(file: Any, tensor: torch.Tensor) -> None:
         if "state" in Path(file.name).name:
@@ -667,7 +667,7 @@ def test_full_disk(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             raise OSError(28, "No space left on device")
         write_all(file, tensor)
 
-    monkeypatch.setattr(convert, "_write_all", full_disk)
+    monkeypatch.setattr(checkpoints, "_write_all", full_disk)
     assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, "No space left on device")
     assert {p: p.read_bytes() for p in here.run.rglob("*.safetensors")} == before
     assert not list(here.run.glob(".*"))
@@ -708,9 +708,11 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
 
         return wrapper
 
-    monkeypatch.setattr(convert, "_write_shards", dying(convert._write_shards, True))
+    monkeypatch.setattr(checkpoints, "_write_shards", dying(checkpoints._write_shards, True))
     monkeypatch.setattr(Path, "write_text", dying(Path.write_text, True))
-    for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree"), (os, "fsync")):
+    for name in ("mkdir", "rename", "replace", "unlink"):
+        monkeypatch.setattr(Path, name, dying(getattr(Path, name), False))
+    for owner, name in ((shutil, "rmtree"), (os, "fsync")):
         monkeypatch.setattr(owner, name, dying(getattr(owner, name), False))
 
 
@@ -1348,7 +1350,7 @@ def test_without_mallopt(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for load in (lambda _: Library(), missing(OSError("none")), missing(TypeError("no name"))):
         monkeypatch.setattr(ctypes, "CDLL", load)
-        convert.keep_freed_memory()
+        checkpoints.keep_freed_memory()
 
 
 def test_optimizer_state_goes_where_its_parameter_is(here: Here) -> None:

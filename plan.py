@@ -1,0 +1,170 @@
+"""What a layout would hold and send, without building anything: the model is made, run forward and backward once, on
+torch's meta device, where tensors have shapes and no memory.
+
+    python train.py --config configs/base.json --plan --world-size 8 --fsdp --device-memory 80
+
+So nothing here is a formula that could forget a layer: the sizes are those of the tensors that a process would have,
+the activations are what autograd saves for the backward pass, and the sums between model-parallel processes are counted
+where they would be sent. What a kernel needs besides for a moment is not in it, nor what the allocator wastes.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from model import ModelArgs, Transformer
+from parallel import Layout
+
+
+@dataclass
+class Plan:
+    """Bytes by what they are for.
+
+    Attributes:
+        held: What a process holds while it trains.
+        cache: What it would hold beside bfloat16 weights to generate, `max_batch_size` sequences of `max_seq_len`.
+        sent: What it sends in a step, counted once: a ring of n processes moves 2 (n - 1) / n times the bytes of a sum,
+            and (n - 1) / n times those that are gathered or scattered.
+    """
+
+    held: dict[str, int] = field(default_factory=dict)
+    cache: int = 0
+    sent: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bytes held in all."""
+        return sum(self.held.values())
+
+
+def make_plan(args: ModelArgs, flags: argparse.Namespace, dtype: torch.dtype, n_states: Any) -> Plan:
+    """Works out what each process of a layout would hold and send.
+
+    Args:
+        args: The model's shape.
+        flags: train.py's flags: of the layout, the batch and the precision.
+        dtype: Dtype of the activations.
+        n_states: Says how many numbers the optimizer keeps for each of a parameter, by its name and the parameter.
+
+    Raises:
+        LayoutError: The layout cannot be.
+    """
+    layout = Layout("cpu", flags.model_parallel, flags.fsdp, imagined=flags.world_size)
+    layout.check(args, flags.batch_size)
+    with torch.device("meta"):
+        model = layout.make(args, dtype).train()
+        model.gradient_checkpointing = flags.gradient_checkpointing
+        layout.note_parameters(model)
+        tokens = torch.zeros(flags.batch_size // layout.dp, args.max_seq_len, dtype=torch.int64)
+        activations = run_once(model, tokens, layout)
+    plan, per_batch = Plan(), layout.counted
+    sizes = {name: _held_numbers(p, layout) for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    plan.held["parameters"] = 4 * sum(sizes.values())
+    plan.held["gradients"] = 4 * sum(sizes.values())
+    plan.held["optimizer state"] = sum(4 * n * n_states(name, parameters[name]) for name, n in sizes.items())
+    if flags.gemm_impl == "fp8" and not layout.shards:
+        plan.held["FP8 copies of the weights"] = sum(2 * layer.weight.numel() for layer in model.fp8_layers())
+    if layout.shards:
+        blocks = [sum(p.numel() for p in block.parameters()) for block in [*model.layers, *model.mtp]]
+        plan.held["a block, gathered"] = 4 * max(blocks)
+    plan.held["activations"] = activations
+    numbers = args.cache_numbers_per_position()[0] // (layout.mp if args.kv_lora_rank == 0 else 1)
+    plan.cache = numbers * args.max_seq_len * args.max_batch_size * 2
+    plan.sent = _sent(model, layout, flags, per_batch)
+    return plan
+
+
+def run_once(model: Transformer, tokens: torch.Tensor, layout: Layout) -> int:
+    """Runs a batch forward and backward; returns the bytes that are saved in between."""
+    weights = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage  # kept, so that no other is taken for it
+        return tensor
+
+    layout.counted = 0
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = model.loss(tokens, tokens)
+    size = model.compute_dtype.itemsize
+    if model.gradient_checkpointing:  # each block's input, and what one of them saves when it is run again
+        where, x = (
+            model.positions(tokens.shape[1], None),
+            tokens.new_empty(*tokens.shape, model.args.dim, dtype=model.compute_dtype),
+        )
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kept = model.layers[-1](x.requires_grad_(), where, None)
+        inputs = len([*model.layers, *model.mtp]) * x.numel() * size
+        bytes_saved = inputs + sum(storage.nbytes() for storage in saved.values())
+        del kept
+        layout.counted = 0
+        losses = model.loss(tokens, tokens)
+    else:
+        bytes_saved = sum(storage.nbytes() for storage in saved.values())
+    losses.total.backward()
+    return bytes_saved
+
+
+def _held_numbers(p: nn.Parameter, layout: Layout) -> int:
+    """How many numbers of a parameter a process holds: FSDP cuts along the first dimension."""
+    return -(-len(p) // layout.dp) * p[0].numel() if layout.shards else p.numel()
+
+
+def _sent(model: Transformer, layout: Layout, flags: argparse.Namespace, per_batch: int) -> dict[str, int]:
+    sent = {}
+    size = sum(p.numel() for p in model.parameters()) * 4
+    if layout.mp > 1:
+        sent["sums of activations between parts"] = per_batch * flags.accumulation
+        sent["gradients that parts share"] = layout.share_numbers() * 4
+    if layout.shards:
+        sent["parameters gathered for each batch"] = 2 * size * flags.accumulation
+        sent["gradients scattered"] = size * flags.accumulation
+    elif layout.dp > 1:
+        sent["gradients averaged"] = size
+    if flags.optimizer == "muon":
+        sent["matrices gathered for Muon"] = layout.gathered_numbers(model) * (
+            4 if model.compute_dtype == torch.float32 else 2
+        )
+    return {name: n for name, n in sent.items() if n}
+
+
+def show(plan: Plan, args: ModelArgs, flags: argparse.Namespace, device_memory: float | None) -> str:
+    """The plan as text, and whether it fits.
+
+    Args:
+        plan: The plan.
+        args: The model's shape.
+        flags: train.py's flags.
+        device_memory: GB (10⁹ bytes) of a device, or None.
+    """
+    with torch.device("meta"):
+        total, active = Transformer(args).n_params()
+    dp = flags.world_size // flags.model_parallel
+    windows = flags.batch_size // dp
+    lines = [
+        f"{total:,} parameters, {active:,} active per position",
+        f"{flags.world_size} processes: {dp} data-parallel × {flags.model_parallel} model-parallel"
+        f"{', sharded' if flags.fsdp and dp > 1 else ''}, {windows} × {args.max_seq_len} positions at a time in each",
+        "",
+        "each process holds, to train:",
+        *(f"  {name:<36}{_gb(n)}" for name, n in plan.held.items()),
+        f"  {'in all':<36}{_gb(plan.total)}",
+        f"to generate, a cache of {args.max_batch_size} × {args.max_seq_len} positions: {_gb(plan.cache).strip()}",
+        *(["", "each process sends in a step:"] if plan.sent else []),
+        *(f"  {name:<36}{_gb(n)}" for name, n in plan.sent.items()),
+    ]
+    if device_memory is not None:
+        share = plan.total / (device_memory * 1e9)
+        verdict = "fits" if share <= 1 else "does not fit"
+        lines += ["", f"{verdict} in {device_memory:g} GB: {share:.0%} of it"]
+    return "\n".join(lines)
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:>12,.3f} GB" if n >= 1e6 else f"{n / 1e6:>12,.3f} MB"

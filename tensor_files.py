@@ -1,0 +1,614 @@
+"""Tensors in files: what safetensors says of them, and how they are read and written in rectangles.
+
+A tensor is a matrix, and each file that has some of it has a rectangle, a `Box`, of which it is a `Piece`. All pieces
+of a tensor are a `Stored`, from which any rectangle can be read, in a band of rows or two at a time: nothing larger
+than that is in memory.
+
+A safetensors file is the length of a header in eight bytes, the header, JSON that says of each tensor its dtype, shape
+and place, and then the tensors' bytes. Headers are read here and not believed: what is wrong in one is told in a line
+that names the file and the tensor.
+
+FP8 weights have a scale for each block of 128×128, which a file counts from the corner of its own rectangle. So a cut
+through a block, or a seam within one, is exact if no new block needs two different scales, and refused otherwise.
+
+A folder of files is never seen half-written: it is filled under a temporary name, flushed to disk and renamed. A lock
+beside it, which the system releases however a process ends, keeps a second process from filling the same one, and what
+a dead one left there is known by it.
+"""
+
+import json
+import math
+import os
+import shutil
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from fp8_ops import BLOCK, E4M3, weight_dequant, weight_quant
+from model import ConfigError
+
+BAND_BYTES = 1 << 20  # read of a tensor at a time: much for a disk, little for a cache and for malloc
+MAX_JSON_BYTES = 64 << 20  # of a config or an index; that of a trillion parameters has 20
+MAX_HEADER_BYTES = 32 << 20  # a trillion parameters in 400 experts a layer, all in one file, need half of it
+# The dtypes of safetensors, in its own order: a file's tensors lie in the opposite one.
+DTYPES = {
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": E4M3},
+    **{"F8_E8M0": torch.float8_e8m0fnu, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16},
+    **{"BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64},
+    **{"I64": torch.int64, "U64": torch.uint64},
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another model: the message names the file and the remedy."""
+
+
+def shown(value: Any) -> str:
+    """What a file says, fit for a line of an error message."""
+    text = str(value)
+    text = text if len(text) < 150 else text[:150] + "…"
+    return text if text.isprintable() and text else ascii(text)
+
+
+# --- Rectangles ------------------------------------------------------------------------------------------------------
+
+
+class Box(NamedTuple):
+    """A rectangle of a matrix: rows `top` to `bottom` and columns `left` to `right`, ends excluded."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+    def meet(self, other: "Box") -> "Box | None":
+        """The part that two rectangles share; None where there is none."""
+        top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
+        left, right = max(self.left, other.left), min(self.right, other.right)
+        return Box(top, bottom, left, right) if top < bottom and left < right else None
+
+    def within(self, outer: "Box") -> tuple[slice, slice]:
+        """Its rows and columns, counted from the corner of a rectangle around it."""
+        rows = slice(self.top - outer.top, self.bottom - outer.top)
+        return rows, slice(self.left - outer.left, self.right - outer.left)
+
+
+def cut_scales(parts: list[tuple[Box, torch.Tensor]], box: Box) -> torch.Tensor | None:
+    """Finds the scales of a rectangle of FP8 weights which stay as they are while their blocks become others.
+
+    Args:
+        parts: Rectangles side by side, or one above the other, each with its scales (⌈rows/128⌉, ⌈columns/128⌉).
+        box: The rectangle asked for, anywhere in them.
+
+    Returns:
+        Its scales, or None where a block would need two different ones.
+    """
+    across = int(len({part.left for part, _ in parts}) > 1)  # the dimension in which they follow each other
+    parts = sorted(parts, key=lambda item: item[0])
+    scales = torch.cat([s for _, s in parts], dim=across)
+    rows_and_columns = []
+    for dim in (0, 1):
+        sizes = [part.shape[dim] for part, _ in (parts if dim == across else parts[:1])]
+        blocks, first = [], 0  # of each row, or column, the block that it is in
+        for size in sizes:
+            blocks.append(torch.arange(size) // BLOCK + first)
+            first += -(-size // BLOCK)
+        start = (box.top - parts[0][0].top, box.left - parts[0][0].left)[dim]
+        old = torch.cat(blocks)[start : start + box.shape[dim]]
+        scales = scales.narrow(dim, int(old[0]), int(old[-1] - old[0]) + 1)
+        rows_and_columns.append(old - old[0])
+    for dim, old in enumerate(rows_and_columns):
+        new = old[::BLOCK]
+        edges = (old.diff(prepend=old[:1] - 1) != 0).nonzero().flatten()  # where an old block begins
+        if not torch.equal(scales.index_select(dim, old[edges]), scales.index_select(dim, new[edges // BLOCK])):
+            return None
+        scales = scales.index_select(dim, new)
+    return scales
+
+
+def is_aligned(box: Box) -> bool:
+    """Whether each block of a rectangle lies within one block of the whole matrix."""
+    ends = ((box.top, box.bottom), (box.left, box.right))
+    return all(
+        x // BLOCK == (min(x + BLOCK, end) - 1) // BLOCK for start, end in ends for x in range(start, end, BLOCK)
+    )
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: what it is, and at which byte of the file it starts."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: tensor {shown(self.name)}"
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """Reads the whole tensor."""
+        out = torch.empty(self.n_bytes, dtype=torch.uint8)
+        with _opened(self.path) as file:
+            _fill(file, self.offset, out)
+        return out.view(self.dtype).view(self.shape)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Reads the header of a safetensors file and checks all that it says.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its tensors by name, not yet read.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or no safetensors, or the header contradicts itself or the file.
+    """
+    header, start, size = _read_raw_header(path)
+    header.pop("__metadata__", None)
+    entries, offsets = {}, []
+    for name, value in header.items():
+        what = f"{path}: tensor {shown(name)}"
+        if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+            raise CheckpointError(f"{what} needs dtype, shape and data_offsets in the header")
+        dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise CheckpointError(f"{what} is of the unknown dtype {shown(dtype)}")
+        if not _is_sizes(shape) or not _is_sizes(place) or len(place) != 2:
+            raise CheckpointError(f"{what} has impossible shape {shown(shape)} or data_offsets {shown(place)}")
+        entries[name] = entry = Entry(path, name, DTYPES[dtype], tuple(shape), start + place[0])
+        if place[1] - place[0] != entry.n_bytes:
+            raise CheckpointError(f"{what}: {dtype} {shape} takes {entry.n_bytes} bytes, data_offsets say {place}")
+        offsets.append((entry.offset, entry.n_bytes, name))
+    end = start
+    for offset, n_bytes, name in sorted(offsets):
+        if offset != end:
+            raise CheckpointError(f"{path}: tensor {shown(name)} must start at byte {end}, the header says {offset}")
+        end += n_bytes
+    if end != size:
+        raise CheckpointError(f"{path} is truncated or damaged: it has {size} bytes, its header speaks of {end}")
+    return entries
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Reads what a safetensors file says about itself, by which library it is meant for, say."""
+    found = _read_raw_header(path)[0].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{path}: __metadata__ in the header must be an object of texts")
+    return found
+
+
+def _read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The JSON object at the start of a safetensors file, the byte at which it ends, and the file's size."""
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        start = 8 + length
+        if start > size or length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} cannot be read as safetensors: {size} bytes with a header of {length}")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError(type(header).__name__)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors, its header is no JSON object: {error}") from None
+    return header, start, size
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) < 9 and all(type(x) is int and 0 <= x < 1 << 62 for x in value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, no key of which occurs twice or could not be written again."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{shown(key)} is in it twice")
+    "".join(found).encode()
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Opens a file to read; what goes wrong with it becomes a CheckpointError that names it."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is no file")  # a named pipe would have its reader wait for ever
+        with open(path, "rb", buffering=0) as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _fill(file: Any, offset: int, out: torch.Tensor) -> None:
+    """Reads bytes from `offset` on into contiguous uint8 memory; other threads run meanwhile."""
+    view, done = memoryview(out.reshape(-1).numpy()), 0
+    file.seek(offset)
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise CheckpointError(f"{file.name} ends before byte {offset + len(view)}: it was truncated meanwhile")
+        done += count
+
+
+class Output:
+    """A safetensors file to be written, laid out as safetensors itself does it.
+
+    Args:
+        name: The file's name.
+        tensors: Dtype and shape of each tensor.
+        metadata: What else the file says about itself; transformers wants "format".
+
+    Attributes:
+        entries: The tensors and their places.
+        header: The bytes before them.
+        size: Bytes in all.
+    """
+
+    def __init__(
+        self, name: str, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
+    ):
+        order, end = list(DTYPES.values()), 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+        places = {}
+        for key in sorted(tensors, key=lambda key: (-order.index(tensors[key][0]), key)):
+            places[key] = Entry(Path(name), key, *tensors[key], end)
+            start, end = end, end + places[key].n_bytes
+            dtype, shape = DTYPE_NAMES[tensors[key][0]], list(tensors[key][1])
+            header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.name, self.header = name, len(text).to_bytes(8, "little") + text
+        self.size = len(self.header) + end
+        self.entries = {key: entry._replace(offset=len(self.header) + entry.offset) for key, entry in places.items()}
+
+
+# --- Tensors in pieces -----------------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A rectangle of a tensor in a file, and its scales if it is FP8."""
+
+    entry: Entry
+    box: Box
+    scale: Entry | None = None
+
+    def read(self, part: Box, out: torch.Tensor) -> None:
+        """Reads a part of the rectangle, as it is stored, into uint8 (rows, bytes of a row)."""
+        size = self.entry.dtype.itemsize
+        rows, cols = part.within(self.box)
+        stride = self.box.shape[1] * size
+        with _opened(self.entry.path) as file:
+            if out.is_contiguous() and out.shape[1] == stride:
+                _fill(file, self.entry.offset + rows.start * stride, out)
+            else:  # only what is asked for of each row, to where it belongs
+                for i, row in enumerate(out, rows.start):
+                    _fill(file, self.entry.offset + i * stride + cols.start * size, row)
+
+    def read_scales(self) -> torch.Tensor:
+        """Reads the scales and checks them."""
+        s = self.scale.read()
+        if not (s.isfinite() & (s >= 0)).all():
+            raise CheckpointError(f"{self.scale} has scales that are not all finite and positive")
+        return s
+
+
+def make_piece(entry: Entry, box: Box, scale: Entry | None) -> Piece:
+    """Puts a weight and its scales together, once they are checked to fit.
+
+    Raises:
+        CheckpointError: An FP8 weight without scales, or with some of another shape or dtype.
+    """
+    if entry.dtype == E4M3:
+        wanted = tuple(-(-n // BLOCK) for n in box.shape)
+        if scale is None:
+            raise CheckpointError(f"{entry} is FP8, but its scale is missing")
+        if (scale.dtype, scale.shape) != (torch.float32, wanted):
+            got = f"{DTYPE_NAMES[scale.dtype]} {list(scale.shape)}, not F32 {list(wanted)}"
+            raise CheckpointError(f"{scale}, the scale of a weight {list(entry.shape)}, is {got}")
+    return Piece(entry, box, scale)
+
+
+@dataclass
+class Stored:
+    """A tensor, wherever its pieces are.
+
+    Attributes:
+        name: Its name in the files.
+        shape: Its whole shape.
+        dtype: What it is stored in.
+        pieces: Rectangles that cover it.
+        copies: More of the whole, which must be equal: replicated to each rank, or to the MTP modules.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    pieces: list[Piece] = field(default_factory=list)
+    copies: list[Piece] = field(default_factory=list)
+
+    @property
+    def box(self) -> Box:
+        shape = (1, *self.shape)
+        return Box(0, math.prod(shape[:-1]), 0, shape[-1])
+
+    def bands(self, box: Box, step: int = 1) -> Iterator[Box]:
+        """Cuts a rectangle into bands of rows to be read at a time, of a multiple of `step` rows each."""
+        if 0 in box.shape:
+            return
+        height = BAND_BYTES // max(1, box.shape[1] * self.dtype.itemsize)
+        height = max(step, height - height % step)
+        for top in range(box.top, box.bottom, height):
+            yield box._replace(top=top, bottom=min(top + height, box.bottom))
+
+    def read_bytes(self, box: Box) -> torch.Tensor:
+        """Reads a rectangle as it is stored: uint8 (rows, bytes of a row). Compares the copies, if there are any."""
+        size = self.dtype.itemsize
+        out = torch.empty(box.shape[0], box.shape[1] * size, dtype=torch.uint8)
+        for piece in self.pieces:
+            if (part := piece.box.meet(box)) is not None:
+                rows, cols = part.within(box)
+                piece.read(part, out[rows, cols.start * size : cols.stop * size])
+        for copy in self.copies:
+            copy.read(box, other := torch.empty_like(out))
+            if not torch.equal(other, out):
+                raise self._differs(copy.entry, self.pieces[0].entry)
+        return out
+
+    def read_scales(self) -> list[tuple[Box, torch.Tensor]]:
+        """Reads the scales of each piece of FP8 weights. Compares those of the copies, if there are any."""
+        found = [(piece.box, piece.read_scales()) for piece in self.pieces]
+        for copy in self.copies:
+            if not torch.equal(copy.read_scales(), found[0][1]):
+                raise self._differs(copy.scale, self.pieces[0].scale)
+        return found
+
+    def _differs(self, copy: Entry, first: Entry) -> CheckpointError:
+        return CheckpointError(f"{copy} differs from {shown(first.name)} in {first.path.name}: two models")
+
+    def read(self, box: Box, dtype: torch.dtype) -> torch.Tensor:
+        """Reads a rectangle as numbers of `dtype`: FP8 is dequantised."""
+        if self.dtype != E4M3:
+            return self.read_bytes(box).view(self.dtype).to(dtype)
+        out = torch.empty(box.shape, dtype=dtype)
+        for whole, s in self.read_scales():
+            if (part := whole.meet(box)) is not None:
+                rows, cols = part.within(whole)
+                top, left = rows.start // BLOCK, cols.start // BLOCK  # from where its first block begins
+                around = part._replace(top=whole.top + top * BLOCK, left=whole.left + left * BLOCK)
+                s = s[top : -(-rows.stop // BLOCK), left : -(-cols.stop // BLOCK)]
+                q = self.read_bytes(around).view(E4M3)
+                out[part.within(box)] = weight_dequant(q, s, dtype=dtype)[part.within(around)]
+        return out
+
+    def read_fp8(self, box: Box, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads a rectangle as FP8 and its scales: as it is stored, or else quantised now."""
+        if self.dtype != E4M3:
+            return weight_quant(self.read(box, torch.float32), scale_fmt=scale_fmt)
+        return self.read_bytes(box).view(E4M3), self.scales(self.read_scales(), box)
+
+    def scales(self, parts: list[tuple[Box, torch.Tensor]], box: Box) -> torch.Tensor:
+        """`cut_scales`, or an error in its place."""
+        found = cut_scales(parts, box)
+        if found is None:
+            raise CheckpointError(
+                f"{self.pieces[0].entry} {list(self.shape)} cannot be cut or joined so in FP8: a block"
+                f" of {BLOCK}×{BLOCK} would need two scales; take another --model-parallel, or --dtype bf16"
+            )
+        return found
+
+
+# --- Folders and JSON ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Puts the file in front of what a ConfigError says, which may quote any length of that file."""
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(f"{path}: {text if len(text) < 500 else text[:500] + '…'}") from None
+
+
+@contextmanager
+def reporting(path: Path) -> Iterator[None]:
+    """Turns a failing write into a CheckpointError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from None
+
+
+def temporary_path(path: Path) -> Path:
+    """The name under which a folder is filled, beside its own."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def final_path(temporary: Path) -> Path:
+    """The name that a folder with a temporary one is going to have."""
+    return temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
+
+
+def resolved(path: Path) -> Path:
+    """The path with all links followed; those that lead to themselves are an error."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} leads nowhere: {error}") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` at the end; after an error nothing of it remains.
+
+    Raises:
+        CheckpointError: `path` is more than an empty folder, another process is making it, or it cannot be written.
+    """
+    if path.name in ("", ".."):
+        raise CheckpointError(f"{str(path)!r} is no name for a new folder; choose a path that does not exist")
+    with reporting(path), _parents(path), _locked(path) as is_ours:
+        if path.is_symlink() or path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise CheckpointError(f"{path} exists and is no empty folder; choose a path that does not exist")
+        temporary = temporary_path(path)
+        if is_ours:
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif os.path.lexists(temporary):
+            raise CheckpointError(f"{temporary} is where {path} would be made, and is not ours; move it elsewhere")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                fsync(file)
+            fsync(temporary)
+            if path.exists():  # an empty folder, which Windows would not replace
+                path.rmdir()
+            temporary.rename(path)
+            fsync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def remove_leftover(path: Path) -> None:
+    """Removes what a process that died left of `new_folder(path)`; what one is still filling stays."""
+    with suppress(CheckpointError, OSError), _locked(path):
+        shutil.rmtree(temporary_path(path), ignore_errors=True)
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Makes the folders above a path; after an error those are gone again."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Holds the lock for making `path`; yields whether one who is dead now had left it, and so a temporary folder."""
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        is_left = os.path.lexists(lock)
+        with open(lock, "ab") as file:
+            if os.fstat(file.fileno()).st_size:
+                raise CheckpointError(f"{lock} is in the way of making {path}; move it elsewhere")
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise CheckpointError(f"{path} is being written by another process; wait for it") from None
+                except OSError:  # not all network filesystems have locks
+                    pass
+            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                continue  # the one who had it has just finished, and removed it
+            try:
+                yield is_left
+            finally:
+                if fcntl is None:  # what is open cannot be removed there
+                    file.close()
+                lock.unlink(missing_ok=True)
+            return
+
+
+def fsync(path: Path) -> None:
+    """Forces a file or a folder's entries to disk; Windows lets neither be opened for that."""
+    if os.name != "nt":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in a folder, once it is checked that it is no link to elsewhere.
+
+    Raises:
+        CheckpointError: It is one, and not just to the blobs beside the snapshot in a cache of Hugging Face's hub.
+    """
+    home, target = resolved(folder), resolved(folder / name)
+    if target.parent not in (home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])):
+        raise CheckpointError(f"{folder / name} is a link that leads out of the folder, to {target}")
+    return folder / name
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes an object as a JSON file."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_json(temporary, value)
+    fsync(temporary)
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def read_json(path: Path, error_type: type[ValueError]) -> dict[str, Any]:
+    """Reads a JSON file that holds an object, in which no key is twice and all numbers are finite.
+
+    Raises:
+        error_type: It is none; the message names the file.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
+            raise error_type(f"{path} is no file of at most {MAX_JSON_BYTES >> 20} MB")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise error_type(f"{path}: no such file") from None
+    except OSError as error:
+        raise error_type(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise error_type(f"{path} is not readable as JSON: {error}") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise error_type(f"{path} is not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise error_type(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{shown(text)} is no finite number")
+    return number

@@ -1,0 +1,396 @@
+"""Training over several processes, on gloo: each layout must do what one process does.
+
+Run as a script, this file is one of the processes: it goes through a list of scenarios, one after the other.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import generate  # noqa: E402
+import model as model_module  # noqa: E402
+import parallel  # noqa: E402
+import plan  # noqa: E402
+import train  # noqa: E402
+from model import ModelArgs, Transformer  # noqa: E402
+
+
+CONFIG = {
+    **{"dim": 32, "inter_dim": 64, "moe_inter_dim": 32, "n_layers": 3, "n_dense_layers": 1, "moe_layer_freq": 1},
+    **{"n_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_activated_experts": 2, "score_func": "sigmoid"},
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    **{"n_mtp_layers": 1, "max_seq_len": 32, "original_seq_len": 32, "aux_loss_alpha": 0.01},
+}
+V3 = {  # DeepSeek's configs/config_671B.json
+    **{"vocab_size": 129280, "dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61},
+    **{"n_dense_layers": 3, "n_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "n_activated_experts": 8},
+    **{"n_expert_groups": 8, "n_limited_groups": 4, "route_scale": 2.5, "score_func": "sigmoid", "q_lora_rank": 1536},
+    **{"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "dtype": "fp8"},
+}
+PLAIN = CONFIG | {"q_lora_rank": 0, "kv_lora_rank": 0, "n_routed_experts": 0, "n_mtp_layers": 0}
+STEPS = 100
+
+
+# --- What a process does ----------------------------------------------------------------------------------------------
+
+
+def noisy(name: str, index: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Weights none of which is zero or equal to another: what starts at zero would hide faults."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + index)) * 0.2 + (len(shape) == 1)
+
+
+def reference_gradients(args: ModelArgs, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[Transformer, Any]:
+    """What a single process computes, without anything of parallel.py."""
+    model = Transformer(args)
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            p.copy_(noisy(name, i, p.shape, 0))
+    losses = model.train().loss(tokens, targets)
+    losses.total.backward()
+    return model, losses
+
+
+def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing: bool) -> None:
+    """Compares this process's gradients, and the clipped norm, with the parts of the whole ones that they are."""
+    args = ModelArgs.from_dict(config)
+    batch = torch.randint(256, (8, 33), generator=torch.Generator().manual_seed(5))
+    layout = parallel.Layout("cpu", mp, shards)
+    whole, expected = reference_gradients(args, batch[:, :-1], batch[:, 1:])
+    net = layout.make(args, torch.float32)
+    layout.init_weights(net, 0)
+    net.train().gradient_checkpointing = checkpointing
+    compute = layout.spread(net, compiles=False)
+    mine = batch[layout.share(8)]
+    losses = compute(mine[:, :-1], mine[:, 1:])
+    losses.total.backward()
+    layout.sum_gradients()
+    load = layout.sum_data(losses.load.clone())
+    assert torch.equal(load, expected.load)
+    balance = layout.sum_data(losses.balance / layout.dp)
+    torch.testing.assert_close(balance, expected.balance, rtol=1e-5, atol=0)
+    shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+    gradients = {name: p.grad for name, p in whole.named_parameters()}
+    norm = nn.utils.get_total_norm(list(gradients.values()))
+    for name, p in net.named_parameters():
+        box = parallel.held(name, p, shapes[name], args, layout)
+        part, _ = layout.local(p.grad)
+        wanted = gradients[name].reshape(-1, shapes[name][-1])[box.top : box.bottom, box.left : box.right]
+        torch.testing.assert_close(
+            part.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-5 * gradients[name].abs().max().item(), msg=name
+        )
+    torch.testing.assert_close(layout.clip_grad_norm(net, 0.1), norm, rtol=1e-5, atol=0)
+    layout.close()
+
+
+def check_plan(flags: list[str]) -> None:
+    """What the plan says of this layout is what a step of it holds and sends."""
+    args, shape = train.parse_args(flags)
+    world = int(os.environ["WORLD_SIZE"])
+    planned_args, _ = train.parse_args([*flags, "--plan", "--world-size", str(world)])
+    states = lambda name, p: 1 if args.optimizer == "muon" and train.is_hidden_matrix(name, p) else 2  # noqa: E731
+    planned = plan.make_plan(shape, planned_args, torch.float32, states)
+    layout = parallel.Layout("cpu", args.model_parallel, args.fsdp)
+    trainer = train.build_trainer(args, shape, layout)
+    sent, all_reduce = [0], parallel._all_reduce
+
+    def counting(x: torch.Tensor, of: parallel.Layout) -> torch.Tensor:
+        sent[0] += x.numel() * x.element_size()
+        return all_reduce(x, of)
+
+    parallel._all_reduce = counting
+    trainer.train_step(0.5)
+    parallel._all_reduce = all_reduce
+    here = sum(layout.local(p)[0].numel() for p in trainer.model.parameters())
+    most = max(layout.largest(here))
+    assert 4 * most == planned.held["parameters"] == planned.held["gradients"]
+    kept = train.optimizer_tensors(trainer.model, trainer.optimizers)
+    numbers = sum(layout.local(t)[0].numel() for state in kept.values() for t in state.values() if t.ndim)
+    assert 4 * max(layout.largest(numbers)) == planned.held["optimizer state"]
+    assert sent[0] == planned.sent.get("sums of activations between parts", 0)
+    layout.close()
+
+
+def work(scenarios: list[dict[str, Any]]) -> None:
+    """Goes through the scenarios; each has a port of its own to meet at."""
+    model_module.draw_weight = parallel.draw_weight = noisy
+    for scenario in scenarios:
+        os.environ["MASTER_PORT"] = str(scenario["port"])
+        torch.manual_seed(0)
+        if "check" in scenario:
+            check_gradients(**scenario["check"])
+        elif "plan" in scenario:
+            check_plan(scenario["plan"])
+        else:
+            command = train.main if scenario.get("command", "train") == "train" else generate.main
+            assert command(scenario["flags"]) == scenario.get("code", 0), scenario
+
+
+# --- The tests --------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(world: int, scenarios: list[dict[str, Any]], timeout: float = 400) -> list[str]:
+    """Runs scenarios in `world` processes; returns what each wrote to stdout and stderr together."""
+    text = json.dumps([scenario | {"port": free_port()} for scenario in scenarios])
+    common = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, text],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return outputs
+
+
+class Runs:
+    """A folder with data, configs and the runs of this module."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        text = " ".join(f"{i} is {i * i % 97}, so" for i in range(3000)).encode()
+        (folder / "data.txt").write_bytes(text)
+        for name, config in (("moe", CONFIG), ("plain", PLAIN)):
+            (folder / f"{name}.json").write_text(json.dumps(config))
+
+    def flags(self, run: str, *extra: object, config: str = "moe", steps: int = STEPS) -> list[str]:
+        flags = ["--config", self.folder / f"{config}.json", "--data", self.folder / "data.txt", "--steps", steps]
+        flags += ["--batch-size", 8, "--log-interval", 1, "--eval-interval", 1000, "--sample-bytes", 0]
+        flags += ["--dtype", "fp32", "--device", "cpu", "--save-path", self.folder / run, *extra]
+        return [str(flag) for flag in flags]
+
+    def metrics(self, run: str) -> dict[int, dict[str, Any]]:
+        lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
+        return {m["step"]: m for m in map(json.loads, lines) if "train_loss" in m}
+
+    def assert_same(self, run: str, other: str, first: int = 1, tolerance: float = 1e-4) -> None:
+        """Losses, norms and loads, step by step, and the validation loss."""
+        ours, theirs = self.metrics(run), self.metrics(other)
+        assert ours.keys() == theirs.keys() and len(ours) >= 10
+        for step in range(first, max(ours) + 1):
+            for key in ("train_loss", "balance_loss", "mtp_loss"):
+                if key in theirs[step]:
+                    assert ours[step][key] == pytest.approx(theirs[step][key], rel=tolerance), (run, step, key)
+            assert ours[step]["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=20 * tolerance), (run, step)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """With the runs of one process, which others are compared with."""
+    made = Runs(tmp_path_factory.mktemp("runs"))
+    scenarios = [{"flags": made.flags("one")}, {"flags": made.flags("one-adamw", "--optimizer", "adamw", steps=20)}]
+    scenarios.append({"flags": made.flags("one-plain", config="plain", steps=20)})
+    launch(1, scenarios)
+    return made
+
+
+def grads(*layouts: tuple[int, bool, bool]) -> list[dict[str, Any]]:
+    return [
+        {"check": {"config": config, "mp": mp, "shards": shards, "checkpointing": checkpointing}}
+        for mp, shards, checkpointing in layouts
+        for config in (CONFIG, PLAIN | {"kv_lora_rank": 16}, PLAIN | {"n_routed_experts": 4, "score_func": "softmax"})
+    ]
+
+
+def test_gradients_of_two_processes() -> None:
+    launch(2, grads((1, False, False), (1, True, False), (2, False, True)))
+
+
+def test_gradients_of_four_processes() -> None:
+    launch(4, grads((4, False, False), (2, True, True), (2, False, False), (1, True, False)))
+
+
+def test_two_processes_train_as_one(runs: Runs) -> None:
+    adamw = ["--optimizer", "adamw"]
+    launch(
+        2,
+        [
+            {"flags": runs.flags("dp2")},
+            {"flags": runs.flags("mp2", "--model-parallel", 2)},
+            {"flags": runs.flags("fsdp2", "--fsdp")},
+            {"flags": runs.flags("dp2-adamw", *adamw, "--batch-size", 4, "--accumulation", 2, steps=20)},
+            {"flags": runs.flags("mp2-adamw", *adamw, "--model-parallel", 2, "--gradient-checkpointing", steps=20)},
+            {"flags": runs.flags("fsdp2-adamw", *adamw, "--fsdp", "--gradient-checkpointing", steps=20)},
+            {"flags": runs.flags("mp2-plain", "--model-parallel", 2, config="plain", steps=20)},
+        ],
+    )
+    for run in ("dp2", "mp2", "fsdp2"):
+        runs.assert_same(run, "one")
+    for run in ("dp2-adamw", "mp2-adamw", "fsdp2-adamw"):
+        runs.assert_same(run, "one-adamw")
+    runs.assert_same("mp2-plain", "one-plain")
+
+
+def test_four_processes_train_as_one_and_resume_anywhere(runs: Runs) -> None:
+    """Every layout saves half-way what every other goes on from."""
+    layouts = {
+        "dp2mp2": ["--model-parallel", 2],
+        "fsdp2mp2": ["--model-parallel", 2, "--fsdp"],
+        "fsdp4": ["--fsdp"],
+        "mp4": ["--model-parallel", 4],
+    }
+    scenarios = []
+    for name, flags in layouts.items():
+        scenarios.append({"flags": runs.flags(name, *flags, steps=STEPS if name == "fsdp2mp2" else 20)})
+    launch(4, scenarios)
+    runs.assert_same("fsdp2mp2", "one")
+    launch(1, [{"flags": runs.flags("one-20", steps=20)}])
+    for name in ("dp2mp2", "fsdp4", "mp4"):
+        runs.assert_same(name, "one-20")
+
+
+def resume_flags(runs: Runs, run: str, steps: int, *extra: object) -> dict[str, Any]:
+    """A run without schedule, so that its length changes nothing."""
+    flat = ["--warmup", 0, "--decay", 0, "--save-interval", 5, "--eval-interval", 1000]
+    return {"flags": runs.flags(run, *flat, "--resume", *extra, steps=steps)}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_moves_between_layouts(runs: Runs, optimizer: str) -> None:
+    """One process, two, four, two and one again, 5 steps each, are one run of 25 steps."""
+    run, flags = f"moved-{optimizer}", ["--optimizer", optimizer]
+    launch(1, [resume_flags(runs, f"whole-{optimizer}", 25, *flags), resume_flags(runs, run, 5, *flags)])
+    launch(2, [resume_flags(runs, run, 10, "--model-parallel", 2, *flags)])
+    launch(4, [resume_flags(runs, run, 15, "--model-parallel", 2, "--fsdp", *flags)])
+    files = {path.name for path in (runs.folder / run / "step-00000015").iterdir()}
+    shards = {f"{kind}{rank}-mp2.safetensors" for kind in ("model", "state") for rank in range(2)}
+    assert files == {"config.json", "state.json", *shards}
+    launch(2, [resume_flags(runs, run, 20, "--fsdp", *flags)])
+    launch(1, [resume_flags(runs, run, 25, *flags)])
+    runs.assert_same(run, f"whole-{optimizer}")
+
+
+def test_other_precisions(runs: Runs) -> None:
+    """BF16 and FP8 round differently in every layout, but nearly train the same."""
+    kinds = {"bf16": ["--dtype", "bf16"], "fp8": ["--gemm-impl", "fp8"]}
+    launch(1, [{"flags": runs.flags(f"one-{kind}", *flags, steps=12)} for kind, flags in kinds.items()])
+    scenarios = []
+    for kind, flags in kinds.items():
+        scenarios.append({"flags": runs.flags(f"mp2-{kind}", *flags, "--model-parallel", 2, steps=12)})
+        scenarios.append({"flags": runs.flags(f"fsdp2-{kind}", *flags, "--fsdp", steps=12)})
+    launch(2, scenarios)
+    for kind in kinds:
+        for layout in ("mp2", "fsdp2"):
+            runs.assert_same(f"{layout}-{kind}", f"one-{kind}", tolerance=0.02)
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "parts"),
+    [
+        (3, ["--model-parallel", "2"], ["3 processes", "--model-parallel 2", "can be 1, 3"]),
+        (3, [], ["--batch-size 8", "3 processes", "6 or 9"]),
+        (3, ["--model-parallel", "3"], ["vocab_size = 256", "can be 1, 2, 4"]),
+    ],
+)
+def test_layouts_that_cannot_be(runs: Runs, world: int, flags: list[str], parts: list[str]) -> None:
+    before = sorted(runs.folder.iterdir())
+    outputs = launch(world, [{"flags": runs.flags("never", *flags), "code": 2}])
+    assert all(part in outputs[0] for part in parts) and outputs[0].count("\n") == 1, outputs[0]
+    assert outputs[1:] == [""] * (world - 1)
+    assert sorted(runs.folder.iterdir()) == before
+
+
+def test_what_is_planned_is_what_is_held_and_sent(runs: Runs) -> None:
+    layouts = [[], ["--fsdp"], ["--model-parallel", 2], ["--model-parallel", 2, "--gradient-checkpointing"]]
+    layouts += [["--fsdp", "--optimizer", "adamw", "--accumulation", 2]]
+    launch(2, [{"plan": runs.flags("planned", *flags, steps=2)} for flags in layouts])
+    launch(4, [{"plan": runs.flags("planned", "--model-parallel", 2, "--fsdp", steps=2)}])
+
+
+def test_plan_of_the_671b_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of 16 parts has a sixteenth of nearly all 682.6 billion numbers, and FSDP shares that out."""
+    (tmp_path / "v3.json").write_text(json.dumps(V3 | {"n_mtp_layers": 1, "max_seq_len": 4096}))
+    flags = ["--config", str(tmp_path / "v3.json"), "--plan", "--world-size", "2048", "--model-parallel", "16"]
+    flags += ["--batch-size", "128", "--gradient-checkpointing", "--device-memory", "80"]
+    assert train.main([*flags, "--fsdp"]) == 0
+    text = capsys.readouterr().out
+    held = {m[1].strip(): float(m[2].replace(",", "")) for m in re.finditer(r"(?m)^  (.{36}) *([\d.,]+) GB$", text)}
+    assert "682,6" in text and "128 data-parallel × 16 model-parallel" in text and "\nfits in 80 GB" in text
+    experts = 59 * 16 * 3 * 7168 * 2048 * 4 / 1e9  # of a part; of 16 in a layer no more than one is anybody's
+    assert experts / 16 < held["parameters"] < experts / 16 + 0.05 * experts
+    assert train.main(flags) == 0
+    assert "does not fit in 80 GB" in capsys.readouterr().out
+
+
+def test_a_killed_worker_costs_the_steps_since_the_checkpoint(runs: Runs) -> None:
+    flags = ["--save-interval", 5, "--eval-interval", 1000]
+    alone = [sys.executable, str(ROOT / "train.py"), *runs.flags("unkilled", *flags, steps=40)]
+    subprocess.run(alone, check=True, capture_output=True, timeout=200)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "3", str(ROOT / "train.py"), *runs.flags("killed", *flags, steps=40)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as agent:
+        kills, deadline, first = 0, time.monotonic() + 300, None
+        while agent.poll() is None and time.monotonic() < deadline:
+            workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+            saved = runs.folder / "killed" / "checkpoints.json"
+            if kills < 2 and len(workers) == 2 and workers != first and saved.exists():
+                time.sleep(1)
+                os.kill(int(workers[kills]), signal.SIGKILL)
+                kills, first = kills + 1, workers
+            time.sleep(0.05)
+        text = agent.communicate(timeout=10)[0]
+    assert agent.returncode == 0 and kills >= 1, text
+    assert "resumed" in text
+    runs.assert_same("killed", "unkilled")
+
+
+def test_only_the_first_speaks(runs: Runs) -> None:
+    first, second = launch(2, [{"flags": runs.flags("quiet", "--sample-bytes", 20, steps=2)}])
+    assert "2 data-parallel" in first and "val_loss" in first and re.sub(r"(?m)^\[Gloo\].*\n", "", second) == ""
+
+
+def test_an_error_of_one_is_everybodys_and_the_run_stays(runs: Runs) -> None:
+    """A file that cannot be written by the second process: the first tells, and the checkpoint before is whole."""
+    launch(2, [resume_flags(runs, "full", 5, "--model-parallel", 2)])
+    before = {path: path.read_bytes() for path in (runs.folder / "full").rglob("*.safetensors")}
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_parallel as t, os, convert as c\n"
+    code += "write = c._write_all\ndef full(file, tensor):\n    if os.environ['RANK'] == '1':\n"
+    code += "        raise OSError(28, 'No space left on device')\n    write(file, tensor)\nc._write_all = full\n"
+    code += "import json; t.work(json.loads(sys.argv[1]))\n"
+    scenario = resume_flags(runs, "full", 10, "--model-parallel", 2) | {"code": 2, "port": free_port()}
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps([scenario])],
+            env=common | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, second = (process.communicate(timeout=200)[1] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert "No space left on device" in first and "No space" not in second
+    after = {path: path.read_bytes() for path in (runs.folder / "full").rglob("*.safetensors")}
+    assert after == before and not list((runs.folder / "full").glob(".*"))
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))
