@@ -41,6 +41,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TextIO
 
@@ -52,6 +53,7 @@ from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
 from checkpoint import keep_freed_memory, load_model
 from fp8_ops import pick_device, pick_dtype
 from model import Cache, ModelArgs, Transformer
+from parallel import TIMEOUT, AgreedError, Layout, is_first
 
 # Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
 PREFILL_POSITIONS = 4096
@@ -711,7 +713,7 @@ def choose_attn_impl(args: ModelArgs, wanted: str | None) -> str:
     return wanted or ("absorb" if args.kv_lora_rank else "naive")
 
 
-def load(arguments: argparse.Namespace) -> Transformer:
+def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     """Loads the model and sets how it multiplies and attends.
 
     Weights stored in FP8 stay so where the hardware multiplies them or --gemm-impl fp8 asks for it; else they are
@@ -720,10 +722,12 @@ def load(arguments: argparse.Namespace) -> Transformer:
     Raises:
         ValueError: No device, no checkpoint, or none that fits.
     """
-    device = pick_device(arguments.device)
+    device = layout.device
     fast = fp8_ops.multiplies_fp8(torch.device(device))
     keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
-    model = load_model(arguments.ckpt_path, device, pick_dtype(device, arguments.dtype), keep_fp8)
+    dtype = pick_dtype(torch.device(device).type, arguments.dtype)
+    with layout.together():
+        model = load_model(arguments.ckpt_path, device, dtype, keep_fp8, layout.make, layout)
     stored = any(layer.scale is not None for layer in model.fp8_layers())
     fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored else "bf16")
     if fp8_ops.gemm_impl == "fp8" and not stored:
@@ -832,18 +836,27 @@ def make_writer(mark: bytes, terminal_mark: str) -> Writer:
     return PipeWriter(sys.stdout.buffer, mark)
 
 
-def run(model: Transformer, arguments: argparse.Namespace, prompts: list[bytes], sampling: Sampling) -> None:
+def join(arguments: argparse.Namespace) -> Layout:
+    """Joins the processes that torchrun started: each is a part of the model. They wait as long as somebody types."""
+    timeout = timedelta(days=30) if arguments.interactive else TIMEOUT
+    return Layout(pick_device(arguments.device), int(os.environ.get("WORLD_SIZE", "1")), timeout=timeout)
+
+
+def run(
+    model: Transformer, arguments: argparse.Namespace, prompts: list[bytes], sampling: Sampling, layout: Layout
+) -> None:
     """Does what was asked for, and reports the speed on stderr."""
     meter = Meter()
     if arguments.interactive:
         read_line = piped_line
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if is_first() and sys.stdin.isatty() and sys.stdout.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  gives input() editing and history; only here, as it talks to the terminal
             sys.stdin.reconfigure(errors="surrogateescape")
             print(WELCOME, file=sys.stderr)
             read_line = keyboard_line
-        interact(model, sampling, make_writer(b"\0", ""), meter, read_line)
+        shared_line = lambda: layout.text_of_first(read_line() if is_first() else None)  # noqa: E731
+        interact(model, sampling, make_writer(b"\0", ""), meter, shared_line)
     else:
         warn_if_too_long(prompts, model.args.max_seq_len)
         one = arguments.prompt is not None
@@ -871,13 +884,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             prompts = read_prompts(arguments.input_file)
         keep_freed_memory()
-        model = load(arguments)
+        layout = join(arguments)
+        (seed,) = layout.of_first(sampling.seed)
+        sampling = replace(sampling, seed=int(seed))
+        model = load(arguments, layout)
     except (ValueError, OSError) as error:
-        return report(str(error))
+        return 2 if isinstance(error, AgreedError) and not is_first() else report(str(error))
     except KeyboardInterrupt:
         return 130
+    if not is_first():  # it computes its part, and has nothing to say
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
-        run(model, arguments, prompts, sampling)
+        run(model, arguments, prompts, sampling, layout)
     except GenerationError as error:
         return report(str(error))
     except KeyboardInterrupt:
@@ -886,6 +904,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # what is still buffered cannot be written either, and the interpreter would say so as it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141 if isinstance(error, BrokenPipeError) else report(f"cannot write the output: {error.strerror}")
+    finally:
+        layout.close()
     return 0
 
 

@@ -64,13 +64,21 @@ class Layout(Crew):
         device: Where this process computes.
     """
 
-    def __init__(self, device: str, model_parallel: int = 1, shards: bool = False, imagined: int | None = None):
+    def __init__(
+        self,
+        device: str,
+        model_parallel: int = 1,
+        shards: bool = False,
+        imagined: int | None = None,
+        timeout: timedelta = TIMEOUT,
+    ):
         """Joins the other processes, if torchrun started some.
 
         Args:
             device: "cuda", "mps" or "cpu".
             model_parallel: Into how many parts the model is cut.
             shards: Whether FSDP shards it among the data-parallel processes.
+            timeout: How long a process waits for another.
             imagined: A number of processes that are not there: then nothing is sent, but counted in `counted`, bytes.
 
         Raises:
@@ -98,7 +106,7 @@ class Layout(Crew):
                 self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
                 torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timeout)
             mesh = dist.init_device_mesh(device, (self.dp, self.mp), mesh_dim_names=("dp", "mp"))
             self.dp_mesh, self.dp_group, self.mp_group = mesh["dp"], mesh["dp"].get_group(), mesh["mp"].get_group()
 
@@ -133,6 +141,13 @@ class Layout(Crew):
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.broadcast(tensor, 0)
         return tensor.tolist()
+
+    def text_of_first(self, text: bytes | None) -> bytes | None:
+        """The first process's text: what somebody has typed there."""
+        texts = [text]
+        if self.world > 1:
+            dist.broadcast_object_list(texts, 0)
+        return texts[0]
 
     def sum_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the data-parallel processes."""

@@ -21,13 +21,14 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import convert  # noqa: E402
 import generate  # noqa: E402
 import model as model_module  # noqa: E402
 import parallel  # noqa: E402
 import plan  # noqa: E402
 import train  # noqa: E402
+from checkpoint import save_model  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
-
 
 CONFIG = {
     **{"dim": 32, "inter_dim": 64, "moe_inter_dim": 32, "n_layers": 3, "n_dense_layers": 1, "moe_layer_freq": 1},
@@ -127,7 +128,9 @@ def check_plan(flags: list[str]) -> None:
 def work(scenarios: list[dict[str, Any]]) -> None:
     """Goes through the scenarios; each has a port of its own to meet at."""
     model_module.draw_weight = parallel.draw_weight = noisy
+    streams = sys.stdout, sys.stderr
     for scenario in scenarios:
+        sys.stdout, sys.stderr = streams  # of a process that does not speak, generate.py closes them
         os.environ["MASTER_PORT"] = str(scenario["port"])
         torch.manual_seed(0)
         if "check" in scenario:
@@ -159,6 +162,7 @@ def launch(world: int, scenarios: list[dict[str, Any]], timeout: float = 400) ->
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="backslashreplace",
         )
         for rank in range(world)
     ]
@@ -186,6 +190,14 @@ class Runs:
     def metrics(self, run: str) -> dict[int, dict[str, Any]]:
         lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
         return {m["step"]: m for m in map(json.loads, lines) if "train_loss" in m}
+
+    def model(self) -> Transformer:
+        """A model no two logits of which are equal."""
+        net = Transformer(ModelArgs.from_dict(CONFIG))
+        with torch.no_grad():
+            for i, (name, p) in enumerate(net.named_parameters()):
+                p.copy_(noisy(name, i, p.shape, 3))
+        return net
 
     def assert_same(self, run: str, other: str, first: int = 1, tolerance: float = 1e-4) -> None:
         """Losses, norms and loads, step by step, and the validation loss."""
@@ -245,8 +257,7 @@ def test_two_processes_train_as_one(runs: Runs) -> None:
     runs.assert_same("mp2-plain", "one-plain")
 
 
-def test_four_processes_train_as_one_and_resume_anywhere(runs: Runs) -> None:
-    """Every layout saves half-way what every other goes on from."""
+def test_four_processes_train_as_one(runs: Runs) -> None:
     layouts = {
         "dp2mp2": ["--model-parallel", 2],
         "fsdp2mp2": ["--model-parallel", 2, "--fsdp"],
@@ -255,12 +266,12 @@ def test_four_processes_train_as_one_and_resume_anywhere(runs: Runs) -> None:
     }
     scenarios = []
     for name, flags in layouts.items():
-        scenarios.append({"flags": runs.flags(name, *flags, steps=STEPS if name == "fsdp2mp2" else 20)})
+        scenarios.append({"flags": runs.flags(name, *flags, steps=STEPS if name == "fsdp2mp2" else 12)})
     launch(4, scenarios)
     runs.assert_same("fsdp2mp2", "one")
-    launch(1, [{"flags": runs.flags("one-20", steps=20)}])
+    launch(1, [{"flags": runs.flags("one-12", steps=12)}])
     for name in ("dp2mp2", "fsdp4", "mp4"):
-        runs.assert_same(name, "one-20")
+        runs.assert_same(name, "one-12")
 
 
 def resume_flags(runs: Runs, run: str, steps: int, *extra: object) -> dict[str, Any]:
@@ -361,6 +372,30 @@ def test_a_killed_worker_costs_the_steps_since_the_checkpoint(runs: Runs) -> Non
     runs.assert_same("killed", "unkilled")
 
 
+def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
+    """From any form of a checkpoint, greedy and sampled; the first process alone speaks."""
+    save_model(runs.model(), runs.folder / "mp1")
+    convert.convert(runs.folder / "mp1", runs.folder / "mp4", 4)
+    convert.convert(runs.folder / "mp1", runs.folder / "hf", is_hf=True)
+    (runs.folder / "prompts").write_text("12 is\n\n90\n")
+    common = ["--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "30", "--seed", "5"]
+    scenarios = []
+    for folder in ("mp1", "mp4", "hf"):
+        for asked in (["--prompt", "7 is "], ["--input-file", str(runs.folder / "prompts")]):
+            for heat in ("0", "0.9"):
+                flags = ["--ckpt-path", str(runs.folder / folder), *asked, "--temperature", heat, *common]
+                scenarios.append({"command": "generate", "flags": flags})
+    (alone,) = launch(1, scenarios)
+    speed = re.compile(r"\d+ bytes in .*")
+    assert len(speed.findall(alone)) == len(scenarios)
+    first, *others = launch(2, scenarios)
+    assert speed.sub("", first) == speed.sub("", alone)
+    assert others == [""]
+    first, *others = launch(4, scenarios[:2])
+    assert speed.sub("", alone).startswith(speed.sub("", first).rstrip()) and "7 is" in first
+    assert others == [""] * 3
+
+
 def test_only_the_first_speaks(runs: Runs) -> None:
     first, second = launch(2, [{"flags": runs.flags("quiet", "--sample-bytes", 20, steps=2)}])
     assert "2 data-parallel" in first and "val_loss" in first and re.sub(r"(?m)^\[Gloo\].*\n", "", second) == ""
@@ -370,7 +405,8 @@ def test_an_error_of_one_is_everybodys_and_the_run_stays(runs: Runs) -> None:
     """A file that cannot be written by the second process: the first tells, and the checkpoint before is whole."""
     launch(2, [resume_flags(runs, "full", 5, "--model-parallel", 2)])
     before = {path: path.read_bytes() for path in (runs.folder / "full").rglob("*.safetensors")}
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_parallel as t, os, convert as c\n"
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+    code += "import test_parallel as t, os, checkpoint as c\n"
     code += "write = c._write_all\ndef full(file, tensor):\n    if os.environ['RANK'] == '1':\n"
     code += "        raise OSError(28, 'No space left on device')\n    write(file, tensor)\nc._write_all = full\n"
     code += "import json; t.work(json.loads(sys.argv[1]))\n"
