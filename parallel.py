@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from checkpoint import Box, CheckpointError, Crew, check_parallel, held, whole_shapes
 from model import Losses, ModelArgs, Transformer, draw_weight
@@ -52,6 +53,18 @@ class AgreedError(CheckpointError):
 def is_first() -> bool:
     """Whether this process is the one that speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _meeting_place(world: int, timeout: timedelta) -> dist.Store:
+    """Where the processes leave their addresses for each other, in a corner of its own for each start.
+
+    The elastic agent gives all starts the same store. There a quick process would find the address that another had
+    before it was killed, and call nobody.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {world}"
+    turn = (store.add(start, 1) - 1) // world  # nodes that come and go do not count as restarts
+    return dist.PrefixStore(f"{start}, {turn}", store)
 
 
 class Layout(Crew):
@@ -106,7 +119,8 @@ class Layout(Crew):
                 self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
                 torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timeout)
+            store = _meeting_place(self.world, timeout)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
             mesh = dist.init_device_mesh(device, (self.dp, self.mp), mesh_dim_names=("dp", "mp"))
             self.dp_mesh, self.dp_group, self.mp_group = mesh["dp"], mesh["dp"].get_group(), mesh["mp"].get_group()
 

@@ -6,11 +6,9 @@ Run as a script, this file is one of the processes: it goes through a list of sc
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import soak  # noqa: E402
 
 import convert  # noqa: E402
 import generate  # noqa: E402
@@ -347,29 +347,10 @@ def test_plan_of_the_671b_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "does not fit in 80 GB" in capsys.readouterr().out
 
 
-def test_a_killed_worker_costs_the_steps_since_the_checkpoint(runs: Runs) -> None:
-    flags = ["--save-interval", 5, "--eval-interval", 1000]
-    alone = [sys.executable, str(ROOT / "train.py"), *runs.flags("unkilled", *flags, steps=40)]
-    subprocess.run(alone, check=True, capture_output=True, timeout=200)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "3", str(ROOT / "train.py"), *runs.flags("killed", *flags, steps=40)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as agent:
-        kills, deadline, first = 0, time.monotonic() + 300, None
-        while agent.poll() is None and time.monotonic() < deadline:
-            workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-            saved = runs.folder / "killed" / "checkpoints.json"
-            if kills < 2 and len(workers) == 2 and workers != first and saved.exists():
-                time.sleep(1)
-                os.kill(int(workers[kills]), signal.SIGKILL)
-                kills, first = kills + 1, workers
-            time.sleep(0.05)
-        text = agent.communicate(timeout=10)[0]
-    assert agent.returncode == 0 and kills >= 1, text
-    assert "resumed" in text
-    runs.assert_same("killed", "unkilled")
+def test_kills_cost_only_the_steps_since_the_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    """The beginning of what soak.py does at length."""
+    soak.main(["--kills", "3", "--steps", "60", "--seed", "1", "--train-flags=--fsdp"])
+    assert "3 kills" in capsys.readouterr().out
 
 
 def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
