@@ -602,7 +602,7 @@ class MLA(nn.Module):
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=where.mask,
-            is_causal=where.mask is None and q.shape[1] > 1,
+            is_causal=where.mask is None and (where.index is None or q.shape[1] > 1),
             scale=self.softmax_scale,
         )
         return out.to(dtype).transpose(1, 2)

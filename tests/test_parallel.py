@@ -356,12 +356,12 @@ def test_kills_cost_only_the_steps_since_the_checkpoint(capsys: pytest.CaptureFi
 def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
     """From any form of a checkpoint, greedy and sampled; the first process alone speaks."""
     save_model(runs.model(), runs.folder / "mp1")
-    convert.convert(runs.folder / "mp1", runs.folder / "mp4", 4)
+    convert.convert(runs.folder / "mp1", runs.folder / "cut4", 4)
     convert.convert(runs.folder / "mp1", runs.folder / "hf", is_hf=True)
     (runs.folder / "prompts").write_text("12 is\n\n90\n")
     common = ["--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "30", "--seed", "5"]
     scenarios = []
-    for folder in ("mp1", "mp4", "hf"):
+    for folder in ("mp1", "cut4", "hf"):
         for asked in (["--prompt", "7 is "], ["--input-file", str(runs.folder / "prompts")]):
             for heat in ("0", "0.9"):
                 flags = ["--ckpt-path", str(runs.folder / folder), *asked, "--temperature", heat, *common]
