@@ -51,9 +51,10 @@ def run(code: str, *flags: object) -> tuple[float, float]:
     ready = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, convert, torch
+import checkpoint, convert, model, torch
 torch.set_num_threads(1)
 checkpoint.keep_freed_memory()
+checkpoint.whole_shapes(model.ModelArgs(n_layers=1))  # torch loads what the meta device needs
 begin = time.perf_counter()
 """
     done = """
