@@ -63,6 +63,7 @@ from tensor_files import (
     reporting,
     shown,
     temporary_path,
+    write_all,
     write_json,
 )
 
@@ -430,7 +431,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.float32,
     keep_fp8: bool = False,
     make: Callable[..., Transformer] = Transformer,
-    crew: "Crew | None" = None,
+    crew: Crew | None = None,
 ) -> Transformer:
     """Loads a model for inference: its matrices are cast once, while they are read, to the dtype they compute in.
 
@@ -461,27 +462,39 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def whole_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+def whole_shapes(model: Transformer, crew: Crew) -> dict[str, tuple[int, ...]]:
     """The shapes of the whole model's parameters and buffers, by their names in its `state_dict`."""
-    with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in Transformer(args, fp8_weights=True).state_dict().items()}
+    if crew.mp > 1:
+        with torch.device("meta"):
+            model = Transformer(model.args, fp8_weights=True)
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
-def held(name: str, tensor: torch.Tensor, shape: tuple[int, ...], args: ModelArgs, crew: Crew) -> Box:
-    """Says which rectangle of a whole parameter, rows of stacked matrices one after the other, a process holds of it.
+def part_box(name: str, shape: tuple[int, ...], rank: int, world: int) -> Box:
+    """Says which rectangle of a whole tensor of `state_dict`, or of its optimizer's state, one part of a model has.
+
+    Args:
+        name: The tensor's name in `state_dict`, where routed experts are stacked.
+        shape: Its whole shape; rows of stacked matrices count one after the other.
+        rank: Which part.
+        world: Of how many.
+    """
+    if ".experts." in name:
+        rows = math.prod(shape[:-1])
+        return Box(rows * rank // world, rows * (rank + 1) // world, 0, shape[-1])
+    return cut(name, shape, 0, rank, world)
+
+
+def held(name: str, tensor: torch.Tensor, shape: tuple[int, ...], crew: Crew) -> Box:
+    """Says which rectangle of a whole tensor a process holds: of its `part_box`, what FSDP leaves to it.
 
     Args:
         name: Its name in `state_dict`.
         tensor: Its tensor in this process's part of the model, of which `crew.local` may hold some rows.
         shape: Its whole shape.
-        args: The model's shape.
         crew: The processes.
     """
-    if ".experts." in name:
-        rows = math.prod(shape[:-1])
-        box = Box(rows * crew.mp_rank // crew.mp, rows * (crew.mp_rank + 1) // crew.mp, 0, shape[-1])
-    else:
-        box = cut(name, shape, 0, crew.mp_rank, crew.mp)
+    box = part_box(name, shape, crew.mp_rank, crew.mp)
     part, first = crew.local(tensor)
     if first is None:
         return box
@@ -497,9 +510,9 @@ def _native_parts(model: Transformer, crew: Crew) -> Iterator[tuple[str, Box, to
 
     Stacked experts come one by one, as views.
     """
-    shapes = whole_shapes(model.args)
+    shapes = whole_shapes(model, crew)
     for name, tensor in model.state_dict().items():
-        box, (part, _) = held(name, tensor, shapes[name], model.args, crew), crew.local(tensor)
+        box, (part, _) = held(name, tensor, shapes[name], crew), crew.local(tensor)
         owner, is_routed, leaf = name.partition(".experts.")
         if is_routed:
             rows = shapes[name][1]
@@ -510,8 +523,7 @@ def _native_parts(model: Transformer, crew: Crew) -> Iterator[tuple[str, Box, to
 
 
 def _write_weights(model: Transformer, folder: Path, crew: Crew) -> None:
-    shapes = whole_shapes(model.args)
-    parts = [(n, b, t) for n, b, t in _native_parts(model, crew)]
+    shapes = whole_shapes(model, crew)
     is_fp8 = any(t.dtype == E4M3 for t in model.state_dict().values())
     whole = {}
     for name, tensor in model.state_dict().items():
@@ -523,7 +535,7 @@ def _write_weights(model: Transformer, folder: Path, crew: Crew) -> None:
         write_json(folder / CONFIG_FILE, model.args.to_dict() | {"dtype": dtype})
     boxes = lambda name, rank: cut(name, whole[name][1], model.args.n_routed_experts, rank, crew.mp)  # noqa: E731
     copies = {name for name, t in model.state_dict().items() if crew.local(t)[1] is None}
-    owned = [part for part in parts if crew.writes_copies or _stacked(part[0]) not in copies]
+    owned = [part for part in _native_parts(model, crew) if crew.writes_copies or _stacked(part[0]) not in copies]
     _write_shards("model", folder, whole, boxes, owned, crew)
 
 
@@ -561,27 +573,19 @@ def _write_shards(
     output = Output(native_file(crew.mp_rank, crew.mp, kind), tensors)
     with crew.together():
         if crew.writes_copies:
-            with reporting(final_path(folder)), open(folder / output.name, "xb") as file:
-                file.write(output.header)
-                file.truncate(output.size)
+            with reporting(final_path(folder)):
+                output.create(folder)
     with crew.together(), reporting(final_path(folder)), open(folder / output.name, "r+b", buffering=0) as file:
         for name, box, tensor in parts:
             entry, around = output.entries[name], boxes(name, crew.mp_rank)
             start = (box.top - around.top) * around.shape[1] + box.left - around.left
             file.seek(entry.offset + start * entry.dtype.itemsize)
-            _write_all(file, tensor)
+            write_all(file, tensor.detach().cpu())
         os.fsync(file.fileno())
 
 
-def _write_all(file: Any, tensor: torch.Tensor) -> None:
-    """Writes a tensor's bytes to an unbuffered file, which may take some of them at a time."""
-    view = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    while view:
-        view = view[file.write(view) :]
-
-
 @torch.no_grad()
-def _read_weights(model: Transformer, checkpoint: "Checkpoint", crew: Crew) -> None:
+def _read_weights(model: Transformer, checkpoint: Checkpoint, crew: Crew) -> None:
     """Fills what a process holds of a model, band by band, in whatever dtypes it was made with."""
     parts = {name: (box, tensor) for name, box, tensor in _native_parts(model, crew)}
     for name, (box, target) in parts.items():
@@ -699,19 +703,19 @@ def load_run(
     for name, entry in shards[0].items():
         if name.rpartition(".")[0] not in names:
             raise CheckpointError(f"{entry} belongs to no parameter of this model; start a new run")
-    read = partial(_read_state, shards, whole_shapes(model.args), checkpoint.args, crew)
+    read = partial(_read_state, shards, whole_shapes(model, crew), crew)
     return read, read_json(folder / STATE_FILE, CheckpointError)
 
 
 def _write_state(model: Transformer, optimizer: dict[str, dict[str, torch.Tensor]], folder: Path, crew: Crew) -> None:
-    shapes, whole, parts = whole_shapes(model.args), {}, []
+    shapes, whole, parts = whole_shapes(model, crew), {}, []
     parameters = dict(model.named_parameters())
     for name, values in optimizer.items():
         p = parameters[name]
         for key, value in values.items():
             is_number = value.ndim == 0
             whole[f"{name}.{key}"] = value.dtype, () if is_number else shapes[name]
-            box = Box(0, 1, 0, 1) if is_number else held(name, p, shapes[name], model.args, crew)
+            box = Box(0, 1, 0, 1) if is_number else held(name, p, shapes[name], crew)
             part, first = crew.local(value)
             if crew.writes_copies or first is not None:
                 parts.append((f"{name}.{key}", box, part))
@@ -719,24 +723,15 @@ def _write_state(model: Transformer, optimizer: dict[str, dict[str, torch.Tensor
     def boxes(name: str, rank: int) -> Box:
         if not whole[name][1]:
             return Box(0, 1, 0, 1)
-        return state_box(name.rpartition(".")[0], whole[name][1], rank, crew.mp)
+        return part_box(name.rpartition(".")[0], whole[name][1], rank, crew.mp)
 
     _write_shards("state", folder, whole, boxes, parts, crew)
-
-
-def state_box(name: str, shape: tuple[int, ...], rank: int, world: int) -> Box:
-    """What a rank's file has of the optimizer's state of a parameter, whose name in `state_dict` is given."""
-    rows = math.prod(shape[:-1])
-    if ".experts." in name:
-        return Box(rows * rank // world, rows * (rank + 1) // world, 0, shape[-1])
-    return cut(name, shape, 0, rank, world)
 
 
 @torch.no_grad()
 def _read_state(
     shards: list[dict[str, Entry]],
     shapes: dict[str, tuple[int, ...]],
-    args: ModelArgs,
     crew: Crew,
     name: str,
     p: nn.Parameter,
@@ -752,13 +747,13 @@ def _read_state(
             continue
         source = Stored(full_name, shapes[name], entry.dtype)
         for rank, shard in enumerate(shards):
-            box = state_box(name, shapes[name], rank, len(shards))
+            box = part_box(name, shapes[name], rank, len(shards))
             if full_name not in shard or math.prod(shard[full_name].shape) != math.prod(box.shape):
                 raise CheckpointError(f"{entry.path.parent}: optimizer state {full_name} does not fit the model")
             source.pieces.append(Piece(shard[full_name], box))
             if box == source.box:  # every rank has all of it
                 break
-        box = held(name, p, shapes[name], args, crew)
+        box = held(name, p, shapes[name], crew)
         found[key] = source.read_bytes(box).view(entry.dtype).view(crew.local(p)[0].shape)
     return found
 

@@ -58,6 +58,7 @@ from tensor_files import (
     read_json,
     resolved,
     temporary_path,
+    write_all,
     write_json,
 )
 
@@ -214,9 +215,7 @@ def write_tensors(folder: Path, outputs: list[Output], jobs: list[Job], scale_fm
         progress: Whether to show a bar on stderr, if that is a terminal.
     """
     for output in outputs:
-        with open(folder / output.name, "xb") as file:
-            file.write(output.header)
-            file.truncate(output.size)
+        output.create(folder)
     total = sum(entry.n_bytes for output in outputs for entry in output.entries.values())
     with (
         tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True, dynamic_ncols=True) as bar,
@@ -282,13 +281,11 @@ class _Transfer:
                 self._write(part.entry, start, data[rows, cols.start * size : cols.stop * size])
 
     def _write(self, entry: Entry, offset: int, data: torch.Tensor) -> None:
-        view, done = memoryview(data.contiguous().view(torch.uint8).reshape(-1).numpy()), 0
         with open(self.folder / entry.path, "r+b", buffering=0) as file:
             file.seek(entry.offset + offset)
-            while done < len(view) and not self.stop.is_set():
-                done += file.write(view[done:])
+            write_all(file, data)
         with self._lock:
-            self.bar.update(done)
+            self.bar.update(data.nbytes)
 
 
 def _check_finite(source: Stored, band: Box, data: torch.Tensor) -> None:

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from checkpoint import Box, CheckpointError, Crew, check_parallel, held, whole_shapes
+from checkpoint import Box, CheckpointError, Crew, check_parallel, part_box, whole_shapes
 from model import Losses, ModelArgs, Transformer, draw_weight
 
 TIMEOUT = timedelta(minutes=10)  # of whatever one process waits for; a step or a saved checkpoint takes less
@@ -132,6 +132,7 @@ class Layout(Crew):
     # --- Speaking to each other ---------------------------------------------------------------------------------------
 
     def agree(self, error: Exception | None = None) -> None:
+        """Waits for all; if one of them comes with an error, each raises an `AgreedError` with its words."""
         if self.world == 1:
             return super().agree(error)
         if self.largest(float(error is not None))[0]:
@@ -199,10 +200,10 @@ class Layout(Crew):
         """Makes this process's part of a model, its weights undefined; memory is touched for the part only."""
         if self.mp == 1:
             return Transformer(args, compute_dtype, fp8_weights)
-        model, shapes = Transformer(args, compute_dtype), whole_shapes(args)
+        model = Transformer(args, compute_dtype)
         for name, p in model.named_parameters():
-            box = held(name, p, shapes[name], args, self)
-            if box.shape != _flat_shape(shapes[name]):
+            box = part_box(name, p.shape, self.mp_rank, self.mp)
+            if box.shape != _flat_shape(p.shape):
                 p.data = torch.empty_like(_take(p.data, box), memory_format=torch.contiguous_format)
         for layer in model.fp8_layers() if fp8_weights else []:
             layer.store_fp8()
@@ -213,10 +214,10 @@ class Layout(Crew):
         """`Transformer.init_weights` of the whole model, of which each process keeps its part."""
         if self.mp == 1:
             return model.init_weights(seed)
-        shapes = whole_shapes(model.args)
+        shapes = whole_shapes(model, self)
         with torch.no_grad():
             for i, (name, p) in enumerate(model.named_parameters()):
-                box = held(name, p, shapes[name], model.args, self)
+                box = part_box(name, shapes[name], self.mp_rank, self.mp)
                 p.copy_(_take(draw_weight(name, i, shapes[name], seed), box))
             for gate in model.gates():
                 if gate.bias is not None:
@@ -283,20 +284,22 @@ class Layout(Crew):
 
     def note_parameters(self, model: Transformer) -> None:
         """Finds the parameters that are cut among the parts, and those whose gradients the parts share."""
-        shapes = whole_shapes(model.args)
+        if self.mp == 1:
+            return
+        shapes = whole_shapes(model, self)
         for name, p in model.named_parameters():
-            if self.mp > 1:
-                box, (rows, cols) = held(name, p, shapes[name], model.args, _Part(self)), _flat_shape(shapes[name])
-                if box.shape != (rows, cols):
-                    self._cuts[p] = int(box.shape[0] == rows)
-                elif ".attn." in name or ".ffn." in name:
-                    self._shares.append(p)
+            box, (rows, cols) = part_box(name, shapes[name], self.mp_rank, self.mp), _flat_shape(shapes[name])
+            if box.shape != (rows, cols):
+                self._cuts[p] = int(box.shape[0] == rows)
+            elif ".attn." in name or ".ffn." in name:
+                self._shares.append(p)
 
     def last_only(self, loss: Any, is_last: bool) -> Any:
         """A context in which DDP leaves averaging to the last of several batches that make one step."""
         return nullcontext() if is_last or self.dp == 1 or self.shards else loss.no_sync()
 
     def local(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+        """This process's shard of a tensor, and from which row on; the tensor and None if FSDP has not cut it."""
         if not self.shards or not hasattr(tensor, "device_mesh"):
             return tensor, None
         chunk = -(-tensor.shape[0] // self.dp)  # as torch.chunk and FSDP cut
@@ -359,13 +362,6 @@ class Layout(Crew):
         return update if first is None else update[first : first + len(held_here)]
 
 
-class _Part(Crew):
-    """A layout without FSDP's shards: which part of the model it is."""
-
-    def __init__(self, layout: Layout):
-        self.mp, self.mp_rank = layout.mp, layout.mp_rank
-
-
 def _flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (1, *shape)[-2:] if len(shape) < 3 else (shape[0] * shape[1], shape[2])
 
@@ -375,7 +371,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _take(whole: torch.Tensor, box: Box) -> torch.Tensor:
-    """Cuts a rectangle, as `checkpoint.held` gives it, out of a whole parameter."""
+    """Cuts a rectangle, as `checkpoint.part_box` gives it, out of a whole parameter."""
     part = _flat(whole)[box.top : box.bottom, box.left : box.right]
     return part.reshape(-1, *whole.shape[1:]) if whole.ndim == 3 else part.reshape(part.shape[2 - whole.ndim :])
 

@@ -9,8 +9,8 @@ where they would be sent. What a kernel needs besides for a moment is not in it,
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +40,9 @@ class Plan:
         return sum(self.held.values())
 
 
-def make_plan(args: ModelArgs, flags: argparse.Namespace, dtype: torch.dtype, n_states: Any) -> Plan:
+def make_plan(
+    args: ModelArgs, flags: argparse.Namespace, dtype: torch.dtype, n_states: Callable[[str, nn.Parameter], int]
+) -> Plan:
     """Works out what each process of a layout would hold and send.
 
     Args:
@@ -92,23 +94,15 @@ def run_once(model: Transformer, tokens: torch.Tensor, layout: Layout) -> int:
     layout.counted = 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = model.loss(tokens, tokens)
-    size = model.compute_dtype.itemsize
+    inputs = 0
     if model.gradient_checkpointing:  # each block's input, and what one of them saves when it is run again
-        where, x = (
-            model.positions(tokens.shape[1], None),
-            tokens.new_empty(*tokens.shape, model.args.dim, dtype=model.compute_dtype),
-        )
+        x = tokens.new_empty(*tokens.shape, model.args.dim, dtype=model.compute_dtype).requires_grad_()
+        inputs, counted = len([*model.layers, *model.mtp]) * x.nbytes, layout.counted
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            kept = model.layers[-1](x.requires_grad_(), where, None)
-        inputs = len([*model.layers, *model.mtp]) * x.numel() * size
-        bytes_saved = inputs + sum(storage.nbytes() for storage in saved.values())
-        del kept
-        layout.counted = 0
-        losses = model.loss(tokens, tokens)
-    else:
-        bytes_saved = sum(storage.nbytes() for storage in saved.values())
+            model.layers[-1](x, model.positions(tokens.shape[1], None), None)
+        layout.counted = counted
     losses.total.backward()
-    return bytes_saved
+    return inputs + sum(storage.nbytes() for storage in saved.values())
 
 
 def _held_numbers(p: nn.Parameter, layout: Layout) -> int:

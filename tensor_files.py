@@ -260,6 +260,13 @@ def _fill(file: Any, offset: int, out: torch.Tensor) -> None:
         done += count
 
 
+def write_all(file: Any, tensor: torch.Tensor) -> None:
+    """Writes a tensor's bytes to an unbuffered file, which may take some of them at a time."""
+    view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    while view:
+        view = view[file.write(view) :]
+
+
 class Output:
     """A safetensors file to be written, laid out as safetensors itself does it.
 
@@ -290,6 +297,12 @@ class Output:
         self.name, self.header = name, len(text).to_bytes(8, "little") + text
         self.size = len(self.header) + end
         self.entries = {key: entry._replace(offset=len(self.header) + entry.offset) for key, entry in places.items()}
+
+    def create(self, folder: Path) -> None:
+        """Makes the file, with room for the tensors behind its header."""
+        with open(folder / self.name, "xb") as file:
+            file.write(self.header)
+            file.truncate(self.size)
 
 
 # --- Tensors in pieces -----------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import fp8_ops
 import plan
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, visible
-from checkpoint import CheckpointError, has_run, keep_freed_memory, load_run, read_config, save_run
+from checkpoint import CheckpointError, has_run, is_matrix, keep_freed_memory, load_run, read_config, save_run
 from data.prepare import DataError, open_bytes, resolve
 from fp8_ops import DeviceError, pick_device, pick_dtype
 from model import ConfigError, Losses, ModelArgs, Transformer
@@ -205,7 +205,7 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
 
 def is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
     """Whether a parameter is one of those that `--optimizer` is for."""
-    return p.ndim >= 2 and not name.endswith("gate.weight") and name not in ("embed.weight", "head.weight")
+    return is_matrix(name, p.shape) and name not in ("embed.weight", "head.weight")
 
 
 def make_optimizers(
@@ -871,8 +871,10 @@ def describe(
     model: Transformer, args: argparse.Namespace, layout: Layout, train_data: np.ndarray, val_data: np.ndarray
 ) -> None:
     """Prints what will be trained, and on what."""
-    with torch.device("meta"):
-        total, active = Transformer(model.args).n_params()
+    if layout.mp > 1:  # what is counted is the whole
+        with torch.device("meta"):
+            model = Transformer(model.args, model.compute_dtype)
+    total, active = model.n_params()
     latent, plain = model.args.cache_numbers_per_position()
     size, dtype = model.compute_dtype.itemsize, str(model.compute_dtype).removeprefix("torch.")
     spread = f"; {layout.dp} data-parallel × {layout.mp} model-parallel processes" if layout.world > 1 else ""

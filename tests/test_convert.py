@@ -186,7 +186,7 @@ def test_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_write_all", full_disk)
+    monkeypatch.setattr(checkpoints, "write_all", full_disk)
     with pytest.raises(CheckpointError) as error:
         save_model(tiny(), tmp_path / "out")
     one_line(error, tmp_path / "out", "No space left")

@@ -27,7 +27,7 @@ import model as model_module  # noqa: E402
 import parallel  # noqa: E402
 import plan  # noqa: E402
 import train  # noqa: E402
-from checkpoint import save_model  # noqa: E402
+from checkpoint import held, save_model  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 
 CONFIG = {
@@ -87,7 +87,7 @@ def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing
     gradients = {name: p.grad for name, p in whole.named_parameters()}
     norm = nn.utils.get_total_norm(list(gradients.values()))
     for name, p in net.named_parameters():
-        box = parallel.held(name, p, shapes[name], args, layout)
+        box = held(name, p, shapes[name], layout)
         part, _ = layout.local(p.grad)
         wanted = gradients[name].reshape(-1, shapes[name][-1])[box.top : box.bottom, box.left : box.right]
         torch.testing.assert_close(
@@ -388,8 +388,8 @@ def test_an_error_of_one_is_everybodys_and_the_run_stays(runs: Runs) -> None:
     before = {path: path.read_bytes() for path in (runs.folder / "full").rglob("*.safetensors")}
     code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
     code += "import test_parallel as t, os, checkpoint as c\n"
-    code += "write = c._write_all\ndef full(file, tensor):\n    if os.environ['RANK'] == '1':\n"
-    code += "        raise OSError(28, 'No space left on device')\n    write(file, tensor)\nc._write_all = full\n"
+    code += "write = c.write_all\ndef full(file, tensor):\n    if os.environ['RANK'] == '1':\n"
+    code += "        raise OSError(28, 'No space left on device')\n    write(file, tensor)\nc.write_all = full\n"
     code += "import json; t.work(json.loads(sys.argv[1]))\n"
     scenario = resume_flags(runs, "full", 10, "--model-parallel", 2) | {"code": 2, "port": free_port()}
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}

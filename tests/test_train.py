@@ -659,7 +659,7 @@ def test_best_is_remembered_by_a_resumed_run(here: Here, monkeypatch: pytest.Mon
 def test_full_disk(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(here.flags("--steps", 2)) == 0
     before = {p: p.read_bytes() for p in here.run.rglob("*.safetensors")}
-    write_all = checkpoints._write_all
+    write_all = checkpoints.write_all
 
     def full_disk(file: Any, tensor: torch.Tensor) -> None:
         if "state" in Path(file.name).name:
@@ -667,7 +667,7 @@ def test_full_disk(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             raise OSError(28, "No space left on device")
         write_all(file, tensor)
 
-    monkeypatch.setattr(checkpoints, "_write_all", full_disk)
+    monkeypatch.setattr(checkpoints, "write_all", full_disk)
     assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, "No space left on device")
     assert {p: p.read_bytes() for p in here.run.rglob("*.safetensors")} == before
     assert not list(here.run.glob(".*"))
