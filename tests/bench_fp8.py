@@ -2,7 +2,7 @@
 
     python tests/bench_fp8.py dequant cast           a CPU will do
     python tests/bench_fp8.py kernels                needs a GPU of compute capability 8.9 or more
-    python tests/bench_fp8.py train --data FILE      shakespeare.json twice; --figure draws the curves (matplotlib)
+    python tests/bench_fp8.py train --data FILE      shakespeare.json in both; --figure draws the curves (matplotlib)
 
 Each part compares two ways in the same run, repeats them alternately and prints the medians. With no part named, all
 that this machine can do are run.
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -201,37 +202,57 @@ def smoothed(losses: list[float], window: int) -> list[float]:
     return [statistics.fmean(losses[i : i + window]) for i in range(len(losses) - window + 1)]
 
 
+def train_once(args: argparse.Namespace, folder: Path, gemm_impl: str, seed: int) -> tuple[list[float], float]:
+    """Trains one model; returns its training loss at each step and its validation loss at the end."""
+    run = folder / f"{gemm_impl}-{seed}"
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(args.config), "--data", args.data]
+    command += ["--steps", str(args.steps), "--seed", str(seed), "--gemm-impl", gemm_impl, "--save-path", str(run)]
+    command += ["--log-interval", "1", "--eval-interval", str(args.steps), "--sample-bytes", "0"]
+    subprocess.run(command + args.train_flags.split(), check=True, stdout=subprocess.DEVNULL)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train_loss"] for line in lines if "train_loss" in line]
+    return losses, [line["val_loss"] for line in lines if "val_loss" in line][-1]
+
+
 def bench_train(args: argparse.Namespace) -> None:
-    """The same run in bfloat16 and in FP8: how far the smoothed training loss differs."""
-    with tempfile.TemporaryDirectory(dir=args.workspace) as folder:
-        curves, val = {}, {}
-        for gemm_impl in ("bf16", "fp8"):
-            run = Path(folder) / gemm_impl
-            command = [sys.executable, str(ROOT / "train.py"), "--config", str(args.config), "--data", args.data]
-            command += ["--steps", str(args.steps), "--seed", "0", "--gemm-impl", gemm_impl, "--save-path", str(run)]
-            command += ["--log-interval", "1", "--eval-interval", str(args.steps), "--sample-bytes", "0"]
-            subprocess.run(command + args.train_flags.split(), check=True, stdout=sys.stderr)
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            curves[gemm_impl] = [line["train_loss"] for line in lines if "train_loss" in line]
-            val[gemm_impl] = [line["val_loss"] for line in lines if "val_loss" in line][-1]
-    a, b = (smoothed(curves[name], args.window) for name in ("bf16", "fp8"))
-    differences = [(y - x) / x for x, y in zip(a, b, strict=True)]
-    print(f"\n## Training {args.config.name}, {args.steps} steps, loss smoothed over {args.window} steps\n")
-    print("| | bf16 | fp8 | relative difference |\n|---|---|---|---|")
-    print(f"| smoothed training loss at the end | {a[-1]:.4f} | {b[-1]:.4f} | {differences[-1]:+.3%} |")
-    print(f"| largest difference along the way | | | {max(differences, key=abs):+.3%} |")
-    print(f"| mean difference | | | {statistics.fmean(differences):+.3%} |")
-    print(
-        f"| validation loss | {val['bf16']:.4f} | {val['fp8']:.4f} | {val['fp8'] / val['bf16'] - 1:+.3%} |", flush=True
-    )
+    """The same runs in bfloat16 and in FP8: how far the smoothed training loss differs, over several seeds."""
+    todo = [(gemm_impl, seed) for seed in range(args.seeds) for gemm_impl in ("bf16", "fp8")]
+    with tempfile.TemporaryDirectory(dir=args.workspace) as folder, ThreadPoolExecutor(args.jobs) as pool:
+        done = dict(zip(todo, pool.map(lambda job: train_once(args, Path(folder), *job), todo), strict=True))
+    curves = {name: [done[name, seed][0] for seed in range(args.seeds)] for name in ("bf16", "fp8")}
+    val = {name: [done[name, seed][1] for seed in range(args.seeds)] for name in curves}
     if args.curves:
-        args.curves.write_text(json.dumps(curves))
+        args.curves.write_text(json.dumps({"train": curves, "val": val}))
+    ends, means = [], []
+    for a, b in zip(curves["bf16"], curves["fp8"], strict=True):
+        differences = relative(smoothed(a, args.window), smoothed(b, args.window))
+        ends.append(differences[-1])
+        means.append(statistics.fmean(differences))
+    title = f"{args.config.name}, {args.steps} steps, {args.seeds} seeds, loss smoothed over {args.window} steps"
+    print(f"\n## Training {title}\n\n| | bf16 | fp8 | relative difference |\n|---|---|---|---|")
+    last = {name: statistics.fmean(smoothed(c, args.window)[-1] for c in curves[name]) for name in curves}
+    print(f"| smoothed training loss at the end | {last['bf16']:.4f} | {last['fp8']:.4f} | {spread(ends)} |")
+    print(f"| mean along the way | | | {spread(means)} |")
+    ends = relative(val["bf16"], val["fp8"])
+    last = {name: statistics.fmean(val[name]) for name in val}
+    print(f"| validation loss at the end | {last['bf16']:.4f} | {last['fp8']:.4f} | {spread(ends)} |", flush=True)
     if args.figure:
         draw(curves, args.window, args.figure)
 
 
-def draw(curves: dict[str, list[float]], window: int, path: Path) -> None:
-    """Draws both smoothed curves, and their relative difference below."""
+def relative(a: list[float], b: list[float]) -> list[float]:
+    """By which share of `a` each value of `b` is above it."""
+    return [y / x - 1 for x, y in zip(a, b, strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    """The mean of several seeds' values, and its standard error."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3%}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.3%}{error}"
+
+
+def draw(curves: dict[str, list[list[float]]], window: int, path: Path) -> None:
+    """Draws both smoothed curves, each the mean of its seeds, and their relative difference below."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -239,13 +260,16 @@ def draw(curves: dict[str, list[float]], window: int, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, layout="constrained", height_ratios=[3, 1])
-    a, b = (smoothed(curves[name], window) for name in ("bf16", "fp8"))
+    a, b = (
+        smoothed([statistics.fmean(step) for step in zip(*curves[name], strict=True)], window)
+        for name in ("bf16", "fp8")
+    )
     steps = range(window, window + len(a))
     above.plot(steps, a, label="bf16")
     above.plot(steps, b, "--", label="fp8")
     above.set(ylabel="nats per byte")
     above.legend()
-    below.plot(steps, [100 * (y - x) / x for x, y in zip(a, b, strict=True)], color="C3")
+    below.plot(steps, [100 * d for d in relative(a, b)], color="C3")
     below.axhspan(-0.25, 0.25, alpha=0.15)
     below.set(xlabel=f"step (means over {window})", ylabel="difference, %", ylim=(-0.5, 0.5))
     for axes in (above, below):
@@ -262,6 +286,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shakespeare.json")
     parser.add_argument("--data", default="shakespeare", help="what train.py --data takes")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=1, help="how many times to train both, from other seeds")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at once, where the machine has room")
     parser.add_argument("--window", type=int, default=50, help="steps over which the training loss is smoothed")
     parser.add_argument("--train-flags", default="", help="further flags of train.py, in one string")
     parser.add_argument("--curves", type=Path, help="write both loss curves to this JSON file")
