@@ -39,6 +39,7 @@ import fp8_ops
 attn_impl: Literal["naive", "absorb"] = "naive"
 
 FEW_POSITIONS = 64  # of a call on the CPU with a cache, up to which `Decoder` is the faster way
+EMBEDDING_STD = 0.3  # at the start; with 1, small models learn the slower
 LATENT_NORM_EPS = 1e-6  # of q_norm and kv_norm, whatever norm_eps is, in DeepSeek's code and in transformers
 ACTIVATIONS = {
     "silu": F.silu,
@@ -826,7 +827,7 @@ def draw_weight(name: str, index: int, shape: tuple[int, ...], seed: int) -> tor
     if name.endswith(("wo.weight", "w2.weight", "head.weight")):
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    std = 1.0 if name == "embed.weight" else shape[-1] ** -0.5
+    std = EMBEDDING_STD if name == "embed.weight" else shape[-1] ** -0.5
     return torch.randn(shape, generator=generator) * std
 
 
@@ -893,6 +894,17 @@ class Transformer(nn.Module):
         routed = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
         share = self.args.n_activated_experts / self.args.n_routed_experts if routed else 0
         return total, round(total - routed * (1 - share))
+
+    def flops_per_position(self, seq_len: int) -> int:
+        """Floating-point operations of the model that one position of a training step needs, forward and backward.
+
+        Six for each weight that it meets, and attention to half of the window on average, as PaLM's report counts
+        (appendix B). What is computed again in the backward pass is not counted.
+        """
+        args, heads = self.args, 1 + len(self.mtp)  # each MTP module goes through the head as well
+        weights = self.n_params()[1] - self.embed.weight.numel() + (heads - 1) * self.head.weight.numel()
+        widths = args.n_heads * (args.qk_nope_head_dim + args.qk_rope_head_dim + args.v_head_dim)
+        return 6 * weights + 6 * (args.n_layers + len(self.mtp)) * widths * seq_len // 2
 
     def new_cache(self, batch_size: int, capacity: int, spare: int = 0) -> Cache:
         """Makes an empty cache for `batch_size` sequences of up to `capacity` positions, for today's `attn_impl`."""

@@ -48,6 +48,7 @@ from parallel import AgreedError, Layout, LayoutError, is_first
 
 METRICS_FILE = "metrics.jsonl"
 VAL_FRACTION = 0.1
+SHORT_UNTIL = 0.5  # which part of a run --short-windows is for
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration, and how many of them
 NS_STEPS = 5
 
@@ -313,8 +314,9 @@ def evaluate(
     max_windows: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     layout: Layout | None = None,
+    seq_len: int | None = None,
 ) -> float | None:
-    """Measures the loss over a whole split, in non-overlapping windows of the model's context.
+    """Measures the loss over a whole split, in windows that do not overlap.
 
     Args:
         model: The model.
@@ -324,11 +326,12 @@ def evaluate(
         max_windows: If the split has more windows than these, that many are taken, evenly spread over it.
         stop: Asked before each batch; True ends the evaluation.
         layout: The processes that share the batches.
+        seq_len: Bytes of a window; by default the model's context.
 
     Returns:
         Nats per byte; every byte but the first is predicted once. None after `stop`.
     """
-    seq_len = model.args.max_seq_len
+    seq_len = seq_len or model.args.max_seq_len
     rest = (len(data) - 1) % seq_len
     starts = np.arange((len(data) - 1) // seq_len) * seq_len
     if max_windows is not None and len(starts) > max_windows:
@@ -421,8 +424,11 @@ class Trainer:
     train_data: np.ndarray
     val_data: np.ndarray
     sampler: WindowSampler
+    short_sampler: WindowSampler | None  # of the first half of the run
     clock: Clock
     layout: Layout
+    whole: Transformer  # the model, or where processes share it a model on the meta device
+    peak_flops: float  # of this device's matrix products, each second
     loss: Callable[[torch.Tensor, torch.Tensor], Losses]
     step: int = 0
     best_val: float = math.inf
@@ -431,10 +437,13 @@ class Trainer:
     eval_s: float | None = None  # what the last evaluation took
     eval_windows: int | None = None  # how many windows an evaluation takes; None: all
     stop_signal: int | None = None
+    window: int = 0  # bytes of each window of the last step
+    flops: float = 0.0  # of all steps of this process
 
     def __post_init__(self) -> None:
         self.settings = resume_settings(self.args, self.train_data)
         self.quantize_weights()
+        self.window = self.sampler.seq_len
         self.step_bytes = self.args.batch_size * self.args.accumulation * self.model.args.max_seq_len
 
     def state(self) -> dict[str, Any]:
@@ -486,11 +495,12 @@ class Trainer:
         args, model, layout = self.args, self.model, self.layout
         lr_factor = schedule(progress, args.schedule, args.warmup, args.decay)
         parts, load = 0, 0
+        sampler = self.short_sampler if self.short_sampler and progress < SHORT_UNTIL else self.sampler
+        self.window, count = sampler.seq_len, args.batch_size * self.sampler.seq_len // sampler.seq_len
         for micro in range(args.accumulation):
-            position = (self.step * args.accumulation + micro) * args.batch_size
-            starts = self.sampler.starts(position, args.batch_size)[layout.share(args.batch_size)]
+            starts = sampler.starts((self.step * args.accumulation + micro) * count, count)[layout.share(count)]
             with layout.last_only(self.loss, micro == args.accumulation - 1):
-                losses = self.loss(*windows(self.train_data, starts, self.sampler.seq_len, layout.device))
+                losses = self.loss(*windows(self.train_data, starts, self.window, layout.device))
                 (losses.total / args.accumulation).backward()
             parts = parts + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / args.accumulation
             load = load + losses.load
@@ -508,6 +518,7 @@ class Trainer:
         model.update_gate_bias(load)
         self.quantize_weights()
         self.step += 1
+        self.flops += self.whole.flops_per_position(self.window) * self.step_bytes
         metrics = {"train_loss": next_byte, "lr": args.lr * lr_factor, "grad_norm": norm, "balance_loss": balance}
         return metrics | ({"mtp_loss": mtp} if len(model.mtp) else {}) | {"load": load}
 
@@ -522,10 +533,16 @@ class Trainer:
         """
         if self.val_step == self.step:  # resumed after its last step
             return self.val_loss
-        began = time.monotonic()
-        batch_size, stopped = 4 * self.args.batch_size // self.layout.dp, lambda: self.stopped()
+        began, more = time.monotonic(), self.model.args.max_seq_len // self.window
         val_loss = evaluate(
-            self.model, self.val_data, batch_size, self.layout.device, self.eval_windows, stopped, self.layout
+            self.model,
+            self.val_data,
+            4 * more * self.args.batch_size // self.layout.dp,
+            self.layout.device,
+            self.eval_windows and more * self.eval_windows,
+            lambda: self.stopped(),
+            self.layout,
+            self.window,
         )
         if val_loss is None:
             return None
@@ -539,12 +556,14 @@ class Trainer:
             bytes=self.step * self.step_bytes,
             val_loss=val_loss,
             val_bpb=bpb,
-            **({"val_windows": self.eval_windows} if self.eval_windows else {}),
+            **({"val_windows": more * self.eval_windows} if self.eval_windows else {}),
+            **({"window": self.window} if more > 1 else {}),
         )
         self.val_step, self.val_loss = self.step, val_loss
         is_best, self.best_val = val_loss < self.best_val, min(val_loss, self.best_val)
         self.save(is_best)
-        tqdm.write(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte")
+        short = f" in windows of {self.window} bytes" if more > 1 else ""
+        tqdm.write(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte{short}")
         if self.args.sample_bytes:
             tqdm.write(visible(sample_text(self.model, self.args.sample_bytes, self.layout.device)))
         self.clock.closing_s = 1.2 * (time.monotonic() - began)
@@ -586,7 +605,7 @@ class Trainer:
 def resume_settings(args: argparse.Namespace, data: np.ndarray) -> dict[str, Any]:
     """What must not change when a run is resumed, for its steps to be the ones that it would have taken."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
-    names += ["weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
+    names += ["short_windows", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
     # of 10 GB, only a few pages are read: 64 of 4 KiB, evenly spread
     pages = [data[i : i + 4096].tobytes() for i in np.linspace(0, max(len(data) - 4096, 0), 64).astype(np.int64)]
     return {
@@ -607,7 +626,7 @@ def load_summary(load: torch.Tensor) -> dict[str, Any]:
 def run(trainer: Trainer, metrics: Metrics) -> float | None:
     """Trains until the clock says so or a signal comes; returns the last validation loss, None after a signal."""
     args, clock = trainer.args, trainer.clock
-    due, load, logged_at = _due(trainer), 0, (trainer.step, time.monotonic())
+    due, load, logged_at = _due(trainer), 0, (trainer.step, time.monotonic(), trainer.flops)
     fastest = math.inf
     with progress_bar(trainer) as bar:
         while not trainer.stopped():
@@ -628,20 +647,22 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
             if trainer.step % args.log_interval == 0:
                 steps, seconds = trainer.step - logged_at[0], time.monotonic() - logged_at[1]
                 speed = steps * trainer.step_bytes / seconds
-                bar.set_postfix_str(f"loss {step_metrics['train_loss']:.3f}, {speed:,.0f} bytes/s")
+                mfu = (trainer.flops - logged_at[2]) / seconds / trainer.peak_flops
+                bar.set_postfix_str(f"loss {step_metrics['train_loss']:.3f}, {speed:,.0f} bytes/s, {mfu:.0%} of peak")
                 metrics.write(
                     step=trainer.step,
                     elapsed_s=clock.elapsed_s(),
                     bytes=trainer.step * trainer.step_bytes,
                     **step_metrics,
                     bytes_per_s=speed,
+                    mfu=mfu,
                     **load_summary(load),
                 )
-                load, logged_at = 0, (trainer.step, time.monotonic())
+                load, logged_at = 0, (trainer.step, time.monotonic(), trainer.flops)
             evaluate_now, save_now = trainer.layout.of_first(*next(due))
             if evaluate_now:
                 trainer.evaluate_and_save(metrics)
-                logged_at = (trainer.step, time.monotonic())
+                logged_at = (trainer.step, time.monotonic(), trainer.flops)
             elif save_now:
                 trainer.save(is_best=False)
     val_loss = None if trainer.stopped() else trainer.evaluate_and_save(metrics)
@@ -666,7 +687,7 @@ def _due(trainer: Trainer) -> Iterator[tuple[bool, bool]]:
     """Says after each step whether to evaluate (which saves as well), and whether to save at least.
 
     Without intervals both are due after each tenth of the run. By the clock, an evaluation is then left out while
-    evaluations would have taken more than a tenth of the time.
+    evaluations would have taken more than a twentieth of the time.
     """
     args, clock, spent = trainer.args, trainer.clock, 0.0
     tenth = int(10 * clock.progress(trainer.step))
@@ -678,7 +699,7 @@ def _due(trainer: Trainer) -> Iterator[tuple[bool, bool]]:
             evaluate_now, reached = trainer.step % args.eval_interval == 0 and now < 10, False
         elif reached and clock.seconds is not None:
             expected = trainer.eval_s if trainer.eval_s is not None else clock.closing_s / 2
-            evaluate_now = spent + expected <= 0.1 * clock.elapsed_s()
+            evaluate_now = spent + expected <= 0.05 * clock.elapsed_s()
             spent += expected if evaluate_now else 0
         yield evaluate_now, trainer.step % args.save_interval == 0 if args.save_interval else reached
 
@@ -742,6 +763,14 @@ def build_parser() -> Parser:
     length.add_argument("--minutes", type=POSITIVE, help="time for the whole process, start and end included")
     batch = p.add_argument_group("batch")
     batch.add_argument("--batch-size", type=POSITIVE_INT, default=32, help="windows of max_seq_len bytes at a time")
+    batch.add_argument(
+        "--short-windows",
+        type=NOT_NEGATIVE_INT,
+        default=0,
+        metavar="N",
+        help="in the first half of the run, cut each window into windows of N bytes, on which attention costs less; "
+        "0: never",
+    )
     batch.add_argument("--accumulation", type=POSITIVE_INT, default=1, help="batches whose gradients make one step")
     optim = p.add_argument_group("optimizer")
     optim.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="for the hidden matrices")
@@ -835,8 +864,10 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, ModelArgs]:
         parser.error("--resume needs the --save-path of the run to go on with")
     if shape.vocab_size != VOCAB_SIZE:
         raise ConfigError(f"{args.config}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
-    if shape.n_mtp_layers >= shape.max_seq_len:
-        raise ConfigError(f"{args.config}: n_mtp_layers must be below max_seq_len ({shape.max_seq_len})")
+    if args.short_windows and shape.max_seq_len % args.short_windows:
+        parser.error(f"--short-windows must divide max_seq_len ({shape.max_seq_len}), got {args.short_windows}")
+    if shape.n_mtp_layers >= (shortest := args.short_windows or shape.max_seq_len):
+        raise ConfigError(f"{args.config}: n_mtp_layers must be below the length of the windows ({shortest})")
     return args, shape
 
 
@@ -852,7 +883,12 @@ def build_trainer(args: argparse.Namespace, shape: ModelArgs, layout: Layout) ->
     layout.init_weights(model, args.seed)
     model = model.to(layout.device).train()
     model.gradient_checkpointing = args.gradient_checkpointing
-    describe(model, args, layout, train_data, val_data)
+    whole = model
+    if layout.mp > 1:
+        with torch.device("meta"):
+            whole = Transformer(shape, dtype)
+    peak = layout.world * measure_peak(layout.device, dtype)
+    describe(whole, args, layout, peak, train_data, val_data)
     loss = layout.spread(model, args.compile)
     return Trainer(
         args=args,
@@ -861,19 +897,36 @@ def build_trainer(args: argparse.Namespace, shape: ModelArgs, layout: Layout) ->
         train_data=train_data,
         val_data=val_data,
         sampler=WindowSampler(len(train_data), shape.max_seq_len, args.seed),
+        short_sampler=WindowSampler(len(train_data), args.short_windows, args.seed) if args.short_windows else None,
         clock=Clock(args.steps, args.minutes),
         layout=layout,
+        whole=whole,
+        peak_flops=peak,
         loss=loss,
     )
 
 
+@torch.no_grad()
+def measure_peak(device: str, dtype: torch.dtype) -> float:
+    """Measures how many floating-point operations a second a large product takes: the best of a few, in FLOP/s."""
+    size = 1024 if torch.device(device).type == "cpu" else 8192
+    a, best = torch.randn(size, size, device=device).to(dtype), math.inf
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for it
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
 def describe(
-    model: Transformer, args: argparse.Namespace, layout: Layout, train_data: np.ndarray, val_data: np.ndarray
+    model: Transformer,
+    args: argparse.Namespace,
+    layout: Layout,
+    peak: float,
+    train_data: np.ndarray,
+    val_data: np.ndarray,
 ) -> None:
     """Prints what will be trained, and on what."""
-    if layout.mp > 1:  # what is counted is the whole
-        with torch.device("meta"):
-            model = Transformer(model.args, model.compute_dtype)
     total, active = model.n_params()
     latent, plain = model.args.cache_numbers_per_position()
     size, dtype = model.compute_dtype.itemsize, str(model.compute_dtype).removeprefix("torch.")
@@ -881,6 +934,7 @@ def describe(
     print(
         f"{total:,} parameters, {active:,} active per byte; cache {latent * size:,} bytes per position "
         f"(plain multi-head attention: {plain * size:,}); {torch.device(layout.device).type}, {dtype}"
+        f" at {peak / 1e12:.3g} TFLOP/s at most"
         f"{', products in FP8' if args.gemm_impl == 'fp8' else ''}{spread}; "
         f"{len(train_data):,} bytes to train on, {len(val_data):,} to validate"
     )

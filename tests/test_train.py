@@ -117,7 +117,7 @@ def here(tmp_path: Path) -> Here:
 def lines(run: Path) -> list[dict[str, Any]]:
     """The metrics of a run without what differs from run to run: times."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("elapsed_s", "bytes_per_s")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("elapsed_s", "bytes_per_s", "mfu")} for row in rows]
 
 
 def checkpoint(run: Path, which: str = "last") -> Path:
@@ -261,6 +261,30 @@ def test_evaluation_is_the_mean_over_every_byte(here: Here, n_bytes: int, batch_
             total += F.cross_entropy(logits, window[1:], reduction="sum").item()
     assert evaluate(model, data, batch_size, "cpu") == pytest.approx(total / (n_bytes - 1), rel=1e-6)
     assert model.training
+
+
+def test_short_windows_of_the_first_half(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes a step, none of them twice, and evaluations in the windows that are being trained on."""
+    seen, windows = [], train.windows
+
+    def spy(data: np.ndarray, starts: np.ndarray, seq_len: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((torch.is_grad_enabled(), seq_len, starts.tolist()))
+        return windows(data, starts, seq_len, device)
+
+    monkeypatch.setattr(train, "windows", spy)
+    assert main(here.flags("--steps", 8, "--accumulation", 2, "--short-windows", 8, "--eval-interval", 3)) == 0
+    steps = [(length, starts) for trains, length, starts in seen if trains]
+    assert [(length, len(starts)) for length, starts in steps] == [(8, 16)] * 8 + [(32, 4)] * 8
+    first = sorted(start for length, starts in steps if length == 8 for start in starts)
+    assert len(first) == 128 and all(b - a >= 8 for a, b in zip(first[1:], first[2:-1], strict=False))
+    rows = [row for row in lines(here.run) if "val_loss" in row]
+    assert [(row["step"], row.get("window")) for row in rows] == [(3, 8), (6, None), (8, None)]
+    n_targets = {8: 0, 32: 0}
+    for trains, length, starts in seen:
+        if not trains and length in n_targets:
+            n_targets[length] += length * len(starts)
+    val_bytes = here.data.stat().st_size - int(0.9 * here.data.stat().st_size)
+    assert n_targets == {8: (val_bytes - 1) // 8 * 8, 32: 2 * ((val_bytes - 1) // 32 * 32)}
 
 
 # --- Muon -------------------------------------------------------------------------------------------------------------
@@ -772,7 +796,7 @@ def test_litter_of_other_steps_is_swept(here: Here) -> None:
 @pytest.mark.parametrize(("optimizer", "gemm_impl"), [("muon", "bf16"), ("adamw", "bf16"), ("muon", "fp8")])
 def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optimizer: str, gemm_impl: str) -> None:
     flags = ["--steps", 6, "--eval-interval", 2, "--save-interval", 1, "--optimizer", optimizer, "--accumulation", 2]
-    flags += ["--gemm-impl", gemm_impl]
+    flags += ["--gemm-impl", gemm_impl, "--short-windows", 16]
     assert main(here.flags(*flags)) == 0
     whole, train_step = here.run, Trainer.train_step
     for stop_at in range(6):
@@ -1217,6 +1241,7 @@ def test_bad_defaults_in_a_config(here: Here, capsys: pytest.CaptureFixture[str]
         ('{"train": []}', "train"),
         (json.dumps(TINY | {"vocab_size": 255}), "vocab_size"),
         (json.dumps(TINY | {"n_mtp_layers": 32}), "n_mtp_layers"),
+        (json.dumps(TINY | {"n_mtp_layers": 8, "train": {"short_windows": 8}}), "length of the windows (8)"),
         (json.dumps(TINY | {"n_activated_experts": 5}), "n_activated_experts"),
     ],
 )
@@ -1256,6 +1281,7 @@ def test_bad_data(here: Here, capsys: pytest.CaptureFixture[str], monkeypatch: p
         (["--minutes", "inf"], "--minutes"),
         (["--steps", 2, "--batch-size", 0], "--batch-size"),
         (["--steps", 2, "--accumulation", -2], "--accumulation"),
+        (["--steps", 2, "--short-windows", 5], "--short-windows must divide max_seq_len (32)"),
         (["--steps", 2, "--lr", -0.1], "--lr"),
         (["--steps", 2, "--lr", "nan"], "--lr"),
         (["--steps", 2, "--matrix-lr", 0], "--matrix-lr"),

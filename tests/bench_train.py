@@ -1,0 +1,99 @@
+"""Training speed: the share of this machine's matrix products that it reaches, and against transformers.
+
+    python tests/bench_train.py [--config configs/small.json] [--steps 5] [--rounds 3]
+
+Both train the same shape, as a `DeepseekV3ForCausalLM` on transformers' side: MoE in every block after the first ones,
+without MTP modules. Each step is forward, backward, clipping and AdamW on the same random windows, in the dtype that
+train.py picks; rounds of both are alternated, and the medians are printed. FLOPs are the model's own
+(`Transformer.flops_per_position`) for both, and the peak is what train.py measures when it starts.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import convert  # noqa: E402
+import train  # noqa: E402
+from checkpoint import keep_freed_memory, load_model, read_config, save_model  # noqa: E402
+from fp8_ops import pick_device, pick_dtype  # noqa: E402
+from model import Transformer  # noqa: E402
+
+
+def stepper(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
+    """A function that takes one training step and returns its loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> float:
+        value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.item()
+
+    return step
+
+
+def main() -> None:
+    """Trains both and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "small.json")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=2, help="in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    keep_freed_memory()
+    device = pick_device(None)
+    dtype = pick_dtype(torch.device(device).type, "auto")
+    shape, _ = read_config(options.config)
+    shape = replace(shape, moe_layer_freq=1, n_mtp_layers=0, aux_loss_alpha=0.0, dtype="fp32")
+    with tempfile.TemporaryDirectory() as folder:
+        model = Transformer(shape)
+        model.init_weights(0)
+        save_model(model, Path(folder) / "native")
+        convert.convert(Path(folder) / "native", Path(folder) / "hf", is_hf=True)
+        ours = load_model(Path(folder) / "native", device, dtype).float().requires_grad_(True).train()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "hf", dtype=dtype).to(device).train()
+    assert type(theirs).__name__ == "DeepseekV3ForCausalLM"
+    tokens = torch.randint(1, 256, (options.batch_size, shape.max_seq_len + 1), device=device)
+    ways = {
+        "ByteGPT": stepper(ours, lambda: ours.loss(tokens[:, :-1], tokens[:, 1:]).total),
+        "transformers": stepper(theirs, lambda: theirs(tokens, labels=tokens, use_cache=False).loss),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    losses = {name: step() for name, step in ways.items()}  # the first step warms up
+    assert abs(losses["ByteGPT"] - losses["transformers"]) < 0.02, losses
+    for _ in range(options.rounds):
+        for name, step in ways.items():
+            began = time.perf_counter()
+            for _ in range(options.steps):
+                step()
+            times[name].append((time.perf_counter() - began) / options.steps)
+    positions = options.batch_size * shape.max_seq_len
+    peak = train.measure_peak(device, dtype)
+    flops = ours.flops_per_position(shape.max_seq_len) * positions
+    print(f"\n{options.config.name}, {device}, {dtype}, products at {peak / 1e12:.3g} TFLOP/s at most\n")
+    print("| | bytes/s | share of peak |\n|---|---|---|")
+    for name, taken in times.items():
+        seconds = statistics.median(taken)
+        print(f"| {name} | {positions / seconds:,.0f} | {flops / seconds / peak:.0%} |")
+    ratio = statistics.median(times["transformers"]) / statistics.median(times["ByteGPT"])
+    print(f"\nratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
