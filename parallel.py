@@ -267,7 +267,7 @@ class Layout(Crew):
 
             for layer in [*model.layers, *model.mtp]:
                 if compiles:
-                    layer.compile(fullgraph=True)
+                    _compile_training(layer)
                 fully_shard(layer, mesh=self.dp_mesh)
             fully_shard(model, mesh=self.dp_mesh, reshard_after_forward=True)  # for whoever looks at its parameters
             register_fsdp_forward_method(model, "loss")
@@ -360,6 +360,12 @@ class Layout(Crew):
             update = update.chunk(self.mp, dim)[self.mp_rank]
         held_here, first = self.local(p)
         return update if first is None else update[first : first + len(held_here)]
+
+
+def _compile_training(layer: nn.Module) -> None:
+    """Compiles a layer for training alone: evaluations and samples have many lengths, and each would be compiled."""
+    plain, compiled = layer.forward, torch.compile(layer.forward, fullgraph=True)
+    layer.forward = lambda *inputs: (compiled if layer.training else plain)(*inputs)
 
 
 def _flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -309,6 +309,16 @@ def test_other_precisions(runs: Runs) -> None:
             runs.assert_same(f"{layout}-{kind}", f"one-{kind}", tolerance=0.02)
 
 
+def test_compiled_shards_train_evaluate_and_write_as_plain_ones(runs: Runs) -> None:
+    """Only steps are compiled: an evaluation has a shorter window at its end, a sample a longer one at each byte."""
+    flags = ["--fsdp", "--eval-interval", 5, "--sample-bytes", 20]
+    plain, _ = launch(2, [{"flags": runs.flags("fsdp-eager", *flags, steps=10)}])
+    compiled, _ = launch(2, [{"flags": runs.flags("fsdp-compiled", *flags, "--compile", steps=10)}])
+    runs.assert_same("fsdp-compiled", "fsdp-eager")
+    texts = [re.findall(r"(?m)^(step \d+: .*\n.*)$", output) for output in (plain, compiled)]
+    assert texts[0] == texts[1] and len(texts[0]) == 2
+
+
 @pytest.mark.parametrize(
     ("world", "flags", "parts"),
     [
