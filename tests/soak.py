@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,14 @@ def descendants(pid: int) -> list[int]:
         return []
 
 
+def kill_all(agent: subprocess.Popen) -> None:
+    """Kills an agent and its workers at once, as a machine that fails does."""
+    for pid in [agent.pid, *descendants(agent.pid)] if agent.poll() is None else []:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    agent.wait()
+
+
 class Soak:
     """A run, and what is done to it.
 
@@ -66,11 +75,22 @@ class Soak:
 
     def start(self, run: Path, processes: int) -> subprocess.Popen:
         """Starts or goes on with a run under torchrun."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        command += ["--max-restarts", 100, ROOT / "train.py", *self.flags, "--save-path", run]
-        log = open(self.folder / f"{run.name}.log", "ab")  # noqa: SIM115  the process has it
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([str(part) for part in command], env=environment, stdout=log, stderr=log)
+        return self.launch(run, f"{run.name}.log", ["--standalone", "--nproc-per-node", processes])
+
+    def launch(
+        self, run: Path, log: str, agent_flags: list[object], prefix: list[str] | None = None, **environment: str
+    ) -> subprocess.Popen:
+        """Starts an agent, whose words go into a file of the folder."""
+        command = [*(prefix or []), sys.executable, "-m", "torch.distributed.run", *agent_flags, "--max-restarts", 100]
+        command += [ROOT / "train.py", *self.flags, "--save-path", run]
+        with open(self.folder / log, "ab") as file:
+            return subprocess.Popen(
+                [str(part) for part in command],
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+            )
 
     def kill(self, agent: subprocess.Popen) -> str:
         """Kills a worker or everything; says which."""
@@ -78,9 +98,7 @@ class Soak:
         if self.random.random() < 0.6 and workers:
             os.kill(self.random.choice(workers), signal.SIGKILL)
             return "a worker"
-        for pid in [agent.pid, *workers]:
-            os.kill(pid, signal.SIGKILL)
-        agent.wait()
+        kill_all(agent)
         return "all"
 
     def check(self, run: Path) -> int:

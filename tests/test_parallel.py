@@ -6,9 +6,12 @@ Run as a script, this file is one of the processes: it goes through a list of sc
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +364,82 @@ def test_kills_cost_only_the_steps_since_the_checkpoint(capsys: pytest.CaptureFi
     """The beginning of what soak.py does at length."""
     soak.main(["--kills", "3", "--steps", "60", "--seed", "1", "--train-flags=--fsdp"])
     assert "3 kills" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> soak.Soak:
+    """A run that nobody disturbs, short enough for rounding in other layouts not to change how bytes are routed."""
+    made = soak.Soak(tmp_path_factory.mktemp("nodes"), 1, 200, [], 0)
+    assert made.start(made.folder / "alone", 1).wait() == 0
+    return made
+
+
+@pytest.fixture
+def networks() -> Iterator[list[tuple[str, str, str]]]:
+    """Two network namespaces joined by a cable: names, addresses and devices."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2 to make networks")
+    made = [(f"bytegpt{i}-{os.getpid()}", f"10.77.0.{i}", f"cable{i}") for i in (1, 2)]
+    commands = [f"netns add {name}" for name, _, _ in made]
+    commands += [f"link add cable1 netns {made[0][0]} type veth peer name cable2 netns {made[1][0]}"]
+    for name, address, device in made:
+        commands += [f"-n {name} addr add {address}/24 dev {device}", f"-n {name} link set {device} up"]
+        commands += [f"-n {name} link set lo up"]
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"ip {command}: {done.stderr.strip()}")
+        yield made
+    finally:
+        for name, _, _ in made:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def leave_and_come_back(made: soak.Soak, run: Path, networks: list[tuple[str, str, str]]) -> None:
+    """Trains on two nodes until one dies, on one until the other is back, and on two; compares the losses."""
+    port, nodes = free_port(), []
+
+    def node(i: int) -> subprocess.Popen:
+        conf = f"is_host={int(i == 0)},last_call_timeout=1,keep_alive_interval=1"  # to notice in seconds, not a minute
+        flags = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-id", run.name, "--rdzv-conf", conf]
+        flags += ["--rdzv-endpoint", f"{networks[0][1] if networks else '127.0.0.1'}:{port}"]
+        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else torch's agents tell newcomers no address
+        if not networks:
+            return made.launch(run, f"{run.name}.log", flags, **environment)
+        name, address, environment["GLOO_SOCKET_IFNAME"] = networks[i]
+        flags += ["--local-addr", address]
+        return made.launch(run, f"{run.name}.log", flags, ["ip", "netns", "exec", name], **environment)
+
+    def wait_for(what: str, times: int) -> None:
+        until = time.monotonic() + 60
+        while log().count(what) < times:
+            assert time.monotonic() < until and all(node.poll() is None for node in nodes), log()
+            time.sleep(0.05)
+
+    log = lambda: (made.folder / f"{run.name}.log").read_text(errors="replace")  # noqa: E731
+    try:
+        nodes += [node(0), node(1)]
+        wait_for("step 20: val_loss", 1)
+        soak.kill_all(nodes.pop())
+        wait_for("resumed", 1)
+        nodes.append(node(1))
+        wait_for("resumed", 2)
+        assert [node.wait(timeout=60) for node in nodes] == [0, 0], log()
+    finally:
+        for left in nodes:
+            soak.kill_all(left)
+    assert log().count("2 data-parallel") == 2 and log().count("parameters,") == 3
+    losses, expected = soak.losses(run), soak.losses(made.folder / "alone")
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_node_leaves_and_comes_back(alone: soak.Soak) -> None:
+    leave_and_come_back(alone, alone.folder / "here", [])
+
+
+def test_a_machine_leaves_and_comes_back(alone: soak.Soak, networks: list[tuple[str, str, str]]) -> None:
+    leave_and_come_back(alone, alone.folder / "elsewhere", networks)
 
 
 def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
