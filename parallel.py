@@ -26,6 +26,7 @@ optimizer state are sharded by FSDP2. Nothing that is computed depends on the la
 
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -132,6 +133,8 @@ class Layout(Crew):
         self._shares: list[nn.Parameter] = []  # those whose gradient is a share on each part
         self.counted, self.dp_mesh, self.dp_group, self.mp_group = 0, None, None, None
         if self.world > 1 and imagined is None:
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # no orphans, which would go on beside those that are started next
+                torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
             if device == "cuda":
                 self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
                 torch.cuda.set_device(self.device)
