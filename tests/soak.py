@@ -99,7 +99,7 @@ class Soak:
                 stderr=file,
             )
 
-    def disturb(self, run: Path, kills: int, longest: float = 10.0) -> int:
+    def disturb(self, run: Path, kills: int, longest: float = 12.0) -> int:
         """Does up to `kills` things to a run at random moments, then lets it end; returns how many there were."""
         agent, done = self.start(run, self.processes), 0
         while done < kills:
