@@ -124,12 +124,13 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and not name.endswith("gate.weight")
 
 
-def check_parallel(args: ModelArgs, world: int) -> None:
+def check_parallel(args: ModelArgs, world: int, what: str = "--model-parallel") -> None:
     """Refuses a number of shards that a model cannot be cut into.
 
     Args:
         args: The model's shape.
         world: The number of shards.
+        what: Whence that number comes, for the message.
 
     Raises:
         CheckpointError: It does not divide some size of the model; the message has those that do.
@@ -145,7 +146,7 @@ def check_parallel(args: ModelArgs, world: int) -> None:
     for key, size in sizes.items():
         if size % world:
             works = ", ".join(str(n) for n in range(1, min(common, 1024) + 1) if common % n == 0)
-            raise CheckpointError(f"{key} = {size} cannot be cut into {world}; --model-parallel can be {works}")
+            raise CheckpointError(f"{key} = {size} cannot be cut into {world}; {what} can be {works}")
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def open_checkpoint(path: str | os.PathLike, which: str = "best") -> Checkpoint:
         shards = [read_header(file) for file in files]
     shapes, fp8_layers = _weights_of(args, folder, sum(map(len, shards)))
     try:
-        check_parallel(args, len(shards))
+        check_parallel(args, len(shards), "the number of files")
     except CheckpointError as error:
         raise CheckpointError(f"{files[0]} and the others are not of the model of {CONFIG_FILE}: {error}") from None
     tensors = {name: Stored(hf_name(name, args) if is_hf else name, shape) for name, shape in shapes.items()}
@@ -450,7 +451,7 @@ def load_model(
     """
     crew = crew or Crew()
     checkpoint = open_checkpoint(path)
-    check_parallel(checkpoint.args, crew.mp)
+    check_parallel(checkpoint.args, crew.mp, "the number of processes")
     try:
         model = make(checkpoint.args, compute_dtype, fp8_weights=keep_fp8 and checkpoint.is_fp8)
     except (RuntimeError, OverflowError, MemoryError) as error:

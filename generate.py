@@ -728,15 +728,15 @@ def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     dtype = pick_dtype(torch.device(device).type, arguments.dtype)
     with layout.together():
         model = load_model(arguments.ckpt_path, device, dtype, keep_fp8, layout.make, layout)
+        if model.args.vocab_size != VOCAB_SIZE:
+            raise ValueError(
+                f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
+                f"take one with {VOCAB_SIZE}, as train.py makes them"
+            )
     stored = any(layer.scale is not None for layer in model.fp8_layers())
     fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored else "bf16")
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
-    if model.args.vocab_size != VOCAB_SIZE:
-        raise ValueError(
-            f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
-            f"take one with {VOCAB_SIZE}, as train.py makes them"
-        )
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
     return model
 
@@ -877,6 +877,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
         sampling = make_sampling(arguments)
+    except ValueError as error:
+        return report(str(error)) if is_first() else 2  # the same in every process
+    try:
         if arguments.interactive:
             prompts = []
         elif arguments.prompt is not None:

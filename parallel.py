@@ -25,6 +25,9 @@ optimizer state are sharded by FSDP2. Nothing that is computed depends on the la
 """
 
 import os
+import secrets
+import signal
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -55,16 +58,31 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _meeting_place(world: int, timeout: timedelta) -> dist.Store:
+def _meeting_place(rank: int, world: int, timeout: timedelta) -> dist.Store:
     """Where the processes leave their addresses for each other, in a corner of its own for each start.
 
     The elastic agent gives all starts the same store. There a quick process would find the address that another had
-    before it was killed, and call nobody.
+    before it was killed, and call nobody. Nothing that the agents tell counts the starts for all nodes alike: one that
+    comes back counts from 0. So the first process invents a name for the corner, and tells each of the others under the
+    name by which that one asks; who asked before a kill is answered as well, and does not confirm.
     """
     store, _, _ = next(rendezvous("env://", timeout=timeout))
-    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {world}"
-    turn = (store.add(start, 1) - 1) // world  # nodes that come and go do not count as restarts
-    return dist.PrefixStore(f"{start}, {turn}", store)
+    name = secrets.token_hex(8)
+    if rank:
+        store.set(f"asks {rank}", name)
+        name = store.get(f"answer to {name}").decode()
+        store.set(f"{name} known to {rank}", "")
+    absent, deadline = set(range(1, world)) if rank == 0 else set(), time.monotonic() + timeout.total_seconds()
+    while absent:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{len(absent)} of {world} processes have not come within {timeout}")
+        for other in sorted(absent):
+            if store.check([f"{name} known to {other}"]):
+                absent.remove(other)
+            elif store.check([f"asks {other}"]):
+                store.set(f"answer to {store.get(f'asks {other}').decode()}", name)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 class Layout(Crew):
@@ -115,11 +133,13 @@ class Layout(Crew):
         self._shares: list[nn.Parameter] = []  # those whose gradient is a share on each part
         self.counted, self.dp_mesh, self.dp_group, self.mp_group = 0, None, None, None
         if self.world > 1 and imagined is None:
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # no orphans, which would go on beside those that are started next
+                torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
             if device == "cuda":
                 self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
                 torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            store = _meeting_place(self.world, timeout)
+            store = _meeting_place(self.rank, self.world, timeout)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
             mesh = dist.init_device_mesh(device, (self.dp, self.mp), mesh_dim_names=("dp", "mp"))
             self.dp_mesh, self.dp_group, self.mp_group = mesh["dp"], mesh["dp"].get_group(), mesh["mp"].get_group()
@@ -267,7 +287,7 @@ class Layout(Crew):
 
             for layer in [*model.layers, *model.mtp]:
                 if compiles:
-                    layer.compile(fullgraph=True)
+                    _compile_training(layer)
                 fully_shard(layer, mesh=self.dp_mesh)
             fully_shard(model, mesh=self.dp_mesh, reshard_after_forward=True)  # for whoever looks at its parameters
             register_fsdp_forward_method(model, "loss")
@@ -360,6 +380,12 @@ class Layout(Crew):
             update = update.chunk(self.mp, dim)[self.mp_rank]
         held_here, first = self.local(p)
         return update if first is None else update[first : first + len(held_here)]
+
+
+def _compile_training(layer: nn.Module) -> None:
+    """Compiles a layer for training alone: evaluations and samples have many lengths, and each would be compiled."""
+    plain, compiled = layer.forward, torch.compile(layer.forward, fullgraph=True)
+    layer.forward = lambda *inputs: (compiled if layer.training else plain)(*inputs)
 
 
 def _flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:

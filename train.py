@@ -960,8 +960,9 @@ def train(argv: list[str] | None) -> int:
 def train_in(layout: Layout, args: argparse.Namespace, shape: ModelArgs) -> int:
     """Trains in one of the processes; returns its exit code."""
     path = args.save_path
-    # a worker that the elastic agent starts again goes on where its crew was
-    resumes = args.resume or path is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    # workers that the elastic agent starts again go on where they were, with those of a node that has just come
+    (restarts,) = layout.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    resumes = args.resume or path is not None and restarts > 0
     with layout.together():
         if path is not None and path.exists() and not resumes and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(

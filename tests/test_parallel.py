@@ -6,9 +6,13 @@ Run as a script, this file is one of the processes: it goes through a list of sc
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +313,16 @@ def test_other_precisions(runs: Runs) -> None:
             runs.assert_same(f"{layout}-{kind}", f"one-{kind}", tolerance=0.02)
 
 
+def test_compiled_shards_train_evaluate_and_write_as_plain_ones(runs: Runs) -> None:
+    """Only steps are compiled: an evaluation has a shorter window at its end, a sample a longer one at each byte."""
+    flags = ["--fsdp", "--eval-interval", 5, "--sample-bytes", 20]
+    plain, _ = launch(2, [{"flags": runs.flags("fsdp-eager", *flags, steps=10)}])
+    compiled, _ = launch(2, [{"flags": runs.flags("fsdp-compiled", *flags, "--compile", steps=10)}])
+    runs.assert_same("fsdp-compiled", "fsdp-eager")
+    texts = [re.findall(r"(?m)^(step \d+: .*\n.*)$", output) for output in (plain, compiled)]
+    assert texts[0] == texts[1] and len(texts[0]) == 2
+
+
 @pytest.mark.parametrize(
     ("world", "flags", "parts"),
     [
@@ -353,6 +367,82 @@ def test_kills_cost_only_the_steps_since_the_checkpoint(capsys: pytest.CaptureFi
     assert "3 kills" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> soak.Soak:
+    """A run that nobody disturbs, short enough for rounding in other layouts not to change how bytes are routed."""
+    made = soak.Soak(tmp_path_factory.mktemp("nodes"), 1, 200, [], 0)
+    assert made.start(made.folder / "alone", 1).wait() == 0
+    return made
+
+
+@pytest.fixture
+def networks() -> Iterator[list[tuple[str, str, str]]]:
+    """Two network namespaces joined by a cable: names, addresses and devices."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2 to make networks")
+    made = [(f"bytegpt{i}-{os.getpid()}", f"10.77.0.{i}", f"cable{i}") for i in (1, 2)]
+    commands = [f"netns add {name}" for name, _, _ in made]
+    commands += [f"link add cable1 netns {made[0][0]} type veth peer name cable2 netns {made[1][0]}"]
+    for name, address, device in made:
+        commands += [f"-n {name} addr add {address}/24 dev {device}", f"-n {name} link set {device} up"]
+        commands += [f"-n {name} link set lo up"]
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"ip {command}: {done.stderr.strip()}")
+        yield made
+    finally:
+        for name, _, _ in made:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def leave_and_come_back(made: soak.Soak, run: Path, networks: list[tuple[str, str, str]]) -> None:
+    """Trains on two nodes until one dies, on one until the other is back, and on two; compares the losses."""
+    port, nodes = free_port(), []
+
+    def node(i: int) -> subprocess.Popen:
+        conf = f"is_host={int(i == 0)},last_call_timeout=1,keep_alive_interval=1"  # to notice in seconds, not a minute
+        flags = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-id", run.name, "--rdzv-conf", conf]
+        flags += ["--rdzv-endpoint", f"{networks[0][1] if networks else '127.0.0.1'}:{port}"]
+        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else torch's agents tell newcomers no address
+        if not networks:
+            return made.launch(run, f"{run.name}.log", flags, **environment)
+        name, address, environment["GLOO_SOCKET_IFNAME"] = networks[i]
+        flags += ["--local-addr", address]
+        return made.launch(run, f"{run.name}.log", flags, ["ip", "netns", "exec", name], **environment)
+
+    def wait_for(what: str, times: int) -> None:
+        until = time.monotonic() + 60
+        while log().count(what) < times:
+            assert time.monotonic() < until and all(node.poll() is None for node in nodes), log()
+            time.sleep(0.05)
+
+    log = lambda: (made.folder / f"{run.name}.log").read_text(errors="replace")  # noqa: E731
+    try:
+        nodes += [node(0), node(1)]
+        wait_for("step 20: val_loss", 1)
+        soak.kill_all(nodes.pop())
+        wait_for("resumed", 1)
+        nodes.append(node(1))
+        wait_for("resumed", 2)
+        assert [node.wait(timeout=60) for node in nodes] == [0, 0], log()
+    finally:
+        for left in nodes:
+            soak.kill_all(left)
+    assert log().count("2 data-parallel") == 2 and log().count("parameters,") == 3
+    losses, expected = soak.losses(run), soak.losses(made.folder / "alone")
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_node_leaves_and_comes_back(alone: soak.Soak) -> None:
+    leave_and_come_back(alone, alone.folder / "here", [])
+
+
+def test_a_machine_leaves_and_comes_back(alone: soak.Soak, networks: list[tuple[str, str, str]]) -> None:
+    leave_and_come_back(alone, alone.folder / "elsewhere", networks)
+
+
 def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
     """From any form of a checkpoint, greedy and sampled; the first process alone speaks."""
     save_model(runs.model(), runs.folder / "mp1")
@@ -375,6 +465,66 @@ def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
     first, *others = launch(4, scenarios[:2])
     assert speed.sub("", alone).startswith(speed.sub("", first).rstrip()) and "7 is" in first
     assert others == [""] * 3
+
+
+def test_parts_that_a_model_cannot_be_cut_into(runs: Runs) -> None:
+    """The first process alone names the numbers of processes that can be, and a mistake in the flags."""
+    save_model(runs.model(), runs.folder / "uncut")
+    flags = ["--ckpt-path", str(runs.folder / "uncut"), "--device", "cpu", "--prompt", "7"]
+    asked = [{"command": "generate", "code": 2, "flags": given} for given in (flags, [*flags, "--top-k", "many"])]
+    first, *others = launch(3, asked)
+    uncut, mistake = first.splitlines()
+    assert uncut == "generate.py: error: vocab_size = 256 cannot be cut into 3; the number of processes can be 1, 2, 4"
+    assert "--top-k" in mistake and others == ["", ""]
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+@pytest.mark.parametrize("name", ["train", "generate", "interactive"])
+def test_interrupted_by_the_user(runs: Runs, tmp_path: Path, name: str, by_torchrun: bool) -> None:
+    """Ctrl-C, to torchrun or to each process: all end in seconds without a traceback, and a run is saved."""
+    run = runs.folder / f"interrupted-{by_torchrun}"
+    model = ["--ckpt-path", str(tmp_path / "model"), "--device", "cpu", "--dtype", "fp32"]
+    command = {
+        "train": ["train.py", *runs.flags(run.name, steps=100_000)],
+        "generate": ["generate.py", *model, "--input-file", str(tmp_path / "many")],
+        "interactive": ["generate.py", *model, "--interactive"],
+    }[name]
+    save_model(runs.model(), tmp_path / "model")
+    (tmp_path / "many").write_text("12 is\n" * 10_000)
+    starts: list[tuple[list[str], dict[str, str]]] = [([], {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if by_torchrun:
+        starts = [(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], {})]
+    out, err = tmp_path / "out", tmp_path / "err"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *agent, str(ROOT / command[0]), *command[1:]],
+            env=os.environ | common | place,
+            stdin=subprocess.PIPE,
+            stdout=out.open("ab"),
+            stderr=err.open("ab"),
+        )
+        for agent, place in starts
+    ]
+    if name == "interactive":
+        for process in processes:
+            process.stdin.write(b"7 is\n")
+            process.stdin.flush()
+    begun, until = run / "metrics.jsonl" if name == "train" else out, time.monotonic() + 60
+    while not begun.exists() or not begun.stat().st_size:
+        assert time.monotonic() < until, err.read_text()
+        time.sleep(0.05)
+    workers = [worker for process in processes for worker in soak.descendants(process.pid)]
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    codes = [process.wait(timeout=20) for process in processes]
+    assert codes == ([1] if by_torchrun else [0, 0] if name == "train" else [130, 130])  # torchrun has its own
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert err.read_text().count("Traceback") == int(by_torchrun)  # its own
+    if name == "train":
+        (step,) = [int(path.name.removeprefix("step-")) for path in run.glob("step-*")]
+        assert f"stopped by SIGINT after step {step}: model in {run}" in out.read_text()
+        assert max(runs.metrics(run.name)) == step
 
 
 def test_only_the_first_speaks(runs: Runs) -> None:
