@@ -42,6 +42,7 @@ from torch.distributed.rendezvous import rendezvous
 from checkpoint import Box, CheckpointError, Crew, check_parallel, part_box, whole_shapes
 from model import Losses, ModelArgs, Transformer, draw_weight
 
+STORE_TIMEOUT = timedelta(minutes=1)  # of reaching the store of torchrun
 TIMEOUT = timedelta(minutes=10)  # of whatever one process waits for; a step or a saved checkpoint takes less
 
 
@@ -66,7 +67,10 @@ def _meeting_place(rank: int, world: int, timeout: timedelta) -> dist.Store:
     comes back counts from 0. So the first process invents a name for the corner, and tells each of the others under the
     name by which that one asks; who asked before a kill is answered as well, and does not confirm.
     """
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    # torchrun's own store is there before its workers are: who does not reach it was left behind by a torchrun killed
+    is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store, _, _ = next(rendezvous("env://", timeout=min(timeout, STORE_TIMEOUT) if is_there else timeout))
+    store.set_timeout(timeout)
     name = secrets.token_hex(8)
     if rank:
         store.set(f"asks {rank}", name)
@@ -132,9 +136,9 @@ class Layout(Crew):
         self._cuts: dict[nn.Parameter, int] = {}  # of the parameters that are cut among parts, the dimension
         self._shares: list[nn.Parameter] = []  # those whose gradient is a share on each part
         self.counted, self.dp_mesh, self.dp_group, self.mp_group = 0, None, None, None
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # no orphans, which would go on beside those that are started next
+            torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
         if self.world > 1 and imagined is None:
-            if "TORCHELASTIC_RUN_ID" in os.environ:  # no orphans, which would go on beside those that are started next
-                torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
             if device == "cuda":
                 self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
                 torch.cuda.set_device(self.device)
