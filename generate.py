@@ -47,6 +47,7 @@ from typing import BinaryIO, NoReturn, TextIO
 
 import torch
 
+import decode
 import fp8_ops
 import model as model_module
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
@@ -57,7 +58,7 @@ from parallel import TIMEOUT, AgreedError, Layout, is_first
 
 # Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
 PREFILL_POSITIONS = 4096
-ONE_THREAD = 1 << 26  # numbers that a step of decoding multiplies, up to which one thread does it
+ONE_THREAD = 1 << 22  # numbers that a step of decoding multiplies, up to which one thread does it
 SPECULATE = 1  # bytes drafted at a time, by default
 RULE = "-" * 40
 EPILOG = """\
@@ -738,7 +739,7 @@ def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
-    return model
+    return decode.attach(model, arguments.compile)
 
 
 def warn_if_too_long(prompts: Sequence[bytes], context: int) -> bool:
@@ -804,6 +805,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--gemm-impl",
         choices=("bf16", "fp8"),
         help="default: fp8 for weights stored in FP8 where the hardware multiplies them, else bf16",
+    )
+    machine.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile what decodes one text on a CPU: seconds at the start, worth it for a long text",
     )
     machine.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
     machine.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")

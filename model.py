@@ -26,7 +26,6 @@ This file is the mathematics for one device: it knows nothing of files, flags or
 
 import math
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,7 +37,6 @@ import fp8_ops
 
 attn_impl: Literal["naive", "absorb"] = "naive"
 
-FEW_POSITIONS = 64  # of a call on the CPU with a cache, up to which `Decoder` is the faster way
 QUERY_BLOCK = 256  # queries of one product in `attend_in_products`: larger ones see more that is masked
 EMBEDDING_STD = 0.3  # at the start; with 1, small models learn the slower
 LATENT_NORM_EPS = 1e-6  # of q_norm and kv_norm, whatever norm_eps is, in DeepSeek's code and in transformers
@@ -256,7 +254,6 @@ class Cache:
         spare: How many positions a call may go past the context, where nobody reads what comes out.
 
     Attributes:
-        decoder: The model as it decodes from here; None before it has.
         lengths: Positions filled, one for each sequence. Lower one, and the positions after it are forgotten.
     """
 
@@ -276,7 +273,6 @@ class Cache:
             shapes = [(n_heads, args.qk_nope_head_dim + args.qk_rope_head_dim), (n_heads, args.v_head_dim)]
         self.capacity = capacity + spare
         self.spare = spare
-        self.decoder: Decoder | None = None
         self.lengths = [0] * batch_size
         self.layers = [
             [torch.zeros(batch_size, self.capacity, *shape, dtype=dtype, device=device) for shape in shapes]
@@ -871,6 +867,7 @@ class Transformer(nn.Module):
 
     Attributes:
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+        decoder: What runs the calls that it `takes` instead of the modules (see decode.py); None: nothing does.
     """
 
     def __init__(self, args: ModelArgs, compute_dtype: torch.dtype = torch.float32, fp8_weights: bool = False):
@@ -878,6 +875,7 @@ class Transformer(nn.Module):
         self.args = args
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False
+        self.decoder: Any = None
         self.embed = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -960,8 +958,8 @@ class Transformer(nn.Module):
     def hidden(self, tokens: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, list[Routing]]:
         """Runs the main layers: the states (B, S, dim) after the last norm, and what each MoE layer tells."""
         where = self.positions(tokens.shape[1], cache)
-        if decoder := self._decoder(tokens, cache):
-            return decoder.hidden(tokens, where, cache), []
+        if self.decoder is not None and self.decoder.takes(tokens, cache):
+            return self.decoder.hidden(tokens, where, cache), []
         h, routings = self.embed(tokens).to(self.compute_dtype), []
         for layer in self.layers:
             h, routing = self._run(layer, h, where, cache)
@@ -980,20 +978,9 @@ class Transformer(nn.Module):
             States (B, S, dim) for the head, which predict the byte after each of `tokens`.
         """
         where = self.positions(tokens.shape[1], cache)
-        if decoder := self._decoder(tokens, cache):
-            return decoder.look_ahead(h, tokens, where, cache)
+        if self.decoder is not None and self.decoder.takes(tokens, cache):
+            return self.decoder.look_ahead(h, tokens, where, cache)
         return self.mtp[0](h, self.embed(tokens).to(h.dtype), where, cache)[0]
-
-    def _decoder(self, tokens: torch.Tensor, cache: Cache | None) -> "Decoder | None":
-        """What runs a call instead of the layers: for few positions, on a CPU, of a whole model with a latent."""
-        if cache is None or tokens.numel() > FEW_POSITIONS or tokens.device.type != "cpu" or torch.is_grad_enabled():
-            return None
-        whole = self.layers[0].attn.n_heads == self.args.n_heads
-        latent = self.args.kv_lora_rank > 0 and attn_impl == "absorb"
-        if not whole or not latent or fp8_ops.gemm_impl != "bf16":
-            return None
-        cache.decoder = cache.decoder or Decoder(self)
-        return cache.decoder
 
     def positions(self, seq_len: int, cache: Cache | None) -> Positions:
         """Where the next `seq_len` tokens stand: from 0 on, or after what `cache` holds."""
@@ -1067,164 +1054,3 @@ class Transformer(nn.Module):
         for gate, counts in zip(self.gates(), load, strict=True):
             if gate.bias is not None:
                 gate.bias += self.args.bias_update_speed * torch.sign(counts.mean() - counts)
-
-
-class Decoder:
-    """The model for a few positions at a time on a CPU, where what counts is the number of operations, not their size.
-
-    The numbers are those of the modules to rounding, and so is the cache; the mathematics is explained there. Products
-    of the same input are one, rotary pairs are laid out as halves in the weights, whatever stays the same from byte to
-    byte is computed here once, and the experts chosen are looped over. N is the number of positions in all rows, B·S.
-
-    Args:
-        model: The model. Most weights are shared with it: it must not change while this is used.
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: Transformer):
-        self.model = model
-        self.dtype = model.compute_dtype
-        self.blocks = [DecoderBlock(block, self.dtype) for block in model.layers]
-        self.norm = DecoderNorm(model.norm)
-        self.embedding = model.embed.weight.to(self.dtype)
-        if len(model.mtp):
-            module = model.mtp[0]
-            self.mtp_block = DecoderBlock(module.block, self.dtype)
-            self.enorm, self.hnorm, self.mtp_norm = map(DecoderNorm, (module.enorm, module.hnorm, module.norm))
-            self.eh_proj = module.eh_proj.weight.to(self.dtype)
-
-    def hidden(self, tokens: torch.Tensor, where: Positions, cache: Cache) -> torch.Tensor:
-        """The states that `Transformer.hidden` returns, (B, S, dim)."""
-        x, rotary = F.embedding(tokens.flatten(), self.embedding), self._rotary(where, len(tokens))
-        for block in self.blocks:
-            x = block(x, where, rotary, cache)
-        return self.norm(x).unflatten(0, tokens.shape)
-
-    def look_ahead(self, h: torch.Tensor, tokens: torch.Tensor, where: Positions, cache: Cache) -> torch.Tensor:
-        """The states that `Transformer.look_ahead` returns, (B, S, dim)."""
-        embedded = F.embedding(tokens.flatten(), self.embedding)
-        x = few_rows(torch.cat([self.enorm(embedded), self.hnorm(h.flatten(0, 1))], dim=-1), self.eh_proj)
-        x = self.mtp_block(x, where, self._rotary(where, len(tokens)), cache)
-        return self.mtp_norm(x).unflatten(0, tokens.shape)
-
-    @staticmethod
-    def _rotary(where: Positions, bsz: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines (N, 1, 1, R/2) and sines (N, 1, 2, R/2), the first of the two with a minus."""
-        cos, sin = where.cos.unsqueeze(-2), torch.stack([-where.sin, where.sin], dim=-2)
-        if where.cos.ndim == 4:  # a position of its own for each row
-            return cos.flatten(0, 1), sin.flatten(0, 1)
-        return (cos, sin) if bsz == 1 or len(cos) == 1 else (cos.repeat(bsz, 1, 1, 1), sin.repeat(bsz, 1, 1, 1))
-
-
-class DecoderNorm:
-    """An RMSNorm in four operations: sqrt(mean(x²) + eps) = sqrt(|x|² + n·eps) / sqrt(n)."""
-
-    def __init__(self, norm: RMSNorm):
-        size = norm.weight.numel()
-        self.weight = norm.weight.float() * math.sqrt(size)
-        self.floor = torch.tensor(math.sqrt(size * norm.eps))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
-        return (x / norm.hypot_(self.floor)).mul(self.weight).to(x.dtype)
-
-
-class DecoderBlock:
-    """One `Block`; see `Decoder`."""
-
-    def __init__(self, block: Block, dtype: torch.dtype):
-        attn, ffn = block.attn, block.ffn
-        self.layer_id, self.n_heads, self.scale = attn.layer_id, attn.n_heads, attn.softmax_scale
-        self.nope, self.rope, self.latent = attn.qk_nope_head_dim, attn.qk_rope_head_dim, attn.kv_lora_rank
-        self.attn_norm, self.ffn_norm = DecoderNorm(block.attn_norm), DecoderNorm(block.ffn_norm)
-        self.kv_norm = DecoderNorm(attn.kv_norm)
-        self.q_norm = DecoderNorm(attn.q_norm) if attn.q_lora_rank else None
-
-        def dense(layer: Linear) -> torch.Tensor:
-            return layer.dense_weight(dtype).to(dtype)
-
-        wkv_b = dense(attn.wkv_b).view(self.n_heads, -1, self.latent)
-        self.w_k, self.w_v = wkv_b[:, : self.nope], wkv_b[:, self.nope :].mT
-        self.wo = dense(attn.wo)
-        self._join_inputs(dense(attn.wkv_a), *map(dense, [attn.wq_a, attn.wq_b] if attn.q_lora_rank else [attn.wq]))
-        self.gate = ffn.gate if isinstance(ffn, MoE) else None
-        mlp = ffn.shared_experts if isinstance(ffn, MoE) else ffn
-        self.mlp = None if mlp is None else [dense(layer) for layer in (mlp.w1, mlp.w2, mlp.w3)]
-        if isinstance(ffn, MoE):
-            self.experts = [dense(layer).unbind() for layer in (ffn.experts.w1, ffn.experts.w2, ffn.experts.w3)]
-        self.act = (ffn.experts if isinstance(ffn, MoE) else ffn).act
-
-    def _join_inputs(self, wkv_a: torch.Tensor, *wq: torch.Tensor) -> None:
-        """One matrix for the queries, or their latent, and the latent of keys and values, rotary parts side by side."""
-        kv, k_pe = wkv_a.split([self.latent, self.rope])
-        q_nope, q_pe = wq[-1].unflatten(0, (self.n_heads, -1)).split([self.nope, self.rope], dim=1)
-        q = [q_nope.flatten(0, 1), torch.cat([q_pe[:, 0::2], q_pe[:, 1::2]], dim=1).flatten(0, 1)]
-        k_pe = torch.cat([k_pe[0::2], k_pe[1::2]])
-        self.wq_b = torch.cat(q) if self.q_norm else None
-        self.w_in = torch.cat([wq[0], k_pe, kv] if self.q_norm else [*q, k_pe, kv])
-        self.w_in = self.w_in.t().contiguous().t()  # with long rows, a matrix is read faster
-        self.widths = [len(wq[0]) if self.q_norm else len(q[0]), len(self.w_in) - self.latent, self.latent]
-        self.widths[1] -= self.widths[0]
-
-    def __call__(
-        self, x: torch.Tensor, where: Positions, rotary: tuple[torch.Tensor, torch.Tensor], cache: Cache
-    ) -> torch.Tensor:
-        """From the residual stream (N, dim) to the residual stream."""
-        x = x + self._attend(self.attn_norm(x), where, rotary, cache)
-        h = self.ffn_norm(x)
-        if self.mlp is not None:
-            x = x + self._mlp(h, *self.mlp)
-        return x if self.gate is None else self._visit_experts(x, h)
-
-    def _mlp(self, h: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
-        return few_rows(self.act(few_rows(h, w1)) * few_rows(h, w3), w2)
-
-    def _attend(
-        self, h: torch.Tensor, where: Positions, rotary: tuple[torch.Tensor, torch.Tensor], cache: Cache
-    ) -> torch.Tensor:
-        """`MLA.forward` in the latent space."""
-        rows, heads, bsz = len(h), self.n_heads, len(cache.lengths)
-        q, pe, kv = few_rows(h, self.w_in).split(self.widths, dim=1)
-        if self.q_norm:
-            q, q_pe = few_rows(self.q_norm(q), self.wq_b).split([heads * self.nope, heads * self.rope], dim=1)
-            pe = torch.cat([q_pe, pe], dim=1)
-        pe = pe.unflatten(1, (heads + 1, 2, self.rope // 2))
-        pe = torch.addcmul(pe * rotary[0], pe.flip(2), rotary[1]).flatten(2).to(h.dtype)
-        new = torch.cat([self.kv_norm(kv), pe[:, heads]], dim=1)
-        (latent,) = cache.update(self.layer_id, where.index, new.unflatten(0, (bsz, -1)))
-        q = torch.bmm(q.unflatten(1, (heads, self.nope)).transpose(0, 1), self.w_k).transpose(0, 1)
-        q = torch.cat([q, pe[:, :heads]], dim=-1).view(bsz, -1, latent.shape[-1]) * self.scale
-        # a cache of several thousand positions is read faster so than from the queries' side
-        long = bsz == 1 and latent.shape[1] > 1024
-        scores = torch.mm(latent[0], q[0].t()).t().unsqueeze(0) if long else torch.bmm(q, latent.mT)
-        if rows > bsz or where.mask is not None:
-            mask = causal_mask(rows // bsz, h.device) if where.mask is None else where.mask
-            scores = scores.unflatten(1, (-1, heads)).masked_fill(~mask.transpose(1, 2), float("-inf")).flatten(1, 2)
-        out = torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(h.dtype), latent[..., : self.latent])
-        out = torch.bmm(out.view(rows, heads, self.latent).transpose(0, 1), self.w_v)
-        return few_rows(out.transpose(0, 1).flatten(1), self.wo)
-
-    def _visit_experts(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """Adds the routed experts' part: Python knows sooner who is next than a tensor is sorted."""
-        weights, indices, _ = self.gate.forward(h)
-        chosen = indices.flatten().tolist()
-        if len(h) == 1:
-            sizes, rows, home = dict.fromkeys(chosen, 1), h.expand(len(chosen), -1), None
-        else:
-            order = sorted(range(len(chosen)), key=chosen.__getitem__)
-            sizes = {expert: len(list(group)) for expert, group in groupby(chosen[i] for i in order)}
-            place = torch.tensor(order)
-            home, weights = place // indices.shape[1], weights.flatten()[place]
-            rows = h.index_select(0, home)
-        parts = rows.split(list(sizes.values()))
-        w1, w2, w3 = ([w[expert] for expert in sizes] for w in self.experts)
-        y = torch.cat([few_rows(part, w) for part, w in zip(parts, w1, strict=True)])
-        y = self.act(y) * torch.cat([few_rows(part, w) for part, w in zip(parts, w3, strict=True)])
-        parts = (y * weights.view(-1, 1).to(y.dtype)).split(list(sizes.values()))
-        y = torch.cat([few_rows(part, w) for part, w in zip(parts, w2, strict=True)])
-        return x + y.sum(dim=0) if home is None else x.index_add(0, home, y)
-
-
-def few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T`; (W xᵀ)ᵀ reads the weight for 2 to 4 rows at the speed of one."""
-    return torch.mm(weight, x.t()).t() if 1 < len(x) <= 4 else F.linear(x, weight)

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import convert  # noqa: E402
+import decode  # noqa: E402
 import generate  # noqa: E402
 import model as model_module  # noqa: E402
 from checkpoint import load_model, save_model  # noqa: E402
@@ -77,7 +78,8 @@ def small(max_seq_len: int) -> Transformer:
     """`configs/small.json` with another context and random weights."""
     config = json.loads((ROOT / "configs" / "small.json").read_text())
     config.pop("train")
-    return random_model(ModelArgs.from_dict(config | {"max_seq_len": max_seq_len, "original_seq_len": max_seq_len}))
+    args = ModelArgs.from_dict(config | {"max_seq_len": max_seq_len, "original_seq_len": max_seq_len})
+    return decode.attach(random_model(args))
 
 
 def prompts(n: int) -> list[bytes]:
@@ -113,7 +115,7 @@ def bench_transformers(options: argparse.Namespace, folder: Path) -> None:
     transformers.logging.disable_progress_bar()
     save_model(random_model(ModelArgs.from_dict(SHAPE)), folder / "random")
     convert.convert(folder / "random", folder / "hf", is_hf=True)
-    ours = load_model(folder / "random", "cpu", torch.float32)
+    ours = decode.attach(load_model(folder / "random", "cpu", torch.float32))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
     rows: list[tuple[object, ...]] = [("texts", "choice", "bytes/s", "transformers", "ratio", "same text")]
     n = options.bytes
@@ -182,7 +184,7 @@ def bench_speculation(options: argparse.Namespace, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         train = ["train.py", "--config", folder / "config.json", "--save-path", path, "--minutes", options.minutes]
         subprocess.run(list(map(str, [sys.executable, *train])), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    model = load_model(path, "cpu", torch.float32)
+    model = decode.attach(load_model(path, "cpu", torch.float32))
     rows: list[tuple[object, ...]] = [("texts", "choice", "drafts", "bytes/s", "without", "ratio", "accepted")]
     for n_rows in (1, min(8, model.args.max_batch_size)):
         for temperature in (0.0, 0.8):
@@ -213,7 +215,7 @@ def bench_fp8(options: argparse.Namespace, folder: Path) -> None:
     sampling = Sampling(0, max_new_tokens=options.bytes)
     rows: list[tuple[object, ...]] = [("texts", "computes in", "bytes/s of FP8", "of float32", "ratio")]
     for dtype in (torch.float32, torch.bfloat16):
-        models = [load_model(folder / name, "cpu", dtype) for name in ("fp8", "plain")]
+        models = [decode.attach(load_model(folder / name, "cpu", dtype)) for name in ("fp8", "plain")]
         for n_rows in (1, 16):
             times = seconds(options.repeat, *(partial(write, model, n_rows, sampling) for model in models))
             speeds = [n_rows * options.bytes / t for t in times]

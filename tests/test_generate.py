@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint as checkpoints
+import decode
 import generate
 import model as model_module
 from generate import Batch, HoldBack, Sampling, accept, complete, distribution, row_generator, visible, window_start
@@ -67,7 +68,7 @@ def tiny(**changes: int) -> Transformer:
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * (1.0 if p.ndim == 1 else 2 * p.shape[-1] ** -0.5))
         model.head.weight[0] = 0  # else it ends too soon
-    return model.eval().requires_grad_(False)
+    return decode.attach(model.eval().requires_grad_(False))
 
 
 def parrot() -> Transformer:
@@ -408,7 +409,7 @@ def guessing(seed: int, **changes: int) -> Transformer:
                 p.copy_(torch.randn(p.shape, generator=generator) * 2 * p.shape[-1] ** -0.5)
         a, b = torch.randn(2, model.args.dim, generator=generator)
         model.head.weight.zero_()[torch.tensor(list(b"abcd"))] = torch.stack([a, -a, b / 2, -b / 2])
-    return model
+    return decode.attach(model)
 
 
 @st.composite

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
+import decode
 import model
 from fp8_ops import linear
 from model import ConfigError, ModelArgs, Transformer
@@ -48,9 +50,11 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def attention(impl: str) -> Iterator[None]:
-    """Sets the attention implementation for a while."""
-    before, model.attn_impl = model.attn_impl, impl
+def attention(impl: str, net: Transformer | None = None) -> Iterator[None]:
+    """Sets the attention implementation for a while; "decoder" is what "absorb" uses for few positions on a CPU."""
+    before, model.attn_impl = model.attn_impl, "absorb" if impl == "decoder" else impl
+    if impl == "decoder":
+        decode.attach(net)
     try:
         yield
     finally:
@@ -429,8 +433,8 @@ def test_naive_absorb_and_caches_agree(args: ModelArgs, data: st.DataObject) -> 
     tokens = random_tokens(2, seq_len, seed=2)
     expected = net(tokens)
     cuts = data.draw(st.sets(st.integers(1, seq_len - 1)))
-    for impl in ("naive", "absorb"):
-        with attention(impl):
+    for impl in ("naive", "absorb", "decoder"):
+        with attention(impl, net):
             assert_near(net(tokens), expected, f"{impl} uncached")
             cache = net.new_cache(2, data.draw(st.integers(seq_len, 20)))
             chunks = [tokens[:, a:b] for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), seq_len], strict=True)]
@@ -449,8 +453,8 @@ def test_rows_of_different_lengths(args: ModelArgs, data: st.DataObject) -> None
     totals = [sum(step[row] for step in steps) for row in range(rows)]
     texts = [random_tokens(1, total, seed=row) for row, total in enumerate(totals)]
     expected = [net(text)[0] for text in texts]
-    for impl in ("naive", "absorb"):
-        with attention(impl):
+    for impl in ("naive", "absorb", "decoder"):
+        with attention(impl, net):
             cache, done = net.new_cache(rows, 25), [0] * rows
             for step in steps:
                 chunk = random_tokens(rows, max(step), seed=9)  # the padding is noise
@@ -464,7 +468,7 @@ def test_rows_of_different_lengths(args: ModelArgs, data: st.DataObject) -> None
 
 
 @draws
-@given(shapes(n_mtp_layers=2), st.sampled_from(["naive", "absorb"]), st.integers(1, 9))
+@given(shapes(n_mtp_layers=2), st.sampled_from(["naive", "absorb", "decoder"]), st.integers(1, 9))
 @torch.no_grad()
 def test_mtp_modules_with_a_cache(args: ModelArgs, impl: str, cut: int) -> None:
     """The modules' layers have their own place in the cache."""
@@ -473,7 +477,7 @@ def test_mtp_modules_with_a_cache(args: ModelArgs, impl: str, cut: int) -> None:
     expected = h
     for module in net.mtp:
         expected, _ = module(expected, net.embed(tokens[:, 1:]), net.positions(10, None), None)
-    with attention(impl):
+    with attention(impl, net):
         cache, parts = net.new_cache(2, 10), []
         for start, end in ((0, cut), (cut, 10)):
             states, _ = net.hidden(tokens[:, start:end], cache)
@@ -484,6 +488,27 @@ def test_mtp_modules_with_a_cache(args: ModelArgs, impl: str, cut: int) -> None:
             cache.lengths = [end, end]
     # two blocks more than logits have gone through, and as many norms of few numbers, which enlarge rounding
     assert_near(torch.cat(parts, dim=1), expected, tolerance=3 * TOLERANCE)
+
+
+@pytest.mark.parametrize("values", [{}, {"q_lora_rank": 8, "n_shared_experts": 0}, {"n_routed_experts": 0}])
+@torch.no_grad()
+def test_compiled_decoder(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one graph, which reads the whole cache under a mask: one to three positions, and the MTP module."""
+    torch.compiler.reset()
+    monkeypatch.setattr(decode.torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    net, plain = build(small(n_mtp_layers=1, **values), 1), build(small(n_mtp_layers=1, **values), 1)
+    decode.attach(net, compiles=True)
+    with attention("absorb"), torch.inference_mode():
+        caches = [one.new_cache(1, 12) for one in (net, plain)]
+        for i, width in enumerate((3, 1, 2, 1)):
+            tokens = random_tokens(1, width, seed=i)
+            (h, _), (expected, _) = (one.hidden(tokens, cache) for one, cache in zip((net, plain), caches, strict=True))
+            assert_near(h, expected, f"states of call {i}")
+            ahead, wanted = (one.look_ahead(expected, tokens, c) for one, c in zip((net, plain), caches, strict=True))
+            assert_near(ahead, wanted, f"drafts of call {i}")
+            for cache in caches:
+                cache.lengths = [cache.lengths[0] + width]
+    assert set(net.decoder.compiled) == {"_layers", "_mtp"}
 
 
 @draws
