@@ -617,10 +617,13 @@ def _hopper_rows(m: int, n: int, groups: int, device: torch.device) -> int:
     A tile of 128 rows takes somewhat more than half the time of one of 256.
     """
     processors, groups = _hopper_processors(device), max(groups, 1)
-    tiles = {rows: groups * triton.cdiv(triton.cdiv(m, groups), rows) * triton.cdiv(n, 128) for rows in (128, 256)}
-    if 2 * tiles[128] < processors or m // groups < 128 or not processors:
+    if not processors or m // groups < 128:
         return 0
-    return 256 if 2 * triton.cdiv(tiles[256], processors) <= 1.07 * triton.cdiv(tiles[128], processors) else 128
+    columns = (n + 127) // 128 * groups
+    small, large = ((m // groups + rows - 1) // rows * columns for rows in (128, 256))  # how many tiles
+    if 2 * small < processors:
+        return 0
+    return 256 if 2 * -(-large // processors) <= 1.07 * -(-small // processors) else 128
 
 
 def _launch_hopper(
