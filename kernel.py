@@ -13,11 +13,27 @@ reaches anyway, and is then multiplied by both scales and added to an accumulato
 along the dimension that is summed over, as Hopper's tensor cores want them: `a` (M, K) and `b` (N, K). They are read
 through tensor descriptors, which Hopper's copy engine (TMA) follows by itself: what lies beyond a matrix comes as
 zeros, so that loads need no masks.
+
+There are two such kernels. A portable one in plain Triton waits for each product before it scales it, so the tensor
+cores idle. Large products on Hopper run one in Gluon, the layer below Triton, where warps have different tasks: while
+some scale, others multiply.
 """
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK = tl.constexpr(128)
@@ -176,11 +192,15 @@ TILES = [
 ]
 
 
-def _descriptor(q: torch.Tensor) -> TensorDescriptor:
-    """A descriptor of a quantised matrix; rows are brought to multiples of 16 bytes, as the copy engine needs them."""
+def _copyable(q: torch.Tensor) -> torch.Tensor:
+    """A quantised matrix whose rows are whole multiples of 16 bytes, as the copy engine needs them."""
     if q.shape[-1] % 16:
         q = torch.nn.functional.pad(q.view(torch.int8), (0, -q.shape[-1] % 16)).view(q.dtype)
-    return TensorDescriptor.from_tensor(q.contiguous(), [128, 128])
+    return q.contiguous()
+
+
+def _descriptor(q: torch.Tensor) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(_copyable(q), [128, 128])
 
 
 @triton.autotune(TILES, key=["N", "K", "M_BUCKET"], cache_results=True)
@@ -273,6 +293,9 @@ def _gemm(
     (m, k), (e, n, _) = a.shape, b.shape
     groups = 0 if offsets is None else e
     c = torch.empty(m, n, dtype=dtype, device=a.device)
+    if rows := _hopper_rows(m, n, groups, a.device):
+        _launch_hopper(rows, a, a_s, b.reshape(-1, k), b_s, c, offsets, outer=False)
+        return c
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return ((triton.cdiv(m, meta["BLOCK_M"]) + groups) * triton.cdiv(n, meta["BLOCK_N"]),)
@@ -334,6 +357,9 @@ def grouped_outer(
     """See `fp8_ops.fp8_grouped_outer`."""
     n, k, e = len(a), len(b), len(offsets)
     c = torch.empty(e, n, k, dtype=dtype, device=a.device)
+    if rows := _hopper_rows(n * e, k, e, a.device):
+        _launch_hopper(rows, a, a_s, b, b_s.unsqueeze(0), c, offsets, outer=True)
+        return c
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return triton.cdiv(n, meta["BLOCK_M"]) * triton.cdiv(k, meta["BLOCK_N"]), e
@@ -352,3 +378,263 @@ def grouped_outer(
         _bucket(a.shape[1] // e),
     )
     return c
+
+
+# --- On Hopper ----------------------------------------------------------------------------------------------------
+
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name up to Triton 3.6
+OPERAND = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)  # as the tensor cores read it
+BAND = gl.constexpr(16)  # tiles of rows
+
+
+@gluon.jit
+def _group(offsets_ptr, e, M, K, GROUPED: gl.constexpr, OUTER: gl.constexpr):
+    """Where in M, and where in K, group e begins and ends."""
+    if GROUPED:
+        begin = gl.load(offsets_ptr + e - 1, mask=e > 0, other=0)
+        end = gl.load(offsets_ptr + e)
+    if OUTER:
+        return 0, M, begin, end
+    elif GROUPED:
+        return begin, end, 0, K
+    else:
+        return 0, M, 0, K
+
+
+@gluon.jit
+def _corner(tile, n_tiles_m, n_tiles_n):
+    """Row and column of a tile, in tiles; they are numbered in bands, whose operands stay in the L2 cache."""
+    band, rest = tile // (BAND * n_tiles_n), tile % (BAND * n_tiles_n)
+    band_rows = gl.minimum(n_tiles_m - band * BAND, BAND)
+    return band * BAND + rest % band_rows, rest // band_rows
+
+
+@gluon.jit
+def _steps(k_begin, k_end):
+    """Steps of 128 along K that a group takes part in: the first, and the one after the last."""
+    return k_begin // 128, gl.where(k_end > k_begin, gl.cdiv(k_end, 128), 0)
+
+
+@gluon.jit
+def _load_tiles(
+    a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k, ring,
+    offsets_ptr, M, N, K, GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
+):  # fmt: skip
+    """The one warp that loads: as long as there is room in the ring, operands by TMA and scales by itself."""
+    a_ring, b_ring, as_ring, bs_ring, full, empty = ring
+    STAGES: gl.constexpr = a_ring.type.shape[0]
+    BLOCK_M: gl.constexpr = a_ring.type.shape[1]
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    n_tiles_n = gl.cdiv(N, 128)
+    tile = gl.program_id(0)
+    step = 0
+    for e in range(GROUPS):
+        m_begin, m_end, k_begin, k_end = _group(offsets_ptr, e, M, K, GROUPED, OUTER)
+        n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
+        first, last = _steps(k_begin, k_end)
+        while tile < n_tiles_m * n_tiles_n:
+            tile_m, tile_n = _corner(tile, n_tiles_m, n_tiles_n)
+            row, col = m_begin + tile_m * BLOCK_M, tile_n * 128
+            # Beyond the last row, the last row's scale: what it belongs to is not stored.
+            m = gl.minimum(gl.arange(0, BLOCK_M, flat), M - 1 - row)
+            a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
+            if B_IN_BLOCKS:  # a tile is as wide as a block: one scale for all of it
+                b_s_at = bs_ptr + e.to(gl.int64) * bs_stride_e + tile_n * bs_stride_n
+                b_row = e * N + col
+            else:
+                n = gl.minimum(gl.arange(0, 128, flat), N - 1 - col)
+                b_s_at = bs_ptr + col.to(gl.int64) * bs_stride_n + n * bs_stride_n
+                b_row = col
+            for i in range(first, last):
+                stage = step % STAGES
+                a_s, b_s = gl.load(a_s_at + i * as_stride_k), gl.load(b_s_at + i * bs_stride_k)
+                mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+                mbarrier.expect(full.index(stage), (BLOCK_M + 128) * 128)
+                _tma_load(a_desc, [row, i * 128], full.index(stage), a_ring.index(stage))
+                _tma_load(b_desc, [b_row, i * 128], full.index(stage), b_ring.index(stage))
+                if B_IN_BLOCKS:
+                    as_ring.index(stage).store(a_s * b_s)
+                else:
+                    as_ring.index(stage).store(a_s)
+                    bs_ring.index(stage).store(b_s)
+                mbarrier.arrive(full.index(stage), count=1)
+                step += 1
+            tile += gl.num_programs(0)
+        tile -= n_tiles_m * n_tiles_n
+
+
+@gluon.jit
+def _add_scaled(acc, product, a_s, b_s, B_IN_BLOCKS: gl.constexpr):
+    """acc + product · scales; the scales of b are read here, not earlier, as there are no registers for them."""
+    if B_IN_BLOCKS:
+        acc += product * a_s[:, None]
+    else:
+        acc += product * a_s[:, None] * b_s.load(gl.SliceLayout(0, acc.type.layout))[None, :]
+    # Nothing is in flight here. This keeps the compiler from moving the additions behind the next product, which needs
+    # the registers of this one.
+    return warpgroup_mma_wait(0, deps=(acc,))
+
+
+@gluon.jit
+def _keep_columns(a, k, k_begin, k_end):
+    """Zeroes what of 64×128 numbers in shared memory, which begin in column k, is another group's."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    k += gl.arange(0, 128, gl.SliceLayout(0, layout))
+    x = a.load(layout)
+    a.store(gl.where(((k >= k_begin) & (k < k_end))[None, :], x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def _store(c_ptr, acc, row, m_end, col, N):
+    """Writes 64×128 of c. Two bytes a number: first rearranged, so that each thread writes 16 bytes."""
+    if c_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    else:
+        layout: gl.constexpr = acc.type.layout
+    out = gl.convert_layout(acc.to(c_ptr.dtype.element_ty), layout)
+    m = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    n = col + gl.arange(0, 128, gl.SliceLayout(0, layout))
+    gl.store(c_ptr + m.to(gl.int64)[:, None] * N + n[None, :], out, mask=(m < m_end)[:, None] & (n < N)[None, :])
+
+
+@gluon.jit
+def _multiply_tiles(
+    c_ptr, ring, offsets_ptr, M, N, K, HALF: gl.constexpr,
+    GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
+):  # fmt: skip
+    """Four warps that multiply the upper or lower half of each tile, and scale, add up and store it.
+
+    With 256 rows a tile, theirs are two of 64×128: 128 registers a thread to add up in, and 64 that both products use.
+    """
+    a_ring, b_ring, as_ring, bs_ring, full, empty = ring
+    STAGES: gl.constexpr = a_ring.type.shape[0]
+    BLOCK_M: gl.constexpr = a_ring.type.shape[1]
+    TWO: gl.constexpr = BLOCK_M == 256
+    top: gl.constexpr = HALF * BLOCK_M // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    never = N < 0  # the compiler must not know: so each product goes where the last one was
+    n_tiles_n = gl.cdiv(N, 128)
+    tile = gl.program_id(0)
+    step = 0
+    for e in range(GROUPS):
+        m_begin, m_end, k_begin, k_end = _group(offsets_ptr, e, M, K, GROUPED, OUTER)
+        n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
+        first, last = _steps(k_begin, k_end)
+        c = c_ptr
+        if OUTER:
+            c += e.to(gl.int64) * M * N
+        while tile < n_tiles_m * n_tiles_n:
+            tile_m, tile_n = _corner(tile, n_tiles_m, n_tiles_n)
+            product = gl.zeros([64, 128], gl.float32, layout)
+            acc0, acc1 = product, product
+            for i in range(first, last):
+                stage = step % STAGES
+                a, b = a_ring.index(stage), b_ring.index(stage).permute([1, 0])
+                a_s, b_s = as_ring.index(stage), bs_ring.index(stage)
+                mbarrier.wait(full.index(stage), step // STAGES & 1)
+                if OUTER and ((i * 128 < k_begin) | (i * 128 + 128 > k_end)):
+                    _keep_columns(a.slice(top, 64), i * 128, k_begin, k_end)
+                    if TWO:
+                        _keep_columns(a.slice(top + 64, 64), i * 128, k_begin, k_end)
+                    fence_async_shared()
+                product = warpgroup_mma(a.slice(top, 64), b, product, use_acc=never, is_async=True)
+                a_s0 = a_s.slice(top, 64).load(rows)
+                if TWO:
+                    a_s1 = a_s.slice(top + 64, 64).load(rows)
+                product = warpgroup_mma_wait(0, deps=(product,))
+                acc0 = _add_scaled(acc0, product, a_s0, b_s, B_IN_BLOCKS)
+                if TWO:
+                    product = warpgroup_mma(a.slice(top + 64, 64), b, product, use_acc=never, is_async=True)
+                    product = warpgroup_mma_wait(0, deps=(product,))
+                    acc1 = _add_scaled(acc1, product, a_s1, b_s, B_IN_BLOCKS)
+                mbarrier.arrive(empty.index(stage), count=1)
+                step += 1
+            row = m_begin + tile_m * BLOCK_M + top
+            _store(c, acc0, row, m_end, tile_n * 128, N)
+            if TWO:
+                _store(c, acc1, row + 64, m_end, tile_n * 128, N)
+            tile += gl.num_programs(0)
+        tile -= n_tiles_m * n_tiles_n
+
+
+@gluon.jit
+def _hopper_kernel(
+    a_desc, as_ptr, b_desc, bs_ptr, c_ptr, offsets_ptr, M, N, K,
+    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k,
+    GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """All three products: `_gemm_kernel`'s, and with OUTER `_grouped_outer_kernel`'s, in tiles of BLOCK_M×128.
+
+    There is a program for each multiprocessor, which takes every so manieth tile. One warp fills a ring of STAGES in
+    shared memory, each of them a step of 128 along K: (BLOCK_M + 128)·128 bytes of operands, and their scales. Two
+    groups of four warps empty it, each for one half of the tile's rows; they run on their own, so that the tensor cores
+    multiply for one while the other scales, or stores its tile. A stage is full when its bytes have been counted and
+    its scales stored, and empty when both groups have said so.
+
+    Bound by the tensor cores; by the scaling where b has a scale per row, which makes it twice the work.
+    """
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK_M, 128], a_desc.layout)
+    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, 128, 128], b_desc.layout)
+    as_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], flat)
+    bs_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 128], flat)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(empty.index(i), count=2)
+    ring = a_ring, b_ring, as_ring, bs_ring, full, empty
+    gl.warp_specialize(
+        [
+            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, 0, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
+            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, 1, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
+            (
+                _load_tiles,
+                (
+                    a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k,
+                    ring, offsets_ptr, M, N, K, GROUPS, GROUPED, OUTER, B_IN_BLOCKS,
+                ),
+            ),
+        ],
+        [4, 1],  # warps of the second and third
+        [232, 40],  # their registers; the first has what is left of 12 warps of 168: 232 too
+    )  # fmt: skip
+
+
+@cache
+def _hopper_processors(device: torch.device) -> int:
+    """How many multiprocessors a Hopper GPU has; 0 for other devices."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _hopper_rows(m: int, n: int, groups: int, device: torch.device) -> int:
+    """Rows of the Hopper kernel's tiles: 256 or 128, whichever should be faster, or 0 for the portable kernel.
+
+    A tile of 128 rows takes somewhat more than half the time of one of 256.
+    """
+    processors, groups = _hopper_processors(device), max(groups, 1)
+    if not processors or m // groups < 128:
+        return 0
+    columns = (n + 127) // 128 * groups
+    small, large = ((m // groups + rows - 1) // rows * columns for rows in (128, 256))  # how many tiles
+    if 2 * small < processors:
+        return 0
+    return 256 if 2 * -(-large // processors) <= 1.07 * -(-small // processors) else 128
+
+
+def _launch_hopper(
+    rows: int, a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, c: torch.Tensor,
+    offsets: torch.Tensor | None, outer: bool,
+) -> None:  # fmt: skip
+    m, k, n = *a.shape, c.shape[-1]
+    _hopper_kernel[(_hopper_processors(a.device),)](
+        HopperDescriptor.from_tensor(_copyable(a), [rows, 128], OPERAND), a_s,
+        HopperDescriptor.from_tensor(_copyable(b), [128, 128], OPERAND), b_s,
+        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(),
+        GROUPS=1 if offsets is None else len(offsets), GROUPED=offsets is not None, OUTER=outer,
+        B_IN_BLOCKS=b_s.shape[1] != n, BLOCK_M=rows, STAGES=4 if rows == 256 else 6, num_warps=4, maxnreg=168,
+    )  # fmt: skip

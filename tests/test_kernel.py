@@ -45,6 +45,9 @@ INTERPRETED = isinstance(kernel._weight_quant_kernel, interpreter.InterpretedFun
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FORMATS = fp8_ops.SCALE_FORMATS
 GEMM_TILES, OUTER_TILES = list(kernel._gemm_kernel.configs), list(kernel._grouped_outer_kernel.configs)
+ON_HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+HOPPER_TILES = (256, 128) if ON_HOPPER else ()  # rows of the tiles of Hopper's own kernel
+CANDIDATES = len(GEMM_TILES) + len(HOPPER_TILES)
 GUARD = 256  # bytes
 EPS = 2.0**-24  # the relative rounding error of float32
 
@@ -97,8 +100,10 @@ def small_and_exact() -> Iterator[None]:
 
 @contextmanager
 def tiles(which: int) -> Iterator[None]:
-    """Uses one candidate of each kernel's tiles, without autotuning, which only a GPU can do."""
+    """Uses one candidate of each kernel's tiles, without autotuning, which only a GPU can do; last, Hopper's kernel."""
+    rows = HOPPER_TILES[which - len(GEMM_TILES)] if which >= len(GEMM_TILES) else 0
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "_hopper_rows", lambda *args: rows)
         patch.setattr(kernel._gemm_kernel, "configs", [GEMM_TILES[which % len(GEMM_TILES)]])
         patch.setattr(kernel._grouped_outer_kernel, "configs", [OUTER_TILES[which % len(OUTER_TILES)]])
         yield
@@ -172,7 +177,7 @@ seeds = st.integers(0, 2**32 - 1)
 MAGNITUDES = ("normal", "wide", "subnormal", "huge", "zero", "outlier", "midpoints", "not finite")
 LAYOUTS = ("contiguous", "transposed", "every second", "a part")
 layouts, dtypes = st.sampled_from(LAYOUTS), st.sampled_from(FLOATS)
-candidates = st.integers(0, len(GEMM_TILES) - 1)
+candidates = st.integers(0, CANDIDATES - 1)
 group_sizes = st.lists(
     st.sampled_from([0, 0, 1, 5, 64, 128, 130]) | st.integers(0, 150), min_size=1, max_size=5
 ).filter(any)
@@ -429,17 +434,23 @@ def test_grouped_outer_product(
 
 
 @runs
-@pytest.mark.parametrize("which", range(len(GEMM_TILES)))
+@pytest.mark.parametrize("which", range(CANDIDATES))
 def test_every_candidate(which: int) -> None:
     """Each of the tiles that autotuning may pick gives the same product, on shapes that fit none of them."""
     layout, dtype = LAYOUTS[which % len(LAYOUTS)], FLOATS[which % len(FLOATS)]
     with tiles(which):
-        block = kernel._gemm_kernel.configs[0].kwargs  # more than a band of 8 tiles, and one column of them and a bit
-        m, n = 9 * block["BLOCK_M"] + 5, block["BLOCK_N"] + 5
+        if which < len(GEMM_TILES):  # more than a band of 8 tiles, and one column of them and a bit
+            block = kernel._gemm_kernel.configs[0].kwargs
+            rows, m, n = block["BLOCK_M"], 9 * block["BLOCK_M"] + 5, block["BLOCK_N"] + 5
+        else:  # more than a band of 16, and more tiles than multiprocessors
+            rows = HOPPER_TILES[which - len(GEMM_TILES)]
+            m, n = 17 * rows + 5, 9 * 128 + 5
+            check_gemm(m, n, 1000, which % 2 == 0, layout, dtype, 4)
         check_gemm(m, n, 130, which % 2 == 1, layout, dtype, 1)
-        check_grouped([0, block["BLOCK_M"] + 1, 1, 0, block["BLOCK_M"]], n, 256, layout, dtype, 2)
-        if which < len(OUTER_TILES):
+        check_grouped([0, rows + 1, 1, 0, rows], n, 256, layout, dtype, 2)
+        if which < len(OUTER_TILES) or which >= len(GEMM_TILES):
             check_outer([0, 70, 1, 0, 129], 130, 200, layout, dtype, 3)
+            check_outer([300, 0, 84, 0], 200, 130, layout, dtype, 5)
 
 
 @runs
@@ -479,6 +490,24 @@ def test_products_of_extreme_scales(exponents: tuple[int, int]) -> None:
     with tiles(0):
         c = run(kernel.gemm, a, a_s, b, b_s, torch.float32)
     assert_product(c, dequantised(a, a_s), dequantised(b, b_s))
+
+
+def test_which_products_run_hoppers_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones on Hopper, in tiles of 128 rows where those of 256 would leave too many multiprocessors idle."""
+    monkeypatch.setattr(kernel, "_hopper_processors", lambda device: 132)
+    for m, n, groups, rows in (
+        (4096, 7168, 0, 256),
+        (4096, 2112, 0, 128),
+        (256, 7168, 0, 128),
+        (64, 7168, 0, 0),
+        (4096, 128, 0, 0),
+        (64 * 512, 2048, 64, 256),
+        (64 * 128, 2048, 64, 128),
+        (64 * 100, 2048, 64, 0),
+    ):
+        assert kernel._hopper_rows(m, n, groups, DEVICE) == rows
+    monkeypatch.setattr(kernel, "_hopper_processors", lambda device: 0)
+    assert kernel._hopper_rows(4096, 7168, 0, DEVICE) == 0
 
 
 # --- What calls them ----------------------------------------------------------------------------------------------
@@ -639,6 +668,7 @@ def compile_all(arch: int) -> list[dict[str, Any]]:
     triton.runtime.driver.set_active(DryDriver(arch))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(kernel, "_hopper_processors", lambda device: 132)
         x, offsets = torch.empty(256, 384, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int32)
         kernel.act_quant(x, None)
         kernel.act_quant_both(x, "ue8m0")
@@ -664,6 +694,14 @@ def compile_all(arch: int) -> list[dict[str, Any]]:
             kernel.gemm(fp8(1, 100), torch.empty(1, 1), fp8(200, 100), torch.empty(200, 1), torch.float16)
             if arch == 90:
                 kernel.grouped_outer(fp8(1, 1), torch.empty(1, 1), fp8(1, 1), torch.empty(1, 1), offsets[:1], x.dtype)
+        for rows in (256, 128) if arch == 90 else ():
+            patch.setattr(kernel, "_hopper_rows", lambda *args, rows=rows: rows)
+            a, a_s, per_row = fp8(256, 384), torch.empty(256, 3), torch.empty(3, 256).T
+            kernel.gemm(a, a_s, a, torch.empty(2, 3), torch.bfloat16)
+            kernel.gemm(a, per_row, a, per_row, torch.float32)
+            kernel.gemm(fp8(1, 100), torch.empty(1, 1), fp8(200, 100), torch.empty(200, 1), torch.float64)
+            kernel.grouped_gemm(a, a_s, fp8(4, 256, 384), torch.empty(4, 2, 3), offsets, torch.bfloat16)
+            kernel.grouped_outer(a, per_row, a, per_row, offsets, torch.float32)
     return compiled
 
 
@@ -689,9 +727,8 @@ def binaries(request: pytest.FixtureRequest, all_binaries: dict[str, list[dict]]
 def test_compiles(binaries: tuple[int, list[dict[str, Any]]]) -> None:
     """All kernels become machine code of this compute capability, and their casts the hardware's own."""
     arch, compiled = binaries
-    assert {row["kernel"] for row in compiled} == {
-        name for name, value in vars(kernel).items() if re.fullmatch(r"_\w+_kernel", name) and value is not None
-    }
+    names = {name for name, value in vars(kernel).items() if re.fullmatch(r"_\w+_kernel", name) and value is not None}
+    assert {row["kernel"] for row in compiled} == (names if arch == 90 else names - {"_hopper_kernel"})
     for row in compiled:
         assert row["cubin"] > 0
         assert [target.rstrip("a") for target in row["target"]] == [f"sm_{arch}"]
@@ -702,7 +739,7 @@ def test_compiles(binaries: tuple[int, list[dict[str, Any]]]) -> None:
 def test_multiplies_on_fp8_tensor_cores(binaries: tuple[int, list[dict[str, Any]]]) -> None:
     """With every candidate of 64 rows or more; for fewer, Hopper and Blackwell have FP8 in no tensor core."""
     arch, compiled = binaries
-    products = [row for row in compiled if row["kernel"] in ("_gemm_kernel", "_grouped_outer_kernel")]
+    products = [row for row in compiled if row["kernel"] in ("_gemm_kernel", "_grouped_outer_kernel", "_hopper_kernel")]
     assert len(products) >= len(GEMM_TILES) + 3
     for row in products:
         assert row["multiplies"]
@@ -790,9 +827,10 @@ def test_more_than_two_billion_numbers() -> None:
     for got, tensor in zip((q[tail], s[tail], q_t[:, tail].contiguous(), s_t[:, -2:].contiguous()), want, strict=True):
         assert_same(got.cpu(), tensor)
     b, b_s = (t.to(DEVICE) for t in weights(64, k, seed=1))
-    with tiles(2):
-        c = kernel.gemm(q, s, b, b_s, torch.float32)[tail]
-    assert_product(c.cpu(), dequantised(want[0], want[1]), dequantised(b.cpu(), b_s.cpu()))
+    for which in {2, CANDIDATES - 1}:
+        with tiles(which):
+            c = kernel.gemm(q, s, b, b_s, torch.float32)[tail]
+        assert_product(c.cpu(), dequantised(want[0], want[1]), dequantised(b.cpu(), b_s.cpu()))
     del q_t, s_t, c
     q, s = kernel.weight_quant(x, None)
     want = fp8_ops.weight_quant(x[tail].cpu())
