@@ -41,7 +41,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TextIO
 
@@ -54,13 +54,14 @@ from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
 from checkpoint import keep_freed_memory, load_model
 from fp8_ops import pick_device, pick_dtype
 from model import Cache, ModelArgs, Transformer
-from parallel import TIMEOUT, AgreedError, Layout, is_first
+from parallel import AgreedError, Layout, LayoutError, abandon, is_first, is_first_here, membership
 
 # Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
 PREFILL_POSITIONS = 4096
 ONE_THREAD = 1 << 22  # numbers that a step of decoding multiplies, up to which one thread does it
 SPECULATE = 1  # bytes drafted at a time, by default
 RULE = "-" * 40
+HERE = ("ckpt_path", "input_file", "seed")  # flags in which processes may differ; the seed is the first one's
 EPILOG = """\
 output:
   The prompt and what follows it go to standard output, the speed to standard error. A text ends at byte 0, before the
@@ -844,9 +845,10 @@ def make_writer(mark: bytes, terminal_mark: str) -> Writer:
 
 
 def join(arguments: argparse.Namespace) -> Layout:
-    """Joins the processes that torchrun started: each is a part of the model. They wait as long as somebody types."""
-    timeout = timedelta(days=30) if arguments.interactive else TIMEOUT
-    return Layout(pick_device(arguments.device), int(os.environ.get("WORLD_SIZE", "1")), timeout=timeout)
+    """Joins the processes that torchrun started: each is a part of the model, and must have been told the same."""
+    layout = Layout(pick_device(arguments.device), int(os.environ.get("WORLD_SIZE", "1")))
+    layout.require_same({name: value for name, value in vars(arguments).items() if name not in HERE})
+    return layout
 
 
 def run(
@@ -862,7 +864,7 @@ def run(
             sys.stdin.reconfigure(errors="surrogateescape")
             print(WELCOME, file=sys.stderr)
             read_line = keyboard_line
-        shared_line = lambda: layout.text_of_first(read_line() if is_first() else None)  # noqa: E731
+        shared_line = partial(layout.text_of_first, read_line)
         interact(model, sampling, make_writer(b"\0", ""), meter, shared_line)
     else:
         warn_if_too_long(prompts, model.args.max_seq_len)
@@ -879,13 +881,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, 141 when nobody reads the output any more.
+        The exit code: 0, 1 when another process is gone, 2 for a user's mistake, 130 after Ctrl-C, 141 when nobody
+        reads the output any more.
     """
+    with membership(report):
+        return command(argv)
+
+
+def command(argv: Sequence[str] | None) -> int:
+    """Runs the command as `main` does, all but leaving the processes that it joins."""
     try:
         arguments = make_parser().parse_args(argv)
         sampling = make_sampling(arguments)
     except ValueError as error:
-        return report(str(error)) if is_first() else 2  # the same in every process
+        return report(str(error)) if is_first_here() else 2  # the same in every process
     try:
         if arguments.interactive:
             prompts = []
@@ -897,25 +906,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         layout = join(arguments)
         (seed,) = layout.of_first(sampling.seed)
         sampling = replace(sampling, seed=int(seed))
+        layout.require_same({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})
         model = load(arguments, layout)
     except (ValueError, OSError) as error:
-        return 2 if isinstance(error, AgreedError) and not is_first() else report(str(error))
+        if is_first_here() or not isinstance(error, (AgreedError, LayoutError)):  # else the first here tells it
+            report(str(error))
+        if not isinstance(error, (AgreedError, LayoutError)):
+            abandon(2)
+        return 2
     except KeyboardInterrupt:
+        abandon(130)
         return 130
-    if not is_first():  # it computes its part, and has nothing to say
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
-        run(model, arguments, prompts, sampling, layout)
+        with contextlib.ExitStack() as stack:
+            if not is_first():  # it computes its part, and has nothing to say but its errors
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            run(model, arguments, prompts, sampling, layout)
     except GenerationError as error:
-        return report(str(error))
+        return report(str(error)) if is_first() else 2
     except KeyboardInterrupt:
+        abandon(130)
         return 130
     except OSError as error:
         # what is still buffered cannot be written either, and the interpreter would say so as it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141 if isinstance(error, BrokenPipeError) else report(f"cannot write the output: {error.strerror}")
-    finally:
-        layout.close()
+        code = 141 if isinstance(error, BrokenPipeError) else report(f"cannot write the output: {error.strerror}")
+        abandon(code)
+        return code
     return 0
 
 

@@ -27,9 +27,11 @@ optimizer state are sharded by FSDP2. Nothing that is computed depends on the la
 import os
 import secrets
 import signal
+import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -37,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from checkpoint import Box, CheckpointError, Crew, check_parallel, part_box, whole_shapes
@@ -57,6 +60,49 @@ class AgreedError(CheckpointError):
 def is_first() -> bool:
     """Whether this process is the one that speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_here() -> bool:
+    """Whether this process is the one to tell the errors of all that this machine has: each has its own terminal."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def leave() -> None:
+    """Leaves the other processes, if this one has joined them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def abandon(code: int) -> None:
+    """Ends this process at once if it has joined others, who get an error at once when its connections break.
+
+    To leave in good order, or the way that Python ends, would be to wait for threads that wait for the others.
+    """
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextmanager
+def membership(tell: Callable[[str], Any]) -> Iterator[None]:
+    """Around a command: the processes that it has joined are left when it ends, abandoned when it fails.
+
+    Args:
+        tell: Prints what went wrong, in a line, where that was another process: it has told more. A fault of this one
+            is shown in full, and before the others notice.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's errors have no class of their own
+            tell(f"another process is gone or does not answer: {error}")
+        else:
+            traceback.print_exc()
+        abandon(1)
+    leave()
 
 
 def _meeting_place(rank: int, world: int, timeout: timedelta) -> dist.Store:
@@ -117,7 +163,8 @@ class Layout(Crew):
             imagined: A number of processes that are not there: then nothing is sent, but counted in `counted`, bytes.
 
         Raises:
-            LayoutError: The number of processes is no multiple of `model_parallel`, or the device is of no use.
+            LayoutError: The number of processes is no multiple of `model_parallel`, the device is of no use, or a
+                process was given another layout.
         """
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if imagined is not None:
@@ -129,12 +176,16 @@ class Layout(Crew):
             )
         if self.world > 1 and device == "mps":
             raise LayoutError("several processes cannot share an mps device; add --device cpu, or start one process")
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if device == "cuda" and imagined is None and here > gpus:
+            raise LayoutError(f"{here} processes cannot share {gpus} GPUs; start at most {gpus} on this machine")
         self.mp, self.dp = model_parallel, self.world // model_parallel
         self.mp_rank, self.dp_rank = self.rank % self.mp, self.rank // self.mp
         self.device, self.shards = device, shards and self.dp > 1
         self.writes_copies = self.dp_rank == 0
         self._cuts: dict[nn.Parameter, int] = {}  # of the parameters that are cut among parts, the dimension
         self._shares: list[nn.Parameter] = []  # those whose gradient is a share on each part
+        self._n_texts = 0
         self.counted, self.dp_mesh, self.dp_group, self.mp_group = 0, None, None, None
         if "TORCHELASTIC_RUN_ID" in os.environ:  # no orphans, which would go on beside those that are started next
             torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
@@ -143,15 +194,13 @@ class Layout(Crew):
                 self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
                 torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            store = _meeting_place(self.rank, self.world, timeout)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
+            self._store = _meeting_place(self.rank, self.world, timeout)
+            dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world, timeout=timeout)
+            self.require_same({"--device": device, "--model-parallel": model_parallel, "--fsdp": shards})
             mesh = dist.init_device_mesh(device, (self.dp, self.mp), mesh_dim_names=("dp", "mp"))
             self.dp_mesh, self.dp_group, self.mp_group = mesh["dp"], mesh["dp"].get_group(), mesh["mp"].get_group()
-
-    def close(self) -> None:
-        """Leaves the other processes."""
-        if self.world > 1:
-            dist.destroy_process_group()
+            for group in (self.dp_group, self.mp_group):  # which a mesh gives half an hour
+                _set_pg_timeout(timeout, group)
 
     # --- Speaking to each other ---------------------------------------------------------------------------------------
 
@@ -181,12 +230,33 @@ class Layout(Crew):
         dist.broadcast(tensor, 0)
         return tensor.tolist()
 
-    def text_of_first(self, text: bytes | None) -> bytes | None:
-        """The first process's text: what somebody has typed there."""
-        texts = [text]
-        if self.world > 1:
-            dist.broadcast_object_list(texts, 0)
+    def text_of_first(self, read: Callable[[], bytes | None]) -> bytes | None:
+        """What `read` returns in the first process, where somebody types: for that, others wait as long as it takes."""
+        if self.world == 1:
+            return read()
+        texts = [read() if self.rank == 0 else None]
+        self._n_texts += 1
+        if self.rank == 0:
+            self._store.set(f"text {self._n_texts}", "")
+        while self.rank and not self._store.check([f"text {self._n_texts}"]):
+            time.sleep(0.02)
+        dist.broadcast_object_list(texts, 0)
         return texts[0]
+
+    def require_same(self, settings: dict[str, Any]) -> None:
+        """Compares what every process was told, on a machine and by a command of its own.
+
+        Raises:
+            LayoutError: In all processes, if one was told something else.
+        """
+        if self.world == 1:
+            return
+        everybodys: list[Any] = [None] * self.world
+        dist.all_gather_object(everybodys, {name: str(value) for name, value in settings.items()})
+        for rank, others in enumerate(everybodys):
+            for name, value in everybodys[0].items():
+                if others.get(name) != value:
+                    raise LayoutError(f"process 0 has {name} = {value}, process {rank} has {others.get(name)}")
 
     def sum_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the data-parallel processes."""

@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from checkpoint import CheckpointError, has_run, is_matrix, keep_freed_memory, l
 from data.prepare import DataError, open_bytes, resolve
 from fp8_ops import DeviceError, pick_device, pick_dtype
 from model import ConfigError, Losses, ModelArgs, Transformer
-from parallel import AgreedError, Layout, LayoutError, is_first
+from parallel import TIMEOUT, AgreedError, Layout, LayoutError, abandon, is_first, is_first_here, membership
 
 METRICS_FILE = "metrics.jsonl"
 VAL_FRACTION = 0.1
@@ -811,6 +812,13 @@ def build_parser() -> Parser:
         default=False,
         help="shard parameters, gradients and optimizer state over the data-parallel processes",
     )
+    compute.add_argument(
+        "--timeout",
+        type=POSITIVE,
+        default=TIMEOUT.total_seconds() / 60,
+        metavar="MINUTES",
+        help="how long a process waits for another one",
+    )
     compute.add_argument("--seed", type=SEED, default=0, help="of the weights and the order of the data")
     planning = p.add_argument_group("planning")
     planning.add_argument("--plan", action="store_true", help="say what each process would hold and send, and end")
@@ -879,6 +887,9 @@ def build_trainer(args: argparse.Namespace, shape: ModelArgs, layout: Layout) ->
         layout.check(shape, args.batch_size)
         data = open_bytes(resolve(args.data))
         train_data, val_data = split(data, shape.max_seq_len)
+    names = ["steps", "minutes", "log_interval", "eval_interval", "save_interval", "sample_bytes", "compile"]
+    told = {name: getattr(args, name) for name in [*names, "gradient_checkpointing", "resume"]}
+    layout.require_same(shape.to_dict() | {"the dtype": dtype} | told | resume_settings(args, train_data))
     model = layout.make(shape, dtype)
     layout.init_weights(model, args.seed)
     model = model.to(layout.device).train()
@@ -950,11 +961,8 @@ def train(argv: list[str] | None) -> int:
         print(plan.show(plan.make_plan(shape, args, dtype, states), shape, args, args.device_memory))
         return 0
     keep_freed_memory()
-    layout = Layout(pick_device(args.device), args.model_parallel, args.fsdp)
-    try:
-        return train_in(layout, args, shape)
-    finally:
-        layout.close()
+    timeout = timedelta(minutes=args.timeout)
+    return train_in(Layout(pick_device(args.device), args.model_parallel, args.fsdp, timeout=timeout), args, shape)
 
 
 def train_in(layout: Layout, args: argparse.Namespace, shape: ModelArgs) -> int:
@@ -969,7 +977,8 @@ def train_in(layout: Layout, args: argparse.Namespace, shape: ModelArgs) -> int:
                 f"--save-path {path} is not an empty folder; go on with --resume, or choose another path"
             )
     trainer = build_trainer(args, shape, layout)
-    if resumes and has_run(path):
+    # as the first sees it: one that sees another disk must fail, not begin anew
+    if resumes and layout.of_first(has_run(path))[0]:
         with layout.together():
             trainer.resume(path)
         print(f"resumed {path} at step {trainer.step}")
@@ -999,14 +1008,19 @@ def main(argv: list[str] | None = None) -> int:
     """The command, with a user's mistake told in one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes characters that a terminal may not have
-    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere):
+    tell = lambda error: print(f"train.py: error: {visible(error)}", file=sys.stderr)  # noqa: E731
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere), membership(tell):
         try:
             return train(argv)
         except (ConfigError, DataError, CheckpointError, DeviceError, LayoutError, OSError) as error:
-            if is_first() or not isinstance(error, (AgreedError, ConfigError, LayoutError)):  # else the first tells it
-                print(f"train.py: error: {visible(str(error))}", file=sys.stderr)
+            is_everybodys = isinstance(error, (AgreedError, ConfigError, LayoutError))
+            if is_first_here() or not is_everybodys:  # else the first of this machine tells it
+                tell(str(error))
+            if not is_everybodys:
+                abandon(2)
             return 2
         except KeyboardInterrupt:
+            abandon(130)
             return 130
 
 

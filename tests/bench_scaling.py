@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from checkpoint import keep_freed_memory  # noqa: E402
-from parallel import Layout  # noqa: E402
+from parallel import Layout, leave  # noqa: E402
 
 WARM_UP = 3  # steps
 LAYOUTS = {
@@ -60,7 +60,7 @@ def work(flags: list[str], steps: int) -> None:
     waits, peak, own = layout.largest(1 - busy / seconds, peak, peak - imported)
     if layout.rank == 0:
         print(json.dumps([steps * trainer.step_bytes / seconds, waits, peak, own]))
-    layout.close()
+    leave()
 
 
 def run(processes: int, flags: list[str], steps: int) -> list[float]:

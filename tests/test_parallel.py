@@ -98,7 +98,7 @@ def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing
             part.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-5 * gradients[name].abs().max().item(), msg=name
         )
     torch.testing.assert_close(layout.clip_grad_norm(net, 0.1), norm, rtol=1e-5, atol=0)
-    layout.close()
+    parallel.leave()
 
 
 def check_plan(flags: list[str]) -> None:
@@ -126,7 +126,7 @@ def check_plan(flags: list[str]) -> None:
     numbers = sum(layout.local(t)[0].numel() for state in kept.values() for t in state.values() if t.ndim)
     assert 4 * max(layout.largest(numbers)) == planned.held["optimizer state"]
     assert sent[0] == planned.sent.get("sums of activations between parts", 0)
-    layout.close()
+    parallel.leave()
 
 
 def work(scenarios: list[dict[str, Any]]) -> None:
