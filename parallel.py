@@ -64,7 +64,7 @@ def is_first() -> bool:
 
 def is_first_here() -> bool:
     """Whether this process is the one to tell the errors of all that this machine has: each has its own terminal."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def leave() -> None:

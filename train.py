@@ -299,7 +299,7 @@ class Clock:
         """How much is done in the middle of `step`, 0 to 1; 1 means that it is not to be taken."""
         if self.steps is not None:
             return (step + 0.5) / self.steps if step < self.steps else 1.0
-        left = self.seconds - self.closing_s - 1.5 - self.elapsed_s()  # some time to leave the process in
+        left = self.seconds - self.closing_s - 2.0 - self.elapsed_s()  # some time to leave the process in
         if left < 1.5 * self.step_s:
             return 1.0
         trained = self.elapsed_s() - self.startup_s + self.step_s / 2
