@@ -1,6 +1,6 @@
 """How fast text is decoded, as ratios of what takes turns within one run: the median of each.
 
-    python tests/bench_decode.py [--only NAME ...] [--ckpt-path DIR] [--minutes M] [--repeat N] [--threads N]
+    python tests/bench_decode.py [--only NAME ...] [--compile] [--ckpt-path DIR] [--minutes M] [--repeat N]
 
 transformers  its `generate`, on the same weights (17 million random numbers), one and sixteen texts at a time
 context       a byte after 4,096 others, against one after 64 (configs/small.json)
@@ -115,7 +115,7 @@ def bench_transformers(options: argparse.Namespace, folder: Path) -> None:
     transformers.logging.disable_progress_bar()
     save_model(random_model(ModelArgs.from_dict(SHAPE)), folder / "random")
     convert.convert(folder / "random", folder / "hf", is_hf=True)
-    ours = decode.attach(load_model(folder / "random", "cpu", torch.float32))
+    ours = decode.attach(load_model(folder / "random", "cpu", torch.float32), options.compile)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
     rows: list[tuple[object, ...]] = [("texts", "choice", "bytes/s", "transformers", "ratio", "same text")]
     n = options.bytes
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of training where there is none (default: 3)")
     parser.add_argument("--bytes", type=int, default=64, help="to write at a time (default: 64)")
     parser.add_argument("--repeat", type=int, default=5, help="turns, of which the median counts (default: 5)")
+    parser.add_argument("--compile", action="store_true", help="against transformers, compile what decodes one text")
     parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
     options = parser.parse_args()
     if options.threads:
