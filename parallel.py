@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -412,12 +412,16 @@ class Layout(Crew):
 
     def share_numbers(self) -> int:
         """How many numbers `sum_gradients` sends."""
-        return sum(p.numel() for p in self._shares)
+        return sum(self.held_numbers(p) for p in self._shares)
 
-    def gathered_numbers(self, model: Transformer) -> int:
-        """How many numbers `whole` gathers in a step, of all matrices."""
-        gathered = [p for p in model.parameters() if p.ndim == 2 and (self.shards or p in self._cuts)]
-        return sum(p.numel() * (self.mp if p in self._cuts else 1) for p in gathered)
+    def held_numbers(self, p: nn.Parameter) -> int:
+        """How many numbers of a parameter of this part a process holds: FSDP cuts along the first dimension."""
+        return -(-len(p) // self.dp) * p[0].numel() if self.shards else p.numel()
+
+    def gathered_numbers(self, matrices: Iterable[nn.Parameter]) -> int:
+        """How many numbers `whole` gathers of parameters: the shards of a part, then the parts of a matrix."""
+        matrices = [p for p in matrices if p.ndim == 2]
+        return sum(p.numel() * (self.shards + self.mp * (p in self._cuts)) for p in matrices)
 
     def clip_grad_norm(self, model: Transformer, max_norm: float) -> torch.Tensor:
         """`nn.utils.clip_grad_norm_` of the whole model; returns the norm before."""

@@ -63,7 +63,7 @@ def make_plan(
         tokens = torch.zeros(flags.batch_size // layout.dp, args.max_seq_len, dtype=torch.int64)
         activations = run_once(model, tokens, layout)
     plan, per_batch = Plan(), layout.counted
-    sizes = {name: _held_numbers(p, layout) for name, p in model.named_parameters()}
+    sizes = {name: layout.held_numbers(p) for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
     plan.held["parameters"] = 4 * sum(sizes.values())
     plan.held["gradients"] = 4 * sum(sizes.values())
@@ -76,7 +76,8 @@ def make_plan(
     plan.held["activations"] = activations
     numbers = args.cache_numbers_per_position()[0] // (layout.mp if args.kv_lora_rank == 0 else 1)
     plan.cache = numbers * args.max_seq_len * args.max_batch_size * 2
-    plan.sent = _sent(model, layout, flags, per_batch)
+    by_muon = [p for name, p in parameters.items() if n_states(name, p) == 1]
+    plan.sent = _sent(model, layout, flags, per_batch, by_muon)
     return plan
 
 
@@ -105,12 +106,9 @@ def run_once(model: Transformer, tokens: torch.Tensor, layout: Layout) -> int:
     return inputs + sum(storage.nbytes() for storage in saved.values())
 
 
-def _held_numbers(p: nn.Parameter, layout: Layout) -> int:
-    """How many numbers of a parameter a process holds: FSDP cuts along the first dimension."""
-    return -(-len(p) // layout.dp) * p[0].numel() if layout.shards else p.numel()
-
-
-def _sent(model: Transformer, layout: Layout, flags: argparse.Namespace, per_batch: int) -> dict[str, int]:
+def _sent(
+    model: Transformer, layout: Layout, flags: argparse.Namespace, per_batch: int, by_muon: list[nn.Parameter]
+) -> dict[str, int]:
     sent = {}
     size = sum(p.numel() for p in model.parameters()) * 4
     if layout.mp > 1:
@@ -121,10 +119,7 @@ def _sent(model: Transformer, layout: Layout, flags: argparse.Namespace, per_bat
         sent["gradients scattered"] = size * flags.accumulation
     elif layout.dp > 1:
         sent["gradients averaged"] = size
-    if flags.optimizer == "muon":
-        sent["matrices gathered for Muon"] = layout.gathered_numbers(model) * (
-            4 if model.compute_dtype == torch.float32 else 2
-        )
+    sent["matrices gathered for Muon"] = layout.gathered_numbers(by_muon) * model.compute_dtype.itemsize
     return {name: n for name, n in sent.items() if n}
 
 

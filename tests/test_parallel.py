@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -101,6 +104,64 @@ def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing
     parallel.leave()
 
 
+OPERATORS = {
+    "c10d::allreduce_": "sum",
+    "_c10d_functional::all_reduce": "functional sum",
+    "c10d::_allgather_base_": "gather",
+    "c10d::_reduce_scatter_base_": "scatter",
+    "c10d::allgather_": "Muon",
+    "_c10d_functional::all_gather_into_tensor": "Muon",
+}
+SUMS, SHARED = "sums of activations between parts", "gradients that parts share"
+GATHERED, SCATTERED = "parameters gathered for each batch", "gradients scattered"
+MUON = "matrices gathered for Muon"
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what this process sends to others: bytes by operator, those of the whole that is gathered or scattered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (what := OPERATORS.get(func._schema.name)) is not None:
+            sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            if func._schema.name == "c10d::allgather_":  # has a list of parts, and this process's own
+                self.sent[what] += sum(sizes) - sizes[-1]
+            elif func._schema.name == "_c10d_functional::all_gather_into_tensor":
+                self.sent[what] += result.nbytes
+            else:
+                self.sent[what] += max(sizes)
+        return result
+
+
+class Saved:
+    """Counts the bytes that autograd saves in the last forward pass of a trainer's loss, but for the weights."""
+
+    def __init__(self, trainer: train.Trainer):
+        self.loss, self.storages, self.weights = trainer.loss, {}, list(trainer.model.state_dict().values())
+        trainer.loss = self
+        if hasattr(self.loss, "no_sync"):
+            self.no_sync = self.loss.no_sync
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        self.storages.clear()
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor):
+            return self.loss(*inputs)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = storage  # kept, so that no other is taken for it
+        return tensor
+
+    @property
+    def size(self) -> int:
+        weights = {t.untyped_storage().data_ptr() for t in self.weights}
+        return sum(s.nbytes() for s in self.storages.values() if s.data_ptr() not in weights)
+
+
 def check_plan(flags: list[str]) -> None:
     """What the plan says of this layout is what a step of it holds and sends."""
     args, shape = train.parse_args(flags)
@@ -110,22 +171,21 @@ def check_plan(flags: list[str]) -> None:
     planned = plan.make_plan(shape, planned_args, torch.float32, states)
     layout = parallel.Layout("cpu", args.model_parallel, args.fsdp)
     trainer = train.build_trainer(args, shape, layout)
-    sent, all_reduce = [0], parallel._all_reduce
-
-    def counting(x: torch.Tensor, of: parallel.Layout) -> torch.Tensor:
-        sent[0] += x.numel() * x.element_size()
-        return all_reduce(x, of)
-
-    parallel._all_reduce = counting
-    trainer.train_step(0.5)
-    parallel._all_reduce = all_reduce
+    traffic, saved = Traffic(), Saved(trainer)
+    with traffic:
+        trainer.train_step(0.5)
+    figures = traffic.sent["sum"] - sum(planned.sent.get(name, 0) for name in ("gradients averaged", SHARED))
+    assert 0 <= figures < 200, figures  # the losses, the norm and the load of each expert
+    for what, name in (("functional sum", SUMS), ("gather", GATHERED), ("scatter", SCATTERED), ("Muon", MUON)):
+        assert traffic.sent[what] == planned.sent.get(name, 0), (what, traffic.sent, planned.sent)
+    if not args.fsdp and not args.gradient_checkpointing:  # else not all is saved in the forward pass
+        assert saved.size == pytest.approx(planned.held["activations"], rel=2e-3)
     here = sum(layout.local(p)[0].numel() for p in trainer.model.parameters())
     most = max(layout.largest(here))
     assert 4 * most == planned.held["parameters"] == planned.held["gradients"]
     kept = train.optimizer_tensors(trainer.model, trainer.optimizers)
     numbers = sum(layout.local(t)[0].numel() for state in kept.values() for t in state.values() if t.ndim)
     assert 4 * max(layout.largest(numbers)) == planned.held["optimizer state"]
-    assert sent[0] == planned.sent.get("sums of activations between parts", 0)
     parallel.leave()
 
 
@@ -192,8 +252,15 @@ class Runs:
         return [str(flag) for flag in flags]
 
     def metrics(self, run: str) -> dict[int, dict[str, Any]]:
+        """Of each step, once; what all processes did together."""
         lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
-        return {m["step"]: m for m in map(json.loads, lines) if "train_loss" in m}
+        steps = [m for m in map(json.loads, lines) if "train_loss" in m]
+        assert len({m["step"] for m in steps}) == len(steps)
+        for before, m in zip(steps, steps[1:], strict=False):
+            took = m["elapsed_s"] - before["elapsed_s"]
+            if m["step"] == before["step"] + 1 and took > 0.02:  # an evaluation or a save between makes it longer
+                assert (m["bytes"] - before["bytes"]) / took < 1.2 * m["bytes_per_s"]
+        return {m["step"]: m for m in steps}
 
     def model(self) -> Transformer:
         """A model no two logits of which are equal."""
@@ -341,9 +408,10 @@ def test_layouts_that_cannot_be(runs: Runs, world: int, flags: list[str], parts:
 
 def test_what_is_planned_is_what_is_held_and_sent(runs: Runs) -> None:
     layouts = [[], ["--fsdp"], ["--model-parallel", 2], ["--model-parallel", 2, "--gradient-checkpointing"]]
-    layouts += [["--fsdp", "--optimizer", "adamw", "--accumulation", 2]]
+    layouts += [["--fsdp", "--optimizer", "adamw", "--accumulation", 2], ["--accumulation", 2]]
     launch(2, [{"plan": runs.flags("planned", *flags, steps=2)} for flags in layouts])
-    launch(4, [{"plan": runs.flags("planned", "--model-parallel", 2, "--fsdp", steps=2)}])
+    layouts = [["--model-parallel", 2, "--fsdp"], ["--model-parallel", 2]]
+    launch(4, [{"plan": runs.flags("planned", *flags, steps=2)} for flags in layouts])
 
 
 def test_plan_of_the_671b_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,6 +433,125 @@ def test_kills_cost_only_the_steps_since_the_checkpoint(capsys: pytest.CaptureFi
     """The beginning of what soak.py does at length."""
     soak.main(["--kills", "3", "--steps", "60", "--seed", "1", "--train-flags=--fsdp"])
     assert "3 kills" in capsys.readouterr().out
+
+
+# What is done to the second of two processes, before train.py or generate.py begins there
+FAULT = """
+import os, signal, sys
+sys.path[:0] = [{root!r}]
+import torch, train, generate, checkpoint
+calls = [0]
+def spoil(owner, name, at, fault):
+    old = getattr(owner, name)
+    def spoilt(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == at:
+            fault()
+        return old(*args, **kwargs)
+    setattr(owner, name, spoilt)
+def bug():
+    raise KeyError("my own fault")
+def bad_disk():
+    raise OSError(5, "Input/output error")
+def hang():
+    os.kill(os.getpid(), signal.SIGSTOP)
+if os.environ["RANK"] == "1":
+    {fault}
+sys.exit({program}.main(sys.argv[1:]))
+"""
+
+
+def run_spoilt(fault: str, flags: list[list[str]], program: str = "train") -> list[tuple[int | None, str, float]]:
+    """Runs two processes; returns each one's exit code (None: it hangs), what it wrote to stderr, and when it ended."""
+    code = FAULT.format(root=str(ROOT), fault=fault, program=program)
+    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    common["MASTER_PORT"] = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *flags[rank]],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ends: list[float | None] = [None, None]
+    until = time.monotonic() + 60
+    while None in ends and time.monotonic() < until and not (ends[0] and "hang" in fault):
+        for rank, process in enumerate(processes):
+            if ends[rank] is None and process.poll() is not None:
+                ends[rank] = time.time()
+        time.sleep(0.01)
+    codes = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()
+    errors = [process.communicate()[1] for process in processes]
+    return [(code, text, end or time.time()) for code, text, end in zip(codes, errors, ends, strict=True)]
+
+
+@pytest.mark.parametrize("layout", [[], ["--fsdp"], ["--model-parallel", "2"]])
+@pytest.mark.parametrize("where", ["train, 'windows', 7", "torch.optim.AdamW, 'step', 3", "train, 'evaluate', 1"])
+def test_a_process_that_fails_ends_the_others(runs: Runs, tmp_path: Path, layout: list[str], where: str) -> None:
+    """It shows its own fault, in full and first; the other tells in a line that it is gone, within seconds."""
+    flags = runs.flags(str(tmp_path / "run"), "--save-interval", 5, *layout, steps=20)
+    first, second = run_spoilt(f"spoil({where}, bug)", [flags, flags])
+    assert first[0] == 1 and re.fullmatch(r"train.py: error: another process is gone.*\n", first[1]), first
+    assert second[0] == 1 and "KeyError: 'my own fault'" in second[1], second
+    assert second[2] - 0.5 < first[2] < second[2] + 5
+
+
+def test_a_process_that_fails_to_load_ends_the_others(runs: Runs, tmp_path: Path) -> None:
+    flags = runs.flags(str(tmp_path / "run"), "--resume", "--model-parallel", 2, steps=5)
+    launch(2, [{"flags": flags}])
+    first, second = run_spoilt("spoil(train, 'load_run', 1, bug)", [flags, flags])
+    assert first[0] == second[0] == 1 and "another process is gone" in first[1] and "my own fault" in second[1]
+    first, second = run_spoilt("spoil(train, 'load_run', 1, bad_disk)", [flags, flags])
+    assert first[0] == second[0] == 2 and "Input/output error" in first[1] + second[1]
+
+
+def test_a_process_that_fails_while_writing_text_ends_the_others(runs: Runs, tmp_path: Path) -> None:
+    save_model(runs.model(), tmp_path / "model")
+    flags = ["--ckpt-path", str(tmp_path / "model"), "--prompt", "7", "--max-new-tokens", "50", "--device", "cpu"]
+    first, second = run_spoilt("spoil(generate, 'write_results', 1, bug)", [flags, flags], "generate")
+    assert first[0] == second[0] == 1 and "another process is gone" in first[1] and "my own fault" in second[1]
+
+
+@pytest.mark.parametrize("layout", [[], ["--model-parallel", "2"]])
+def test_a_process_that_hangs_is_given_up(runs: Runs, tmp_path: Path, layout: list[str]) -> None:
+    flags = runs.flags(str(tmp_path / "run"), "--timeout", 0.05, *layout, steps=20)
+    first, _ = run_spoilt("spoil(train, 'windows', 7, hang)", [flags, flags])
+    assert first[0] == 1 and "another process is gone or does not answer" in first[1], first
+
+
+@pytest.mark.parametrize(
+    ("differently", "told"),
+    [
+        (["--lr", "0.1"], "process 0 has lr = 0.003, process 1 has 0.1"),
+        (["--model-parallel", "2"], "process 0 has --model-parallel = 1, process 1 has 2"),
+        (["--steps", "7"], "process 0 has steps = 5, process 1 has 7"),
+        (["--config", "plain"], "process 0 has n_routed_experts = 4, process 1 has 0"),
+    ],
+)
+def test_processes_that_were_told_different_things(runs: Runs, differently: list[str], told: str) -> None:
+    """As where each machine has a command, a config and a disk of its own."""
+    flags = runs.flags("never-begun", steps=5)
+    if differently[0] == "--config":
+        differently = ["--config", str(runs.folder / "plain.json")]
+    first, second = run_spoilt("pass", [flags, [*flags, *differently]])
+    assert first[0] == second[0] == 2 and second[1] == ""
+    assert first[1].count("\n") == 1 and (told in first[1] or differently[0] == "--config"), first
+    assert not (runs.folder / "never-begun").exists()
+
+
+def test_shares_are_disjoint_and_whole() -> None:
+    """Every window of a batch is read by one data-parallel process, whose parts read the same."""
+    layout = parallel.Layout("cpu", 2, imagined=8)
+    windows = []
+    for rank in range(layout.dp):
+        layout.dp_rank = rank
+        windows += range(12)[layout.share(12)]
+    assert windows == list(range(12))
 
 
 @pytest.fixture(scope="module")
