@@ -462,10 +462,10 @@ sys.exit({program}.main(sys.argv[1:]))
 
 
 def run_spoilt(fault: str, flags: list[list[str]], program: str = "train") -> list[tuple[int | None, str, float]]:
-    """Runs two processes; returns each one's exit code (None: it hangs), what it wrote to stderr, and when it ended."""
+    """Runs processes, each with its flags; returns each one's exit code (None: it hangs), what it wrote to stderr, and when it ended."""
     code = FAULT.format(root=str(ROOT), fault=fault, program=program)
-    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    common["MASTER_PORT"] = str(free_port())
+    common = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    common |= {"WORLD_SIZE": str(len(flags)), "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, *flags[rank]],
@@ -474,9 +474,9 @@ def run_spoilt(fault: str, flags: list[list[str]], program: str = "train") -> li
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(len(flags))
     ]
-    ends: list[float | None] = [None, None]
+    ends: list[float | None] = [None] * len(flags)
     until = time.monotonic() + 60
     while None in ends and time.monotonic() < until and not (ends[0] and "hang" in fault):
         for rank, process in enumerate(processes):
@@ -517,10 +517,11 @@ def test_a_process_that_fails_while_writing_text_ends_the_others(runs: Runs, tmp
     assert first[0] == second[0] == 1 and "another process is gone" in first[1] and "my own fault" in second[1]
 
 
-@pytest.mark.parametrize("layout", [[], ["--model-parallel", "2"]])
-def test_a_process_that_hangs_is_given_up(runs: Runs, tmp_path: Path, layout: list[str]) -> None:
-    flags = runs.flags(str(tmp_path / "run"), "--timeout", 0.05, *layout, steps=20)
-    first, _ = run_spoilt("spoil(train, 'windows', 7, hang)", [flags, flags])
+@pytest.mark.parametrize(("world", "layout"), [(2, ["--fsdp"]), (4, ["--model-parallel", "2"])])
+def test_a_process_that_hangs_is_given_up(runs: Runs, tmp_path: Path, world: int, layout: list[str]) -> None:
+    """By one that waits for all, and by one that waits for those alone with whom it shares a model."""
+    flags = runs.flags(str(tmp_path / "run"), "--timeout", 0.1, *layout, steps=20)
+    first, *_ = run_spoilt("spoil(train, 'windows', 7, hang)", [flags] * world)
     assert first[0] == 1 and "another process is gone or does not answer" in first[1], first
 
 
