@@ -462,7 +462,7 @@ sys.exit({program}.main(sys.argv[1:]))
 
 
 def run_spoilt(fault: str, flags: list[list[str]], program: str = "train") -> list[tuple[int | None, str, float]]:
-    """Runs processes, each with its flags; returns each one's exit code (None: it hangs), what it wrote to stderr, and when it ended."""
+    """Runs processes; returns each one's exit code (None: it hangs), what it wrote to stderr, and when it ended."""
     code = FAULT.format(root=str(ROOT), fault=fault, program=program)
     common = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     common |= {"WORLD_SIZE": str(len(flags)), "MASTER_PORT": str(free_port())}
