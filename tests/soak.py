@@ -112,7 +112,7 @@ class Soak:
             self.release(run)
             if agent.poll() is not None and not self.is_over(run):
                 agent = self.start(run, self.processes)
-        if agent.wait(timeout=600) != 0:
+        if agent.wait(timeout=600) != 0 and not self.is_over(run):  # it may be killed as it ends
             sys.exit(self.log(run)[-4000:])
         return done
 
