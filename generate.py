@@ -54,7 +54,7 @@ from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
 from checkpoint import keep_freed_memory, load_model
 from fp8_ops import pick_device, pick_dtype
 from model import Cache, ModelArgs, Transformer
-from parallel import AgreedError, Layout, LayoutError, abandon, is_first, is_first_here, membership
+from parallel import AgreedError, Layout, LayoutError, abandon, end, is_first, is_first_here, membership
 
 # Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
 PREFILL_POSITIONS = 4096
@@ -945,4 +945,4 @@ def report(error: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -33,7 +33,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -82,6 +82,19 @@ def abandon(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def end(code: int) -> NoReturn:
+    """Ends a command that is over; one of several processes does so without what Python tidies up at its end.
+
+    A thread of gloo may outlive its group by a moment. C++ aborts a process that drops such a thread, and torchrun
+    would take a run that is over for one that failed.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from checkpoint import CheckpointError, has_run, is_matrix, keep_freed_memory, l
 from data.prepare import DataError, open_bytes, resolve
 from fp8_ops import DeviceError, pick_device, pick_dtype
 from model import ConfigError, Losses, ModelArgs, Transformer
-from parallel import TIMEOUT, AgreedError, Layout, LayoutError, abandon, is_first, is_first_here, membership
+from parallel import TIMEOUT, AgreedError, Layout, LayoutError, abandon, end, is_first, is_first_here, membership
 
 METRICS_FILE = "metrics.jsonl"
 VAL_FRACTION = 0.1
@@ -1025,4 +1025,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -204,6 +204,7 @@ def work(scenarios: list[dict[str, Any]]) -> None:
         else:
             command = train.main if scenario.get("command", "train") == "train" else generate.main
             assert command(scenario["flags"]) == scenario.get("code", 0), scenario
+    parallel.end(0)
 
 
 # --- The tests --------------------------------------------------------------------------------------------------------
