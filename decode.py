@@ -5,7 +5,7 @@ once for a model that does not change any more:
 
 Weights are packed by oneDNN in the order in which its products read them, which is then nearly the speed of memory. As
     they lie in the modules, each call would first have to rearrange them, or jump from row to row.
-Products of the same input are one: queries and the latent, gate and up projection, the shared and all routed experts.
+Products of the same input are one: queries and the latent, gate and up projection, all routed experts.
     With few experts to read anyway, a mixture is a single wide MLP whose hidden units are weighed by their expert's
     weight, 0 for those not chosen: two products instead of three for each expert. Where most experts would be read for
     nothing, each position visits its own.
@@ -18,6 +18,7 @@ Shapes in comments: N positions of all rows, H heads, C `kv_lora_rank`, R `qk_ro
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +67,20 @@ class Product:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return rows_times(x.unsqueeze(1), self.weight)
-        if not torch.backends.mkldnn.is_available():
+        if not packs(x.dtype):
             return F.linear(x, self.weight)
         # what torch.compile makes of a linear layer with frozen weights; torch has no public name for it
         if self.ordered is None:
             self.ordered = torch.ops.mkldnn._reorder_linear_weight(self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, self.ordered, None, "none", [], "")
+
+
+@cache
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and multiplies numbers of this dtype on this CPU: bfloat16 wants AVX-512 or its like."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def rows_times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -89,16 +98,16 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: Transformer, compiles: bool = False):
-        self.dtype, self.compiles = model.compute_dtype, compiles
+        dtype, self.compiles = model.compute_dtype, compiles
         self.compiled: dict[str, Callable[..., torch.Tensor]] = {}
-        self.blocks = [DecoderBlock(block, self.dtype) for block in model.layers]
+        self.blocks = [DecoderBlock(block, dtype) for block in model.layers]
         self.norm = DecoderNorm(model.norm)
-        self.embedding = model.embed.weight.to(self.dtype)
+        self.embedding = model.embed.weight.to(dtype)
         if len(model.mtp):
             module = model.mtp[0]
-            self.mtp_block = DecoderBlock(module.block, self.dtype)
+            self.mtp_block = DecoderBlock(module.block, dtype)
             self.enorm, self.hnorm, self.mtp_norm = map(DecoderNorm, (module.enorm, module.hnorm, module.norm))
-            self.eh_proj = Product(module.eh_proj.weight.to(self.dtype))
+            self.eh_proj = Product(module.eh_proj.weight.to(dtype))
 
     @staticmethod
     def takes(tokens: torch.Tensor, cache: Cache | None) -> bool:
@@ -209,8 +218,7 @@ class DecoderBlock:
         pe = pe.unflatten(1, (heads + 1, 2, self.rope // 2))
         pe = torch.addcmul(pe * rotary[0], pe.flip(2), rotary[1]).flatten(2).to(h.dtype)
         new = torch.cat([self.kv_norm(kv), pe[:, heads]], dim=1)
-        sequences = slice(None) if isinstance(where.index, slice) else torch.arange(bsz).unsqueeze(1)
-        latent[sequences, where.index] = new.unflatten(0, (bsz, -1))
+        Cache.write(latent, where.index, new.unflatten(0, (bsz, -1)))
         q = torch.bmm(q.unflatten(1, (heads, self.nope)).transpose(0, 1), self.w_k).transpose(0, 1)
         q = torch.cat([q, pe[:, :heads]], dim=-1).view(bsz, -1, latent.shape[-1]) * self.scale
         if bsz == 1 and latent.shape[1] > LONG:

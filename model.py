@@ -290,12 +290,18 @@ class Cache:
 
     def update(self, layer_id: int, positions: torch.Tensor | slice, *new: torch.Tensor) -> list[torch.Tensor]:
         """Writes a layer's new entries (B, S, ...) at `positions` and returns all that may be read (B, T, ...)."""
-        end, rows = max(self.lengths) + new[0].shape[1], slice(None)
-        if isinstance(positions, torch.Tensor):
-            rows = torch.arange(len(self.lengths), device=positions.device)[:, None]
+        end = max(self.lengths) + new[0].shape[1]
         for tensor, entries in zip(self.layers[layer_id], new, strict=True):
-            tensor[rows, positions] = entries.to(tensor.dtype)
+            self.write(tensor, positions, entries)
         return [tensor[:, :end] for tensor in self.layers[layer_id]]
+
+    @staticmethod
+    def write(tensor: torch.Tensor, positions: torch.Tensor | slice, entries: torch.Tensor) -> None:
+        """Writes entries (B, S, ...) at `positions` of a layer's tensor (B, capacity, ...)."""
+        rows = slice(None)
+        if isinstance(positions, torch.Tensor):
+            rows = torch.arange(len(tensor), device=positions.device)[:, None]
+        tensor[rows, positions] = entries.to(tensor.dtype)
 
 
 class Positions(NamedTuple):
@@ -489,6 +495,7 @@ def attend_in_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale:
 
     torch's fused attention does not use a CPU's bfloat16 products: on such a CPU this is two to three times as fast,
     forward and backward. Products are summed in float32 and rounded to bfloat16, as is what the softmax makes of them.
+    The backward pass keeps that: memory grows with the square of S, as it does not in torch's.
 
     Args:
         q: Queries (B, S, H, d).

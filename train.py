@@ -1004,18 +1004,22 @@ def train_in(layout: Layout, args: argparse.Namespace, shape: ModelArgs) -> int:
     return 0
 
 
+def report(error: str) -> None:
+    """Prints an error in one line."""
+    print(f"train.py: error: {visible(error)}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command, with a user's mistake told in one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes characters that a terminal may not have
-    tell = lambda error: print(f"train.py: error: {visible(error)}", file=sys.stderr)  # noqa: E731
-    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere), membership(tell):
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere), membership(report):
         try:
             return train(argv)
         except (ConfigError, DataError, CheckpointError, DeviceError, LayoutError, OSError) as error:
             is_everybodys = isinstance(error, (AgreedError, ConfigError, LayoutError))
             if is_first_here() or not is_everybodys:  # else the first of this machine tells it
-                tell(str(error))
+                report(str(error))
             if not is_everybodys:
                 abandon(2)
             return 2

@@ -943,3 +943,16 @@ def test_an_interrupted_and_an_unread_generation_end_quietly(folder: Path) -> No
         os.close(full)
         assert unwritable.wait(60) == 2
         assert unwritable.stderr.read() == b"generate.py: error: cannot write the output: No space left on device\n"
+
+
+def test_bfloat16_on_a_cpu_without_its_products(folder: Path) -> None:
+    """As on one whose widest registers are AVX2's, where oneDNN packs no bfloat16 weights."""
+    flags = [sys.executable, "generate.py", "--ckpt-path", folder / "tiny", "--prompt", "a", "--dtype", "bf16"]
+    done = subprocess.run(
+        [*flags, "--device", "cpu", "--temperature", "0", "--max-new-tokens", "20", "--speculate", "0"],
+        cwd=FOLDER,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, len(done.stdout)) == (0, 21), done.stderr
