@@ -5,15 +5,18 @@ Run as a script, this file is one of the processes: it goes through a list of sc
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -211,28 +214,42 @@ def work(scenarios: list[dict[str, Any]]) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that stays free: below those that the system gives to connections, of which other tests make many."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def launch(world: int, scenarios: list[dict[str, Any]], timeout: float = 400) -> list[str]:
     """Runs scenarios in `world` processes; returns what each wrote to stdout and stderr together."""
     text = json.dumps([scenario | {"port": free_port()} for scenario in scenarios])
     common = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, text],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="backslashreplace",
-        )
-        for rank in range(world)
-    ]
-    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+", errors="backslashreplace")) for _ in range(world)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, text],
+                env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            for rank, file in enumerate(files)
+        ]
+        deadline = time.monotonic() + timeout
+        try:
+            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+                if any(process.returncode for process in processes):  # the others may wait for it
+                    deadline = min(deadline, time.monotonic() + 30)
+                time.sleep(0.05)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        outputs = [file.seek(0) or file.read() for file in files]
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * world, f"{codes}\n" + "\n".join(outputs)
     return outputs
 
 
