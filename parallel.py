@@ -28,10 +28,11 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -39,7 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from checkpoint import Box, CheckpointError, Crew, check_parallel, part_box, whole_shapes
@@ -47,6 +48,7 @@ from model import Losses, ModelArgs, Transformer, draw_weight
 
 STORE_TIMEOUT = timedelta(minutes=1)  # of reaching the store of torchrun
 TIMEOUT = timedelta(minutes=10)  # of whatever one process waits for; a step or a saved checkpoint takes less
+FAILED = "failed process"  # in the store: which one
 
 
 class LayoutError(ValueError):
@@ -79,9 +81,27 @@ def abandon(code: int) -> None:
     To leave in good order, or the way that Python ends, would be to wait for threads that wait for the others.
     """
     if dist.is_initialized():
+        with suppress(dist.DistError):
+            _get_default_store().compare_set(FAILED, "", os.environ["RANK"])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _watch(store: dist.Store) -> None:
+    """Ends this process when another has failed, for which it may be waiting in NCCL, whose kernels notice nothing.
+
+    Python heeds no signal then either: torchrun would wait for half a minute before it kills.
+    """
+    with suppress(dist.DistError):  # the store may be gone with the first process, all being well
+        while not store.check([FAILED]):
+            time.sleep(0.5)
+            if not dist.is_initialized():
+                return
+        if is_first_here():
+            failed = store.get(FAILED).decode()
+            print(f"error: another process is gone: number {failed} has failed", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def end(code: int) -> NoReturn:
@@ -209,6 +229,8 @@ class Layout(Crew):
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             self._store = _meeting_place(self.rank, self.world, timeout)
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world, timeout=timeout)
+            if device == "cuda":
+                threading.Thread(target=_watch, args=[_get_default_store()], daemon=True).start()
             self.require_same({"--device": device, "--model-parallel": model_parallel, "--fsdp": shards})
             mesh = dist.init_device_mesh(device, (self.dp, self.mp), mesh_dim_names=("dp", "mp"))
             self.dp_mesh, self.dp_group, self.mp_group = mesh["dp"], mesh["dp"].get_group(), mesh["mp"].get_group()
