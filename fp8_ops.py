@@ -636,39 +636,36 @@ def _gemm(
     return fp8_grouped_gemm(a, a_s, b, b_s, offsets, dtype)
 
 
-def _capacity(x: torch.Tensor, bounds: list[int]) -> int:
-    """Rows for each group in one batched product; 0 where a product for each group is better.
+def _whole_rows(x: torch.Tensor, n: int) -> int:
+    """How many rows a product of a group of `n` takes.
 
     On a CPU, oneDNN compiles a bfloat16 product for each new number of rows, which takes several times as long as the
-    product of a small expert. Multiples of 64 come again. Groups of very unequal sizes would be mostly padding.
+    product of a small expert. There it is one of eight numbers between a power of two and the next: they come again.
     """
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or bounds[-1] != len(x):
-        return 0
-    largest = max(end - start for start, end in pairwise(bounds))
-    capacity = -(-largest // 64) * 64
-    return capacity if capacity * (len(bounds) - 1) <= 2 * len(x) else 0
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return n
+    step = max(8, 1 << (n - 1).bit_length() >> 4)
+    return -(-n // step) * step
 
 
-def _pad_groups(x: torch.Tensor, bounds: list[int], capacity: int) -> torch.Tensor:
-    """Groups of rows side by side, zeros after each: (rows, width) -> (groups, capacity, width)."""
-    padded = x.new_zeros(len(bounds) - 1, capacity, x.shape[1])
-    for group, (start, end) in zip(padded, pairwise(bounds), strict=True):
-        group[: end - start] = x[start:end]
-    return padded
+def _group(x: torch.Tensor, start: int, end: int, rows: int) -> torch.Tensor:
+    """Rows from `start` on: those of a group, and up to `rows` of the next groups, or zeros where there are none."""
+    if start + rows <= len(x):
+        return x[start : start + rows]
+    return F.pad(x[start:end], (0, 0, 0, rows - (end - start)))
 
 
 # A loop over groups needs their sizes as Python numbers. As an operator of its own it is one node of a compiled graph.
 @_operator
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`x[group g] @ weight[g]`: (rows, in), (groups, in, out) -> (rows, out)."""
-    bounds = [0, *offsets.tolist()]
-    if capacity := _capacity(x, bounds):
-        y = torch.bmm(_pad_groups(x, bounds, capacity), weight)
-        return torch.cat([part[: end - start] for part, (start, end) in zip(y, pairwise(bounds), strict=True)])
     out = x.new_empty(len(x), weight.shape[2])
-    for w, (start, end) in zip(weight, pairwise(bounds), strict=True):
-        if end > start:
-            torch.mm(x[start:end], w, out=out[start:end])
+    for w, (start, end) in zip(weight, pairwise([0, *offsets.tolist()]), strict=True):
+        rows = _whole_rows(x, end - start)
+        if start < end and start + rows <= len(x):  # of the rows behind the group, the next ones overwrite the results
+            torch.mm(x[start : start + rows], w, out=out[start : start + rows])
+        elif start < end:
+            out[start:end] = torch.mm(_group(x, start, end, rows), w)[: end - start]
     return out
 
 
@@ -676,13 +673,12 @@ def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) ->
 def _grouped_outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`x[group g].T @ grad[group g]`, the gradient of the weights: (rows, in), (rows, out) -> (groups, in, out)."""
     # made as (groups, out, in) and transposed, as the weight is: so the parameter gets a contiguous gradient
-    bounds = [0, *offsets.tolist()]
-    if capacity := _capacity(x, bounds):
-        return torch.bmm(_pad_groups(grad, bounds, capacity).mT, _pad_groups(x, bounds, capacity)).mT
     out = x.new_zeros(len(offsets), grad.shape[1], x.shape[1])
-    for w, (start, end) in zip(out, pairwise(bounds), strict=True):
-        if end > start:
-            torch.mm(grad[start:end].T, x[start:end], out=w)
+    for w, (start, end) in zip(out, pairwise([0, *offsets.tolist()]), strict=True):
+        if start < end:
+            rows = _whole_rows(x, end - start)
+            padded = F.pad(grad[start:end], (0, 0, 0, rows - (end - start)))
+            torch.mm(padded.T, _group(x, start, end, rows), out=w)
     return out.transpose(1, 2)
 
 

@@ -708,7 +708,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse).unflatten(0, (-1, ctx.k)).sum(dim=1), None, None, None
+        return F.embedding_bag(inverse.view(-1, ctx.k), grad, mode="sum"), None, None, None
 
 
 class Experts(MLP):
@@ -741,8 +741,8 @@ class Experts(MLP):
         else:  # the rows of the others come last; what a grouped product leaves there is undefined, both ways
             is_here = (torch.arange(len(rows), device=x.device) < offsets[-1]).unsqueeze(1)
             h = super().forward(rows.where(is_here, 0), offsets, is_here).where(is_here, 0)
-        h = _Permute.apply(h, inverse, order, 1)
-        return torch.einsum("nk,nkd->nd", weights.to(x.dtype), h.unflatten(0, (-1, k)))
+        # the weighted sum of each position's rows, wherever they are
+        return F.embedding_bag(inverse.view(-1, k), h, mode="sum", per_sample_weights=weights.to(x.dtype))
 
 
 class MoE(nn.Module):
