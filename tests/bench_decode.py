@@ -1,8 +1,9 @@
 """How fast text is decoded, as ratios of what takes turns within one run: the median of each.
 
-    python tests/bench_decode.py [--only NAME ...] [--compile] [--ckpt-path DIR] [--minutes M] [--repeat N]
+    python tests/bench_decode.py [--only NAME ...] [--compile] [--ckpt-path DIR] [--minutes M] [--repeat N] …
 
-transformers  its `generate`, on the same weights (17 million random numbers), one and sixteen texts at a time
+transformers  its `generate`, one and sixteen texts at a time, both from one checkpoint of 17 million random weights in
+              bfloat16, as models are published; with --dtype fp32, greedy texts are the same
 context       a byte after 4,096 others, against one after 64 (configs/small.json)
 prefill       reading 4,096 bytes into the cache, against the forward pass of training
 speculation   drafting by the MTP module, against not (the checkpoint of --ckpt-path, or one trained for --minutes)
@@ -28,6 +29,7 @@ sys.path[:0] = [str(ROOT)]
 
 import convert  # noqa: E402
 import decode  # noqa: E402
+import fp8_ops  # noqa: E402
 import generate  # noqa: E402
 import model as model_module  # noqa: E402
 from checkpoint import load_model, save_model  # noqa: E402
@@ -113,10 +115,11 @@ def bench_transformers(options: argparse.Namespace, folder: Path) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    dtype = fp8_ops.pick_dtype("cpu", options.dtype)
     save_model(random_model(ModelArgs.from_dict(SHAPE)), folder / "random")
-    convert.convert(folder / "random", folder / "hf", is_hf=True)
-    ours = decode.attach(load_model(folder / "random", "cpu", torch.float32), options.compile)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
+    convert.convert(folder / "random", folder / "hf", is_hf=True, dtype="bf16")
+    ours = decode.attach(load_model(folder / "hf", "cpu", dtype), options.compile)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype).eval()
     rows: list[tuple[object, ...]] = [("texts", "choice", "bytes/s", "transformers", "ratio", "same text")]
     n = options.bytes
     for n_rows in (1, 16):
@@ -241,6 +244,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=64, help="to write at a time (default: 64)")
     parser.add_argument("--repeat", type=int, default=5, help="turns, of which the median counts (default: 5)")
     parser.add_argument("--compile", action="store_true", help="against transformers, compile what decodes one text")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of both, against transformers")
     parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
     options = parser.parse_args()
     if options.threads:
