@@ -4,7 +4,8 @@ The mathematics is `model.py`'s, and so are the numbers, to rounding, and the ca
 once for a model that does not change any more:
 
 Weights are packed by oneDNN in the order in which its products read them, which is then nearly the speed of memory. As
-    they lie in the modules, each call would first have to rearrange them, or jump from row to row.
+    they lie in the modules, each call would first have to rearrange them, or jump from row to row. Weights of a small
+    model stay as they are, since oneDNN would take longer to begin than to multiply.
 Products of the same input are one: queries and the latent, gate and up projection, all routed experts.
     With few experts to read anyway, a mixture is a single wide MLP whose hidden units are weighed by their expert's
     weight, 0 for those not chosen: two products instead of three for each expert. Where most experts would be read for
@@ -29,6 +30,7 @@ from model import MLP, Block, Cache, Linear, MoE, Positions, RMSNorm, Transforme
 
 FEW_POSITIONS = 64  # of a call, up to which the modules are slower
 COMPILED = 4  # positions of a call of a single text, up to which --compile compiles it
+SMALL = 1 << 18  # multiplications of a product in float32 that are less work than to call oneDNN
 LONG = 1024  # positions of a cache from which it is read faster from its own side than from the queries'
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -62,13 +64,18 @@ class Product:
 
     def __init__(self, weight: torch.Tensor):
         self.weight = narrowed(weight.contiguous())
-        self.ordered: torch.Tensor | None = None  # the weight in oneDNN's order, from the first use on
+        self.plain: torch.Tensor | None = None  # in the dtype to compute in, from the first use on
+        self.ordered: torch.Tensor | None = None  # and in oneDNN's order
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return rows_times(x.unsqueeze(1), self.weight)
-        if not packs(x.dtype):
-            return F.linear(x, self.weight)
+        # on one thread is decoded what is small and stays in the cache
+        small = torch.get_num_threads() == 1 and len(x) * self.weight.numel() <= SMALL
+        if (small and x.dtype == torch.float32) or not packs(x.dtype):
+            if self.plain is None:
+                self.plain = self.weight.to(x.dtype)
+            return F.linear(x, self.plain)
         # what torch.compile makes of a linear layer with frozen weights; torch has no public name for it
         if self.ordered is None:
             self.ordered = torch.ops.mkldnn._reorder_linear_weight(self.weight.to(x.dtype))
@@ -76,12 +83,9 @@ class Product:
 
 
 def narrowed(weight: torch.Tensor) -> torch.Tensor:
-    """A weight to pack or to compile, in bfloat16 where that loses nothing, as it was stored so: half as much to read.
-
-    Where products take a weight as it is, so it stays.
-    """
+    """A weight in bfloat16 where that loses nothing, as it was stored so: half as much to keep, and to read."""
     narrow = weight.bfloat16()
-    return narrow if packs(weight.dtype) and torch.equal(narrow.to(weight.dtype), weight) else weight
+    return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight
 
 
 @cache

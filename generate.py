@@ -244,7 +244,7 @@ class Batch:
     def __init__(self, model: Transformer, texts: Sequence[bytes], sampling: Sampling):
         self.model = model
         self.sampling = sampling
-        self.drafts = sampling.speculate if sampling.speculate and model.args.n_mtp_layers else 0
+        self.drafts = min(sampling.speculate, model.args.max_seq_len - 1) if model.args.n_mtp_layers else 0
         self.texts = [bytearray(text or [EOS_ID]) for text in texts]
         self.starts = self._starts()
         capacity = min(model.args.max_seq_len, max(map(len, self.texts)) + sampling.max_new_tokens)

@@ -6,7 +6,8 @@ transformers  its `generate`, one and sixteen texts at a time, both from one che
               bfloat16, as models are published; with --dtype fp32, greedy texts are the same
 context       a byte after 4,096 others, against one after 64 (configs/small.json)
 prefill       reading 4,096 bytes into the cache, against the forward pass of training
-speculation   drafting by the MTP module, against not (the checkpoint of --ckpt-path, or one trained for --minutes)
+speculation   drafting up to so many bytes by the MTP module, against not: the checkpoint of --ckpt-path continues the
+              beginnings of lines of Python, or else nano.json with a module, after --minutes on the standard library
 fp8           an FP8 checkpoint, against the same in float32 and bfloat16
 """
 
@@ -36,6 +37,7 @@ from checkpoint import load_model, save_model  # noqa: E402
 from generate import Sampling, Tally  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 
+BEGINNINGS = [b"def ", b"class ", b"import ", b"    if ", b"# The ", b"return ", b"    def __init__(self", b"for "]
 SHAPE = {"dim": 384, "inter_dim": 1024, "moe_inter_dim": 256, "n_layers": 6, "n_dense_layers": 1, "n_heads": 6}
 SHAPE |= {"n_routed_experts": 8, "n_shared_experts": 1, "n_activated_experts": 2, "score_func": "sigmoid"}
 SHAPE |= {"kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64, "max_seq_len": 1024}
@@ -89,12 +91,12 @@ def prompts(n: int) -> list[bytes]:
     return [bytes([65 + i]) * 16 for i in range(n)]
 
 
-def write(model: Transformer, n_rows: int, sampling: Sampling, tally: Tally | None = None) -> list[bytes]:
-    """Continues as many prompts."""
-    texts = [b""] * n_rows
-    for row, piece in generate.generate(model, prompts(n_rows), sampling, tally):
-        texts[row] += piece
-    return texts
+def write(model: Transformer, texts: list[bytes], sampling: Sampling, tally: Tally | None = None) -> list[bytes]:
+    """Continues texts, all at a time."""
+    more = [b""] * len(texts)
+    for row, piece in generate.generate(model, texts, sampling, tally):
+        more[row] += piece
+    return more
 
 
 def write_theirs(model: Any, n_rows: int, sampling: Sampling) -> list[bytes]:
@@ -125,7 +127,7 @@ def bench_transformers(options: argparse.Namespace, folder: Path) -> None:
     for n_rows in (1, 16):
         for temperature in (0.0, 0.8):
             sampling = Sampling(temperature, max_new_tokens=n)
-            actions = partial(write, ours, n_rows, sampling), partial(write_theirs, theirs, n_rows, sampling)
+            actions = partial(write, ours, prompts(n_rows), sampling), partial(write_theirs, theirs, n_rows, sampling)
             one, other = seconds(options.repeat, *actions)
             text, their_text = (action() for action in actions)
             written, same = sum(map(len, text)), "–" if temperature else str(text == their_text)
@@ -187,28 +189,28 @@ def bench_speculation(options: argparse.Namespace, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         train = ["train.py", "--config", folder / "config.json", "--save-path", path, "--minutes", options.minutes]
         subprocess.run(list(map(str, [sys.executable, *train])), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    model = decode.attach(load_model(path, "cpu", torch.float32))
+    dtype = fp8_ops.pick_dtype("cpu", options.dtype)
+    model = decode.attach(load_model(path, "cpu", dtype), options.compile)
     rows: list[tuple[object, ...]] = [("texts", "choice", "drafts", "bytes/s", "without", "ratio", "accepted")]
-    for n_rows in (1, min(8, model.args.max_batch_size)):
+    for at_once in (1, min(len(BEGINNINGS), model.args.max_batch_size)):
+        groups = [BEGINNINGS[i : i + at_once] for i in range(0, len(BEGINNINGS), at_once)]
         for temperature in (0.0, 0.8):
-            ways = [Sampling(temperature, max_new_tokens=options.bytes, speculate=n) for n in (0, 1, 2, 3, 4)]
+            drafts = [0, 1, 2, 3]
+            ways = [Sampling(temperature, max_new_tokens=options.bytes, speculate=n) for n in drafts]
             tallies = [Tally() for _ in ways]
-            actions = [partial(write, model, n_rows, *pair) for pair in zip(ways, tallies, strict=True)]
-            counts = [sum(map(len, action())) for action in actions]
+            actions = [partial(write_all, model, groups, *pair) for pair in zip(ways, tallies, strict=True)]
+            counts = [action() for action in actions]
             speeds = [n / time for n, time in zip(counts, seconds(options.repeat, *actions), strict=True)]
-            for way, tally, speed in zip(ways[1:], tallies[1:], speeds[1:], strict=True):
-                how, share = "sampled" if temperature else "greedy", tally.accepted / max(tally.drafted, 1)
-                row = (
-                    n_rows,
-                    how,
-                    way.speculate,
-                    f"{speed:.0f}",
-                    f"{speeds[0]:.0f}",
-                    speed / speeds[0],
-                    f"{share:.0%}",
-                )
-                rows.append(row)
+            for n, tally, speed in list(zip(drafts, tallies, speeds, strict=True))[1:]:
+                how, accepted = "sampled" if temperature else "greedy", tally.accepted / max(tally.drafted, 1)
+                figures = f"{speed:.0f}", f"{speeds[0]:.0f}", speed / speeds[0], f"{accepted:.0%}"
+                rows.append((at_once, how, n, *figures))
     print_table(*rows)
+
+
+def write_all(model: Transformer, groups: list[list[bytes]], sampling: Sampling, tally: Tally) -> int:
+    """Continues groups of texts, one group after the other; returns how many bytes that gave."""
+    return sum(len(text) for group in groups for text in write(model, group, sampling, tally))
 
 
 def bench_fp8(options: argparse.Namespace, folder: Path) -> None:
@@ -220,7 +222,7 @@ def bench_fp8(options: argparse.Namespace, folder: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         models = [decode.attach(load_model(folder / name, "cpu", dtype)) for name in ("fp8", "plain")]
         for n_rows in (1, 16):
-            times = seconds(options.repeat, *(partial(write, model, n_rows, sampling) for model in models))
+            times = seconds(options.repeat, *(partial(write, model, prompts(n_rows), sampling) for model in models))
             speeds = [n_rows * options.bytes / t for t in times]
             rows.append((n_rows, str(dtype)[6:], *(f"{speed:.0f}" for speed in speeds), speeds[0] / speeds[1]))
     print_table(*rows)
@@ -243,8 +245,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of training where there is none (default: 3)")
     parser.add_argument("--bytes", type=int, default=64, help="to write at a time (default: 64)")
     parser.add_argument("--repeat", type=int, default=5, help="turns, of which the median counts (default: 5)")
-    parser.add_argument("--compile", action="store_true", help="against transformers, compile what decodes one text")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of both, against transformers")
+    parser.add_argument("--compile", action="store_true", help="compile what decodes one text, where that is compared")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="against transformers, of both; and of speculation"
+    )
     parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
     options = parser.parse_args()
     if options.threads:

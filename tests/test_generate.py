@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -394,6 +395,23 @@ def test_no_temperature_overflows(temperature: float) -> None:
 def test_logits_that_are_no_numbers_are_refused(value: float, temperature: float) -> None:
     with pytest.raises(generate.GenerationError, match="not a number"):
         sample(torch.tensor([[0.0, 1.0], [value, 1.0]]), Sampling(temperature), [torch.Generator()] * 2)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_decoding_writes_the_same(dtype: torch.dtype) -> None:
+    """With drafts, so several positions at a time, and with weights that bfloat16 has exactly, or has not."""
+    model_module.attn_impl = "absorb"
+    model, tally = guessing(3, max_seq_len=64), generate.Tally()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.to(dtype))
+    sampling = replace(GREEDY, speculate=3)
+    expected = complete(decode.attach(model), b"ab", sampling)
+    decode.attach(model, compiles=True)
+    assert model.decoder.blocks[0].wo.weight.dtype == dtype
+    text = b"".join(piece for _, piece in generate.generate(model, [b"ab"], sampling, tally))
+    assert text == expected and tally.accepted and set(model.decoder.compiled) == {"_layers", "_mtp"}
 
 
 # --- speculation ------------------------------------------------------------------------------------------------------

@@ -398,12 +398,13 @@ def test_other_precisions(runs: Runs) -> None:
             runs.assert_same(f"{layout}-{kind}", f"one-{kind}", tolerance=0.02)
 
 
-def test_compiled_shards_train_evaluate_and_write_as_plain_ones(runs: Runs) -> None:
+@pytest.mark.parametrize("layout", [["--fsdp"], ["--model-parallel", 2]])
+def test_compiled_shares_train_evaluate_and_write_as_plain_ones(runs: Runs, layout: list[str]) -> None:
     """Only steps are compiled: an evaluation has a shorter window at its end, a sample a longer one at each byte."""
-    flags = ["--fsdp", "--eval-interval", 5, "--sample-bytes", 20]
-    plain, _ = launch(2, [{"flags": runs.flags("fsdp-eager", *flags, steps=10)}])
-    compiled, _ = launch(2, [{"flags": runs.flags("fsdp-compiled", *flags, "--compile", steps=10)}])
-    runs.assert_same("fsdp-compiled", "fsdp-eager")
+    flags = [*layout, "--eval-interval", 5, "--sample-bytes", 20]
+    plain, _ = launch(2, [{"flags": runs.flags(f"eager{layout[0]}", *flags, steps=10)}])
+    compiled, _ = launch(2, [{"flags": runs.flags(f"compiled{layout[0]}", *flags, "--compile", steps=10)}])
+    runs.assert_same(f"compiled{layout[0]}", f"eager{layout[0]}")
     texts = [re.findall(r"(?m)^(step \d+: .*\n.*)$", output) for output in (plain, compiled)]
     assert texts[0] == texts[1] and len(texts[0]) == 2
 
