@@ -124,3 +124,8 @@ def visible(text: str) -> str:
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode("ascii")
         for c in text
     )
+
+
+def one_line(text: str) -> str:
+    """`visible` for a message that is one line whatever it quotes: a file's name may have a newline."""
+    return visible(text).replace("\n", " ").replace("\t", " ")

@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from byte_tokenizer import one_line
 from fp8_ops import BLOCK, E4M3
 from huggingface import args_from_hf, hf_name, mtp_copies
 from model import ConfigError, ModelArgs, Transformer
@@ -803,8 +804,7 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         with _terminable():
             command()
     except (CheckpointError, ConfigError, OSError) as error:
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-        print(f"{name}: error: {text}", file=sys.stderr)
+        print(f"{name}: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

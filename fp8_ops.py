@@ -26,6 +26,9 @@ dequantised operands in float32. `gemm_impl` chooses what linear layers do.
 """
 
 import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from itertools import pairwise
@@ -77,6 +80,17 @@ def pick_dtype(device: str, name: str = "auto") -> torch.dtype:
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
+
+
+def require_compiler(device: str) -> None:
+    """Refuses torch.compile on a CPU without the C++ compiler that it needs there.
+
+    Raises:
+        DeviceError: There is none.
+    """
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if device == "cpu" and shutil.which(compiler) is None:
+        raise DeviceError(f"--compile needs a C++ compiler, and there is no {compiler}; install one, or leave it out")
 
 
 @cache
@@ -648,11 +662,9 @@ def _whole_rows(x: torch.Tensor, n: int) -> int:
     return -(-n // step) * step
 
 
-def _group(x: torch.Tensor, start: int, end: int, rows: int) -> torch.Tensor:
-    """Rows from `start` on: those of a group, and up to `rows` of the next groups, or zeros where there are none."""
-    if start + rows <= len(x):
-        return x[start : start + rows]
-    return F.pad(x[start:end], (0, 0, 0, rows - (end - start)))
+def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """With so many rows, zeros in those added."""
+    return F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 # A loop over groups needs their sizes as Python numbers. As an operator of its own it is one node of a compiled graph.
@@ -665,7 +677,7 @@ def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) ->
         if start < end and start + rows <= len(x):  # of the rows behind the group, the next ones overwrite the results
             torch.mm(x[start : start + rows], w, out=out[start : start + rows])
         elif start < end:
-            out[start:end] = torch.mm(_group(x, start, end, rows), w)[: end - start]
+            out[start:end] = torch.mm(_padded(x[start:end], rows), w)[: end - start]
     return out
 
 
@@ -677,8 +689,9 @@ def _grouped_outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -
     for w, (start, end) in zip(out, pairwise([0, *offsets.tolist()]), strict=True):
         if start < end:
             rows = _whole_rows(x, end - start)
-            padded = F.pad(grad[start:end], (0, 0, 0, rows - (end - start)))
-            torch.mm(padded.T, _group(x, start, end, rows), out=w)
+            # zeros times what the next groups have: nothing, if it is finite, without which no step is taken
+            part = x[start : start + rows] if start + rows <= len(x) else _padded(x[start:end], rows)
+            torch.mm(_padded(grad[start:end], rows).T, part, out=w)
     return out.transpose(1, 2)
 
 

@@ -50,9 +50,9 @@ import torch
 import decode
 import fp8_ops
 import model as model_module
-from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
+from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, one_line, visible
 from checkpoint import keep_freed_memory, load_model
-from fp8_ops import pick_device, pick_dtype
+from fp8_ops import pick_device, pick_dtype, require_compiler
 from model import Cache, ModelArgs, Transformer
 from parallel import AgreedError, Layout, LayoutError, abandon, end, is_first, is_first_here, membership
 
@@ -729,6 +729,8 @@ def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
     dtype = pick_dtype(torch.device(device).type, arguments.dtype)
     with layout.together():
+        if arguments.compile:
+            require_compiler(device)
         model = load_model(arguments.ckpt_path, device, dtype, keep_fp8, layout.make, layout)
         if model.args.vocab_size != VOCAB_SIZE:
             raise ValueError(
@@ -811,7 +813,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="compile what decodes one text on a CPU: seconds at the start, worth it for a long text",
+        help="compile what decodes one text on a CPU: takes a C++ compiler, and seconds at the start",
     )
     machine.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
     machine.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
@@ -904,11 +906,10 @@ def command(argv: Sequence[str] | None) -> int:
             prompts = read_prompts(arguments.input_file)
         keep_freed_memory()
         layout = join(arguments)
-        (seed,) = layout.of_first(sampling.seed)
-        sampling = replace(sampling, seed=int(seed))
+        sampling = replace(sampling, seed=int(layout.text_of_first(lambda: str(sampling.seed).encode())))
         layout.require_same({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})
         model = load(arguments, layout)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if is_first_here() or not isinstance(error, (AgreedError, LayoutError)):  # else the first here tells it
             report(str(error))
         if not isinstance(error, (AgreedError, LayoutError)):
@@ -940,7 +941,7 @@ def command(argv: Sequence[str] | None) -> int:
 
 def report(error: str) -> int:
     """Prints an error in one line and returns the exit code."""
-    print(f"generate.py: error: {visible(error).replace(chr(10), ' ')}", file=sys.stderr)
+    print(f"generate.py: error: {one_line(error)}", file=sys.stderr)
     return 2
 
 

@@ -93,14 +93,18 @@ def _watch(store: dist.Store) -> None:
 
     Python heeds no signal then either: torchrun would wait for half a minute before it kills.
     """
-    with suppress(dist.DistError):  # the store may be gone with the first process, all being well
+    try:
         while not store.check([FAILED]):
             time.sleep(0.5)
             if not dist.is_initialized():
                 return
+        failed = store.get(FAILED).decode()
+    except dist.DistError:  # gone with the first process, which may have ended well, a moment before this one does
+        time.sleep(5)
+        failed = "0"
+    if dist.is_initialized() and failed != os.environ["RANK"]:
         if is_first_here():
-            failed = store.get(FAILED).decode()
-            print(f"error: another process is gone: number {failed} has failed", file=sys.stderr, flush=True)
+            print(f"error: another process is gone: number {failed} has failed", file=sys.__stderr__, flush=True)
         os._exit(1)
 
 

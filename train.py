@@ -40,10 +40,10 @@ from tqdm import tqdm
 
 import fp8_ops
 import plan
-from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, visible
+from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, one_line, visible
 from checkpoint import CheckpointError, has_run, is_matrix, keep_freed_memory, load_run, read_config, save_run
 from data.prepare import DataError, open_bytes, resolve
-from fp8_ops import DeviceError, pick_device, pick_dtype
+from fp8_ops import DeviceError, pick_device, pick_dtype, require_compiler
 from model import ConfigError, Losses, ModelArgs, Transformer
 from parallel import TIMEOUT, AgreedError, Layout, LayoutError, abandon, end, is_first, is_first_here, membership
 
@@ -386,7 +386,7 @@ class Metrics:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             with suppress(ValueError, KeyError, TypeError):  # a crash may have cut a line
                 values = json.loads(line)
                 if values["step"] < step or values["step"] == step and (evaluated or "val_loss" not in values):
@@ -464,9 +464,10 @@ class Trainer:
     def resume(self, run: Path) -> None:
         """Goes on from the last checkpoint of `run`."""
         read, state = load_run(run, self.model, self.layout)
-        if missing := sorted(self.state().keys() - state.keys()):
+        settings = state.get("settings")
+        if missing := sorted(self.state().keys() - state.keys()) or not isinstance(settings, dict) and ["settings"]:
             raise CheckpointError(f"{run}: the state of its last checkpoint lacks {missing[0]!r}; start a new run")
-        for key, value in state["settings"].items():
+        for key, value in settings.items():
             if self.settings.get(key) != value:
                 raise CheckpointError(
                     f"{run} was trained with {key} = {value}, now it is {self.settings.get(key)}; "
@@ -733,7 +734,7 @@ class Parser(argparse.ArgumentParser):
     source = ""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {self.source}{visible(message)}\n" if is_first() else None)
+        self.exit(2, f"{self.prog}: error: {self.source}{one_line(message)}\n" if is_first_here() else None)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -795,7 +796,10 @@ def build_parser() -> Parser:
         "on GPUs of compute capability 8.9 or more",
     )
     compute.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the step"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile the step: on a CPU that takes a C++ compiler",
     )
     compute.add_argument(
         "--gradient-checkpointing",
@@ -814,7 +818,7 @@ def build_parser() -> Parser:
     )
     compute.add_argument(
         "--timeout",
-        type=POSITIVE,
+        type=number(float, lambda x: 0 < x <= 1e6, "a number above 0, and at most a million"),
         default=TIMEOUT.total_seconds() / 60,
         metavar="MINUTES",
         help="how long a process waits for another one",
@@ -962,7 +966,10 @@ def train(argv: list[str] | None) -> int:
         return 0
     keep_freed_memory()
     timeout = timedelta(minutes=args.timeout)
-    return train_in(Layout(pick_device(args.device), args.model_parallel, args.fsdp, timeout=timeout), args, shape)
+    device = pick_device(args.device)
+    if args.compile:
+        require_compiler(device)
+    return train_in(Layout(device, args.model_parallel, args.fsdp, timeout=timeout), args, shape)
 
 
 def train_in(layout: Layout, args: argparse.Namespace, shape: ModelArgs) -> int:
@@ -1006,7 +1013,7 @@ def train_in(layout: Layout, args: argparse.Namespace, shape: ModelArgs) -> int:
 
 def report(error: str) -> None:
     """Prints an error in one line."""
-    print(f"train.py: error: {visible(error)}", file=sys.stderr)
+    print(f"train.py: error: {one_line(error)}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1016,7 +1023,7 @@ def main(argv: list[str] | None = None) -> int:
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere), membership(report):
         try:
             return train(argv)
-        except (ConfigError, DataError, CheckpointError, DeviceError, LayoutError, OSError) as error:
+        except (ConfigError, DataError, CheckpointError, DeviceError, LayoutError, OSError, MemoryError) as error:
             is_everybodys = isinstance(error, (AgreedError, ConfigError, LayoutError))
             if is_first_here() or not is_everybodys:  # else the first of this machine tells it
                 report(str(error))

@@ -480,9 +480,26 @@ sys.exit({program}.main(sys.argv[1:]))
 """
 
 
+# A process that waits for others in a way that notices nothing, as a kernel of NCCL does
+WAITING = """
+import os, sys, threading, time
+sys.path[:0] = [{root!r}]
+import parallel
+parallel.Layout("cpu")
+threading.Thread(target=parallel._watch, args=[parallel._get_default_store()], daemon=True).start()
+if os.environ["RANK"] == sys.argv[1]:
+    parallel.abandon(2)
+time.sleep(60)
+"""
+
+
 def run_spoilt(fault: str, flags: list[list[str]], program: str = "train") -> list[tuple[int | None, str, float]]:
+    """Runs processes, to the second of which something is done; returns what `run_code` does."""
+    return run_code(FAULT.format(root=str(ROOT), fault=fault, program=program), flags, "hang" in fault)
+
+
+def run_code(code: str, flags: list[list[str]], hangs: bool = False) -> list[tuple[int | None, str, float]]:
     """Runs processes; returns each one's exit code (None: it hangs), what it wrote to stderr, and when it ended."""
-    code = FAULT.format(root=str(ROOT), fault=fault, program=program)
     common = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     common |= {"WORLD_SIZE": str(len(flags)), "MASTER_PORT": str(free_port())}
     processes = [
@@ -497,7 +514,7 @@ def run_spoilt(fault: str, flags: list[list[str]], program: str = "train") -> li
     ]
     ends: list[float | None] = [None] * len(flags)
     until = time.monotonic() + 60
-    while None in ends and time.monotonic() < until and not (ends[0] and "hang" in fault):
+    while None in ends and time.monotonic() < until and not (ends[0] and hangs):
         for rank, process in enumerate(processes):
             if ends[rank] is None and process.poll() is not None:
                 ends[rank] = time.time()
@@ -518,6 +535,15 @@ def test_a_process_that_fails_ends_the_others(runs: Runs, tmp_path: Path, layout
     assert first[0] == 1 and re.fullmatch(r"train.py: error: another process is gone.*\n", first[1]), first
     assert second[0] == 1 and "KeyError: 'my own fault'" in second[1], second
     assert second[2] - 0.5 < first[2] < second[2] + 5
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_notices_nothing_is_ended(failing: int) -> None:
+    """Also where it is the first that fails, which has the store that would tell; the one that fails keeps its code."""
+    ended = run_code(WAITING.format(root=str(ROOT)), [[str(failing)]] * 2)
+    assert [code for code, _, _ in ended] == [2 if rank == failing else 1 for rank in range(2)], ended
+    assert failing == 0 or "another process is gone: number 1 has failed" in ended[0][1]
+    assert ended[1 - failing][2] < ended[failing][2] + 10
 
 
 def test_a_process_that_fails_to_load_ends_the_others(runs: Runs, tmp_path: Path) -> None:
