@@ -69,7 +69,7 @@ class Product:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return rows_times(x.unsqueeze(1), self.weight)
+            return torch.stack([rows_times(row, self.weight) for row in x])  # fused: all rows at one reading
         # on one thread is decoded what is small and stays in the cache
         small = torch.get_num_threads() == 1 and len(x) * self.weight.numel() <= SMALL
         if (small and x.dtype == torch.float32) or not packs(x.dtype):
