@@ -234,14 +234,17 @@ class DecoderBlock:
         Cache.write(latent, where.index, new.unflatten(0, (bsz, -1)))
         q = torch.bmm(q.unflatten(1, (heads, self.nope)).transpose(0, 1), self.w_k).transpose(0, 1)
         q = torch.cat([q, pe[:, :heads]], dim=-1).view(bsz, -1, latent.shape[-1]) * self.scale
-        if bsz == 1 and latent.shape[1] > LONG:
-            scores = torch.mm(latent[0], q[0].t()).t().unsqueeze(0)
+        # a long memory by itself: a batched product in bfloat16 would first copy all of them
+        is_long = latent.shape[1] > LONG and (bsz == 1 or h.dtype == torch.bfloat16)
+        if is_long:
+            scores = torch.stack([torch.mm(memory, queries.t()).t() for memory, queries in zip(latent, q, strict=True)])
         else:
             scores = torch.bmm(q, latent.mT)
         if rows > bsz or where.mask is not None:
             mask = causal_mask(rows // bsz, h.device) if where.mask is None else where.mask
             scores = scores.unflatten(1, (-1, heads)).masked_fill(~mask.transpose(1, 2), float("-inf")).flatten(1, 2)
-        out = torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(h.dtype), latent[..., : self.latent])
+        probs, values = scores.softmax(dim=-1, dtype=torch.float32).to(h.dtype), latent[..., : self.latent]
+        out = torch.stack(list(map(torch.mm, probs, values))) if is_long else torch.bmm(probs, values)
         out = torch.bmm(out.view(rows, heads, self.latent).transpose(0, 1), self.w_v)
         return self.wo(out.transpose(0, 1).flatten(1))
 

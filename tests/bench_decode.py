@@ -79,11 +79,13 @@ def random_model(args: ModelArgs) -> Transformer:
 
 
 def small(max_seq_len: int) -> Transformer:
-    """`configs/small.json` with another context and random weights."""
+    """`configs/small.json` with another context and random weights, in the dtype that generate.py would take."""
     config = json.loads((ROOT / "configs" / "small.json").read_text())
     config.pop("train")
     args = ModelArgs.from_dict(config | {"max_seq_len": max_seq_len, "original_seq_len": max_seq_len})
-    return decode.attach(random_model(args))
+    model, dtype = random_model(args), fp8_ops.pick_dtype("cpu")
+    model.compute_dtype = dtype
+    return decode.attach(model.to(dtype))
 
 
 def prompts(n: int) -> list[bytes]:
