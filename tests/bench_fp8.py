@@ -11,7 +11,6 @@ that this machine can do are run.
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -119,14 +119,15 @@ def bench_cast(gigabytes: float, workspace: Path | None) -> None:
             subprocess.run(["cp", "-r", from_, copy], check=True)
             os.sync()
 
+        peaks = []
+
         def casting() -> None:
             shutil.rmtree(target, ignore_errors=True)
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            peaks.append(peak_memory(command))
             os.sync()
 
         casting()
         copied, cast, copied_back = seconds(lambda: copying(source), casting, lambda: copying(target), repeats=3)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         print(f"\n## fp8_cast_bf16.py, {size / 1e9:.2f} GB of FP8, each flushed to disk\n")
         print(
             "| cp of the input | cp of the output, twice the bytes | cast | cp of input / cast | cp of output / cast |"
@@ -134,7 +135,21 @@ def bench_cast(gigabytes: float, workspace: Path | None) -> None:
         print("|---|---|---|---|---|")
         ratios = f"{copied / cast:.2f} | {copied_back / cast:.2f}"
         print(f"| {copied:.2f} s | {copied_back:.2f} s | {cast:.2f} s | {ratios} |")
-        print(f"\npeak memory {peak:,.0f} MiB", flush=True)
+        print(f"\npeak memory {max(peaks):,.0f} MiB", flush=True)
+
+
+def peak_memory(command: list[str]) -> float:
+    """Runs a command; returns the most memory that it had at a time, in MiB.
+
+    What the system tells about children is of no use: a child begins with the peak of the process that started it.
+    """
+    process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        with suppress(OSError, IndexError):  # over, or about to begin
+            peak = int(Path(f"/proc/{process.pid}/status").read_text().split("VmHWM:")[1].split()[0])
+        time.sleep(0.02)
+    assert process.returncode == 0, command
+    return peak / 1024
 
 
 def gpu_seconds(way: Callable[[], object]) -> float:

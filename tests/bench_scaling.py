@@ -1,6 +1,6 @@
 """What a second process brings: training speed, memory and waiting of one process and two, each on one thread.
 
-    python tests/bench_scaling.py [--config configs/nano.json] [--steps 10] [--repeat 3]
+    python tests/bench_scaling.py [--config configs/shakespeare.json] [--steps 10] [--repeat 3]
 
 The batch is the same in each layout, so two processes have half of it each, or half of the model. Layouts take turns,
 in processes of their own, and each number is the median of their runs; the first steps do not count.
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from checkpoint import keep_freed_memory  # noqa: E402
-from parallel import Layout, leave  # noqa: E402
+from parallel import Layout, end, leave  # noqa: E402
 
 WARM_UP = 3  # steps
 LAYOUTS = {
@@ -80,7 +80,7 @@ def run(processes: int, flags: list[str], steps: int) -> list[float]:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "nano.json")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shakespeare.json")
     parser.add_argument("--data", default="stdlib", help="what train.py --data takes (default: stdlib)")
     parser.add_argument("--steps", type=int, default=10, help="that are timed, in each run (default: 10)")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each, of which the median counts (default: 3)")
@@ -88,7 +88,8 @@ def main() -> None:
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work is not None:
-        return work(args.work, args.steps)
+        work(args.work, args.steps)
+        end(0)
     flags = ["--config", str(args.config), "--data", args.data, "--device", "cpu", "--steps", str(args.steps)]
     flags += args.train_flags.split()
     results: dict[str, list[list[float]]] = {name: [] for name in LAYOUTS}
