@@ -248,7 +248,7 @@ def _resolve(path: Path, which: str) -> Path:
     if (path / CONFIG_FILE).is_file():
         return path
     if has_run(path):
-        name = read_json(path / POINTER_FILE, CheckpointError).get(which)
+        name = _pointer(path).get(which)
         for folder in path.iterdir():  # a name that leads elsewhere is not among these
             if folder.name == name and (folder / CONFIG_FILE).is_file():
                 return folder
@@ -609,7 +609,18 @@ def _read_weights(model: Transformer, checkpoint: Checkpoint, crew: Crew) -> Non
 
 def has_run(run: Path) -> bool:
     """Whether a folder holds a run that can be resumed."""
-    return (run / POINTER_FILE).exists()
+    return (run / POINTER_FILE).exists() or bool(_pointer(run))
+
+
+def _pointer(run: Path) -> dict[str, Any]:
+    """The names of a run's last and best checkpoint: without a pointer, as before a crash or after a loss, the newest.
+
+    A folder with a checkpoint's name is complete.
+    """
+    if (run / POINTER_FILE).exists():
+        return read_json(run / POINTER_FILE, CheckpointError)
+    steps = [folder.name for folder in run.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name)]
+    return dict.fromkeys(("last", "best"), max(steps, key=lambda name: int(name[5:]))) if steps else {}
 
 
 def save_run(
@@ -641,7 +652,7 @@ def save_run(
     crew = crew or Crew()
     path = run / f"step-{state['step']:08d}"
     with crew.together():
-        pointer = read_json(run / POINTER_FILE, CheckpointError) if has_run(run) else {}
+        pointer = _pointer(run)
     if path.name in pointer.values():  # saved before it was evaluated: the tensors are these
         with crew.together(), reporting(path):
             if crew.rank == 0:

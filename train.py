@@ -387,7 +387,7 @@ class Metrics:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            with suppress(ValueError, KeyError, TypeError):  # a crash may have cut a line
+            with suppress(ValueError, KeyError, TypeError, RecursionError):  # a crash may have cut a line
                 values = json.loads(line)
                 if values["step"] < step or values["step"] == step and (evaluated or "val_loss" not in values):
                     kept.append(line + "\n")
@@ -409,6 +409,17 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def is_state(key: str, value: Any) -> bool:
+    """Whether a value can be what `Trainer.state` has under a key."""
+    if key == "settings":
+        return isinstance(value, dict)
+    if value is None:
+        return key in ("best_val", "val_step", "val_loss", "eval_windows")
+    whole = key in ("step", "windows", "val_step", "eval_windows")
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    return is_number and (key == "eval_windows") <= value < 2**53
 
 
 class NotFinite(RuntimeError):
@@ -464,10 +475,12 @@ class Trainer:
     def resume(self, run: Path) -> None:
         """Goes on from the last checkpoint of `run`."""
         read, state = load_run(run, self.model, self.layout)
-        settings = state.get("settings")
-        if missing := sorted(self.state().keys() - state.keys()) or not isinstance(settings, dict) and ["settings"]:
+        if missing := sorted(self.state().keys() - state.keys()):
             raise CheckpointError(f"{run}: the state of its last checkpoint lacks {missing[0]!r}; start a new run")
-        for key, value in settings.items():
+        for key in self.state():
+            if not is_state(key, state[key]):
+                raise CheckpointError(f"{run}: the state of its last checkpoint is damaged at {key!r}; start a new run")
+        for key, value in state["settings"].items():
             if self.settings.get(key) != value:
                 raise CheckpointError(
                     f"{run} was trained with {key} = {value}, now it is {self.settings.get(key)}; "
@@ -1029,6 +1042,12 @@ def main(argv: list[str] | None = None) -> int:
                 report(str(error))
             if not is_everybodys:
                 abandon(2)
+            return 2
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            report("the memory is too small; lower --batch-size, add --gradient-checkpointing, or take a smaller model")
+            abandon(2)
             return 2
         except KeyboardInterrupt:
             abandon(130)

@@ -1134,6 +1134,29 @@ def test_signal_before_the_first_step_and_twice(
     assert main(here.flags("--steps", 4, "--resume")) == 130
 
 
+def test_a_run_that_lost_its_pointer_goes_on(here: Here) -> None:
+    """As after a crash between a checkpoint and the pointer to it: nothing that was trained is swept away."""
+    assert main(here.flags("--steps", 4)) == 0
+    (here.run / "checkpoints.json").unlink()
+    assert main(here.flags("--steps", 6, "--resume")) == 0
+    assert [row["step"] for row in lines(here.run) if "train_loss" in row] == list(range(1, 7))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", -5), ("step", "x"), ("step", True), ("step", 1.5), ("elapsed_s", "x"), ("elapsed_s", -1e9)]
+    + [("best_val", []), ("eval_windows", 0), ("settings", 3), ("val_loss", -1), ("elapsed_s", None)],
+)
+def test_a_damaged_state_is_refused(here: Here, capsys: pytest.CaptureFixture[str], key: str, value: object) -> None:
+    """By the name of what is damaged, before anything is changed."""
+    assert main(here.flags("--steps", 2)) == 0
+    (path,) = here.run.glob("step-*/state.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    before = (here.run / "metrics.jsonl").read_bytes()
+    assert_refused(capsys, here.flags("--steps", 4, "--resume"), repr(key))
+    assert (here.run / "metrics.jsonl").read_bytes() == before
+
+
 def test_minutes_are_kept(here: Here) -> None:
     """The whole process, as a stopwatch beside it would have it."""
     minutes = 0.25
