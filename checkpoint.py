@@ -613,13 +613,11 @@ def has_run(run: Path) -> bool:
 
 
 def _pointer(run: Path) -> dict[str, Any]:
-    """The names of a run's last and best checkpoint: without a pointer, as before a crash or after a loss, the newest.
-
-    A folder with a checkpoint's name is complete.
-    """
+    """The names of a run's last and best checkpoint: the newest, if the pointer was not yet written, or is lost."""
     if (run / POINTER_FILE).exists():
         return read_json(run / POINTER_FILE, CheckpointError)
-    steps = [folder.name for folder in run.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name)]
+    steps = [file.parent.name for file in run.glob(f"step-*/{STATE_FILE}")]
+    steps = [name for name in steps if re.fullmatch(r"step-\d{8,}", name)]
     return dict.fromkeys(("last", "best"), max(steps, key=lambda name: int(name[5:]))) if steps else {}
 
 
