@@ -52,7 +52,7 @@ import fp8_ops
 import model as model_module
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, one_line, visible
 from checkpoint import keep_freed_memory, load_model
-from fp8_ops import pick_device, pick_dtype, require_compiler
+from fp8_ops import pick_device, pick_dtype
 from model import Cache, ModelArgs, Transformer
 from parallel import AgreedError, Layout, LayoutError, abandon, end, is_first, is_first_here, membership
 
@@ -347,13 +347,13 @@ class Batch:
             list(text[-1 - n :]) + [EOS_ID] * (width - 1 - n) for text, n in zip(self.texts, self.fresh, strict=True)
         ]
         cache.lengths = self.seen
-        h = model.look_ahead(self.states[:, :width], torch.tensor(after, device=device), cache)
+        h = model.look_ahead(0, self.states[:, :width], torch.tensor(after, device=device), cache)
         h = h[torch.arange(n_rows, device=device), torch.tensor(self.fresh, device=device), None]
         drafts, q = [], []
         for i in range(max(limits)):
             if i > 0:
                 cache.lengths = [length + i - 1 for length in lengths]
-                h = model.look_ahead(h, torch.tensor(drafts[-1], device=device)[:, None], cache)
+                h = model.look_ahead(0, h, torch.tensor(drafts[-1], device=device)[:, None], cache)
             q.append(distribution(model.head(h)[:, 0], self.sampling))
             drawing = [generator if i < limit else None for generator, limit in zip(generators, limits, strict=True)]
             drafts.append(draw(q[-1], drawing))
@@ -385,7 +385,7 @@ def prefill(
             model(ids[:, start:end], cache)
             continue
         h, _ = model.hidden(ids[:, start:end], cache)
-        model.look_ahead(h, ids[:, start + 1 : end + 1], cache)
+        model.look_ahead(0, h, ids[:, start + 1 : end + 1], cache)
         cache.lengths = [end] * len(texts)
         for row, text in enumerate(texts):
             if start <= len(text) - 2 < end:
@@ -729,8 +729,6 @@ def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
     dtype = pick_dtype(torch.device(device).type, arguments.dtype)
     with layout.together():
-        if arguments.compile:
-            require_compiler(device)
         model = load_model(arguments.ckpt_path, device, dtype, keep_fp8, layout.make, layout)
         if model.args.vocab_size != VOCAB_SIZE:
             raise ValueError(
@@ -742,7 +740,10 @@ def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
-    return decode.attach(model, arguments.compile)
+    decode.attach(model)
+    if device == "cpu" and model.args.kv_lora_rank and decode.library() is None:
+        print("generate.py: warning: no C compiler, so decoding is slower; install one, or name it in CC", file=sys.stderr)
+    return model
 
 
 def warn_if_too_long(prompts: Sequence[bytes], context: int) -> bool:
@@ -808,12 +809,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--gemm-impl",
         choices=("bf16", "fp8"),
         help="default: fp8 for weights stored in FP8 where the hardware multiplies them, else bf16",
-    )
-    machine.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compile what decodes one text on a CPU: takes a C++ compiler, and seconds at the start",
     )
     machine.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
     machine.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")

@@ -282,8 +282,6 @@ class Cache:
     def positions(self, seq_len: int, device: torch.device) -> torch.Tensor | slice:
         """Returns the positions that the next `seq_len` tokens take: (B, seq_len), or a slice if equal in all rows."""
         start, end = min(self.lengths), max(self.lengths) + seq_len
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions, {end} are needed")
         if end == start + seq_len:
             return slice(start, end)
         return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(seq_len, device=device)
@@ -964,19 +962,21 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, list[Routing]]:
         """Runs the main layers: the states (B, S, dim) after the last norm, and what each MoE layer tells."""
-        where = self.positions(tokens.shape[1], cache)
         if self.decoder is not None and self.decoder.takes(tokens, cache):
-            return self.decoder.hidden(tokens, where, cache), []
+            self.require_room(tokens.shape[1], cache)
+            return self.decoder.hidden(tokens, cache), []
+        where = self.positions(tokens.shape[1], cache)
         h, routings = self.embed(tokens).to(self.compute_dtype), []
         for layer in self.layers:
             h, routing = self._run(layer, h, where, cache)
             routings += [routing] if routing is not None else []
         return self.norm(h), routings
 
-    def look_ahead(self, h: torch.Tensor, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Runs the first MTP module on states and the bytes after them, at the positions after `cache.lengths`.
+    def look_ahead(self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Runs an MTP module on states and the bytes after them, at the positions after `cache.lengths`.
 
         Args:
+            depth: Which module, from 0.
             h: States (B, S, dim), of `hidden` or of an earlier call.
             tokens: Token ids, int64 (B, S).
             cache: What came before in each row.
@@ -984,21 +984,27 @@ class Transformer(nn.Module):
         Returns:
             States (B, S, dim) for the head, which predict the byte after each of `tokens`.
         """
-        where = self.positions(tokens.shape[1], cache)
         if self.decoder is not None and self.decoder.takes(tokens, cache):
-            return self.decoder.look_ahead(h, tokens, where, cache)
-        return self.mtp[0](h, self.embed(tokens).to(h.dtype), where, cache)[0]
+            self.require_room(tokens.shape[1], cache)
+            return self.decoder.look_ahead(depth, h, tokens, cache)
+        where = self.positions(tokens.shape[1], cache)
+        return self.mtp[depth](h, self.embed(tokens).to(h.dtype), where, cache)[0]
+
+    def require_room(self, seq_len: int, cache: Cache | None) -> int:
+        """Returns where the next `seq_len` tokens end in the longest row, or raises a ValueError for too many."""
+        end, spare = (seq_len, 0) if cache is None else (max(cache.lengths) + seq_len, cache.spare)
+        if cache is not None and end > cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} positions, {end} are needed")
+        if end > self.args.max_seq_len + spare:
+            raise ValueError(f"{end} positions, but the context is max_seq_len = {self.args.max_seq_len}")
+        return end
 
     def positions(self, seq_len: int, cache: Cache | None) -> Positions:
         """Where the next `seq_len` tokens stand: from 0 on, or after what `cache` holds."""
+        end = self.require_room(seq_len, cache)
         if cache is None:
-            if seq_len > self.args.max_seq_len:
-                raise ValueError(f"{seq_len} positions, but the context is max_seq_len = {self.args.max_seq_len}")
             return Positions(self.rope_cos[:seq_len], self.rope_sin[:seq_len])
         index = cache.positions(seq_len, self.rope_cos.device)
-        end = max(cache.lengths) + seq_len
-        if end > self.args.max_seq_len + cache.spare:
-            raise ValueError(f"{end} positions, but the context is max_seq_len = {self.args.max_seq_len}")
         mask, every = None, torch.arange(end, device=self.rope_cos.device)
         if isinstance(index, torch.Tensor):
             mask = every <= index[:, None, :, None]

@@ -1,6 +1,6 @@
 """How fast text is decoded, as ratios of what takes turns within one run: the median of each.
 
-    python tests/bench_decode.py [--only NAME ...] [--compile] [--ckpt-path DIR] [--minutes M] [--repeat N] …
+    python tests/bench_decode.py [--only NAME ...] [--ckpt-path DIR] [--minutes M] [--repeat N] …
 
 transformers  its `generate`, one and sixteen texts at a time, both from one checkpoint of 17 million random weights in
               bfloat16, as models are published; with --dtype fp32, greedy texts are the same
@@ -122,7 +122,7 @@ def bench_transformers(options: argparse.Namespace, folder: Path) -> None:
     dtype = fp8_ops.pick_dtype("cpu", options.dtype)
     save_model(random_model(ModelArgs.from_dict(SHAPE)), folder / "random")
     convert.convert(folder / "random", folder / "hf", is_hf=True, dtype="bf16")
-    ours = decode.attach(load_model(folder / "hf", "cpu", dtype), options.compile)
+    ours = decode.attach(load_model(folder / "hf", "cpu", dtype))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype).eval()
     rows: list[tuple[object, ...]] = [("texts", "choice", "bytes/s", "transformers", "ratio", "same text")]
     n = options.bytes
@@ -192,7 +192,7 @@ def bench_speculation(options: argparse.Namespace, folder: Path) -> None:
         train = ["train.py", "--config", folder / "config.json", "--save-path", path, "--minutes", options.minutes]
         subprocess.run(list(map(str, [sys.executable, *train])), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     dtype = fp8_ops.pick_dtype("cpu", options.dtype)
-    model = decode.attach(load_model(path, "cpu", dtype), options.compile)
+    model = decode.attach(load_model(path, "cpu", dtype))
     rows: list[tuple[object, ...]] = [("texts", "choice", "drafts", "bytes/s", "without", "ratio", "accepted")]
     for at_once in (1, min(len(BEGINNINGS), model.args.max_batch_size)):
         groups = [BEGINNINGS[i : i + at_once] for i in range(0, len(BEGINNINGS), at_once)]
@@ -247,7 +247,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of training where there is none (default: 3)")
     parser.add_argument("--bytes", type=int, default=64, help="to write at a time (default: 64)")
     parser.add_argument("--repeat", type=int, default=5, help="turns, of which the median counts (default: 5)")
-    parser.add_argument("--compile", action="store_true", help="compile what decodes one text, where that is compared")
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="against transformers, of both; and of speculation"
     )

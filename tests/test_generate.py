@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -395,49 +394,6 @@ def test_no_temperature_overflows(temperature: float) -> None:
 def test_logits_that_are_no_numbers_are_refused(value: float, temperature: float) -> None:
     with pytest.raises(generate.GenerationError, match="not a number"):
         sample(torch.tensor([[0.0, 1.0], [value, 1.0]]), Sampling(temperature), [torch.Generator()] * 2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n_rows", "width"), [(1, 1), (1, 3), (3, 1), (3, 2)])
-def test_a_long_memory_is_read_as_a_short_one(
-    n_rows: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows of several lengths, and several positions: both must equal the model itself, without its decoder."""
-    model_module.attn_impl = "absorb"
-    model = tiny().to(dtype)
-    model.compute_dtype = dtype
-    decode.attach(model)
-    tokens, logits = torch.randint(1, 256, (n_rows, width), generator=torch.Generator().manual_seed(2)), []
-    for long, has_decoder in ((0, True), (10**6, True), (0, False)):
-        monkeypatch.setattr(decode, "LONG", long)
-        cache = model.new_cache(n_rows, CONTEXT)
-        for i, layer in enumerate(cache.layers):
-            layer[0].normal_(generator=torch.Generator().manual_seed(i))
-        cache.lengths = list(range(5, 5 + n_rows))
-        if not has_decoder:
-            model.decoder = None
-        with torch.inference_mode():
-            logits.append(model(tokens, cache).float())
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    for other in logits[1:]:
-        assert (logits[0] - other).norm() <= tolerance * other.norm()
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_decoding_writes_the_same(dtype: torch.dtype) -> None:
-    """With drafts, so several positions at a time, and with weights that bfloat16 has exactly, or has not."""
-    model_module.attn_impl = "absorb"
-    model, tally = guessing(3, max_seq_len=64), generate.Tally()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(p.to(dtype))
-    sampling = replace(GREEDY, speculate=3)
-    expected = complete(decode.attach(model), b"ab", sampling)
-    decode.attach(model, compiles=True)
-    assert model.decoder.blocks[0].wo.weight.dtype == dtype
-    text = b"".join(piece for _, piece in generate.generate(model, [b"ab"], sampling, tally))
-    assert text == expected and tally.accepted and set(model.decoder.compiled) == {"_layers", "_mtp"}
 
 
 # --- speculation ------------------------------------------------------------------------------------------------------

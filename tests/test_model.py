@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import pytest
@@ -481,34 +480,12 @@ def test_mtp_modules_with_a_cache(args: ModelArgs, impl: str, cut: int) -> None:
         cache, parts = net.new_cache(2, 10), []
         for start, end in ((0, cut), (cut, 10)):
             states, _ = net.hidden(tokens[:, start:end], cache)
-            for module in net.mtp:
-                where = net.positions(end - start, cache)
-                states, _ = module(states, net.embed(tokens[:, start + 1 : end + 1]), where, cache)
+            for depth in range(len(net.mtp)):
+                states = net.look_ahead(depth, states, tokens[:, start + 1 : end + 1], cache)
             parts.append(states)
             cache.lengths = [end, end]
     # two blocks more than logits have gone through, and as many norms of few numbers, which enlarge rounding
     assert_near(torch.cat(parts, dim=1), expected, tolerance=3 * TOLERANCE)
-
-
-@pytest.mark.parametrize("values", [{}, {"q_lora_rank": 8, "n_shared_experts": 0}, {"n_routed_experts": 0}])
-@torch.no_grad()
-def test_compiled_decoder(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one graph, which reads the whole cache under a mask: one to three positions, and the MTP module."""
-    torch.compiler.reset()
-    monkeypatch.setattr(decode.torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    net, plain = build(small(n_mtp_layers=1, **values), 1), build(small(n_mtp_layers=1, **values), 1)
-    decode.attach(net, compiles=True)
-    with attention("absorb"), torch.inference_mode():
-        caches = [one.new_cache(1, 12) for one in (net, plain)]
-        for i, width in enumerate((3, 1, 2, 1)):
-            tokens = random_tokens(1, width, seed=i)
-            (h, _), (expected, _) = (one.hidden(tokens, cache) for one, cache in zip((net, plain), caches, strict=True))
-            assert_near(h, expected, f"states of call {i}")
-            ahead, wanted = (one.look_ahead(expected, tokens, c) for one, c in zip((net, plain), caches, strict=True))
-            assert_near(ahead, wanted, f"drafts of call {i}")
-            for cache in caches:
-                cache.lengths = [cache.lengths[0] + width]
-    assert set(net.decoder.compiled) == {"_layers", "_mtp"}
 
 
 @draws

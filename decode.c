@@ -1,0 +1,628 @@
+/* The model for a few positions at a time on a CPU: what decode.py compiles and calls.
+
+Decoding reads every weight that a byte needs for two operations on it. So the speed is that of memory, if nothing else
+takes time: no calls between operations, no copies, no thread that waits. One call of `run` does all layers, as follows.
+
+The mathematics is model.py's under "absorb", step by step; names are those of its modules. Sums are in float32.
+Weights lie as the modules have them, in float32 or bfloat16: rows of `n_in` numbers, one for each output.
+Threads go through all layers side by side. Each computes some of a product's outputs, so it reads its own part of the
+    weights, for all positions at once; then they wait for each other. What is small each computes for itself instead.
+Experts are visited one after the other, each by the positions that chose it, so that it is read once.
+A memory is shared out by positions. Each thread attends to its own, all heads at a time, with the softmax's maximum and
+    sum carried along; the parts are joined after that (Milakov and Gimelshein 2018; Dao et al. 2023, "Flash-Decoding").
+
+Shapes: N positions of the call, `n_texts` rows of `n_each`; H heads; C `kv_lora_rank`; R `qk_rope_head_dim`; K experts a
+position, E experts. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* A tile of a product, OUTPUTS x ROWS sums of LANES numbers each, fits the registers. */
+#ifdef __AVX512F__
+#define LANES 16
+#define ROWS 4
+#else
+#define LANES 8
+#define ROWS 3
+#endif
+#define OUTPUTS 4
+#define SPAN 64 /* positions of a memory that are attended to at a time: they stay in the first cache */
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (quad_ints){__VA_ARGS__})
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float quad __attribute__((vector_size(16)));
+typedef int32_t quad_ints __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+/* --- What decode.py fills in, field by field ------------------------------------------------------------------- */
+
+typedef struct {
+    const void *data; /* (outputs, n_in) */
+    int32_t is_bf16, n_in;
+} Matrix;
+
+typedef struct {
+    const float *weight;
+    float eps;
+    int32_t size;
+} Norm;
+
+typedef struct {
+    Matrix w1, w2, w3; /* of routed experts: one matrix below the other */
+    int32_t width;     /* of one; 0: there is none */
+} Mlp;
+
+typedef struct {
+    Norm attn_norm, q_norm, kv_norm, ffn_norm;
+    Matrix wq_a, wq_b, wkv_a; /* without a query's rank, wq_b is wq, and wq_a is nothing */
+    Matrix w_k, w_v, wo;      /* the halves of wkv_b: (H·C, nope) and (H·v, C) */
+    Mlp mlp, experts;         /* in a mixture, mlp is the shared experts */
+    Matrix gate;
+    const float *gate_bias; /* (E), or nothing */
+} Block;
+
+typedef struct {
+    int32_t dim, heads, rank, nope, rope, v, context;
+    int32_t n_experts, n_chosen, n_groups, n_limited, is_softmax, act;
+    float route_scale, scale;
+    const float *cos, *sin; /* (context, R/2) */
+} Shape;
+
+typedef struct {
+    Matrix embed;
+    Norm enorm, hnorm; /* of an MTP module, as eh_proj */
+    Matrix eh_proj;    /* nothing: the main model */
+    Block *blocks;
+    int32_t n_blocks;
+    Norm norm;
+} Stack;
+
+typedef struct {
+    const int64_t *tokens; /* (N) */
+    const int32_t *index;  /* (N), positions in the memory */
+    const float *before;   /* (N, dim), the states that an MTP module goes on from */
+    float *states;         /* (N, dim), the result */
+    void **memories;       /* of each block, (n_texts, capacity, C + R) */
+    int32_t n_texts, n_each, capacity, is_bf16, threads;
+} Call;
+
+/* --- Numbers ---------------------------------------------------------------------------------------------------- */
+
+INLINE vec load(const void *data, long i, int is_bf16) {
+    if (!is_bf16) return *(const vec *)((const float *)data + i);
+    const uint16_t *at = (const uint16_t *)data + i;
+#if defined(__AVX512F__)
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16);
+#elif defined(__AVX2__)
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)), 16);
+#else
+    return (vec)(__builtin_convertvector(*(const shorts *)at, words) << 16);
+#endif
+}
+
+INLINE float load_one(const void *data, long i, int is_bf16) {
+    if (!is_bf16) return ((const float *)data)[i];
+    union { uint32_t bits; float value; } u = {(uint32_t)((const uint16_t *)data)[i] << 16};
+    return u.value;
+}
+
+static void store_one(void *data, long i, int is_bf16, float value) {
+    if (!is_bf16) {
+        ((float *)data)[i] = value;
+        return;
+    }
+    union { float value; uint32_t bits; } u = {value};
+    /* to nearest, ties to even; what is not a number stays so */
+    uint32_t bits = u.bits + 0x7fff + (u.bits >> 16 & 1);
+    ((uint16_t *)data)[i] = (value != value ? u.bits | 0x400000 : bits) >> 16;
+}
+
+INLINE quad quarter(vec a) { /* four partial sums */
+    union { vec all; quad parts[LANES / 4]; } u = {a};
+    quad sum = u.parts[0] + u.parts[1];
+    for (int i = 2; i < LANES / 4; i++) sum += u.parts[i];
+    return sum;
+}
+
+INLINE float total(vec a) {
+    quad sum = quarter(a);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+INLINE quad totals(vec a, vec b, vec c, vec d) {
+    quad e = quarter(a), f = quarter(b), g = quarter(c), h = quarter(d);
+    quad ef = SHUFFLE(e, f, 0, 4, 1, 5) + SHUFFLE(e, f, 2, 6, 3, 7);
+    quad gh = SHUFFLE(g, h, 0, 4, 1, 5) + SHUFFLE(g, h, 2, 6, 3, 7);
+    return SHUFFLE(ef, gh, 0, 1, 4, 5) + SHUFFLE(ef, gh, 2, 3, 6, 7);
+}
+
+INLINE vec pick(ints where, vec a, vec b) { return (vec)((where & (ints)a) | (~where & (ints)b)); }
+
+/* e^x to two units in the last place: 2^n e^r with |r| <= ln(2) / 2, and e^r by its series. */
+INLINE vec exponential(vec x) {
+    x = pick(x < -87.0f, (vec){} - 87.0f, x);
+    x = pick(x > 88.0f, (vec){} + 88.0f, x);
+    vec shifted = x * 1.44269504f + 12582912.0f; /* rounds: no fraction is left beside 1.5 * 2^23 */
+    vec n = shifted - 12582912.0f;
+    vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    vec e = ((((r / 720 + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r * r + r + 1;
+    return (vec)((ints)e + ((ints)shifted << 23));
+}
+
+/* What thread `t` does of `total` things: from its share to the next one's. Whole tiles, where there are many. */
+static int share(int all, int t, int threads) {
+    if (t == threads) return all;
+    return (int)((int64_t)all * t / threads / OUTPUTS * OUTPUTS);
+}
+
+/* --- Products --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    float *data;
+    long stride;
+    const int *index; /* which rows, or nothing: the first ones */
+} Rows;
+
+INLINE float *row_of(Rows rows, int i) { return rows.data + (rows.index ? rows.index[i] : i) * rows.stride; }
+
+INLINE void tile(const void *w[OUTPUTS], int is_bf16, int n_in, float *x[ROWS], int n, quad out[ROWS]) {
+    vec sums[OUTPUTS][ROWS] = {};
+    int i = 0;
+    for (; i + LANES <= n_in; i += LANES) {
+        vec values[ROWS];
+        for (int r = 0; r < n; r++) values[r] = *(const vec *)(x[r] + i);
+        for (int o = 0; o < OUTPUTS; o++) {
+            vec weights = load(w[o], i, is_bf16);
+            for (int r = 0; r < n; r++) sums[o][r] += weights * values[r];
+        }
+    }
+    for (int r = 0; r < n; r++) {
+        quad sum = totals(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
+        for (int j = i; j < n_in; j++)
+            for (int o = 0; o < OUTPUTS; o++) sum[o] += load_one(w[o], j, is_bf16) * x[r][j];
+        out[r] = sum;
+    }
+}
+
+/* y[r][o] = x[r] . w[o], or += where it adds, for outputs from..to and n rows; y[r][0] is output `from`. */
+INLINE void product_of(Matrix w, int is_bf16, int from, int to, Rows x, Rows y, int n, int adds) {
+    long size = w.n_in * (is_bf16 ? 2 : 4);
+    for (int o = from; o < to; o += OUTPUTS) {
+        const void *weights[OUTPUTS];
+        for (int i = 0; i < OUTPUTS; i++) {
+            long row = o + i < to ? o + i : to - 1;
+            weights[i] = (const char *)w.data + row * size;
+            if (o + i + OUTPUTS < to) /* the next tile comes while this one is multiplied */
+                for (long j = 0; j < size; j += 64) __builtin_prefetch((const char *)weights[i] + OUTPUTS * size + j);
+        }
+        for (int r = 0, more; r < n; r += more) {
+            float *rows[ROWS];
+            quad out[ROWS];
+            more = n - r == ROWS + 1 ? ROWS - 1 : n - r < ROWS ? n - r : ROWS; /* no last row alone */
+            for (int i = 0; i < more; i++) rows[i] = row_of(x, r + i);
+            if (more == ROWS) tile(weights, is_bf16, w.n_in, rows, ROWS, out);
+#if ROWS > 3
+            else if (more == 3) tile(weights, is_bf16, w.n_in, rows, 3, out);
+#endif
+            else if (more == 2) tile(weights, is_bf16, w.n_in, rows, 2, out);
+            else tile(weights, is_bf16, w.n_in, rows, 1, out);
+            for (int j = 0; j < more; j++) {
+                float *to_row = row_of(y, r + j) + o - from;
+                for (int i = 0; i < OUTPUTS && o + i < to; i++) to_row[i] = out[j][i] + (adds ? to_row[i] : 0);
+            }
+        }
+    }
+}
+
+static void product(Matrix w, int from, int to, Rows x, Rows y, int n, int adds) {
+    if (w.is_bf16) product_of(w, 1, from, to, x, y, n, adds);
+    else product_of(w, 0, from, to, x, y, n, adds);
+}
+
+/* A thread's outputs of a product with all positions; it adds to the residual stream, and replaces elsewhere. */
+static void multiply(Matrix w, int outputs, float *x, float *y, int n, int adds, int t, int threads) {
+    int from = share(outputs, t, threads);
+    product(w, from, share(outputs, t + 1, threads), (Rows){x, w.n_in}, (Rows){y + from, outputs}, n, adds);
+}
+
+static void normalize(Norm norm, const float *x, float *y) {
+    vec sums = {};
+    int i = 0;
+    for (; i + LANES <= norm.size; i += LANES) sums += *(const vec *)(x + i) * *(const vec *)(x + i);
+    float squares = total(sums);
+    for (; i < norm.size; i++) squares += x[i] * x[i];
+    float factor = 1 / sqrtf(squares / norm.size + norm.eps);
+    for (i = 0; i < norm.size; i++) y[i] = x[i] * factor * norm.weight[i];
+}
+
+/* --- The layers ------------------------------------------------------------------------------------------------- */
+
+/* What the threads share, and at its end what each has for itself. */
+typedef struct {
+    const Shape *s;
+    const Call *c;
+    int n, t, threads;
+    float *x;              /* (N, dim), the residual stream */
+    float *q_a, *q, *kv;   /* (N, q rank), (N, H, nope + R), (N, C + R) */
+    float *queries;        /* (N, H, C + R) */
+    float *parts;          /* (threads, N, H, C + 2): sums of values, the largest score, and the sum of exponentials */
+    float *values;         /* (N, H, v) */
+    float *scores;         /* (N, E) */
+    float *gate, *up;      /* (N, width of the MLP), and (N·K, width of an expert) after that */
+    float *h;              /* own: (N, dim), twice as wide before an MTP module; queries' ranks; (N, C) */
+    float *probs;          /* own: (n_each·H, SPAN), (N·K) weights, and (E) scores */
+    int *chosen;           /* own: (N·K) experts, (N·K) places, (E + 1) ends, (E) flags, (n_groups) flags */
+} Step;
+
+static void barrier(void) {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+static void rotate(const Step *s, const float *x, int position, float *y) {
+    int half = s->s->rope / 2;
+    if (position >= s->s->context) position = s->s->context - 1; /* a draft past the context, which nobody reads */
+    const float *cos = s->s->cos + (long)position * half, *sin = s->s->sin + (long)position * half;
+    for (int i = 0; i < half; i++) {
+        y[i] = x[2 * i] * cos[i] - x[2 * i + 1] * sin[i];
+        y[half + i] = x[2 * i + 1] * cos[i] + x[2 * i] * sin[i];
+    }
+}
+
+/* Remembers position i, and makes the rotary part of its queries. */
+static void remember(const Step *s, const Block *b, void *memory, int i) {
+    const Shape *a = s->s;
+    int width = a->rank + a->rope, position = s->c->index[i];
+    float *kv = s->kv + (long)i * width, *entry = s->h; /* h is free between two norms */
+    normalize(b->kv_norm, kv, entry);
+    rotate(s, kv + a->rank, position, entry + a->rank);
+    long place = ((long)(i / s->c->n_each) * s->c->capacity + position) * width;
+    for (int j = 0; j < width; j++) store_one(memory, place + j, s->c->is_bf16, entry[j]);
+    for (int h = 0; h < a->heads; h++) {
+        long head = (long)i * a->heads + h;
+        rotate(s, s->q + head * (a->nope + a->rope) + a->nope, position, s->queries + head * width + a->rank);
+    }
+}
+
+/* Of products with a matrix for each head, a thread's outputs, `each` a head; x and y are (N, H, their strides). */
+static void multiply_heads(
+    const Step *s, Matrix w, int each, float *x, long x_stride, float *y, long y_stride, int from, int to) {
+    int heads = s->s->heads;
+    while (from < to) {
+        int head = from / each, end = (head + 1) * each < to ? (head + 1) * each : to;
+        Rows in = {x + head * x_stride, heads * x_stride};
+        Rows out = {y + head * y_stride + from - head * each, heads * y_stride};
+        product(w, from, end, in, out, s->n, 0);
+        from = end;
+    }
+}
+
+/* o[q] += sum over t of p[q][t] * memory[t], for columns from i on: `vectors` of them, n queries. */
+INLINE void weigh_columns(
+    const void *memory, int is_bf16, long width, int count, const float *p, float *o, long o_stride, int n, int vectors, long i) {
+    vec sums[OUTPUTS][2];
+    for (int q = 0; q < n; q++)
+        for (int v = 0; v < vectors; v++) sums[q][v] = *(vec *)(o + q * o_stride + i + v * LANES);
+    for (int t = 0; t < count; t++)
+        for (int v = 0; v < vectors; v++) {
+            vec values = load(memory, t * width + i + v * LANES, is_bf16);
+            for (int q = 0; q < n; q++) sums[q][v] += values * p[q * SPAN + t];
+        }
+    for (int q = 0; q < n; q++)
+        for (int v = 0; v < vectors; v++) *(vec *)(o + q * o_stride + i + v * LANES) = sums[q][v];
+}
+
+INLINE void weigh(
+    const void *memory, int is_bf16, long width, int rank, int count, const float *p, float *o, long o_stride, int n) {
+    long i = 0;
+    for (; i + 2 * LANES <= rank; i += 2 * LANES) weigh_columns(memory, is_bf16, width, count, p, o, o_stride, n, 2, i);
+    for (; i + LANES <= rank; i += LANES) weigh_columns(memory, is_bf16, width, count, p, o, o_stride, n, 1, i);
+    for (; i < rank; i++)
+        for (int q = 0; q < n; q++)
+            for (int t = 0; t < count; t++)
+                o[q * o_stride + i] += p[q * SPAN + t] * load_one(memory, t * width + i, is_bf16);
+}
+
+/* The scores of one query become exponentials; its sums so far, at `part`, are brought down to the new maximum. */
+static void soften(float *p, int visible, int count, float scale, float *part, int rank) {
+    float most = part[rank];
+    vec sums = {};
+    for (int i = 0; i < visible; i++) most = p[i] * scale > most ? p[i] * scale : most;
+    for (int i = visible; i < SPAN; i++) p[i] = -INFINITY;
+    if (visible == 0) { /* it may not look here */
+        memset(p, 0, count * sizeof *p);
+        return;
+    }
+    for (int i = 0; i < visible; i += LANES) {
+        vec values = exponential(*(vec *)(p + i) * scale - most);
+        *(vec *)(p + i) = values;
+        sums += values;
+    }
+    for (int i = visible; i < count; i++) p[i] = 0;
+    float shrink = expf(part[rank] - most);
+    for (int i = 0; i < rank; i++) part[i] *= shrink;
+    part[rank] = most;
+    part[rank + 1] = part[rank + 1] * shrink + total(sums);
+}
+
+/* Each text's queries over this thread's share of its memory. */
+static void attend(const Step *s, const void *memory) {
+    const Shape *a = s->s;
+    int rank = a->rank, width = rank + a->rope, each = s->c->n_each, queries = each * a->heads, is_bf16 = s->c->is_bf16;
+    for (int text = 0; text < s->c->n_texts; text++) {
+        float *q = s->queries + (long)text * queries * width;
+        float *parts = s->parts + ((long)s->t * s->c->n_texts + text) * queries * (rank + 2);
+        for (int i = 0; i < queries; i++) {
+            memset(parts + (long)i * (rank + 2), 0, (rank + 2) * sizeof *parts);
+            parts[(long)i * (rank + 2) + rank] = -INFINITY;
+        }
+        const int32_t *index = s->c->index + text * each;
+        int length = index[each - 1] + 1, end = share(length, s->t + 1, s->threads);
+        for (int start = share(length, s->t, s->threads); start < end; start += SPAN) {
+            int count = end - start < SPAN ? end - start : SPAN;
+            long place = ((long)text * s->c->capacity + start) * width;
+            const void *here = (const char *)memory + place * (is_bf16 ? 2 : 4);
+            Matrix keys = {here, is_bf16, width};
+            product(keys, 0, count, (Rows){q, width}, (Rows){s->probs, SPAN}, queries, 0);
+            for (int i = 0; i < queries; i++) {
+                int visible = index[i / a->heads] + 1 - start;
+                visible = visible < 0 ? 0 : visible > count ? count : visible;
+                soften(s->probs + i * SPAN, visible, count, a->scale, parts + (long)i * (rank + 2), rank);
+            }
+            for (int i = 0, more; i < queries; i += more) {
+                more = queries - i >= OUTPUTS ? OUTPUTS : 1;
+                float *p = s->probs + i * SPAN, *o = parts + (long)i * (rank + 2);
+                if (is_bf16 && more > 1) weigh(here, 1, width, rank, count, p, o, rank + 2, OUTPUTS);
+                else if (is_bf16) weigh(here, 1, width, rank, count, p, o, rank + 2, 1);
+                else if (more > 1) weigh(here, 0, width, rank, count, p, o, rank + 2, OUTPUTS);
+                else weigh(here, 0, width, rank, count, p, o, rank + 2, 1);
+            }
+        }
+    }
+}
+
+/* Joins what the threads found for query i (of N·H) to the mean of the values, (C). */
+static void join(const Step *s, long i, float *mean) {
+    int rank = s->s->rank;
+    long stride = (long)s->n * s->s->heads * (rank + 2);
+    const float *parts = s->parts + i * (rank + 2);
+    float most = -INFINITY, sum = 0;
+    for (int t = 0; t < s->threads; t++) most = fmaxf(most, parts[t * stride + rank]);
+    memset(mean, 0, rank * sizeof *mean);
+    for (int t = 0; t < s->threads; t++) {
+        const float *part = parts + t * stride;
+        if (part[rank + 1] == 0) continue; /* it had no positions */
+        float factor = expf(part[rank] - most);
+        sum += factor * part[rank + 1];
+        for (int j = 0; j < rank; j++) mean[j] += factor * part[j];
+    }
+    for (int j = 0; j < rank; j++) mean[j] /= sum;
+}
+
+static void attention(const Step *s, const Block *b, void *memory) {
+    const Shape *a = s->s;
+    int n = s->n, t = s->t, threads = s->threads, rank = a->rank, heads = a->heads;
+    for (int i = 0; i < n; i++) normalize(b->attn_norm, s->x + (long)i * a->dim, s->h + (long)i * a->dim);
+    multiply(b->wkv_a, rank + a->rope, s->h, s->kv, n, 0, t, threads);
+    float *h = s->h;
+    if (b->wq_a.data) {
+        int q_rank = b->wq_b.n_in;
+        multiply(b->wq_a, q_rank, s->h, s->q_a, n, 0, t, threads);
+        barrier();
+        for (int i = 0; i < n; i++) normalize(b->q_norm, s->q_a + (long)i * q_rank, h + (long)i * q_rank);
+    }
+    multiply(b->wq_b, heads * (a->nope + a->rope), h, s->q, n, 0, t, threads);
+    barrier();
+    for (int i = t; i < n; i += threads) remember(s, b, memory, i);
+    multiply_heads(s, b->w_k, rank, s->q, a->nope + a->rope, s->queries, rank + a->rope,
+                   share(heads * rank, t, threads), share(heads * rank, t + 1, threads));
+    barrier();
+    attend(s, memory);
+    barrier();
+    int from = share(heads * a->v, t, threads), to = share(heads * a->v, t + 1, threads);
+    while (from < to) { /* head by head */
+        int head = from / a->v, end = (head + 1) * a->v < to ? (head + 1) * a->v : to;
+        for (int i = 0; i < n; i++) join(s, (long)i * heads + head, s->h + (long)i * rank);
+        product(b->w_v, from, end, (Rows){s->h, rank}, (Rows){s->values + from, heads * a->v}, n, 0);
+        from = end;
+    }
+    barrier();
+    multiply(b->wo, a->dim, s->values, s->x, n, 1, t, threads);
+    barrier();
+}
+
+static void activate(float *gate, const float *up, int n, int act, float weight) {
+    int i = 0;
+    if (act == 0) /* silu */
+        for (; i + LANES <= n; i += LANES) {
+            vec x = *(vec *)(gate + i);
+            *(vec *)(gate + i) = x / (exponential(-x) + 1) * *(const vec *)(up + i) * weight;
+        }
+    for (; i < n; i++) {
+        float x = gate[i], positive = x > 0 ? x : 0;
+        float y = act == 0   ? x / (1 + expf(-x))
+                  : act == 1 ? x * (1 + erff(x * 0.707106781f)) / 2 /* gelu */
+                             : positive * positive;                 /* relu2 */
+        gate[i] = y * up[i] * weight;
+    }
+}
+
+/* A thread's hidden units of an MLP, or of expert e, for n rows of h: which, and with what weights, or all alike. */
+static void hidden(const Step *s, const Mlp *mlp, int e, const int *index, const float *weights, float *gate, float *up, int n) {
+    int width = mlp->width, from = share(width, s->t, s->threads), to = share(width, s->t + 1, s->threads);
+    Rows h = {s->h, s->s->dim, index};
+    product(mlp->w1, e * width + from, e * width + to, h, (Rows){gate + from, width}, n, 0);
+    product(mlp->w3, e * width + from, e * width + to, h, (Rows){up + from, width}, n, 0);
+    for (int i = 0; i < n; i++) {
+        long row = (long)i * width + from;
+        activate(gate + row, up + row, to - from, s->s->act, weights ? weights[i] : 1);
+    }
+}
+
+/* The router for one position: K experts and their weights, as model.py's Gate. `choice` and `taken` are scratch. */
+static void choose(const Shape *a, float *scores, const float *bias, float *choice, int *taken, int *shut, int *experts, float *weights) {
+    int n = a->n_experts, per_group = n / a->n_groups;
+    float most = scores[0], sum = 0;
+    for (int e = 1; e < n; e++) most = scores[e] > most ? scores[e] : most;
+    for (int e = 0; e < n; e++) sum += choice[e] = a->is_softmax ? expf(scores[e] - most) : 1 / (1 + expf(-scores[e]));
+    for (int e = 0; e < n; e++) {
+        weights[e] = a->is_softmax ? choice[e] / sum : choice[e];
+        choice[e] = weights[e] + (bias ? bias[e] : 0);
+        taken[e] = 0;
+    }
+    for (int g = 0; g < a->n_groups; g++) shut[g] = a->n_limited < a->n_groups;
+    for (int i = 0; i < a->n_limited && a->n_limited < a->n_groups; i++) { /* open the best groups */
+        int best = -1;
+        float best_rank = 0;
+        for (int g = 0; g < a->n_groups; g++) {
+            float first = -INFINITY, second = -INFINITY;
+            for (int e = g * per_group; e < (g + 1) * per_group; e++) {
+                if (choice[e] > first) second = first, first = choice[e];
+                else if (choice[e] > second) second = choice[e];
+            }
+            float rank = bias ? first + second : first;
+            if (shut[g] && (best < 0 || rank > best_rank)) best = g, best_rank = rank;
+        }
+        shut[best] = 0;
+    }
+    sum = 0;
+    for (int i = 0; i < a->n_chosen; i++) {
+        int best = -1;
+        for (int e = 0; e < n; e++)
+            if (!taken[e] && !shut[e / per_group] && (best < 0 || choice[e] > choice[best])) best = e;
+        taken[best] = 1;
+        experts[i] = best;
+        sum += weights[best];
+    }
+    for (int i = 0; i < a->n_chosen; i++) choice[i] = weights[experts[i]]; /* scores are of no more use */
+    for (int i = 0; i < a->n_chosen; i++) weights[i] = choice[i] * a->route_scale / (a->is_softmax ? 1 : sum + 1e-20f);
+}
+
+static void feed_forward(const Step *s, const Block *b) {
+    const Shape *a = s->s;
+    int n = s->n, t = s->t, threads = s->threads, k = a->n_chosen, n_experts = a->n_experts;
+    int from = share(a->dim, t, threads), to = share(a->dim, t + 1, threads);
+    Rows out = {s->x + from, a->dim};
+    for (int i = 0; i < n; i++) normalize(b->ffn_norm, s->x + (long)i * a->dim, s->h + (long)i * a->dim);
+    if (b->mlp.width) hidden(s, &b->mlp, 0, 0, 0, s->gate, s->up, n);
+    if (!b->experts.width) {
+        barrier();
+        product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1);
+        barrier();
+        return;
+    }
+    multiply(b->gate, n_experts, s->h, s->scores, n, 0, t, threads);
+    barrier();
+    int *experts = s->chosen, *position = experts + n * k, *ends = position + n * k, *flags = ends + n_experts + 1;
+    float *weights = s->probs, *sorted = weights + n * k + n_experts, *choice = sorted + n * k;
+    for (int i = 0; i < n; i++) /* weights has room for a row of scores */
+        choose(a, s->scores + (long)i * n_experts, b->gate_bias, choice, flags, flags + n_experts, experts + i * k, weights + i * k);
+    memset(ends, 0, (n_experts + 1) * sizeof *ends);
+    for (int i = 0; i < n * k; i++) ends[experts[i] + 1]++;
+    for (int e = 0; e < n_experts; e++) ends[e + 1] += ends[e];
+    for (int i = 0; i < n * k; i++) { /* ends[e] is where the next position of e goes; afterwards, where they end */
+        int place = ends[experts[i]]++;
+        position[place] = i / k;
+        sorted[place] = weights[i];
+    }
+    long width = b->experts.width, base = (long)n * b->mlp.width;
+    for (int e = 0, start = 0; e < n_experts; start = ends[e++])
+        if (ends[e] > start)
+            hidden(s, &b->experts, e, position + start, sorted + start, s->gate + base + start * width,
+                   s->up + base + start * width, ends[e] - start);
+    barrier();
+    if (b->mlp.width) product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1);
+    for (int e = 0, start = 0; e < n_experts; start = ends[e++]) {
+        out.index = position + start;
+        product(b->experts.w2, e * a->dim + from, e * a->dim + to, (Rows){s->gate + base + start * width, width}, out, ends[e] - start, 1);
+    }
+    barrier();
+}
+
+/* All layers, in one of the threads. */
+static void run_thread(const Step *s, const Stack *stack) {
+    const Call *c = s->c;
+    int dim = s->s->dim, n = s->n;
+    float *embedded = stack->eh_proj.data ? s->h : s->x;
+    int stride = stack->eh_proj.data ? 2 * dim : dim;
+    if (stack->eh_proj.data || s->t == 0)
+        for (int i = 0; i < n; i++) {
+            float *x = embedded + (long)i * stride;
+            for (int j = 0; j < dim; j++) x[j] = load_one(stack->embed.data, c->tokens[i] * dim + j, stack->embed.is_bf16);
+            if (stack->eh_proj.data) {
+                normalize(stack->enorm, x, x);
+                normalize(stack->hnorm, c->before + (long)i * dim, x + dim);
+            }
+        }
+    if (stack->eh_proj.data) multiply(stack->eh_proj, dim, s->h, s->x, n, 0, s->t, s->threads);
+    barrier();
+    for (int i = 0; i < stack->n_blocks; i++) {
+        attention(s, stack->blocks + i, c->memories[i]);
+        feed_forward(s, stack->blocks + i);
+    }
+    for (int i = s->t; i < n; i += s->threads) normalize(stack->norm, s->x + (long)i * dim, c->states + (long)i * dim);
+}
+
+static long most(long a, long b) { return a > b ? a : b; }
+
+/* Takes `count` numbers off a piece of memory, in whole cache lines. */
+static float *take(float **from, long count) {
+    float *here = *from;
+    *from += (count + 15) / 16 * 16;
+    return here;
+}
+
+/* Runs the layers of a stack on a call. Returns 0, or 1 if there is not enough memory. */
+int run(const Shape *a, const Stack *stack, const Call *c) {
+    long n = (long)c->n_texts * c->n_each, width = a->rank + a->rope, q_rank = 1, units = 1, h_width = 2L * a->dim;
+    for (int i = 0; i < stack->n_blocks; i++) {
+        const Block *b = stack->blocks + i;
+        if (b->wq_a.data) q_rank = most(q_rank, b->wq_b.n_in);
+        units = most(units, b->mlp.width + (long)a->n_chosen * b->experts.width);
+    }
+    h_width = most(most(h_width, width), q_rank);
+    long heads = a->heads, shared[] = {n * a->dim, n * q_rank, n * heads * (a->nope + a->rope), n * width,
+        n * heads * width, c->threads * n * heads * (a->rank + 2), n * heads * a->v, n * a->n_experts, n * units, n * units};
+    long probs = most(c->n_each * heads * SPAN, 2 * n * a->n_chosen + 2L * a->n_experts) + LANES;
+    long chosen = 2 * n * a->n_chosen + 2L * a->n_experts + 1 + a->n_groups;
+    long count = 16 * 16, each = n * h_width + probs + chosen + 3 * 16;
+    for (int i = 0; i < 10; i++) count += shared[i];
+    float *memory = malloc((count + each * c->threads) * sizeof *memory), *rest = memory;
+    if (!memory) return 1;
+    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1};
+    float **fields[] = {&step.x, &step.q_a, &step.q, &step.kv, &step.queries, &step.parts, &step.values, &step.scores, &step.gate, &step.up};
+    for (int i = 0; i < 10; i++) *fields[i] = take(&rest, shared[i]);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(c->threads)
+#endif
+    {
+        Step mine = step;
+#ifdef _OPENMP
+        mine.t = omp_get_thread_num();
+        mine.threads = omp_get_num_threads();
+#endif
+        float *own = rest + mine.t * each;
+        mine.h = take(&own, n * h_width);
+        mine.probs = take(&own, probs);
+        mine.chosen = (int *)take(&own, chosen);
+        run_thread(&mine, stack);
+    }
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,226 @@
+"""decode.c against the modules of model.py: memories of all lengths, threads, dtypes; and how it is compiled."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import decode
+import generate
+import model as model_module
+from model import Cache, ModelArgs, Transformer
+
+SHAPE = {"max_batch_size": 4, "max_seq_len": 700, "original_seq_len": 700, "dim": 40, "inter_dim": 70}
+SHAPE |= {"moe_inter_dim": 26, "n_layers": 3, "n_heads": 3, "n_routed_experts": 6, "n_shared_experts": 1}
+SHAPE |= {"n_activated_experts": 2, "kv_lora_rank": 44, "qk_nope_head_dim": 9, "qk_rope_head_dim": 6, "v_head_dim": 11}
+SHAPE |= {"n_mtp_layers": 2, "score_func": "sigmoid", "route_scale": 1.5}
+
+
+@pytest.fixture(autouse=True)
+def absorbed() -> Iterator[None]:
+    """Attention by latents, and afterwards what there was before; threads likewise."""
+    before, threads = model_module.attn_impl, torch.get_num_threads()
+    model_module.attn_impl = "absorb"
+    yield
+    model_module.attn_impl = before
+    torch.set_num_threads(threads)
+
+
+def make(stored: torch.dtype = torch.float32, **changes: Any) -> Transformer:
+    """A model with random weights everywhere, each a number of dtype `stored`."""
+    model = Transformer(ModelArgs.from_dict(SHAPE | changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            scale = 1.0 if p.ndim == 1 else 1.5 * p.shape[-1] ** -0.5
+            p.copy_((torch.randn(p.shape, generator=generator) * scale).to(stored))
+    for gate in model.gates():
+        if gate.bias is not None:
+            gate.bias.normal_(generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def remembering(model: Transformer, lengths: list[int], size: float = 1.0) -> Cache:
+    """A cache full of chance, so many positions of each row filled."""
+    cache = model.new_cache(len(lengths), model.args.max_seq_len - 1)
+    for i, layer in enumerate(cache.layers):
+        noise = torch.randn(layer[0].shape, generator=torch.Generator().manual_seed(i)) * size
+        layer[0].copy_(noise.bfloat16())  # numbers that each dtype of a cache has
+    cache.lengths = list(lengths)
+    return cache
+
+
+def errors(
+    model: Transformer, lengths: list[int], width: int, threads: int, size: float = 1.0, oracle: Transformer | None = None
+) -> list[float]:
+    """How far decode.c is from the modules (of `oracle`, or of the model itself), relative to these.
+
+    Compared are the states of the main model, then those of each MTP module, which both make of the modules' states
+    before it, and the new entries of each layer's memory.
+    """
+    tokens = torch.randint(1, 256, (2, len(lengths), width), generator=torch.Generator().manual_seed(2))
+    expected: list[torch.Tensor] = []
+    torch.set_num_threads(threads)
+    for one in (oracle or model, decode.attach(model)):
+        decoder, one.decoder = one.decoder, one.decoder if expected else None
+        cache = remembering(one, lengths, size)
+        with torch.inference_mode():
+            results = [one.hidden(tokens[0], cache)[0]]
+            for depth in range(len(one.mtp)):
+                before = (expected or results)[depth].to(one.compute_dtype)
+                results.append(one.look_ahead(depth, before, tokens[1], cache))
+        one.decoder = decoder
+        results += [torch.cat([layer[0][i, n : n + width] for i, n in enumerate(lengths)]) for layer in cache.layers]
+        expected, results = expected or results, results
+    assert model.decoder is not None and len(results) == 1 + len(model.mtp) + len(cache.layers)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=True)]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.one_of(st.integers(0, 9), st.integers(0, 600)), min_size=1, max_size=4),
+    st.integers(1, 16),
+    st.integers(1, 5),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0.1, 1.0, 10.0]),
+)
+def test_memories_rows_and_threads(
+    lengths: list[int], width: int, threads: int, stored: torch.dtype, size: float
+) -> None:
+    """Weights that bfloat16 holds are read as such, and change nothing; scores are small, or one outweighs all."""
+    assert max(errors(make(stored), lengths, width, threads, size)) < 1e-5 * (1 + size)  # that of scores grows with them
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bfloat16_memory_and_weights(threads: int) -> None:
+    """What is remembered and returned is rounded to bfloat16, nothing between: as near to float32 as that can be."""
+    model = make(torch.bfloat16).to(torch.bfloat16)
+    model.compute_dtype = torch.bfloat16
+    assert 1e-4 < max(errors(model, [3, 100, 40], 3, threads, oracle=make(torch.bfloat16))) < 0.005
+    cache = remembering(model, [5])
+    decode.attach(model)
+    with torch.inference_mode():
+        h, _ = model.hidden(torch.tensor([[65]]), cache)
+    assert h.dtype == torch.bfloat16
+    assert model.decoder.main.blocks[0].wo.is_bf16 and model.decoder.main.blocks[1].experts.w2.is_bf16
+
+
+@pytest.mark.parametrize("values", [{}, {"q_lora_rank": 24}, {"n_routed_experts": 0}, {"n_shared_experts": 0}])
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu2"])
+def test_kinds_of_layers(values: dict[str, int], act: str) -> None:
+    assert max(errors(make(hidden_act=act, **values), [70, 0], 2, 2)) < 1e-5
+
+
+def test_what_is_no_number_stays_visible() -> None:
+    """A damaged weight gives states that are no numbers, as the modules do, and not a crash."""
+    model = make()
+    model.layers[1].ffn.gate.weight[2, 3] = float("nan")
+    model.layers[0].attn.wo.weight[0] = float("inf")
+    decode.attach(model)
+    with torch.inference_mode():
+        h, _ = model.hidden(torch.tensor([[65, 66]]), model.new_cache(1, 8))
+    assert h.isnan().all()
+
+
+def test_too_many_positions_are_refused() -> None:
+    model = decode.attach(make())
+    with torch.inference_mode():
+        for capacity, length, message in ((8, 7, "the cache holds 8"), (800, 699, "the context is")):
+            cache = model.new_cache(1, capacity)
+            cache.lengths = [length]
+            with pytest.raises(ValueError, match=message):
+                model.hidden(torch.tensor([[65, 66]]), cache)
+            with pytest.raises(ValueError, match=message):
+                model.look_ahead(0, torch.zeros(1, 2, 40), torch.tensor([[65, 66]]), cache)
+
+
+def test_many_positions_and_plain_attention_stay_with_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decode.attach(make())
+    monkeypatch.setattr(model.decoder, "hidden", lambda *_: pytest.fail("decode.c was called"))
+    with torch.inference_mode():
+        model(torch.full((2, 40), 65), model.new_cache(2, 50))
+    assert decode.attach(make(kv_lora_rank=0)).decoder is None
+
+
+# --- the compiler -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache folder, and nothing loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    decode.library.cache_clear()
+    yield tmp_path / "bytegpt"
+    decode.library.cache_clear()
+
+
+def test_compiles_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode.library() is not None
+    (made,) = fresh.iterdir()
+    time = made.stat().st_mtime_ns
+    decode.library.cache_clear()
+    assert decode.library() is not None
+    assert list(fresh.iterdir()) == [made] and made.stat().st_mtime_ns == time
+
+
+def test_several_at_a_time(fresh: Path) -> None:
+    """Processes that start together each find a whole file."""
+    command = [sys.executable, "-c", "import decode; assert decode.library()"]
+    processes = [subprocess.Popen(command, cwd=Path(decode.__file__).parent) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert len(list(fresh.iterdir())) == 1
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "", "cc -no-such-flag"])
+def test_without_a_compiler_the_modules_decode(compiler: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", compiler)
+    model = decode.attach(make(n_mtp_layers=1))
+    assert model.decoder is None and decode.library() is None
+    assert not fresh.exists() or not list(fresh.iterdir())
+    text = generate.complete(model, b"ab", generate.Sampling(0, max_new_tokens=5, speculate=1))
+    assert len(text) <= 5
+
+
+def test_without_openmp(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As with Apple's compiler: one thread does it all."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nfor flag; do [ "$flag" = -fopenmp ] && exit 1; done\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert max(errors(make(), [100, 3], 2, 3)) < 1e-5
+    assert len(list(fresh.iterdir())) == 1
+
+
+def test_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(decode.tempfile, "tempdir", str(tmp_path))
+    decode.library.cache_clear()
+    assert decode.library() is not None
+    decode.library.cache_clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left behind"
+
+
+def test_two_threads_of_one_process() -> None:
+    """Each call has its own memory: what two threads decode at once is what they decode in turn."""
+    model = decode.attach(make())
+    texts = [bytes([65 + i]) * 5 for i in range(4)]
+    sampling = generate.Sampling(0, max_new_tokens=30)
+    expected = [generate.complete(model, text, sampling) for text in texts]
+    results: dict[int, bytes] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: results.update({i: generate.complete(model, texts[i], sampling)}))
+        for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[i] for i in range(4)] == expected
