@@ -75,7 +75,8 @@ def _load(compiler: list[str], flags: list[str], key: str) -> ctypes.CDLL:
         except OSError:  # a home that cannot be written to: for this time only
             scratch, path = stack.enter_context(tempfile.TemporaryDirectory()), None
         made = Path(scratch) / "decode.so"
-        subprocess.run([*compiler, *flags, "-fPIC", "-shared", SOURCE, "-o", made, "-lm"], capture_output=True, check=True)
+        make = [*compiler, *flags, "-fPIC", "-shared", SOURCE, "-o", made, "-lm"]
+        subprocess.run(make, capture_output=True, check=True)
         return ctypes.CDLL(str(made if path is None else made.replace(path)))
 
 

@@ -742,7 +742,8 @@ def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
     decode.attach(model)
     if device == "cpu" and model.args.kv_lora_rank and decode.library() is None:
-        print("generate.py: warning: no C compiler, so decoding is slower; install one, or name it in CC", file=sys.stderr)
+        advice = "no C compiler, so decoding is slower; install one, or name it in CC"
+        print(f"generate.py: warning: {advice}", file=sys.stderr)
     return model
 
 

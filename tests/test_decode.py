@@ -58,7 +58,12 @@ def remembering(model: Transformer, lengths: list[int], size: float = 1.0) -> Ca
 
 
 def errors(
-    model: Transformer, lengths: list[int], width: int, threads: int, size: float = 1.0, oracle: Transformer | None = None
+    model: Transformer,
+    lengths: list[int],
+    width: int,
+    threads: int,
+    size: float = 1.0,
+    oracle: Transformer | None = None,
 ) -> list[float]:
     """How far decode.c is from the modules (of `oracle`, or of the model itself), relative to these.
 
@@ -95,7 +100,8 @@ def test_memories_rows_and_threads(
     lengths: list[int], width: int, threads: int, stored: torch.dtype, size: float
 ) -> None:
     """Weights that bfloat16 holds are read as such, and change nothing; scores are small, or one outweighs all."""
-    assert max(errors(make(stored), lengths, width, threads, size)) < 1e-5 * (1 + size)  # that of scores grows with them
+    # the rounding of scores grows with them
+    assert max(errors(make(stored), lengths, width, threads, size)) < 1e-5 * (1 + size)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
