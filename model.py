@@ -694,6 +694,14 @@ class Gate(nn.Module):
         return weights * self.route_scale, indices, scores
 
 
+def _sum_rows(x: torch.Tensor, which: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The sums of `k` rows each of `x`, wherever they are: `which` int64 (N, k), weighed by `weights` (N, k)."""
+    if x.device.type == "cpu":  # without a copy of the rows; on a GPU not there for bfloat16
+        return F.embedding_bag(which, x, mode="sum", per_sample_weights=weights)
+    rows = x.index_select(0, which.flatten()).unflatten(0, which.shape)
+    return (rows if weights is None else rows * weights.unsqueeze(-1)).sum(dim=1)
+
+
 class _Permute(torch.autograd.Function):
     """`x` repeated `k` times by rows, then permuted; the gradient is a gather too, not a scatter of single rows."""
 
@@ -706,7 +714,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        return F.embedding_bag(inverse.view(-1, ctx.k), grad, mode="sum"), None, None, None
+        return _sum_rows(grad, inverse.view(-1, ctx.k)), None, None, None
 
 
 class Experts(MLP):
@@ -739,8 +747,7 @@ class Experts(MLP):
         else:  # the rows of the others come last; what a grouped product leaves there is undefined, both ways
             is_here = (torch.arange(len(rows), device=x.device) < offsets[-1]).unsqueeze(1)
             h = super().forward(rows.where(is_here, 0), offsets, is_here).where(is_here, 0)
-        # the weighted sum of each position's rows, wherever they are
-        return F.embedding_bag(inverse.view(-1, k), h, mode="sum", per_sample_weights=weights.to(x.dtype))
+        return _sum_rows(h, inverse.view(-1, k), weights.to(x.dtype))
 
 
 class MoE(nn.Module):
