@@ -19,10 +19,12 @@ Sampling. Temperature sharpens or flattens the probabilities, top-k keeps the k 
     of its own, seeded by the seed and the row's number: what else is in the batch changes nothing but the rounding of
     the model's numbers, and equal prompts in different rows get different texts.
 
-Speculation (Leviathan et al. 2023; DeepSeek-V3 report, section 5.4.3). The first multi-token prediction module drafts
-    the next bytes, one layer's work each. The model reads them in one call, hardly slower than for one byte, and keeps
-    what it could have drawn itself: a byte x drafted with probability q(x) stays with min(1, p(x) / q(x)), and the
-    first that does not is drawn anew from max(p - q, 0), normalised. That gives the model's own p exactly.
+Speculation (Leviathan et al. 2023; DeepSeek-V3 report, section 5.4.3). The multi-token prediction modules draft the
+    next bytes, one each, as they were trained to: a module takes the states of the one before it, and the byte that
+    this one drafted. Past the last module, that one goes on from its own states. The model reads the drafts in one
+    call, not much slower than for one byte, and keeps what it could have drawn itself: a byte x drafted with
+    probability q(x) stays with min(1, p(x) / q(x)), and the first that does not is drawn anew from max(p - q, 0),
+    normalised. That gives the model's own p exactly.
 
 The stop string. It ends a text without being part of it, so that bytes which may be its beginning are held back until
     the next ones tell. It counts in what the model writes, not in the prompt.
@@ -59,7 +61,6 @@ from parallel import AgreedError, Layout, LayoutError, abandon, end, is_first, i
 # Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
 PREFILL_POSITIONS = 4096
 ONE_THREAD = 1 << 22  # numbers that a step of decoding multiplies, up to which one thread does it
-SPECULATE = 1  # bytes drafted at a time, by default
 RULE = "-" * 40
 HERE = ("ckpt_path", "input_file", "seed")  # flags in which processes may differ; the seed is the first one's
 EPILOG = """\
@@ -235,8 +236,11 @@ class Batch:
         probs: Probabilities of each row's next byte, float64 (B, V).
         drafts: Bytes drafted at a time; 0 without an MTP module.
         drafted: How many of the bytes last drafted could have been accepted, in all rows.
+        depth: How many MTP modules draft.
         states: With drafts, the model's states (B, S, dim) of the bytes it read last, the drafts among them.
-        seen: For each row, how many positions its MTP module has seen: those before the first of `states`.
+        seen: For each row, how many positions the first module has seen: those before the first of `states`. Module k,
+            from 0, has seen k fewer, since it needs k bytes more after each. -1: they have to see all of them again.
+        ahead: The state (B, depth - 1, dim) of each module but the last, where the one after it goes on.
         fresh: For each row, how many of the drafts were accepted: the last of `states` to mean anything.
     """
 
@@ -245,12 +249,14 @@ class Batch:
         self.model = model
         self.sampling = sampling
         self.drafts = min(sampling.speculate, model.args.max_seq_len - 1) if model.args.n_mtp_layers else 0
+        self.depth = min(self.drafts, model.args.n_mtp_layers)
         self.texts = [bytearray(text or [EOS_ID]) for text in texts]
         self.starts = self._starts()
         capacity = min(model.args.max_seq_len, max(map(len, self.texts)) + sampling.max_new_tokens)
         self.cache = model.new_cache(len(texts), capacity, self.drafts)
-        self._fill(list(range(len(texts))))
-        self.seen, self.fresh = self.cache.lengths, [0] * len(texts)
+        self.seen = [len(text) - start - 1 for text, start in zip(self.texts, self.starts, strict=True)]
+        self.fresh = [0] * len(texts)
+        self.ahead = self._fill(list(range(len(texts))))[:, 1:]
         self.probs = self._read([[text[-1]] for text in self.texts])[:, 0]
 
     @torch.inference_mode()
@@ -262,27 +268,31 @@ class Batch:
         for text, i in zip(self.texts, ids, strict=True):
             text.append(i)
         before, self.starts = self.starts, self._starts()
-        moved = [row for row, start in enumerate(self.starts) if start != before[row]]
-        if moved:
-            self._fill(moved)
         # each byte is read through the window that it has without drafts; and the last one is never a draft
-        limits = [
+        room = [
             max(0, min(self.drafts, self.model.args.max_seq_len - (len(text) - start), most - 1))
             for text, start, most in zip(self.texts, self.starts, left, strict=True)
         ]
+        unseen = [n > 0 and seen < self.depth - 1 for n, seen in zip(room, self.seen, strict=True)]
+        anew = [row for row, start in enumerate(self.starts) if start != before[row] or unseen[row]]
+        if anew:
+            self._fill_anew(anew)
+        ready = [seen >= self.depth - 1 for seen in self.seen]
+        limits = [n if is_ready else 0 for n, is_ready in zip(room, ready, strict=True)]
         self.drafted = sum(limits)
         if not any(limits):
-            self.seen, self.fresh = self.cache.lengths, [0] * len(ids)
+            self.seen, self.fresh = [-1] * len(ids), [0] * len(ids)
             self.probs = self._read([[i] for i in ids])[:, 0]
             return [[] for _ in ids]
         drafts, q = self._draft(generators, limits)
-        self.seen = self.cache.lengths
+        lengths = self.cache.lengths
         p = self._read([[i, *row] for i, row in zip(ids, drafts, strict=True)])
         drafts = [row[:limit] for row, limit in zip(drafts, limits, strict=True)]
         kept = [accept(*row) for row in zip(p, q, drafts, generators, strict=True)]
         self.probs = torch.stack([after for _, after in kept])
         self.fresh = [n for n, _ in kept]
-        self.cache.lengths = [seen + 1 + n for seen, n in zip(self.seen, self.fresh, strict=True)]
+        self.cache.lengths = [length + 1 + n for length, n in zip(lengths, self.fresh, strict=True)]
+        self.seen = [length if is_ready else -1 for length, is_ready in zip(lengths, ready, strict=True)]
         accepted = [row[:n] for row, n in zip(drafts, self.fresh, strict=True)]
         for text, row in zip(self.texts, accepted, strict=True):
             text += bytes(row)
@@ -296,20 +306,29 @@ class Batch:
         self.cache.lengths = [self.cache.lengths[row] for row in rows]
         for layer in self.cache.layers:
             layer[:] = [tensor[rows] for tensor in layer]
-        self.probs = self.probs[rows]
+        self.probs, self.ahead = self.probs[rows], self.ahead[rows]
         if self.drafts:
             self.states = self.states[rows]
 
     def _starts(self) -> list[int]:
         return [window_start(len(text), self.model.args.max_seq_len) for text in self.texts]
 
-    def _fill(self, rows: list[int]) -> None:
-        """Fills the cache of some rows anew with their windows, apart from the last byte, which is read next."""
+    def _fill_anew(self, rows: list[int]) -> None:
+        """Fills the cache of some rows, of which the last byte is about to be read and the modules are to go on."""
+        self.seen = list(self.seen)
+        for row in rows:
+            self.seen[row], self.fresh[row] = max(len(self.texts[row]) - self.starts[row] - 2, 0), 0
+        last = self._fill(rows)
+        if self.drafts:
+            self.states[rows, 0], self.ahead[rows] = last[:, 0], last[:, 1:]
+
+    def _fill(self, rows: list[int]) -> torch.Tensor:
+        """Fills the cache of some rows with their windows, apart from the last byte; returns what `prefill` does."""
         windows = [self.texts[row][self.starts[row] :] for row in rows]
         longest = max(map(len, windows)) - 1
         everything = len(rows) == len(self.texts)
         cache = self.cache if everything else self.model.new_cache(len(rows), longest)
-        last = prefill(self.model, windows, cache, self.drafts > 0)
+        last = prefill(self.model, windows, cache, self.depth, [self.seen[row] for row in rows])
         if not everything:
             for ours, theirs in zip(self.cache.layers, cache.layers, strict=True):
                 for tensor, part in zip(ours, theirs, strict=True):
@@ -317,10 +336,7 @@ class Batch:
             self.cache.lengths = list(self.cache.lengths)
             for row, length in zip(rows, cache.lengths, strict=True):
                 self.cache.lengths[row] = length
-        if self.drafts and hasattr(self, "states"):
-            self.states[rows, 0] = last
-            for row, window in zip(rows, windows, strict=True):
-                self.seen[row], self.fresh[row] = max(len(window) - 2, 0), 0
+        return last
 
     def _read(self, tokens: list[list[int]]) -> torch.Tensor:
         """Runs the model on the next bytes (B, S) and returns the probabilities of those after them, (B, S, V)."""
@@ -340,20 +356,26 @@ class Batch:
             The drafts (B, n), and the probabilities that they were drawn with, float64 (B, n, V).
         """
         model, cache, lengths = self.model, self.cache, self.cache.lengths
-        device, n_rows = self.states.device, len(self.texts)
-        # the module reads what it has not seen: states and the bytes after them; what it drafted on its own states goes
+        rows, ends = torch.arange(len(self.texts)), torch.tensor(self.fresh)
         width = max(self.fresh) + 1
-        after = [
-            list(text[-1 - n :]) + [EOS_ID] * (width - 1 - n) for text, n in zip(self.texts, self.fresh, strict=True)
-        ]
-        cache.lengths = self.seen
-        h = model.look_ahead(0, self.states[:, :width], torch.tensor(after, device=device), cache)
-        h = h[torch.arange(n_rows, device=device), torch.tensor(self.fresh, device=device), None]
-        drafts, q = [], []
+        certain = [list(text[-1 - n :]) for text, n in zip(self.texts, self.fresh, strict=True)]
+        states, drafts, q = self.states[:, :width], [], []
         for i in range(max(limits)):
-            if i > 0:
-                cache.lengths = [length + i - 1 for length in lengths]
-                h = model.look_ahead(0, h, torch.tensor(drafts[-1], device=device)[:, None], cache)
+            if i < self.depth:
+                # from where its bytes were certain last time; what it made of drafts since then is written over
+                cache.lengths = [max(seen - i, 0) for seen in self.seen]
+                after = [
+                    known + [ids[row] for ids in drafts] + [EOS_ID] * (width - len(known))
+                    for row, known in enumerate(certain)
+                ]
+                new = model.look_ahead(i, states, torch.tensor(after, device=states.device), cache)
+                h = new[rows, ends + i, None]
+                if i < self.depth - 1:
+                    states = torch.cat([self.ahead[:, i, None], new], dim=1)
+                    self.ahead[:, i] = new[rows, ends]
+            else:
+                cache.lengths = [length + i - self.depth for length in lengths]
+                h = model.look_ahead(self.depth - 1, h, torch.tensor(drafts[-1], device=h.device)[:, None], cache)
             q.append(distribution(model.head(h)[:, 0], self.sampling))
             drawing = [generator if i < limit else None for generator, limit in zip(generators, limits, strict=True)]
             drafts.append(draw(q[-1], drawing))
@@ -362,34 +384,41 @@ class Batch:
 
 
 def prefill(
-    model: Transformer, texts: Sequence[bytes | bytearray], cache: Cache, look_ahead: bool = False
-) -> torch.Tensor | None:
+    model: Transformer, texts: Sequence[bytes | bytearray], cache: Cache, depth: int = 0, seen: Sequence[int] = ()
+) -> torch.Tensor:
     """Reads texts, apart from the last byte of each, into the rows of a cache, from its beginning.
 
     This goes by a bounded number of positions at a time. Shorter rows are padded on the right: the padding comes after
     what it could disturb, and is forgotten at the end.
 
+    Args:
+        model: The model.
+        texts: The rows' texts.
+        cache: The cache, with room for them.
+        depth: How many MTP modules read as well.
+        seen: With them, how many positions of each row are behind the first one.
+
     Returns:
-        With `look_ahead`, where the first MTP module reads too, the state after each row's last byte read, (B, dim).
+        States (B, depth, dim): the model's at position `seen`, the first module's at the one before that, and so on;
+        undefined where that was not read.
     """
-    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+    longest = max(map(len, texts))
+    ids = torch.zeros(len(texts), longest + depth, dtype=torch.int64)  # a module reads that many bytes ahead
     for row, text in enumerate(texts):
         ids[row, : len(text)] = torch.tensor(list(text), dtype=torch.int64)
     ids = ids.to(model.head.weight.device)
     cache.lengths = [0] * len(texts)
-    last = ids.new_zeros(len(texts), model.args.dim, dtype=model.compute_dtype) if look_ahead else None
+    last = ids.new_zeros(len(texts), depth, model.args.dim, dtype=model.compute_dtype)
     chunk = max(PREFILL_POSITIONS // len(texts), 1)
-    for start in range(0, ids.shape[1] - 1, chunk):
-        end = min(start + chunk, ids.shape[1] - 1)
-        if not look_ahead:
-            model(ids[:, start:end], cache)
-            continue
+    for start in range(0, longest - 1, chunk):
+        end = min(start + chunk, longest - 1)
         h, _ = model.hidden(ids[:, start:end], cache)
-        model.look_ahead(0, h, ids[:, start + 1 : end + 1], cache)
+        for i in range(depth):
+            for row, n in enumerate(seen):
+                if start <= n - i < end:
+                    last[row, i] = h[row, n - i - start]
+            h = model.look_ahead(i, h, ids[:, start + 1 + i : end + 1 + i], cache)
         cache.lengths = [end] * len(texts)
-        for row, text in enumerate(texts):
-            if start <= len(text) - 2 < end:
-                last[row] = h[row, len(text) - 2 - start]
     cache.lengths = [len(text) - 1 for text in texts]
     return last
 
@@ -799,9 +828,8 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--speculate",
         type=int,
-        default=SPECULATE,
         metavar="N",
-        help="bytes drafted at a time by an MTP module: for speed alone; default %(default)s, 0: none",
+        help="bytes drafted at a time by MTP modules: for speed alone; default: as many as there are, 0: none",
     )
     how.add_argument("--stop", metavar="STRING", help="ends a text; not printed")
     machine = parser.add_argument_group("machine")
@@ -831,7 +859,7 @@ def make_sampling(arguments: argparse.Namespace) -> Sampling:
         seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
         stop=encode(arguments.stop or ""),
-        speculate=arguments.speculate,
+        speculate=arguments.speculate or 0,
     )
 
 
@@ -905,6 +933,8 @@ def command(argv: Sequence[str] | None) -> int:
         sampling = replace(sampling, seed=int(layout.text_of_first(lambda: str(sampling.seed).encode())))
         layout.require_same({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})
         model = load(arguments, layout)
+        if arguments.speculate is None:
+            sampling = replace(sampling, speculate=model.args.n_mtp_layers)
     except (ValueError, OSError, MemoryError) as error:
         if is_first_here() or not isinstance(error, (AgreedError, LayoutError)):  # else the first here tells it
             report(str(error))
