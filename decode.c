@@ -28,12 +28,13 @@ position, E experts. */
 /* A tile of a product, OUTPUTS x ROWS sums of LANES numbers each, fits the registers. */
 #ifdef __AVX512F__
 #define LANES 16
-#define ROWS 4
+#define WIDE 1
 #else
 #define LANES 8
-#define ROWS 3
+#define WIDE 2
 #endif
 #define OUTPUTS 4
+#define ROWS 6
 #define SPAN 64 /* positions of a memory that are attended to at a time: they stay in the first cache */
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -180,51 +181,56 @@ typedef struct {
 
 INLINE float *row_of(Rows rows, int i) { return rows.data + (rows.index ? rows.index[i] : i) * rows.stride; }
 
-INLINE void tile(const void *w[OUTPUTS], int is_bf16, int n_in, float *x[ROWS], int n, quad out[ROWS]) {
+/* The products of `outputs` rows of weights with n of x: sums in registers, which wants the two to be constants. */
+INLINE void tile(const char *w, long size, int is_bf16, int n_in, float *const *x, int outputs, int n, float out[][OUTPUTS]) {
     vec sums[OUTPUTS][ROWS] = {};
     int i = 0;
     for (; i + LANES <= n_in; i += LANES) {
-        vec values[ROWS];
-        for (int r = 0; r < n; r++) values[r] = *(const vec *)(x[r] + i);
-        for (int o = 0; o < OUTPUTS; o++) {
-            vec weights = load(w[o], i, is_bf16);
-            for (int r = 0; r < n; r++) sums[o][r] += weights * values[r];
+        vec weights[OUTPUTS];
+        for (long j = 0; j < outputs * LANES * (is_bf16 ? 2 : 4); j += 64)
+            __builtin_prefetch(w + 2 * OUTPUTS * size + (long)i * outputs * (is_bf16 ? 2 : 4) + j);
+        for (int o = 0; o < outputs; o++) weights[o] = load(w + o * size, i, is_bf16);
+        for (int r = 0; r < n; r++) {
+            vec values = *(const vec *)(x[r] + i);
+            for (int o = 0; o < outputs; o++) sums[o][r] += weights[o] * values;
         }
     }
     for (int r = 0; r < n; r++) {
-        quad sum = totals(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
+        if (outputs == 4) {
+            quad sum = totals(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
+            for (int o = 0; o < outputs; o++) out[r][o] = sum[o];
+        } else
+            for (int o = 0; o < outputs; o++) out[r][o] = total(sums[o][r]);
         for (int j = i; j < n_in; j++)
-            for (int o = 0; o < OUTPUTS; o++) sum[o] += load_one(w[o], j, is_bf16) * x[r][j];
-        out[r] = sum;
+            for (int o = 0; o < outputs; o++) out[r][o] += load_one(w + o * size, j, is_bf16) * x[r][j];
     }
 }
 
 /* y[r][o] = x[r] . w[o], or += where it adds, for outputs from..to and n rows; y[r][0] is output `from`. */
 INLINE void product_of(Matrix w, int is_bf16, int from, int to, Rows x, Rows y, int n, int adds) {
     long size = w.n_in * (is_bf16 ? 2 : 4);
-    for (int o = from; o < to; o += OUTPUTS) {
-        const void *weights[OUTPUTS];
-        for (int i = 0; i < OUTPUTS; i++) {
-            long row = o + i < to ? o + i : to - 1;
-            weights[i] = (const char *)w.data + row * size;
-            if (o + i + OUTPUTS < to) /* the next tile comes while this one is multiplied */
-                for (long j = 0; j < size; j += 64) __builtin_prefetch((const char *)weights[i] + OUTPUTS * size + j);
-        }
-        for (int r = 0, more; r < n; r += more) {
-            float *rows[ROWS];
-            quad out[ROWS];
-            more = n - r == ROWS + 1 ? ROWS - 1 : n - r < ROWS ? n - r : ROWS; /* no last row alone */
+    int chunks = (n + ROWS - 1) / ROWS;
+    for (int o = from, count; o < to; o += count) {
+        const char *weights = (const char *)w.data + o * size;
+        count = to - o < OUTPUTS ? 1 : OUTPUTS;
+        for (int r = 0, chunk = 0; chunk < chunks; chunk++) {
+            int end = n * (chunk + 1) / chunks, more = end - r;
+            float *rows[ROWS], out[ROWS][OUTPUTS];
             for (int i = 0; i < more; i++) rows[i] = row_of(x, r + i);
-            if (more == ROWS) tile(weights, is_bf16, w.n_in, rows, ROWS, out);
-#if ROWS > 3
-            else if (more == 3) tile(weights, is_bf16, w.n_in, rows, 3, out);
-#endif
-            else if (more == 2) tile(weights, is_bf16, w.n_in, rows, 2, out);
-            else tile(weights, is_bf16, w.n_in, rows, 1, out);
+#define TILE(outputs, n) tile(weights, size, is_bf16, w.n_in, rows, outputs, n, out)
+#define HALVES(n) for (int h = 0; h < OUTPUTS; h += OUTPUTS / WIDE) tile(weights + h * size, size, is_bf16, w.n_in, rows, OUTPUTS / WIDE, n, (float (*)[OUTPUTS])(out[0] + h))
+            if (count == 1) for (int i = 0; i < more; i++) tile(weights, size, is_bf16, w.n_in, rows + i, 1, 1, out + i);
+            else if (more == 1) TILE(4, 1);
+            else if (more == 2) TILE(4, 2);
+            else if (more == 3) TILE(4, 3);
+            else if (more == 4) HALVES(4);
+            else if (more == 5) HALVES(5);
+            else HALVES(6);
             for (int j = 0; j < more; j++) {
                 float *to_row = row_of(y, r + j) + o - from;
-                for (int i = 0; i < OUTPUTS && o + i < to; i++) to_row[i] = out[j][i] + (adds ? to_row[i] : 0);
+                for (int i = 0; i < count; i++) to_row[i] = out[j][i] + (adds ? to_row[i] : 0);
             }
+            r = end;
         }
     }
 }
