@@ -47,6 +47,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TextIO
 
+import numpy as np
 import torch
 
 import decode
@@ -125,7 +126,7 @@ class Sampling:
                 raise ValueError(f"{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}")
 
 
-def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def distribution(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
     """Computes the probabilities that bytes are drawn with.
 
     Args:
@@ -133,54 +134,59 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         sampling: Temperature, top-k and top-p.
 
     Returns:
-        Probabilities, float64 (B, V) on the CPU; rows sum to 1. Temperature 0 gives a single 1 a row.
+        Probabilities, float64 (B, V); rows sum to 1. Temperature 0 gives a single 1 a row.
 
     Raises:
         GenerationError: A row of logits without a finite maximum.
     """
-    logits = logits.detach().cpu().double()
-    best, likeliest = logits.max(dim=-1, keepdim=True)
-    if not best.isfinite().all():
+    numbers = logits.detach().cpu().double().numpy()  # for so few, torch takes longer to begin than to compute
+    best = numbers.max(axis=-1, keepdims=True)
+    if not np.isfinite(best).all():
         raise GenerationError("the model's output is not a number: its weights are damaged or its training diverged")
     if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, likeliest, 1.0)
-    probs = ((logits - best) / sampling.temperature).softmax(dim=-1)  # less the best: no overflow however cold
+        return (np.arange(numbers.shape[-1]) == numbers.argmax(axis=-1)[:, None]).astype(np.float64)
+    with np.errstate(over="ignore"):  # what is divided by nearly nothing
+        probs = np.exp((numbers - best) / sampling.temperature)  # less the best: no overflow however cold
+    probs /= probs.sum(axis=-1, keepdims=True)
     if 0 < sampling.top_k < probs.shape[-1] or sampling.top_p < 1:
         probs = _truncate(probs, sampling.top_k or probs.shape[-1], sampling.top_p)
     return probs
 
 
-def _truncate(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+def _truncate(probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     """Keeps the `top_k` likeliest bytes, then the fewest of them that reach `top_p`; among equals, the lower byte."""
-    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    order = (-probs).argsort(axis=-1, kind="stable")
+    ranked = np.take_along_axis(probs, order, axis=-1)
     ranked[..., top_k:] = 0
-    ranked /= ranked.sum(dim=-1, keepdim=True)
+    ranked /= ranked.sum(axis=-1, keepdims=True)
     if top_p < 1:
         # a byte is needed while those before it fall short; nothing is before the first
-        ranked[..., 1:][ranked.cumsum(dim=-1)[..., :-1] >= top_p] = 0
-        ranked /= ranked.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(-1, order, ranked)
+        ranked[..., 1:][ranked.cumsum(axis=-1)[..., :-1] >= top_p] = 0
+        ranked /= ranked.sum(axis=-1, keepdims=True)
+    kept = np.zeros_like(probs)
+    np.put_along_axis(kept, order, ranked, axis=-1)
+    return kept
 
 
 Generators = Sequence[torch.Generator | None]
 
 
-def draw(probs: torch.Tensor, generators: Generators) -> list[int]:
+def draw(probs: np.ndarray, generators: Generators) -> list[int]:
     """Draws a byte for each row, on the CPU: equal probabilities give equal bytes on every device.
 
     Args:
-        probs: Probabilities, float64 (B, V) on the CPU.
+        probs: Probabilities, float64 (B, V).
         generators: A CPU generator for each row, which gives one number; None takes the likeliest byte.
 
     Returns:
         B ids.
     """
     if not any(generators):
-        return probs.argmax(dim=-1).tolist()
+        return probs.argmax(axis=-1).tolist()
     # where the running sum first exceeds a uniform number is a byte drawn with its probability, never one of 0
-    upto = probs.cumsum(dim=-1)
-    numbers = torch.tensor([uniform(generator) for generator in generators], dtype=torch.float64).unsqueeze(1)
-    return torch.searchsorted(upto, numbers * upto[:, -1:], right=True).squeeze(1).tolist()
+    upto = probs.cumsum(axis=-1)
+    numbers = np.array([uniform(generator) for generator in generators])[:, None]
+    return (upto <= numbers * upto[:, -1:]).sum(axis=-1).tolist()
 
 
 def uniform(generator: torch.Generator | None) -> float:
@@ -189,8 +195,8 @@ def uniform(generator: torch.Generator | None) -> float:
 
 
 def accept(
-    p: torch.Tensor, q: torch.Tensor, drafts: Sequence[int], generator: torch.Generator | None
-) -> tuple[int, torch.Tensor]:
+    p: np.ndarray, q: np.ndarray, drafts: Sequence[int], generator: torch.Generator | None
+) -> tuple[int, np.ndarray]:
     """Decides how many of a row's drafted bytes stay (Leviathan et al. 2023, algorithm 1).
 
     Args:
@@ -203,8 +209,8 @@ def accept(
         The number of drafts that stay, and the distribution (V,) of the byte after them.
     """
     for i, byte in enumerate(drafts):
-        if uniform(generator) * q[i, byte].item() >= p[i, byte].item():
-            missing = (p[i] - q[i]).clamp_(min=0)
+        if uniform(generator) * q[i, byte] >= p[i, byte]:
+            missing = np.maximum(p[i] - q[i], 0)
             return i, missing / missing.sum()
     return len(drafts), p[len(drafts)]
 
@@ -289,7 +295,7 @@ class Batch:
         p = self._read([[i, *row] for i, row in zip(ids, drafts, strict=True)])
         drafts = [row[:limit] for row, limit in zip(drafts, limits, strict=True)]
         kept = [accept(*row) for row in zip(p, q, drafts, generators, strict=True)]
-        self.probs = torch.stack([after for _, after in kept])
+        self.probs = np.stack([after for _, after in kept])
         self.fresh = [n for n, _ in kept]
         self.cache.lengths = [length + 1 + n for length, n in zip(lengths, self.fresh, strict=True)]
         self.seen = [length if is_ready else -1 for length, is_ready in zip(lengths, ready, strict=True)]
@@ -338,7 +344,7 @@ class Batch:
                 self.cache.lengths[row] = length
         return last
 
-    def _read(self, tokens: list[list[int]]) -> torch.Tensor:
+    def _read(self, tokens: list[list[int]]) -> np.ndarray:
         """Runs the model on the next bytes (B, S) and returns the probabilities of those after them, (B, S, V)."""
         ids = torch.tensor(tokens, device=self.model.head.weight.device)
         if self.drafts:
@@ -347,9 +353,9 @@ class Batch:
             logits = self.model.head(self.states)
         else:
             logits = self.model(ids, self.cache)
-        return distribution(logits.flatten(0, 1), self.sampling).unflatten(0, ids.shape)
+        return distribution(logits.flatten(0, 1), self.sampling).reshape(*ids.shape, -1)
 
-    def _draft(self, generators: Generators, limits: Sequence[int]) -> tuple[list[list[int]], torch.Tensor]:
+    def _draft(self, generators: Generators, limits: Sequence[int]) -> tuple[list[list[int]], np.ndarray]:
         """Drafts the largest limit's number of bytes for each row; by chance, the row's own.
 
         Returns:
@@ -380,7 +386,7 @@ class Batch:
             drawing = [generator if i < limit else None for generator, limit in zip(generators, limits, strict=True)]
             drafts.append(draw(q[-1], drawing))
         cache.lengths = lengths
-        return [list(row) for row in zip(*drafts, strict=True)], torch.stack(q, dim=1)
+        return [list(row) for row in zip(*drafts, strict=True)], np.stack(q, axis=1)
 
 
 def prefill(
@@ -412,6 +418,9 @@ def prefill(
     chunk = max(PREFILL_POSITIONS // len(texts), 1)
     for start in range(0, longest - 1, chunk):
         end = min(start + chunk, longest - 1)
+        if depth == 0:
+            model(ids[:, start:end], cache)
+            continue
         h, _ = model.hidden(ids[:, start:end], cache)
         for i in range(depth):
             for row, n in enumerate(seen):
