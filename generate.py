@@ -245,8 +245,10 @@ class Batch:
         depth: How many MTP modules draft.
         states: With drafts, the model's states (B, S, dim) of the bytes it read last, the drafts among them.
         seen: For each row, how many positions the first module has seen: those before the first of `states`. Module k,
-            from 0, has seen k fewer, since it needs k bytes more after each. -1: they have to see all of them again.
-        ahead: The state (B, depth - 1, dim) of each module but the last, where the one after it goes on.
+            from 0, needs k bytes more after each: it has seen k positions fewer, or has seen them before drafts of which
+            all stayed. -1: the modules have to see all of them again.
+        ahead: The last states of each module but the last, from the one on where the module after it may have to go on:
+            (B, depth - 1, depth - 1, dim), of which k + 1 are used.
         fresh: For each row, how many of the drafts were accepted: the last of `states` to mean anything.
     """
 
@@ -262,7 +264,8 @@ class Batch:
         self.cache = model.new_cache(len(texts), capacity, self.drafts)
         self.seen = [len(text) - start - 1 for text, start in zip(self.texts, self.starts, strict=True)]
         self.fresh = [0] * len(texts)
-        self.ahead = self._fill(list(range(len(texts))))[:, 1:]
+        last = self._fill(list(range(len(texts))))[:, 1:]
+        self.ahead = last.unsqueeze(2).repeat(1, 1, last.shape[1], 1)
         self.probs = self._read([[text[-1]] for text in self.texts])[:, 0]
 
     @torch.inference_mode()
@@ -326,7 +329,7 @@ class Batch:
             self.seen[row], self.fresh[row] = max(len(self.texts[row]) - self.starts[row] - 2, 0), 0
         last = self._fill(rows)
         if self.drafts:
-            self.states[rows, 0], self.ahead[rows] = last[:, 0], last[:, 1:]
+            self.states[rows, 0], self.ahead[rows] = last[:, 0], last[:, 1:, None]
 
     def _fill(self, rows: list[int]) -> torch.Tensor:
         """Fills the cache of some rows with their windows, apart from the last byte; returns what `prefill` does."""
@@ -363,22 +366,24 @@ class Batch:
         """
         model, cache, lengths = self.model, self.cache, self.cache.lengths
         rows, ends = torch.arange(len(self.texts)), torch.tensor(self.fresh)
-        width = max(self.fresh) + 1
+        width, stayed = max(self.fresh) + 1, min(self.fresh)
         certain = [list(text[-1 - n :]) for text, n in zip(self.texts, self.fresh, strict=True)]
         states, drafts, q = self.states[:, :width], [], []
         for i in range(max(limits)):
             if i < self.depth:
-                # from where its bytes were certain last time; what it made of drafts since then is written over
-                cache.lengths = [max(seen - i, 0) for seen in self.seen]
+                # it goes over again what it made of drafts that did not stay in every row
+                over = max(i - stayed, 0)
+                cache.lengths = [max(seen - over, 0) for seen in self.seen]
                 after = [
-                    known + [ids[row] for ids in drafts] + [EOS_ID] * (width - len(known))
+                    [*known, *(ids[row] for ids in drafts)][i - over :] + [EOS_ID] * (width - len(known))
                     for row, known in enumerate(certain)
                 ]
                 new = model.look_ahead(i, states, torch.tensor(after, device=states.device), cache)
-                h = new[rows, ends + i, None]
+                h = new[rows, ends + over, None]
                 if i < self.depth - 1:
-                    states = torch.cat([self.ahead[:, i, None], new], dim=1)
-                    self.ahead[:, i] = new[rows, ends]
+                    states = new if i < stayed else torch.cat([self.ahead[:, i, stayed, None], new], dim=1)
+                    last = ends[:, None] + torch.arange(over - i, over + 1)
+                    self.ahead[:, i, : i + 1] = new[rows[:, None], last]
             else:
                 cache.lengths = [length + i - self.depth for length in lengths]
                 h = model.look_ahead(self.depth - 1, h, torch.tensor(drafts[-1], device=h.device)[:, None], cache)
