@@ -25,13 +25,13 @@ position, E experts. */
 #include <omp.h>
 #endif
 
-/* A tile of a product, OUTPUTS x ROWS sums of LANES numbers each, fits the registers. */
+/* A tile of a product, up to OUTPUTS x ROWS sums of LANES numbers each, fits the registers. */
 #ifdef __AVX512F__
 #define LANES 16
-#define WIDE 1
+#define PART 4 /* outputs of a tile of many rows */
 #else
 #define LANES 8
-#define WIDE 2
+#define PART 2
 #endif
 #define OUTPUTS 4
 #define ROWS 6
@@ -181,56 +181,58 @@ typedef struct {
 
 INLINE float *row_of(Rows rows, int i) { return rows.data + (rows.index ? rows.index[i] : i) * rows.stride; }
 
-/* The products of `outputs` rows of weights with n of x: sums in registers, which wants the two to be constants. */
-INLINE void tile(const char *w, long size, int is_bf16, int n_in, float *const *x, int outputs, int n, float out[][OUTPUTS]) {
+/* The products of `outputs` rows of weights with n of x, to out[row][output]. Constants, so the sums are registers. */
+INLINE void tile(const char *w, int is_bf16, int n_in, float *const *x, int outputs, int n, float out[][OUTPUTS]) {
     vec sums[OUTPUTS][ROWS] = {};
+    long bytes = is_bf16 ? 2 : 4, size = n_in * bytes;
     int i = 0;
     for (; i + LANES <= n_in; i += LANES) {
         vec weights[OUTPUTS];
-        for (long j = 0; j < outputs * LANES * (is_bf16 ? 2 : 4); j += 64)
-            __builtin_prefetch(w + 2 * OUTPUTS * size + (long)i * outputs * (is_bf16 ? 2 : 4) + j);
+        for (long j = 0; j < outputs * LANES * bytes; j += 64) /* what comes two tiles later is on its way */
+            __builtin_prefetch(w + 2 * OUTPUTS * size + i * outputs * bytes + j);
         for (int o = 0; o < outputs; o++) weights[o] = load(w + o * size, i, is_bf16);
         for (int r = 0; r < n; r++) {
             vec values = *(const vec *)(x[r] + i);
             for (int o = 0; o < outputs; o++) sums[o][r] += weights[o] * values;
         }
     }
-    for (int r = 0; r < n; r++) {
-        if (outputs == 4) {
-            quad sum = totals(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
-            for (int o = 0; o < outputs; o++) out[r][o] = sum[o];
-        } else
-            for (int o = 0; o < outputs; o++) out[r][o] = total(sums[o][r]);
-        for (int j = i; j < n_in; j++)
-            for (int o = 0; o < outputs; o++) out[r][o] += load_one(w + o * size, j, is_bf16) * x[r][j];
+#define SUM(k) sums[(k) % outputs][(k) / outputs]
+    for (int k = 0; k < outputs * n; k += 4) {
+        quad four = totals(SUM(k), SUM(k + 1), SUM(k + 2), SUM(k + 3));
+        for (int m = k; m < k + 4 && m < outputs * n; m++) out[m / outputs][m % outputs] = four[m - k];
     }
+    for (; i < n_in; i++)
+        for (int r = 0; r < n; r++)
+            for (int o = 0; o < outputs; o++) out[r][o] += load_one(w + o * size, i, is_bf16) * x[r][i];
 }
 
 /* y[r][o] = x[r] . w[o], or += where it adds, for outputs from..to and n rows; y[r][0] is output `from`. */
 INLINE void product_of(Matrix w, int is_bf16, int from, int to, Rows x, Rows y, int n, int adds) {
-    long size = w.n_in * (is_bf16 ? 2 : 4);
+    long size = (long)w.n_in * (is_bf16 ? 2 : 4);
     int chunks = (n + ROWS - 1) / ROWS;
     for (int o = from, count; o < to; o += count) {
         const char *weights = (const char *)w.data + o * size;
         count = to - o < OUTPUTS ? 1 : OUTPUTS;
-        for (int r = 0, chunk = 0; chunk < chunks; chunk++) {
-            int end = n * (chunk + 1) / chunks, more = end - r;
+        for (int chunk = 0; chunk < chunks; chunk++) {
+            int start = n * chunk / chunks, more = n * (chunk + 1) / chunks - start;
             float *rows[ROWS], out[ROWS][OUTPUTS];
-            for (int i = 0; i < more; i++) rows[i] = row_of(x, r + i);
-#define TILE(outputs, n) tile(weights, size, is_bf16, w.n_in, rows, outputs, n, out)
-#define HALVES(n) for (int h = 0; h < OUTPUTS; h += OUTPUTS / WIDE) tile(weights + h * size, size, is_bf16, w.n_in, rows, OUTPUTS / WIDE, n, (float (*)[OUTPUTS])(out[0] + h))
-            if (count == 1) for (int i = 0; i < more; i++) tile(weights, size, is_bf16, w.n_in, rows + i, 1, 1, out + i);
-            else if (more == 1) TILE(4, 1);
-            else if (more == 2) TILE(4, 2);
-            else if (more == 3) TILE(4, 3);
-            else if (more == 4) HALVES(4);
-            else if (more == 5) HALVES(5);
-            else HALVES(6);
-            for (int j = 0; j < more; j++) {
-                float *to_row = row_of(y, r + j) + o - from;
-                for (int i = 0; i < count; i++) to_row[i] = out[j][i] + (adds ? to_row[i] : 0);
+            for (int r = 0; r < more; r++) rows[r] = row_of(x, start + r);
+#define TILE(n) tile(weights, is_bf16, w.n_in, rows, OUTPUTS, n, out)
+#define PARTS(n)                         \
+    for (int h = 0; h < OUTPUTS; h += PART) \
+    tile(weights + h * size, is_bf16, w.n_in, rows, PART, n, (float(*)[OUTPUTS])(out[0] + h))
+            if (count == 1)
+                for (int r = 0; r < more; r++) tile(weights, is_bf16, w.n_in, rows + r, 1, 1, out + r);
+            else if (more == 1) TILE(1);
+            else if (more == 2) TILE(2);
+            else if (more == 3) TILE(3);
+            else if (more == 4) PARTS(4);
+            else if (more == 5) PARTS(5);
+            else PARTS(6);
+            for (int r = 0; r < more; r++) {
+                float *to_row = row_of(y, start + r) + o - from;
+                for (int i = 0; i < count; i++) to_row[i] = out[r][i] + (adds ? to_row[i] : 0);
             }
-            r = end;
         }
     }
 }
@@ -319,42 +321,59 @@ static void multiply_heads(
     }
 }
 
-/* o[q] += sum over t of p[q][t] * memory[t], for columns from i on: `vectors` of them, n queries. */
-INLINE void weigh_columns(
-    const void *memory, int is_bf16, long width, int count, const float *p, float *o, long o_stride, int n, int vectors, long i) {
-    vec sums[OUTPUTS][2];
+/* o[q] += sum over t of p[q][t] * memory[t], for n queries and `vectors` columns from i on. */
+INLINE void weigh_columns(const void *memory, int is_bf16, int width, int count, const float *p, float *o, long stride,
+                          int n, int vectors, int i) {
+    vec sums[ROWS][2];
     for (int q = 0; q < n; q++)
-        for (int v = 0; v < vectors; v++) sums[q][v] = *(vec *)(o + q * o_stride + i + v * LANES);
+        for (int v = 0; v < vectors; v++) sums[q][v] = *(vec *)(o + q * stride + i + v * LANES);
     for (int t = 0; t < count; t++)
         for (int v = 0; v < vectors; v++) {
-            vec values = load(memory, t * width + i + v * LANES, is_bf16);
+            vec values = load(memory, (long)t * width + i + v * LANES, is_bf16);
             for (int q = 0; q < n; q++) sums[q][v] += values * p[q * SPAN + t];
         }
     for (int q = 0; q < n; q++)
-        for (int v = 0; v < vectors; v++) *(vec *)(o + q * o_stride + i + v * LANES) = sums[q][v];
+        for (int v = 0; v < vectors; v++) *(vec *)(o + q * stride + i + v * LANES) = sums[q][v];
 }
 
-INLINE void weigh(
-    const void *memory, int is_bf16, long width, int rank, int count, const float *p, float *o, long o_stride, int n) {
-    long i = 0;
-    for (; i + 2 * LANES <= rank; i += 2 * LANES) weigh_columns(memory, is_bf16, width, count, p, o, o_stride, n, 2, i);
-    for (; i + LANES <= rank; i += LANES) weigh_columns(memory, is_bf16, width, count, p, o, o_stride, n, 1, i);
+INLINE void weigh_rows(const void *memory, int is_bf16, int width, int rank, int count, const float *p, float *o, int n) {
+    long stride = rank + 2;
+    int i = 0;
+    for (; i + 2 * LANES <= rank; i += 2 * LANES)
+        weigh_columns(memory, is_bf16, width, count, p, o, stride, n, 2, i);
+    for (; i + LANES <= rank; i += LANES) weigh_columns(memory, is_bf16, width, count, p, o, stride, n, 1, i);
     for (; i < rank; i++)
         for (int q = 0; q < n; q++)
             for (int t = 0; t < count; t++)
-                o[q * o_stride + i] += p[q * SPAN + t] * load_one(memory, t * width + i, is_bf16);
+                o[q * stride + i] += p[q * SPAN + t] * load_one(memory, (long)t * width + i, is_bf16);
+}
+
+INLINE void weigh_of(const void *memory, int is_bf16, int width, int rank, int count, const float *p, float *o, int n) {
+    for (int q = 0, more; q < n; q += more, p += more * SPAN, o += more * (rank + 2)) {
+#define WEIGH(n) weigh_rows(memory, is_bf16, width, rank, count, p, o, more = n)
+        if (n - q >= 6) WEIGH(6);
+        else if (n - q >= 4) WEIGH(4);
+        else if (n - q >= 2) WEIGH(2);
+        else WEIGH(1);
+    }
+}
+
+static void weigh(const void *memory, int is_bf16, int width, int rank, int count, const float *p, float *o, int n) {
+    if (is_bf16) weigh_of(memory, 1, width, rank, count, p, o, n);
+    else weigh_of(memory, 0, width, rank, count, p, o, n);
 }
 
 /* The scores of one query become exponentials; its sums so far, at `part`, are brought down to the new maximum. */
 static void soften(float *p, int visible, int count, float scale, float *part, int rank) {
-    float most = part[rank];
-    vec sums = {};
-    for (int i = 0; i < visible; i++) most = p[i] * scale > most ? p[i] * scale : most;
-    for (int i = visible; i < SPAN; i++) p[i] = -INFINITY;
     if (visible == 0) { /* it may not look here */
         memset(p, 0, count * sizeof *p);
         return;
     }
+    for (int i = visible; i < SPAN; i++) p[i] = -INFINITY;
+    vec sums = {}, highest = *(vec *)p;
+    for (int i = LANES; i < visible; i += LANES) highest = pick(*(vec *)(p + i) > highest, *(vec *)(p + i), highest);
+    float most = part[rank];
+    for (int i = 0; i < LANES; i++) most = highest[i] * scale > most ? highest[i] * scale : most;
     for (int i = 0; i < visible; i += LANES) {
         vec values = exponential(*(vec *)(p + i) * scale - most);
         *(vec *)(p + i) = values;
@@ -391,14 +410,7 @@ static void attend(const Step *s, const void *memory) {
                 visible = visible < 0 ? 0 : visible > count ? count : visible;
                 soften(s->probs + i * SPAN, visible, count, a->scale, parts + (long)i * (rank + 2), rank);
             }
-            for (int i = 0, more; i < queries; i += more) {
-                more = queries - i >= OUTPUTS ? OUTPUTS : 1;
-                float *p = s->probs + i * SPAN, *o = parts + (long)i * (rank + 2);
-                if (is_bf16 && more > 1) weigh(here, 1, width, rank, count, p, o, rank + 2, OUTPUTS);
-                else if (is_bf16) weigh(here, 1, width, rank, count, p, o, rank + 2, 1);
-                else if (more > 1) weigh(here, 0, width, rank, count, p, o, rank + 2, OUTPUTS);
-                else weigh(here, 0, width, rank, count, p, o, rank + 2, 1);
-            }
+            weigh(here, is_bf16, width, rank, count, s->probs, parts, queries);
         }
     }
 }
@@ -609,7 +621,8 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
     long chosen = 2 * n * a->n_chosen + 2L * a->n_experts + 1 + a->n_groups;
     long count = 16 * 16, each = n * h_width + probs + chosen + 3 * 16;
     for (int i = 0; i < 10; i++) count += shared[i];
-    float *memory = malloc((count + each * c->threads) * sizeof *memory), *rest = memory;
+    float *memory = malloc((count + each * c->threads) * sizeof *memory);
+    float *rest = (float *)(((uintptr_t)memory + 63) / 64 * 64);
     if (!memory) return 1;
     Step step = {.s = a, .c = c, .n = (int)n, .threads = 1};
     float **fields[] = {&step.x, &step.q_a, &step.q, &step.kv, &step.queries, &step.parts, &step.values, &step.scores, &step.gate, &step.up};
