@@ -35,7 +35,7 @@ position, E experts. */
 #endif
 #define OUTPUTS 4
 #define ROWS 6
-#define SPAN 64 /* positions of a memory that are attended to at a time: they stay in the first cache */
+#define SPAN 128 /* positions of a memory that are attended to at a time: they stay in the first cache */
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -327,11 +327,12 @@ INLINE void weigh_columns(const void *memory, int is_bf16, int width, int count,
     vec sums[ROWS][2];
     for (int q = 0; q < n; q++)
         for (int v = 0; v < vectors; v++) sums[q][v] = *(vec *)(o + q * stride + i + v * LANES);
-    for (int t = 0; t < count; t++)
-        for (int v = 0; v < vectors; v++) {
-            vec values = load(memory, (long)t * width + i + v * LANES, is_bf16);
-            for (int q = 0; q < n; q++) sums[q][v] += values * p[q * SPAN + t];
-        }
+    for (int t = 0; t < count; t++) {
+        vec values[2];
+        for (int v = 0; v < vectors; v++) values[v] = load(memory, (long)t * width + i + v * LANES, is_bf16);
+        for (int q = 0; q < n; q++)
+            for (int v = 0; v < vectors; v++) sums[q][v] += values[v] * p[q * SPAN + t];
+    }
     for (int q = 0; q < n; q++)
         for (int v = 0; v < vectors; v++) *(vec *)(o + q * stride + i + v * LANES) = sums[q][v];
 }
