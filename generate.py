@@ -245,10 +245,10 @@ class Batch:
         depth: How many MTP modules draft.
         states: With drafts, the model's states (B, S, dim) of the bytes it read last, the drafts among them.
         seen: For each row, how many positions the first module has seen: those before the first of `states`. Module k,
-            from 0, needs k bytes more after each: it has seen k positions fewer, or has seen them before drafts of which
-            all stayed. -1: the modules have to see all of them again.
-        ahead: The last states of each module but the last, from the one on where the module after it may have to go on:
-            (B, depth - 1, depth - 1, dim), of which k + 1 are used.
+            from 0, needs k bytes more after each, so of the last k it has seen those whose drafts stayed. -1: the
+            modules have to see all positions again.
+        ahead: The last k + 1 states of each module k but the last, one of which is where the module after it goes on:
+            (B, depth - 1, depth - 1, dim).
         fresh: For each row, how many of the drafts were accepted: the last of `states` to mean anything.
     """
 
@@ -843,7 +843,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--speculate",
         type=int,
         metavar="N",
-        help="bytes drafted at a time by MTP modules: for speed alone; default: as many as there are, 0: none",
+        help="bytes drafted at a time by MTP modules, for speed alone; default: one each, or 1 for several texts; 0: none",
     )
     how.add_argument("--stop", metavar="STRING", help="ends a text; not printed")
     machine = parser.add_argument_group("machine")
@@ -947,8 +947,8 @@ def command(argv: Sequence[str] | None) -> int:
         sampling = replace(sampling, seed=int(layout.text_of_first(lambda: str(sampling.seed).encode())))
         layout.require_same({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})
         model = load(arguments, layout)
-        if arguments.speculate is None:
-            sampling = replace(sampling, speculate=model.args.n_mtp_layers)
+        if arguments.speculate is None:  # of several texts a call reads many bytes anyway, and more cost more
+            sampling = replace(sampling, speculate=1 if len(prompts) > 1 else model.args.n_mtp_layers)
     except (ValueError, OSError, MemoryError) as error:
         if is_first_here() or not isinstance(error, (AgreedError, LayoutError)):  # else the first here tells it
             report(str(error))
