@@ -843,7 +843,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--speculate",
         type=int,
         metavar="N",
-        help="bytes drafted at a time by MTP modules, for speed alone; default: one each, or 1 for several texts; 0: none",
+        help="bytes drafted at a time by MTP modules, for speed; default: one each, or 1 for several texts; 0: none",
     )
     how.add_argument("--stop", metavar="STRING", help="ends a text; not printed")
     machine = parser.add_argument_group("machine")
