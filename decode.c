@@ -78,7 +78,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int32_t dim, heads, rank, nope, rope, v, context;
+    int32_t vocab, dim, heads, rank, nope, rope, v, context;
     int32_t n_experts, n_chosen, n_groups, n_limited, is_softmax, act;
     float route_scale, scale;
     const float *cos, *sin; /* (context, R/2) */
@@ -154,7 +154,8 @@ INLINE quad totals(vec a, vec b, vec c, vec d) {
 
 INLINE vec pick(ints where, vec a, vec b) { return (vec)((where & (ints)a) | (~where & (ints)b)); }
 
-/* e^x to two units in the last place: 2^n e^r with |r| <= ln(2) / 2, and e^r by its series. */
+/* e^x to three units in the last place, for x from -87 to 88, and beyond as at these ends: 2^n e^r with
+   |r| <= ln(2) / 2, and e^r by its series. */
 INLINE vec exponential(vec x) {
     x = pick(x < -87.0f, (vec){} - 87.0f, x);
     x = pick(x > 88.0f, (vec){} + 88.0f, x);
@@ -162,10 +163,10 @@ INLINE vec exponential(vec x) {
     vec n = shifted - 12582912.0f;
     vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
     vec e = ((((r / 720 + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r * r + r + 1;
-    return (vec)((ints)e + ((ints)shifted << 23));
+    return e * (vec)(((ints)shifted << 23) + 0x3f800000); /* a product: what is no number stays none */
 }
 
-/* What thread `t` does of `total` things: from its share to the next one's. Whole tiles, where there are many. */
+/* What thread `t` does of `all` things: from its share to the next one's. Whole tiles, where there are many. */
 static int share(int all, int t, int threads) {
     if (t == threads) return all;
     return (int)((int64_t)all * t / threads / OUTPUTS * OUTPUTS);
@@ -272,8 +273,8 @@ typedef struct {
     float *values;         /* (N, H, v) */
     float *scores;         /* (N, E) */
     float *gate, *up;      /* (N, width of the MLP), and (N·K, width of an expert) after that */
-    float *h;              /* own: (N, dim), twice as wide before an MTP module; queries' ranks; (N, C) */
-    float *probs;          /* own: (n_each·H, SPAN), (N·K) weights, and (E) scores */
+    float *h;              /* own: (N, dim), or before an MTP module (N, 2 dim); (N, q rank); (C + R); (N, C) */
+    float *probs;          /* own: (n_each·H, SPAN); or (N·K + E) weights, (N·K) sorted ones and (E) scores */
     int *chosen;           /* own: (N·K) experts, (N·K) places, (E + 1) ends, (E) flags, (n_groups) flags */
 } Step;
 
@@ -607,9 +608,11 @@ static float *take(float **from, long count) {
     return here;
 }
 
-/* Runs the layers of a stack on a call. Returns 0, or 1 if there is not enough memory. */
+/* Runs the layers of a stack on a call. Returns 0, 1 if there is not enough memory, or 2 for a token out of range. */
 int run(const Shape *a, const Stack *stack, const Call *c) {
     long n = (long)c->n_texts * c->n_each, width = a->rank + a->rope, q_rank = 1, units = 1, h_width = 2L * a->dim;
+    for (long i = 0; i < n; i++)
+        if (c->tokens[i] < 0 || c->tokens[i] >= a->vocab) return 2;
     for (int i = 0; i < stack->n_blocks; i++) {
         const Block *b = stack->blocks + i;
         if (b->wq_a.data) q_rank = most(q_rank, b->wq_b.n_in);
@@ -618,7 +621,7 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
     h_width = most(most(h_width, width), q_rank);
     long heads = a->heads, shared[] = {n * a->dim, n * q_rank, n * heads * (a->nope + a->rope), n * width,
         n * heads * width, c->threads * n * heads * (a->rank + 2), n * heads * a->v, n * a->n_experts, n * units, n * units};
-    long probs = most(c->n_each * heads * SPAN, 2 * n * a->n_chosen + 2L * a->n_experts) + LANES;
+    long probs = most(c->n_each * heads * SPAN, 2 * n * a->n_chosen + 2L * a->n_experts);
     long chosen = 2 * n * a->n_chosen + 2L * a->n_experts + 1 + a->n_groups;
     long count = 16 * 16, each = n * h_width + probs + chosen + 3 * 16;
     for (int i = 0; i < 10; i++) count += shared[i];

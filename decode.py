@@ -28,56 +28,78 @@ from model import ACTIVATIONS, MLP, Block, Cache, Linear, MoE, RMSNorm, Transfor
 
 FEW_POSITIONS = 64  # of a call, up to which the modules are slower
 SOURCE = Path(__file__).with_name("decode.c")
-FLAGS = ["-O3", "-march=native", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"]
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"]
+
+
+def suits(model: Transformer) -> bool:
+    """Whether decode.c has all that a model needs: it is whole, has a latent, and is on a CPU."""
+    whole = model.layers[0].attn.n_heads == model.args.n_heads
+    return model.head.weight.device.type == "cpu" and model.args.kv_lora_rank > 0 and whole
 
 
 def attach(model: Transformer) -> Transformer:
-    """Has a model decode by decode.c, if it can: whole, with a latent, on a CPU, and where there is a C compiler.
+    """Has a model decode by decode.c, if that suits it, and if there is a C compiler.
 
     The model's weights must not change any more, or `model.decoder` be set to None before they do.
 
     Returns:
         The same model.
     """
-    args, device = model.args, model.head.weight.device
-    whole = model.layers[0].attn.n_heads == args.n_heads
-    can = device.type == "cpu" and args.kv_lora_rank and whole and library() is not None
-    model.decoder = Decoder(model) if can else None
+    model.decoder = Decoder(model) if suits(model) and library() is not None else None
     return model
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """Compiles decode.c, unless that was done before, and loads it; None where there is no compiler that can."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    for flags in ([*FLAGS, "-fopenmp"], FLAGS):  # Apple's compiler has no OpenMP: then one thread does it all
-        try:
+    # Apple's compiler has no OpenMP: then one thread does it all; and some have another word for "native"
+    for extra in (["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []):
+        flags = [*FLAGS, *extra]
+        with contextlib.suppress(OSError, ValueError, AttributeError, subprocess.SubprocessError):
+            compiler = shlex.split(os.environ.get("CC") or "cc")
             # what "native" means here: a home folder may be shared by machines that differ
-            probe = [*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull]
-            macros = subprocess.run(probe, capture_output=True, check=True).stdout
-            key = hashlib.sha256(macros + SOURCE.read_bytes() + repr(flags).encode()).hexdigest()
-            return _load(compiler, flags, key)
-        except (OSError, RuntimeError, IndexError, subprocess.CalledProcessError):
-            continue
+            macros = _call([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
+            key = _digest(macros + SOURCE.read_bytes() + repr((compiler, flags)).encode())
+            return _load([*compiler, *flags, "-fPIC", "-shared", str(SOURCE), "-lm"], key)
     return None
 
 
-def _load(compiler: list[str], flags: list[str], key: str) -> ctypes.CDLL:
-    """Loads the compiled file of this key, after making it if need be: whole, or not at all."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytegpt"
-    path = folder / f"decode-{key[:16]}.so"
-    if path.exists():
-        return ctypes.CDLL(str(path))
+def _load(command: list[str], key: str) -> ctypes.CDLL:
+    """Loads what a command compiles, from the user's cache folder where it is there under this key.
+
+    A file's name ends with the digest of its content: one that is damaged, or was not loaded once, is not loaded.
+    """
     with contextlib.ExitStack() as stack:
         try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytegpt"
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in folder.glob(f"decode-{key}-*.so"):
+                if path.stem.endswith(_digest(path.read_bytes())):
+                    return _open(path)
             scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
-        except OSError:  # a home that cannot be written to: for this time only
-            scratch, path = stack.enter_context(tempfile.TemporaryDirectory()), None
+        except (OSError, RuntimeError):  # no home, or one that cannot be written to: for this time only
+            folder, scratch = None, stack.enter_context(tempfile.TemporaryDirectory())
         made = Path(scratch) / "decode.so"
-        make = [*compiler, *flags, "-fPIC", "-shared", SOURCE, "-o", made, "-lm"]
-        subprocess.run(make, capture_output=True, check=True)
-        return ctypes.CDLL(str(made if path is None else made.replace(path)))
+        _call([*command, "-o", str(made)])
+        loaded = _open(made)
+        if folder is not None:
+            made.replace(folder / f"decode-{key}-{_digest(made.read_bytes())}.so")
+        return loaded
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path.absolute()))
+    loaded.run.restype = ctypes.c_int
+    return loaded
+
+
+def _call(command: list[str]) -> bytes:
+    """Runs a compiler, which may neither wait for input nor for ever, and returns what it writes."""
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=60).stdout
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 class _Matrix(ctypes.Structure):
@@ -104,7 +126,7 @@ class _Block(ctypes.Structure):
 
 class _Shape(ctypes.Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("dim", "heads", "rank", "nope", "rope", "v", "context")),
+        *((name, c_int32) for name in ("vocab", "dim", "heads", "rank", "nope", "rope", "v", "context")),
         *((name, c_int32) for name in ("n_experts", "n_chosen", "n_groups", "n_limited", "is_softmax", "act")),
         ("route_scale", c_float),
         ("scale", c_float),
@@ -145,7 +167,7 @@ class Decoder:
         self.kept: list[torch.Tensor] = []  # what the pointers below point to
         args, attn = model.args, model.layers[0].attn
         self.shape = _Shape(
-            *(args.dim, args.n_heads, args.kv_lora_rank, attn.qk_nope_head_dim, attn.qk_rope_head_dim),
+            *(args.vocab_size, args.dim, args.n_heads, args.kv_lora_rank, attn.qk_nope_head_dim, attn.qk_rope_head_dim),
             *(args.v_head_dim, args.max_seq_len, args.n_routed_experts, args.n_activated_experts),
             *(args.n_expert_groups, args.n_limited_groups, args.score_func == "softmax"),
             *(list(ACTIVATIONS).index(args.hidden_act), args.route_scale, attn.softmax_scale),
@@ -186,15 +208,16 @@ class Decoder:
         layers = cache.layers[first_layer : first_layer + stack.n_blocks]
         memories = (c_void_p * len(layers))(*(layer[0].data_ptr() for layer in layers))
         index = (c_int32 * tokens.numel())(*(n + i for n in cache.lengths for i in range(seqlen)))
-        tokens, states = tokens.contiguous(), torch.empty(bsz, seqlen, self.shape.dim)
+        tokens, states = tokens.long().contiguous(), torch.empty(bsz, seqlen, self.shape.dim)
         call = _Call(
             *(tokens.data_ptr(), ctypes.addressof(index), None if before is None else before.data_ptr()),
             *(states.data_ptr(), ctypes.addressof(memories), bsz, seqlen, cache.capacity),
             cache.layers[0][0].dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
-        if library().run(ctypes.byref(self.shape), ctypes.byref(stack), ctypes.byref(call)):
-            raise MemoryError("not enough memory to decode")
+        failed = library().run(ctypes.byref(self.shape), ctypes.byref(stack), ctypes.byref(call))
+        if failed:
+            raise MemoryError("not enough memory to decode") if failed == 1 else IndexError("a token out of range")
         return states.to(self.dtype)
 
     def _numbers(self, tensor: torch.Tensor) -> int:

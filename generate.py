@@ -783,10 +783,11 @@ def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
-    decode.attach(model)
-    if device == "cpu" and model.args.kv_lora_rank and decode.library() is None:
-        advice = "no C compiler, so decoding is slower; install one, or name it in CC"
-        print(f"generate.py: warning: {advice}", file=sys.stderr)
+    if model_module.attn_impl == "absorb" and fp8_ops.gemm_impl == "bf16" and decode.suits(model):
+        decode.attach(model)
+        if model.decoder is None:
+            advice = "install one, or name it in CC"
+            print(f"generate.py: warning: no C compiler that works, so decoding is slower; {advice}", file=sys.stderr)
     return model
 
 
@@ -965,8 +966,8 @@ def command(argv: Sequence[str] | None) -> int:
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             run(model, arguments, prompts, sampling, layout)
-    except GenerationError as error:
-        return report(str(error)) if is_first() else 2
+    except (GenerationError, MemoryError) as error:
+        return report(str(error) or "not enough memory") if is_first() else 2
     except KeyboardInterrupt:
         abandon(130)
         return 130

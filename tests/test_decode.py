@@ -135,6 +135,29 @@ def test_what_is_no_number_stays_visible() -> None:
     assert h.isnan().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00001, 0x7FC00000])
+def test_what_is_no_number_in_the_memory_stays_visible(bits: int) -> None:
+    model = decode.attach(make())
+    cache = remembering(model, [5])
+    cache.layers[1][0].view(torch.int32)[0, 3, 45] = bits  # of a rotary key: it goes through the softmax
+    with torch.inference_mode():
+        h, _ = model.hidden(torch.tensor([[65]]), cache)
+    assert h.isnan().all()
+
+
+def test_tokens_out_of_range_are_refused() -> None:
+    model = decode.attach(make())
+    with torch.inference_mode():
+        for token in (-1, 256, 10**12):
+            with pytest.raises(IndexError):
+                model.hidden(torch.tensor([[65, token]]), model.new_cache(1, 8))
+        narrow, wide = (
+            model.hidden(torch.tensor([[65, 66]], dtype=d), model.new_cache(1, 8))[0]
+            for d in (torch.int32, torch.int64)
+        )
+    assert torch.equal(narrow, wide)
+
+
 def test_too_many_positions_are_refused() -> None:
     model = decode.attach(make())
     with torch.inference_mode():
@@ -184,7 +207,7 @@ def test_several_at_a_time(fresh: Path) -> None:
     assert len(list(fresh.iterdir())) == 1
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "", "cc -no-such-flag"])
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", 'cc "-O2', "cc -no-such-flag", "cat"])
 def test_without_a_compiler_the_modules_decode(compiler: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", compiler)
     model = decode.attach(make(n_mtp_layers=1))
@@ -192,6 +215,34 @@ def test_without_a_compiler_the_modules_decode(compiler: str, fresh: Path, monke
     assert not fresh.exists() or not list(fresh.iterdir())
     text = generate.complete(model, b"ab", generate.Sampling(0, max_new_tokens=5, speculate=1))
     assert len(text) <= 5
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "empty", "folder"])
+def test_damaged_files_are_made_anew(damage: str, fresh: Path) -> None:
+    assert decode.library() is not None
+    (made,) = fresh.iterdir()
+    content = made.read_bytes()
+    made.unlink()  # the process has it mapped: no byte of it may change
+    if damage == "folder":
+        made.mkdir()
+    else:
+        zeros = content[:0x2000] + bytes(0x2000) + content[0x4000:]
+        made.write_bytes({"cut": content[:4096], "zeros": zeros, "empty": b""}[damage])
+    decode.library.cache_clear()
+    assert decode.library() is not None
+    assert max(errors(make(), [3], 1, 1)) < 1e-5
+    assert damage == "folder" or made.read_bytes() == content
+
+
+def test_what_cannot_be_loaded_is_not_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    for program in ("echo garbage", "echo 'int x;' | cc -shared -x c - -o /dev/stdout"):
+        last = 'for last; do :; done\ncase "$*" in *-shared*) ' + program + ' > "$last" ;; *) exec cc "$@" ;; esac\n'
+        compiler.write_text("#!/bin/sh\n" + last)
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CC", str(compiler))
+        decode.library.cache_clear()
+        assert decode.library() is None and not list(fresh.iterdir())
 
 
 def test_without_openmp(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
