@@ -338,7 +338,8 @@ INLINE void weigh_columns(const void *memory, int is_bf16, int width, int count,
         for (int v = 0; v < vectors; v++) *(vec *)(o + q * stride + i + v * LANES) = sums[q][v];
 }
 
-INLINE void weigh_rows(const void *memory, int is_bf16, int width, int rank, int count, const float *p, float *o, int n) {
+INLINE void weigh_rows(const void *memory, int is_bf16, int width, int rank, int count, const float *p, float *o,
+                       int n) {
     long stride = rank + 2;
     int i = 0;
     for (; i + 2 * LANES <= rank; i += 2 * LANES)
@@ -484,7 +485,8 @@ static void activate(float *gate, const float *up, int n, int act, float weight)
 }
 
 /* A thread's hidden units of an MLP, or of expert e, for n rows of h: which, and with what weights, or all alike. */
-static void hidden(const Step *s, const Mlp *mlp, int e, const int *index, const float *weights, float *gate, float *up, int n) {
+static void hidden(const Step *s, const Mlp *mlp, int e, const int *index, const float *weights, float *gate,
+                   float *up, int n) {
     int width = mlp->width, from = share(width, s->t, s->threads), to = share(width, s->t + 1, s->threads);
     Rows h = {s->h, s->s->dim, index};
     product(mlp->w1, e * width + from, e * width + to, h, (Rows){gate + from, width}, n, 0);
@@ -496,7 +498,8 @@ static void hidden(const Step *s, const Mlp *mlp, int e, const int *index, const
 }
 
 /* The router for one position: K experts and their weights, as model.py's Gate. `choice` and `taken` are scratch. */
-static void choose(const Shape *a, float *scores, const float *bias, float *choice, int *taken, int *shut, int *experts, float *weights) {
+static void choose(const Shape *a, float *scores, const float *bias, float *choice, int *taken, int *shut, int *experts,
+                   float *weights) {
     int n = a->n_experts, per_group = n / a->n_groups;
     float most = scores[0], sum = 0;
     for (int e = 1; e < n; e++) most = scores[e] > most ? scores[e] : most;
@@ -552,7 +555,8 @@ static void feed_forward(const Step *s, const Block *b) {
     int *experts = s->chosen, *position = experts + n * k, *ends = position + n * k, *flags = ends + n_experts + 1;
     float *weights = s->probs, *sorted = weights + n * k + n_experts, *choice = sorted + n * k;
     for (int i = 0; i < n; i++) /* weights has room for a row of scores */
-        choose(a, s->scores + (long)i * n_experts, b->gate_bias, choice, flags, flags + n_experts, experts + i * k, weights + i * k);
+        choose(a, s->scores + (long)i * n_experts, b->gate_bias, choice, flags, flags + n_experts, experts + i * k,
+               weights + i * k);
     memset(ends, 0, (n_experts + 1) * sizeof *ends);
     for (int i = 0; i < n * k; i++) ends[experts[i] + 1]++;
     for (int e = 0; e < n_experts; e++) ends[e + 1] += ends[e];
@@ -570,7 +574,8 @@ static void feed_forward(const Step *s, const Block *b) {
     if (b->mlp.width) product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1);
     for (int e = 0, start = 0; e < n_experts; start = ends[e++]) {
         out.index = position + start;
-        product(b->experts.w2, e * a->dim + from, e * a->dim + to, (Rows){s->gate + base + start * width, width}, out, ends[e] - start, 1);
+        Rows in = {s->gate + base + start * width, width};
+        product(b->experts.w2, e * a->dim + from, e * a->dim + to, in, out, ends[e] - start, 1);
     }
     barrier();
 }
@@ -584,7 +589,8 @@ static void run_thread(const Step *s, const Stack *stack) {
     if (stack->eh_proj.data || s->t == 0)
         for (int i = 0; i < n; i++) {
             float *x = embedded + (long)i * stride;
-            for (int j = 0; j < dim; j++) x[j] = load_one(stack->embed.data, c->tokens[i] * dim + j, stack->embed.is_bf16);
+            for (int j = 0; j < dim; j++)
+                x[j] = load_one(stack->embed.data, c->tokens[i] * dim + j, stack->embed.is_bf16);
             if (stack->eh_proj.data) {
                 normalize(stack->enorm, x, x);
                 normalize(stack->hnorm, c->before + (long)i * dim, x + dim);
@@ -620,7 +626,8 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
     }
     h_width = most(most(h_width, width), q_rank);
     long heads = a->heads, shared[] = {n * a->dim, n * q_rank, n * heads * (a->nope + a->rope), n * width,
-        n * heads * width, c->threads * n * heads * (a->rank + 2), n * heads * a->v, n * a->n_experts, n * units, n * units};
+        n * heads * width, c->threads * n * heads * (a->rank + 2), n * heads * a->v, n * a->n_experts,
+        n * units, n * units};
     long probs = most(c->n_each * heads * SPAN, 2 * n * a->n_chosen + 2L * a->n_experts);
     long chosen = 2 * n * a->n_chosen + 2L * a->n_experts + 1 + a->n_groups;
     long count = 16 * 16, each = n * h_width + probs + chosen + 3 * 16;
@@ -629,7 +636,8 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
     float *rest = (float *)(((uintptr_t)memory + 63) / 64 * 64);
     if (!memory) return 1;
     Step step = {.s = a, .c = c, .n = (int)n, .threads = 1};
-    float **fields[] = {&step.x, &step.q_a, &step.q, &step.kv, &step.queries, &step.parts, &step.values, &step.scores, &step.gate, &step.up};
+    float **fields[] = {&step.x, &step.q_a, &step.q, &step.kv, &step.queries, &step.parts, &step.values, &step.scores,
+        &step.gate, &step.up};
     for (int i = 0; i < 10; i++) *fields[i] = take(&rest, shared[i]);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(c->threads)
