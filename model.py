@@ -696,7 +696,7 @@ class Gate(nn.Module):
 
 def _sum_rows(x: torch.Tensor, which: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """The sums of `k` rows each of `x`, wherever they are: `which` int64 (N, k), weighed by `weights` (N, k)."""
-    if x.device.type == "cpu":  # without a copy of the rows; on a GPU not there for bfloat16
+    if x.device.type not in ("cuda", "mps"):  # without a copy of the rows; on a GPU it has no gradient for bfloat16
         return F.embedding_bag(which, x, mode="sum", per_sample_weights=weights)
     rows = x.index_select(0, which.flatten()).unflatten(0, which.shape)
     return (rows if weights is None else rows * weights.unsqueeze(-1)).sum(dim=1)
