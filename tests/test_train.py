@@ -1159,7 +1159,9 @@ def test_a_damaged_state_is_refused(here: Here, capsys: pytest.CaptureFixture[st
 
 def test_minutes_are_kept(here: Here) -> None:
     """The whole process, as a stopwatch beside it would have it."""
-    minutes = 0.25
+    minutes = (
+        0.5  # a busy machine may stop for a second at any time: then the last steps are a part that matters little
+    )
     here.data.write_bytes(text(20_000))
     began = time.monotonic()
     process = subprocess.run(
@@ -1167,7 +1169,7 @@ def test_minutes_are_kept(here: Here) -> None:
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=60,
+        timeout=120,
     )
     took = time.monotonic() - began
     assert process.returncode == 0 and process.stderr == ""
