@@ -35,7 +35,7 @@ position, E experts. */
 #endif
 #define OUTPUTS 4
 #define ROWS 6
-#define SPAN 128 /* positions of a memory that are attended to at a time: they stay in the first cache */
+#define SPAN 128 /* positions of a memory that are attended to at a time: they stay in the second cache */
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -243,12 +243,6 @@ static void product(Matrix w, int from, int to, Rows x, Rows y, int n, int adds)
     else product_of(w, 0, from, to, x, y, n, adds);
 }
 
-/* A thread's outputs of a product with all positions; it adds to the residual stream, and replaces elsewhere. */
-static void multiply(Matrix w, int outputs, float *x, float *y, int n, int adds, int t, int threads) {
-    int from = share(outputs, t, threads);
-    product(w, from, share(outputs, t + 1, threads), (Rows){x, w.n_in}, (Rows){y + from, outputs}, n, adds);
-}
-
 static void normalize(Norm norm, const float *x, float *y) {
     vec sums = {};
     int i = 0;
@@ -282,6 +276,12 @@ static void barrier(void) {
 #ifdef _OPENMP
 #pragma omp barrier
 #endif
+}
+
+/* A thread's outputs of a product with all positions; it adds to the residual stream, and replaces elsewhere. */
+static void multiply(const Step *s, Matrix w, int outputs, float *x, float *y, int adds) {
+    int from = share(outputs, s->t, s->threads), to = share(outputs, s->t + 1, s->threads);
+    product(w, from, to, (Rows){x, w.n_in}, (Rows){y + from, outputs}, s->n, adds);
 }
 
 static void rotate(const Step *s, const float *x, int position, float *y) {
@@ -440,15 +440,15 @@ static void attention(const Step *s, const Block *b, void *memory) {
     const Shape *a = s->s;
     int n = s->n, t = s->t, threads = s->threads, rank = a->rank, heads = a->heads;
     for (int i = 0; i < n; i++) normalize(b->attn_norm, s->x + (long)i * a->dim, s->h + (long)i * a->dim);
-    multiply(b->wkv_a, rank + a->rope, s->h, s->kv, n, 0, t, threads);
+    multiply(s, b->wkv_a, rank + a->rope, s->h, s->kv, 0);
     float *h = s->h;
     if (b->wq_a.data) {
         int q_rank = b->wq_b.n_in;
-        multiply(b->wq_a, q_rank, s->h, s->q_a, n, 0, t, threads);
+        multiply(s, b->wq_a, q_rank, s->h, s->q_a, 0);
         barrier();
         for (int i = 0; i < n; i++) normalize(b->q_norm, s->q_a + (long)i * q_rank, h + (long)i * q_rank);
     }
-    multiply(b->wq_b, heads * (a->nope + a->rope), h, s->q, n, 0, t, threads);
+    multiply(s, b->wq_b, heads * (a->nope + a->rope), h, s->q, 0);
     barrier();
     for (int i = t; i < n; i += threads) remember(s, b, memory, i);
     multiply_heads(s, b->w_k, rank, s->q, a->nope + a->rope, s->queries, rank + a->rope,
@@ -464,7 +464,7 @@ static void attention(const Step *s, const Block *b, void *memory) {
         from = end;
     }
     barrier();
-    multiply(b->wo, a->dim, s->values, s->x, n, 1, t, threads);
+    multiply(s, b->wo, a->dim, s->values, s->x, 1);
     barrier();
 }
 
@@ -498,8 +498,8 @@ static void hidden(const Step *s, const Mlp *mlp, int e, const int *index, const
 }
 
 /* The router for one position: K experts and their weights, as model.py's Gate. `choice` and `taken` are scratch. */
-static void choose(const Shape *a, float *scores, const float *bias, float *choice, int *taken, int *shut, int *experts,
-                   float *weights) {
+static void choose(const Shape *a, const float *scores, const float *bias, float *choice, int *taken, int *shut,
+                   int *experts, float *weights) {
     int n = a->n_experts, per_group = n / a->n_groups;
     float most = scores[0], sum = 0;
     for (int e = 1; e < n; e++) most = scores[e] > most ? scores[e] : most;
@@ -550,7 +550,7 @@ static void feed_forward(const Step *s, const Block *b) {
         barrier();
         return;
     }
-    multiply(b->gate, n_experts, s->h, s->scores, n, 0, t, threads);
+    multiply(s, b->gate, n_experts, s->h, s->scores, 0);
     barrier();
     int *experts = s->chosen, *position = experts + n * k, *ends = position + n * k, *flags = ends + n_experts + 1;
     float *weights = s->probs, *sorted = weights + n * k + n_experts, *choice = sorted + n * k;
@@ -596,7 +596,7 @@ static void run_thread(const Step *s, const Stack *stack) {
                 normalize(stack->hnorm, c->before + (long)i * dim, x + dim);
             }
         }
-    if (stack->eh_proj.data) multiply(stack->eh_proj, dim, s->h, s->x, n, 0, s->t, s->threads);
+    if (stack->eh_proj.data) multiply(s, stack->eh_proj, dim, s->h, s->x, 0);
     barrier();
     for (int i = 0; i < stack->n_blocks; i++) {
         attention(s, stack->blocks + i, c->memories[i]);

@@ -1159,9 +1159,7 @@ def test_a_damaged_state_is_refused(here: Here, capsys: pytest.CaptureFixture[st
 
 def test_minutes_are_kept(here: Here) -> None:
     """The whole process, as a stopwatch beside it would have it."""
-    minutes = (
-        0.5  # a busy machine may stop for a second at any time: then the last steps are a part that matters little
-    )
+    minutes = 0.5  # long enough for a second in which a busy machine stops to matter little
     here.data.write_bytes(text(20_000))
     began = time.monotonic()
     process = subprocess.run(
