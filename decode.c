@@ -4,7 +4,8 @@ Decoding reads every weight that a byte needs for two operations on it. So the s
 takes time: no calls between operations, no copies, no thread that waits. One call of `run` does all layers, as follows.
 
 The mathematics is model.py's under "absorb", step by step; names are those of its modules. Sums are in float32.
-Weights lie as the modules have them, in float32 or bfloat16: rows of `n_in` numbers, one for each output.
+Weights lie as the modules have them, in float32 or bfloat16: rows of `n_in` numbers, one for each output. A model that
+    computes in bfloat16 rounds the other side of its products too, where the processor then multiplies twice as many.
 Threads go through all layers side by side. Each computes some of a product's outputs, so it reads its own part of the
     weights, for all positions at once; then they wait for each other. What is small each computes for itself instead.
 Experts are visited one after the other, each by the positions that chose it, so that it is read once.
@@ -39,22 +40,32 @@ position, E experts. */
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (quad_ints){__VA_ARGS__})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+/* Four of a quad of `a` and the same of `b` (from B on), alike in every quad of a vector. */
+#define B LANES
+#if LANES == 16
+#define QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, k + 12, l + 12
+#else
+#define QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float quad __attribute__((vector_size(16)));
-typedef int32_t quad_ints __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 /* --- What decode.py fills in, field by field ------------------------------------------------------------------- */
 
+/* How a matrix lies, and what it is multiplied with: PAIRS lie as BF16 do, but the other side is rounded to bfloat16 as
+   well, where the processor has an instruction for the sum of two such products. */
+enum { FP32, BF16, PAIRS };
+
 typedef struct {
     const void *data; /* (outputs, n_in) */
-    int32_t is_bf16, n_in;
+    int32_t kind, n_in;
 } Matrix;
 
 typedef struct {
@@ -91,21 +102,23 @@ typedef struct {
     Block *blocks;
     int32_t n_blocks;
     Norm norm;
+    Matrix head; /* (vocab, dim) */
 } Stack;
 
 typedef struct {
     const int64_t *tokens; /* (N) */
     const int32_t *index;  /* (N), positions in the memory */
     const float *before;   /* (N, dim), the states that an MTP module goes on from */
-    float *states;         /* (N, dim), the result */
+    float *states;         /* (N, dim), a result */
+    float *logits;         /* (N, vocab), the other */
     void **memories;       /* of each block, (n_texts, capacity, C + R) */
-    int32_t n_texts, n_each, capacity, is_bf16, threads;
+    int32_t n_texts, n_each, capacity, kind, threads; /* kind: of the memories */
 } Call;
 
 /* --- Numbers ---------------------------------------------------------------------------------------------------- */
 
-INLINE vec load(const void *data, long i, int is_bf16) {
-    if (!is_bf16) return *(const vec *)((const float *)data + i);
+INLINE vec load(const void *data, long i, int kind) {
+    if (!kind) return *(const vec *)((const float *)data + i);
     const uint16_t *at = (const uint16_t *)data + i;
 #if defined(__AVX512F__)
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16);
@@ -116,14 +129,14 @@ INLINE vec load(const void *data, long i, int is_bf16) {
 #endif
 }
 
-INLINE float load_one(const void *data, long i, int is_bf16) {
-    if (!is_bf16) return ((const float *)data)[i];
+INLINE float load_one(const void *data, long i, int kind) {
+    if (!kind) return ((const float *)data)[i];
     union { uint32_t bits; float value; } u = {(uint32_t)((const uint16_t *)data)[i] << 16};
     return u.value;
 }
 
-static void store_one(void *data, long i, int is_bf16, float value) {
-    if (!is_bf16) {
+static void store_one(void *data, long i, int kind, float value) {
+    if (!kind) {
         ((float *)data)[i] = value;
         return;
     }
@@ -146,10 +159,9 @@ INLINE float total(vec a) {
 }
 
 INLINE quad totals(vec a, vec b, vec c, vec d) {
-    quad e = quarter(a), f = quarter(b), g = quarter(c), h = quarter(d);
-    quad ef = SHUFFLE(e, f, 0, 4, 1, 5) + SHUFFLE(e, f, 2, 6, 3, 7);
-    quad gh = SHUFFLE(g, h, 0, 4, 1, 5) + SHUFFLE(g, h, 2, 6, 3, 7);
-    return SHUFFLE(ef, gh, 0, 1, 4, 5) + SHUFFLE(ef, gh, 2, 3, 6, 7);
+    vec ab = SHUFFLE(a, b, QUADS(0, B, 1, B + 1)) + SHUFFLE(a, b, QUADS(2, B + 2, 3, B + 3));
+    vec cd = SHUFFLE(c, d, QUADS(0, B, 1, B + 1)) + SHUFFLE(c, d, QUADS(2, B + 2, 3, B + 3));
+    return quarter(SHUFFLE(ab, cd, QUADS(0, 1, B, B + 1)) + SHUFFLE(ab, cd, QUADS(2, 3, B + 2, B + 3)));
 }
 
 INLINE vec pick(ints where, vec a, vec b) { return (vec)((where & (ints)a) | (~where & (ints)b)); }
@@ -182,19 +194,32 @@ typedef struct {
 
 INLINE float *row_of(Rows rows, int i) { return rows.data + (rows.index ? rows.index[i] : i) * rows.stride; }
 
+/* sum + a . b, each in `kind`: of PAIRS, a lane has two numbers, and the sum of their products is a number. */
+INLINE vec multiply_add(vec sum, vec a, vec b, int kind) {
+#ifdef __AVX512BF16__
+    if (kind == PAIRS) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+    return sum + a * b;
+}
+
+/* Numbers of a row as they are multiplied: LANES, or of PAIRS twice as many. */
+INLINE vec operand(const void *data, long i, int kind) {
+    return kind == PAIRS ? *(const vec *)((const uint16_t *)data + i) : load(data, i, kind);
+}
+
 /* The products of `outputs` rows of weights with n of x, to out[row][output]. Constants, so the sums are registers. */
-INLINE void tile(const char *w, int is_bf16, int n_in, float *const *x, int outputs, int n, float out[][OUTPUTS]) {
+INLINE void tile(const char *w, int kind, int n_in, const void *const *x, int outputs, int n, float out[][OUTPUTS]) {
     vec sums[OUTPUTS][ROWS] = {};
-    long bytes = is_bf16 ? 2 : 4, size = n_in * bytes;
-    int i = 0;
-    for (; i + LANES <= n_in; i += LANES) {
+    long bytes = kind == FP32 ? 4 : 2, size = n_in * bytes;
+    int other = kind == PAIRS ? PAIRS : FP32, lanes = kind == PAIRS ? 2 * LANES : LANES, i = 0;
+    for (; i + lanes <= n_in; i += lanes) {
         vec weights[OUTPUTS];
-        for (long j = 0; j < outputs * LANES * bytes; j += 64) /* what comes two tiles later is on its way */
-            __builtin_prefetch(w + 2 * OUTPUTS * size + i * outputs * bytes + j);
-        for (int o = 0; o < outputs; o++) weights[o] = load(w + o * size, i, is_bf16);
+        for (long j = 0; j < outputs * lanes * bytes; j += 64) /* what comes two tiles later is on its way */
+            __builtin_prefetch(w + 4 * OUTPUTS * size + i * outputs * bytes + j, 0, 2);
+        for (int o = 0; o < outputs; o++) weights[o] = operand(w + o * size, i, kind);
         for (int r = 0; r < n; r++) {
-            vec values = *(const vec *)(x[r] + i);
-            for (int o = 0; o < outputs; o++) sums[o][r] += weights[o] * values;
+            vec values = operand(x[r], i, other);
+            for (int o = 0; o < outputs; o++) sums[o][r] = multiply_add(sums[o][r], weights[o], values, kind);
         }
     }
 #define SUM(k) sums[(k) % outputs][(k) / outputs]
@@ -204,26 +229,27 @@ INLINE void tile(const char *w, int is_bf16, int n_in, float *const *x, int outp
     }
     for (; i < n_in; i++)
         for (int r = 0; r < n; r++)
-            for (int o = 0; o < outputs; o++) out[r][o] += load_one(w + o * size, i, is_bf16) * x[r][i];
+            for (int o = 0; o < outputs; o++) out[r][o] += load_one(w + o * size, i, kind) * load_one(x[r], i, other);
 }
 
 /* y[r][o] = x[r] . w[o], or += where it adds, for outputs from..to and n rows; y[r][0] is output `from`. */
-INLINE void product_of(Matrix w, int is_bf16, int from, int to, Rows x, Rows y, int n, int adds) {
-    long size = (long)w.n_in * (is_bf16 ? 2 : 4);
+INLINE void product_of(Matrix w, int kind, int from, int to, Rows x, Rows y, int n, int adds) {
+    long size = (long)w.n_in * (kind == FP32 ? 4 : 2);
     int chunks = (n + ROWS - 1) / ROWS;
     for (int o = from, count; o < to; o += count) {
         const char *weights = (const char *)w.data + o * size;
         count = to - o < OUTPUTS ? 1 : OUTPUTS;
         for (int chunk = 0; chunk < chunks; chunk++) {
             int start = n * chunk / chunks, more = n * (chunk + 1) / chunks - start;
-            float *rows[ROWS], out[ROWS][OUTPUTS];
+            const void *rows[ROWS];
+            float out[ROWS][OUTPUTS];
             for (int r = 0; r < more; r++) rows[r] = row_of(x, start + r);
-#define TILE(n) tile(weights, is_bf16, w.n_in, rows, OUTPUTS, n, out)
+#define TILE(n) tile(weights, kind, w.n_in, rows, OUTPUTS, n, out)
 #define PARTS(n)                         \
     for (int h = 0; h < OUTPUTS; h += PART) \
-    tile(weights + h * size, is_bf16, w.n_in, rows, PART, n, (float(*)[OUTPUTS])(out[0] + h))
+    tile(weights + h * size, kind, w.n_in, rows, PART, n, (float(*)[OUTPUTS])(out[0] + h))
             if (count == 1)
-                for (int r = 0; r < more; r++) tile(weights, is_bf16, w.n_in, rows + r, 1, 1, out + r);
+                for (int r = 0; r < more; r++) tile(weights, kind, w.n_in, rows + r, 1, 1, out + r);
             else if (more == 1) TILE(1);
             else if (more == 2) TILE(2);
             else if (more == 3) TILE(3);
@@ -238,9 +264,28 @@ INLINE void product_of(Matrix w, int is_bf16, int from, int to, Rows x, Rows y, 
     }
 }
 
-static void product(Matrix w, int from, int to, Rows x, Rows y, int n, int adds) {
-    if (w.is_bf16) product_of(w, 1, from, to, x, y, n, adds);
-    else product_of(w, 0, from, to, x, y, n, adds);
+#ifdef __AVX512BF16__
+/* Rounds n numbers to bfloat16, where they are or elsewhere. */
+static void narrow_row(const float *x, int n, void *to) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        _mm256_storeu_si256((__m256i *)((uint16_t *)to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+    for (; i < n; i++) store_one(to, i, BF16, x[i]);
+}
+#endif
+
+/* `narrow` is room for n rows of x in bfloat16, which PAIRS need. */
+static void product(Matrix w, int from, int to, Rows x, Rows y, int n, int adds, float *narrow) {
+#ifdef __AVX512BF16__
+    if (w.kind == PAIRS) {
+        int stride = (w.n_in + 1) / 2; /* float32 numbers that are as long as a row */
+        for (int r = 0; r < n; r++) narrow_row(row_of(x, r), w.n_in, narrow + (long)r * stride);
+        product_of(w, PAIRS, from, to, (Rows){narrow, stride}, y, n, adds);
+        return;
+    }
+#endif
+    if (w.kind == FP32) product_of(w, FP32, from, to, x, y, n, adds);
+    else product_of(w, BF16, from, to, x, y, n, adds);
 }
 
 static void normalize(Norm norm, const float *x, float *y) {
@@ -269,6 +314,7 @@ typedef struct {
     float *gate, *up;      /* (N, width of the MLP), and (N·K, width of an expert) after that */
     float *h;              /* own: (N, dim), or before an MTP module (N, 2 dim); (N, q rank); (C + R); (N, C) */
     float *probs;          /* own: (n_each·H, SPAN); or (N·K + E) weights, (N·K) sorted ones and (E) scores */
+    float *narrow;         /* own: the rows of a product in bfloat16 */
     int *chosen;           /* own: (N·K) experts, (N·K) places, (E + 1) ends, (E) flags, (n_groups) flags */
 } Step;
 
@@ -281,7 +327,7 @@ static void barrier(void) {
 /* A thread's outputs of a product with all positions; it adds to the residual stream, and replaces elsewhere. */
 static void multiply(const Step *s, Matrix w, int outputs, float *x, float *y, int adds) {
     int from = share(outputs, s->t, s->threads), to = share(outputs, s->t + 1, s->threads);
-    product(w, from, to, (Rows){x, w.n_in}, (Rows){y + from, outputs}, s->n, adds);
+    product(w, from, to, (Rows){x, w.n_in}, (Rows){y + from, outputs}, s->n, adds, s->narrow);
 }
 
 static void rotate(const Step *s, const float *x, int position, float *y) {
@@ -302,7 +348,7 @@ static void remember(const Step *s, const Block *b, void *memory, int i) {
     normalize(b->kv_norm, kv, entry);
     rotate(s, kv + a->rank, position, entry + a->rank);
     long place = ((long)(i / s->c->n_each) * s->c->capacity + position) * width;
-    for (int j = 0; j < width; j++) store_one(memory, place + j, s->c->is_bf16, entry[j]);
+    for (int j = 0; j < width; j++) store_one(memory, place + j, s->c->kind, entry[j]);
     for (int h = 0; h < a->heads; h++) {
         long head = (long)i * a->heads + h;
         rotate(s, s->q + head * (a->nope + a->rope) + a->nope, position, s->queries + head * width + a->rank);
@@ -317,20 +363,20 @@ static void multiply_heads(
         int head = from / each, end = (head + 1) * each < to ? (head + 1) * each : to;
         Rows in = {x + head * x_stride, heads * x_stride};
         Rows out = {y + head * y_stride + from - head * each, heads * y_stride};
-        product(w, from, end, in, out, s->n, 0);
+        product(w, from, end, in, out, s->n, 0, s->narrow);
         from = end;
     }
 }
 
 /* o[q] += sum over t of p[q][t] * memory[t], for n queries and `vectors` columns from i on. */
-INLINE void weigh_columns(const void *memory, int is_bf16, int width, int count, const float *p, float *o, long stride,
+INLINE void weigh_columns(const void *memory, int kind, int width, int count, const float *p, float *o, long stride,
                           int n, int vectors, int i) {
     vec sums[ROWS][2];
     for (int q = 0; q < n; q++)
         for (int v = 0; v < vectors; v++) sums[q][v] = *(vec *)(o + q * stride + i + v * LANES);
     for (int t = 0; t < count; t++) {
         vec values[2];
-        for (int v = 0; v < vectors; v++) values[v] = load(memory, (long)t * width + i + v * LANES, is_bf16);
+        for (int v = 0; v < vectors; v++) values[v] = load(memory, (long)t * width + i + v * LANES, kind);
         for (int q = 0; q < n; q++)
             for (int v = 0; v < vectors; v++) sums[q][v] += values[v] * p[q * SPAN + t];
     }
@@ -338,22 +384,54 @@ INLINE void weigh_columns(const void *memory, int is_bf16, int width, int count,
         for (int v = 0; v < vectors; v++) *(vec *)(o + q * stride + i + v * LANES) = sums[q][v];
 }
 
-INLINE void weigh_rows(const void *memory, int is_bf16, int width, int rank, int count, const float *p, float *o,
+#ifdef __AVX512BF16__
+/* The same for n queries and 2 LANES columns of PAIRS: two positions at a time, whose numbers of a column are brought
+   together. So each quad of a sum holds other columns than its place says, until all is summed. */
+INLINE void weigh_pairs(const uint16_t *memory, int width, int count, const float *p, float *o, long stride, int n) {
+    vec sums[ROWS][2];
+    for (int q = 0; q < n; q++) {
+        vec a = *(vec *)(o + q * stride), b = *(vec *)(o + q * stride + LANES);
+        sums[q][0] = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        sums[q][1] = SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+    for (int t = 0; t < count; t += 2) {
+        __m512i a = _mm512_loadu_si512(memory + (long)t * width);
+        __m512i b = t + 1 < count ? _mm512_loadu_si512(memory + (long)(t + 1) * width) : _mm512_setzero_si512();
+        vec low = (vec)_mm512_unpacklo_epi16(a, b), high = (vec)_mm512_unpackhi_epi16(a, b);
+        for (int q = 0; q < n; q++) {
+            vec weights = (vec)_mm512_set1_epi32(((const int32_t *)(p + q * SPAN))[t / 2]);
+            sums[q][0] = multiply_add(sums[q][0], low, weights, PAIRS);
+            sums[q][1] = multiply_add(sums[q][1], high, weights, PAIRS);
+        }
+    }
+    for (int q = 0; q < n; q++) {
+        vec a = sums[q][0], b = sums[q][1];
+        *(vec *)(o + q * stride) = SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        *(vec *)(o + q * stride + LANES) = SHUFFLE(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+}
+#endif
+
+INLINE void weigh_rows(const void *memory, int kind, int width, int rank, int count, const float *p, float *o,
                        int n) {
     long stride = rank + 2;
     int i = 0;
+#ifdef __AVX512BF16__
+    for (; kind == PAIRS && i < rank; i += 2 * LANES)
+        weigh_pairs((const uint16_t *)memory + i, width, count, p, o + i, stride, n);
+#endif
     for (; i + 2 * LANES <= rank; i += 2 * LANES)
-        weigh_columns(memory, is_bf16, width, count, p, o, stride, n, 2, i);
-    for (; i + LANES <= rank; i += LANES) weigh_columns(memory, is_bf16, width, count, p, o, stride, n, 1, i);
+        weigh_columns(memory, kind, width, count, p, o, stride, n, 2, i);
+    for (; i + LANES <= rank; i += LANES) weigh_columns(memory, kind, width, count, p, o, stride, n, 1, i);
     for (; i < rank; i++)
         for (int q = 0; q < n; q++)
             for (int t = 0; t < count; t++)
-                o[q * stride + i] += p[q * SPAN + t] * load_one(memory, (long)t * width + i, is_bf16);
+                o[q * stride + i] += p[q * SPAN + t] * load_one(memory, (long)t * width + i, kind);
 }
 
-INLINE void weigh_of(const void *memory, int is_bf16, int width, int rank, int count, const float *p, float *o, int n) {
+INLINE void weigh_of(const void *memory, int kind, int width, int rank, int count, const float *p, float *o, int n) {
     for (int q = 0, more; q < n; q += more, p += more * SPAN, o += more * (rank + 2)) {
-#define WEIGH(n) weigh_rows(memory, is_bf16, width, rank, count, p, o, more = n)
+#define WEIGH(n) weigh_rows(memory, kind, width, rank, count, p, o, more = n)
         if (n - q >= 6) WEIGH(6);
         else if (n - q >= 4) WEIGH(4);
         else if (n - q >= 2) WEIGH(2);
@@ -361,15 +439,22 @@ INLINE void weigh_of(const void *memory, int is_bf16, int width, int rank, int c
     }
 }
 
-static void weigh(const void *memory, int is_bf16, int width, int rank, int count, const float *p, float *o, int n) {
-    if (is_bf16) weigh_of(memory, 1, width, rank, count, p, o, n);
-    else weigh_of(memory, 0, width, rank, count, p, o, n);
+static void weigh(const void *memory, int kind, int width, int rank, int count, float *p, float *o, int n) {
+#ifdef __AVX512BF16__
+    if (kind == PAIRS && rank % (2 * LANES) == 0) {
+        for (int q = 0; q < n; q++) narrow_row(p + q * SPAN, SPAN, p + q * SPAN);
+        weigh_of(memory, PAIRS, width, rank, count, p, o, n);
+        return;
+    }
+#endif
+    if (kind == FP32) weigh_of(memory, FP32, width, rank, count, p, o, n);
+    else weigh_of(memory, BF16, width, rank, count, p, o, n);
 }
 
 /* The scores of one query become exponentials; its sums so far, at `part`, are brought down to the new maximum. */
-static void soften(float *p, int visible, int count, float scale, float *part, int rank) {
+static void soften(float *p, int visible, float scale, float *part, int rank) {
     if (visible == 0) { /* it may not look here */
-        memset(p, 0, count * sizeof *p);
+        memset(p, 0, SPAN * sizeof *p);
         return;
     }
     for (int i = visible; i < SPAN; i++) p[i] = -INFINITY;
@@ -382,7 +467,7 @@ static void soften(float *p, int visible, int count, float scale, float *part, i
         *(vec *)(p + i) = values;
         sums += values;
     }
-    for (int i = visible; i < count; i++) p[i] = 0;
+    for (int i = visible; i < SPAN; i++) p[i] = 0;
     float shrink = expf(part[rank] - most);
     for (int i = 0; i < rank; i++) part[i] *= shrink;
     part[rank] = most;
@@ -392,7 +477,7 @@ static void soften(float *p, int visible, int count, float scale, float *part, i
 /* Each text's queries over this thread's share of its memory. */
 static void attend(const Step *s, const void *memory) {
     const Shape *a = s->s;
-    int rank = a->rank, width = rank + a->rope, each = s->c->n_each, queries = each * a->heads, is_bf16 = s->c->is_bf16;
+    int rank = a->rank, width = rank + a->rope, each = s->c->n_each, queries = each * a->heads, kind = s->c->kind;
     for (int text = 0; text < s->c->n_texts; text++) {
         float *q = s->queries + (long)text * queries * width;
         float *parts = s->parts + ((long)s->t * s->c->n_texts + text) * queries * (rank + 2);
@@ -405,15 +490,15 @@ static void attend(const Step *s, const void *memory) {
         for (int start = share(length, s->t, s->threads); start < end; start += SPAN) {
             int count = end - start < SPAN ? end - start : SPAN;
             long place = ((long)text * s->c->capacity + start) * width;
-            const void *here = (const char *)memory + place * (is_bf16 ? 2 : 4);
-            Matrix keys = {here, is_bf16, width};
-            product(keys, 0, count, (Rows){q, width}, (Rows){s->probs, SPAN}, queries, 0);
+            const void *here = (const char *)memory + place * (kind == FP32 ? 4 : 2);
+            Matrix keys = {here, kind, width};
+            product(keys, 0, count, (Rows){q, width}, (Rows){s->probs, SPAN}, queries, 0, s->narrow);
             for (int i = 0; i < queries; i++) {
                 int visible = index[i / a->heads] + 1 - start;
                 visible = visible < 0 ? 0 : visible > count ? count : visible;
-                soften(s->probs + i * SPAN, visible, count, a->scale, parts + (long)i * (rank + 2), rank);
+                soften(s->probs + i * SPAN, visible, a->scale, parts + (long)i * (rank + 2), rank);
             }
-            weigh(here, is_bf16, width, rank, count, s->probs, parts, queries);
+            weigh(here, kind, width, rank, count, s->probs, parts, queries);
         }
     }
 }
@@ -460,7 +545,7 @@ static void attention(const Step *s, const Block *b, void *memory) {
     while (from < to) { /* head by head */
         int head = from / a->v, end = (head + 1) * a->v < to ? (head + 1) * a->v : to;
         for (int i = 0; i < n; i++) join(s, (long)i * heads + head, s->h + (long)i * rank);
-        product(b->w_v, from, end, (Rows){s->h, rank}, (Rows){s->values + from, heads * a->v}, n, 0);
+        product(b->w_v, from, end, (Rows){s->h, rank}, (Rows){s->values + from, heads * a->v}, n, 0, s->narrow);
         from = end;
     }
     barrier();
@@ -489,8 +574,8 @@ static void hidden(const Step *s, const Mlp *mlp, int e, const int *index, const
                    float *up, int n) {
     int width = mlp->width, from = share(width, s->t, s->threads), to = share(width, s->t + 1, s->threads);
     Rows h = {s->h, s->s->dim, index};
-    product(mlp->w1, e * width + from, e * width + to, h, (Rows){gate + from, width}, n, 0);
-    product(mlp->w3, e * width + from, e * width + to, h, (Rows){up + from, width}, n, 0);
+    product(mlp->w1, e * width + from, e * width + to, h, (Rows){gate + from, width}, n, 0, s->narrow);
+    product(mlp->w3, e * width + from, e * width + to, h, (Rows){up + from, width}, n, 0, s->narrow);
     for (int i = 0; i < n; i++) {
         long row = (long)i * width + from;
         activate(gate + row, up + row, to - from, s->s->act, weights ? weights[i] : 1);
@@ -546,7 +631,7 @@ static void feed_forward(const Step *s, const Block *b) {
     if (b->mlp.width) hidden(s, &b->mlp, 0, 0, 0, s->gate, s->up, n);
     if (!b->experts.width) {
         barrier();
-        product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1);
+        product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
         barrier();
         return;
     }
@@ -571,11 +656,11 @@ static void feed_forward(const Step *s, const Block *b) {
             hidden(s, &b->experts, e, position + start, sorted + start, s->gate + base + start * width,
                    s->up + base + start * width, ends[e] - start);
     barrier();
-    if (b->mlp.width) product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1);
+    if (b->mlp.width) product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
     for (int e = 0, start = 0; e < n_experts; start = ends[e++]) {
         out.index = position + start;
         Rows in = {s->gate + base + start * width, width};
-        product(b->experts.w2, e * a->dim + from, e * a->dim + to, in, out, ends[e] - start, 1);
+        product(b->experts.w2, e * a->dim + from, e * a->dim + to, in, out, ends[e] - start, 1, s->narrow);
     }
     barrier();
 }
@@ -590,7 +675,7 @@ static void run_thread(const Step *s, const Stack *stack) {
         for (int i = 0; i < n; i++) {
             float *x = embedded + (long)i * stride;
             for (int j = 0; j < dim; j++)
-                x[j] = load_one(stack->embed.data, c->tokens[i] * dim + j, stack->embed.is_bf16);
+                x[j] = load_one(stack->embed.data, c->tokens[i] * dim + j, stack->embed.kind);
             if (stack->eh_proj.data) {
                 normalize(stack->enorm, x, x);
                 normalize(stack->hnorm, c->before + (long)i * dim, x + dim);
@@ -603,6 +688,8 @@ static void run_thread(const Step *s, const Stack *stack) {
         feed_forward(s, stack->blocks + i);
     }
     for (int i = s->t; i < n; i += s->threads) normalize(stack->norm, s->x + (long)i * dim, c->states + (long)i * dim);
+    barrier();
+    multiply(s, stack->head, s->s->vocab, c->states, c->logits, 0);
 }
 
 static long most(long a, long b) { return a > b ? a : b; }
@@ -625,12 +712,13 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
         units = most(units, b->mlp.width + (long)a->n_chosen * b->experts.width);
     }
     h_width = most(most(h_width, width), q_rank);
+    long narrow = most(n * (most(most(h_width, units), (long)a->heads * a->v) + 1), c->n_each * a->heads * width) / 2;
     long heads = a->heads, shared[] = {n * a->dim, n * q_rank, n * heads * (a->nope + a->rope), n * width,
         n * heads * width, c->threads * n * heads * (a->rank + 2), n * heads * a->v, n * a->n_experts,
         n * units, n * units};
     long probs = most(c->n_each * heads * SPAN, 2 * n * a->n_chosen + 2L * a->n_experts);
     long chosen = 2 * n * a->n_chosen + 2L * a->n_experts + 1 + a->n_groups;
-    long count = 16 * 16, each = n * h_width + probs + chosen + 3 * 16;
+    long count = 16 * 16, each = (n * h_width + probs + narrow + chosen + 5 * 16) / 16 * 16; /* whole lines */
     for (int i = 0; i < 10; i++) count += shared[i];
     float *memory = malloc((count + each * c->threads) * sizeof *memory);
     float *rest = (float *)(((uintptr_t)memory + 63) / 64 * 64);
@@ -651,6 +739,7 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
         float *own = rest + mine.t * each;
         mine.h = take(&own, n * h_width);
         mine.probs = take(&own, probs);
+        mine.narrow = take(&own, narrow);
         mine.chosen = (int *)take(&own, chosen);
         run_thread(&mine, stack);
     }

@@ -26,6 +26,7 @@ import fp8_ops
 import model as model_module
 from model import ACTIVATIONS, MLP, Block, Cache, Linear, MoE, RMSNorm, Transformer
 
+FP32, BF16, PAIRS = range(3)  # decode.c's kinds of matrices
 FEW_POSITIONS = 64  # of a call, up to which the modules are slower
 SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"]
@@ -103,7 +104,7 @@ def _digest(data: bytes) -> str:
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("is_bf16", c_int32), ("n_in", c_int32)]
+    _fields_ = [("data", c_void_p), ("kind", c_int32), ("n_in", c_int32)]
 
 
 class _Norm(ctypes.Structure):
@@ -144,13 +145,14 @@ class _Stack(ctypes.Structure):
         ("blocks", POINTER(_Block)),
         ("n_blocks", c_int32),
         ("norm", _Norm),
+        ("head", _Matrix),
     ]
 
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("tokens", "index", "before", "states", "memories")),
-        *((name, c_int32) for name in ("n_texts", "n_each", "capacity", "is_bf16", "threads")),
+        *((name, c_void_p) for name in ("tokens", "index", "before", "states", "logits", "memories")),
+        *((name, c_int32) for name in ("n_texts", "n_each", "capacity", "kind", "threads")),
     ]
 
 
@@ -173,11 +175,11 @@ class Decoder:
             *(list(ACTIVATIONS).index(args.hidden_act), args.route_scale, attn.softmax_scale),
             *(self._numbers(table) for table in (model.rope_cos, model.rope_sin)),
         )
-        embed = self._matrix(model.embed.weight)
-        self.main = _Stack(embed=embed, norm=self._norm(model.norm), **self._blocks(*model.layers))
+        ends = {"embed": self._matrix(model.embed.weight), "head": self._matrix(model.head)}
+        self.main = _Stack(**ends, norm=self._norm(model.norm), **self._blocks(*model.layers))
         self.mtp = [
             _Stack(
-                embed=embed,
+                **ends,
                 **{name: self._norm(getattr(module, name)) for name in ("enorm", "hnorm", "norm")},
                 eh_proj=self._matrix(module.eh_proj.weight),
                 **self._blocks(module.block),
@@ -193,37 +195,44 @@ class Decoder:
             few and fp8_ops.gemm_impl == "bf16" and model_module.attn_impl == "absorb" and not torch.is_grad_enabled()
         )
 
-    def hidden(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """The states that `Transformer.hidden` returns, (B, S, dim)."""
+    def read(self, tokens: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `Transformer.read` returns."""
         return self._run(self.main, 0, tokens, cache, None)
 
-    def look_ahead(self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """The states that `Transformer.look_ahead` returns, (B, S, dim)."""
+    def look_ahead(
+        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: Cache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `Transformer.look_ahead` returns."""
         return self._run(self.mtp[depth], self.main.n_blocks + depth, tokens, cache, h.float().contiguous())
 
     def _run(
         self, stack: _Stack, first_layer: int, tokens: torch.Tensor, cache: Cache, before: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         bsz, seqlen = tokens.shape
         layers = cache.layers[first_layer : first_layer + stack.n_blocks]
         memories = (c_void_p * len(layers))(*(layer[0].data_ptr() for layer in layers))
         index = (c_int32 * tokens.numel())(*(n + i for n in cache.lengths for i in range(seqlen)))
-        tokens, states = tokens.long().contiguous(), torch.empty(bsz, seqlen, self.shape.dim)
+        tokens = tokens.long().contiguous()
+        states, logits = torch.empty(bsz, seqlen, self.shape.dim), torch.empty(bsz, seqlen, self.shape.vocab)
         call = _Call(
             *(tokens.data_ptr(), ctypes.addressof(index), None if before is None else before.data_ptr()),
-            *(states.data_ptr(), ctypes.addressof(memories), bsz, seqlen, cache.capacity),
-            cache.layers[0][0].dtype == torch.bfloat16,
+            *(states.data_ptr(), logits.data_ptr(), ctypes.addressof(memories), bsz, seqlen, cache.capacity),
+            self._kind(cache.layers[0][0]),
             torch.get_num_threads(),
         )
         failed = library().run(ctypes.byref(self.shape), ctypes.byref(stack), ctypes.byref(call))
         if failed:
             raise MemoryError("not enough memory to decode") if failed == 1 else IndexError("a token out of range")
-        return states.to(self.dtype)
+        return states.to(self.dtype), logits
 
     def _numbers(self, tensor: torch.Tensor) -> int:
         """Keeps a tensor, as contiguous float32, and returns where its numbers are."""
         self.kept.append(tensor.detach().float().contiguous())
         return self.kept[-1].data_ptr()
+
+    def _kind(self, numbers: torch.Tensor) -> int:
+        """How decode.c multiplies with these: a model in bfloat16 rounds the other side too."""
+        return FP32 if numbers.dtype == torch.float32 else BF16 if self.dtype == torch.float32 else PAIRS
 
     def _norm(self, norm: RMSNorm) -> _Norm:
         return _Norm(self._numbers(norm.weight), norm.eps, norm.weight.numel())
@@ -233,7 +242,7 @@ class Decoder:
         weight = weight.dense_weight(self.dtype) if isinstance(weight, Linear) else weight
         weight = narrowed(weight.detach().to(self.dtype).contiguous())
         self.kept.append(weight)
-        return _Matrix(weight.data_ptr(), weight.dtype == torch.bfloat16, weight.shape[-1])
+        return _Matrix(weight.data_ptr(), self._kind(weight), weight.shape[-1])
 
     def _mlp(self, mlp: MLP | None) -> _MLP:
         return _MLP(*map(self._matrix, (mlp.w1, mlp.w2, mlp.w3)), mlp.w1.weight.shape[-2]) if mlp else _MLP()
@@ -261,7 +270,7 @@ class Decoder:
         out.mlp, out.experts = self._mlp(ffn.shared_experts), self._mlp(ffn.experts)
         gate = ffn.gate.weight.float().contiguous()  # routed in float32 throughout
         self.kept.append(gate)
-        out.gate = _Matrix(gate.data_ptr(), False, gate.shape[1])
+        out.gate = _Matrix(gate.data_ptr(), FP32, gate.shape[1])
         out.gate_bias = None if ffn.gate.bias is None else self._numbers(ffn.gate.bias)
         return out
 

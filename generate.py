@@ -243,7 +243,7 @@ class Batch:
         drafts: Bytes drafted at a time; 0 without an MTP module.
         drafted: How many of the bytes last drafted could have been accepted, in all rows.
         depth: How many MTP modules draft.
-        states: With drafts, the model's states (B, S, dim) of the bytes it read last, the drafts among them.
+        states: The model's states (B, S, dim) of the bytes it read last, the drafts among them.
         seen: For each row, how many positions the first module has seen: those before the first of `states`. Module k,
             from 0, needs k bytes more after each, so of the last k it has seen those whose drafts stayed. -1: the
             modules have to see all positions again.
@@ -316,8 +316,7 @@ class Batch:
         for layer in self.cache.layers:
             layer[:] = [tensor[rows] for tensor in layer]
         self.probs, self.ahead = self.probs[rows], self.ahead[rows]
-        if self.drafts:
-            self.states = self.states[rows]
+        self.states = self.states[rows]
 
     def _starts(self) -> list[int]:
         return [window_start(len(text), self.model.args.max_seq_len) for text in self.texts]
@@ -350,12 +349,8 @@ class Batch:
     def _read(self, tokens: list[list[int]]) -> np.ndarray:
         """Runs the model on the next bytes (B, S) and returns the probabilities of those after them, (B, S, V)."""
         ids = torch.tensor(tokens, device=self.model.head.weight.device)
-        if self.drafts:
-            self.states, _ = self.model.hidden(ids, self.cache)
-            self.cache.lengths = [length + ids.shape[1] for length in self.cache.lengths]
-            logits = self.model.head(self.states)
-        else:
-            logits = self.model(ids, self.cache)
+        self.states, logits = self.model.read(ids, self.cache)
+        self.cache.lengths = [length + ids.shape[1] for length in self.cache.lengths]
         return distribution(logits.flatten(0, 1), self.sampling).reshape(*ids.shape, -1)
 
     def _draft(self, generators: Generators, limits: Sequence[int]) -> tuple[list[list[int]], np.ndarray]:
@@ -378,16 +373,18 @@ class Batch:
                     [*known, *(ids[row] for ids in drafts)][i - over :] + [EOS_ID] * (width - len(known))
                     for row, known in enumerate(certain)
                 ]
-                new = model.look_ahead(i, states, torch.tensor(after, device=states.device), cache)
-                h = new[rows, ends + over, None]
+                new, logits = model.look_ahead(i, states, torch.tensor(after, device=states.device), cache)
+                h, logits = new[rows, ends + over, None], logits[rows, ends + over]
                 if i < self.depth - 1:
                     states = new if i < stayed else torch.cat([self.ahead[:, i, stayed, None], new], dim=1)
                     last = ends[:, None] + torch.arange(over - i, over + 1)
                     self.ahead[:, i, : i + 1] = new[rows[:, None], last]
             else:
                 cache.lengths = [length + i - self.depth for length in lengths]
-                h = model.look_ahead(self.depth - 1, h, torch.tensor(drafts[-1], device=h.device)[:, None], cache)
-            q.append(distribution(model.head(h)[:, 0], self.sampling))
+                after = torch.tensor(drafts[-1], device=h.device)[:, None]
+                h, logits = model.look_ahead(self.depth - 1, h, after, cache)
+                logits = logits[:, 0]
+            q.append(distribution(logits, self.sampling))
             drawing = [generator if i < limit else None for generator, limit in zip(generators, limits, strict=True)]
             drafts.append(draw(q[-1], drawing))
         cache.lengths = lengths
@@ -423,15 +420,12 @@ def prefill(
     chunk = max(PREFILL_POSITIONS // len(texts), 1)
     for start in range(0, longest - 1, chunk):
         end = min(start + chunk, longest - 1)
-        if depth == 0:
-            model(ids[:, start:end], cache)
-            continue
-        h, _ = model.hidden(ids[:, start:end], cache)
+        h, _ = model.read(ids[:, start:end], cache)
         for i in range(depth):
             for row, n in enumerate(seen):
                 if start <= n - i < end:
                     last[row, i] = h[row, n - i - start]
-            h = model.look_ahead(i, h, ids[:, start + 1 + i : end + 1 + i], cache)
+            h, _ = model.look_ahead(i, h, ids[:, start + 1 + i : end + 1 + i], cache)
         cache.lengths = [end] * len(texts)
     cache.lengths = [len(text) - 1 for text in texts]
     return last

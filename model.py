@@ -962,16 +962,25 @@ class Transformer(nn.Module):
         Raises:
             ValueError: More positions than the context or the cache has.
         """
-        h, _ = self.hidden(tokens, cache)
+        _, logits = self.read(tokens, cache)
         if cache is not None:
             cache.lengths = [length + tokens.shape[1] for length in cache.lengths]
-        return self.head(h).float()
+        return logits
+
+    def read(self, tokens: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Does what `forward` does, but leaves `cache.lengths`, so that MTP modules can read at the same positions.
+
+        Returns:
+            The states (B, S, dim), for `look_ahead`, and the logits, float32 (B, S, vocab_size).
+        """
+        if self.decoder is not None and self.decoder.takes(tokens, cache):
+            self.require_room(tokens.shape[1], cache)
+            return self.decoder.read(tokens, cache)
+        h, _ = self.hidden(tokens, cache)
+        return h, self.head(h).float()
 
     def hidden(self, tokens: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, list[Routing]]:
         """Runs the main layers: the states (B, S, dim) after the last norm, and what each MoE layer tells."""
-        if self.decoder is not None and self.decoder.takes(tokens, cache):
-            self.require_room(tokens.shape[1], cache)
-            return self.decoder.hidden(tokens, cache), []
         where = self.positions(tokens.shape[1], cache)
         h, routings = self.embed(tokens).to(self.compute_dtype), []
         for layer in self.layers:
@@ -979,23 +988,27 @@ class Transformer(nn.Module):
             routings += [routing] if routing is not None else []
         return self.norm(h), routings
 
-    def look_ahead(self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def look_ahead(
+        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: Cache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs an MTP module on states and the bytes after them, at the positions after `cache.lengths`.
 
         Args:
             depth: Which module, from 0.
-            h: States (B, S, dim), of `hidden` or of an earlier call.
+            h: States (B, S, dim), of `read` or of an earlier call.
             tokens: Token ids, int64 (B, S).
             cache: What came before in each row.
 
         Returns:
-            States (B, S, dim) for the head, which predict the byte after each of `tokens`.
+            The module's states (B, S, dim), and the logits of the byte after each of `tokens`, float32
+            (B, S, vocab_size).
         """
         if self.decoder is not None and self.decoder.takes(tokens, cache):
             self.require_room(tokens.shape[1], cache)
             return self.decoder.look_ahead(depth, h, tokens, cache)
         where = self.positions(tokens.shape[1], cache)
-        return self.mtp[depth](h, self.embed(tokens).to(h.dtype), where, cache)[0]
+        h, _ = self.mtp[depth](h, self.embed(tokens).to(h.dtype), where, cache)
+        return h, self.head(h).float()
 
     def require_room(self, seq_len: int, cache: Cache | None) -> int:
         """Returns where the next `seq_len` tokens end in the longest row, or raises a ValueError for too many."""

@@ -101,17 +101,16 @@ class Script:
     def new_cache(self, batch_size: int, capacity: int, spare: int = 0) -> SimpleNamespace:
         return SimpleNamespace(lengths=[0] * batch_size, layers=[[torch.zeros(batch_size, capacity)]])
 
-    def __call__(self, tokens: torch.Tensor, cache: SimpleNamespace) -> torch.Tensor:
+    def read(self, tokens: torch.Tensor, cache: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
         memory = cache.layers[0][0]
         for row, ids in enumerate(tokens.tolist()):
             memory[row, cache.lengths[row] : cache.lengths[row] + len(ids)] = torch.tensor(ids).float()
-            cache.lengths[row] += len(ids)
         logits = torch.full((*tokens.shape, 256), -50.0)
         if tokens.shape[1] == 1:  # else a prompt is read, and nobody looks
             for row, length in enumerate(cache.lengths):
                 script = self.scripts[bytes([int(memory[row, 0])])]
-                logits[row, 0, (script + b"\0")[length - 1]] = 50.0
-        return logits
+                logits[row, 0, (script + b"\0")[length]] = 50.0
+        return torch.zeros(*tokens.shape, self.args.dim), logits
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
@@ -250,9 +249,9 @@ def test_the_cache_and_the_positions_of_a_call_are_bounded() -> None:
     widths = []
 
     class Watched(Script):
-        def __call__(self, tokens: torch.Tensor, cache: SimpleNamespace) -> torch.Tensor:
+        def read(self, tokens: torch.Tensor, cache: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
             widths.append(tokens.numel())
-            return super().__call__(tokens, cache)
+            return super().read(tokens, cache)
 
     model = Watched({b"a": b"a" * 99_999})
     batch = Batch(model, [b"a" * 9_000, b"a"], Sampling(max_new_tokens=5))
@@ -453,8 +452,8 @@ def test_sampled_text_with_drafts_depends_on_prompt_seed_and_row_alone(
 def test_drafts_are_right_now_and_then_and_save_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     model_module.attn_impl = "absorb"
     model, calls, tally = guessing(3, max_seq_len=512), [], generate.Tally()
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *given: calls.append(given) or hidden(*given))
+    read = model.read
+    monkeypatch.setattr(model, "read", lambda *given: calls.append(given) or read(*given))
     sampling = replace(GREEDY, max_new_tokens=200, speculate=3)
     text = b"".join(piece for _, piece in generate.generate(model, [b"ab"], sampling, tally))
     assert 20 < tally.accepted < tally.drafted

@@ -479,9 +479,9 @@ def test_mtp_modules_with_a_cache(args: ModelArgs, impl: str, cut: int) -> None:
     with attention(impl, net):
         cache, parts = net.new_cache(2, 10), []
         for start, end in ((0, cut), (cut, 10)):
-            states, _ = net.hidden(tokens[:, start:end], cache)
+            states, _ = net.read(tokens[:, start:end], cache)
             for depth in range(len(net.mtp)):
-                states = net.look_ahead(depth, states, tokens[:, start + 1 : end + 1], cache)
+                states, _ = net.look_ahead(depth, states, tokens[:, start + 1 : end + 1], cache)
             parts.append(states)
             cache.lengths = [end, end]
     # two blocks more than logits have gone through, and as many norms of few numbers, which enlarge rounding
