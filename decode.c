@@ -52,7 +52,7 @@ position, E experts. */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef float quad __attribute__((vector_size(16)));
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -258,7 +258,8 @@ INLINE void product_of(Matrix w, int kind, int from, int to, Rows x, Rows y, int
             else PARTS(6);
             for (int r = 0; r < more; r++) {
                 float *to_row = row_of(y, start + r) + o - from;
-                for (int i = 0; i < count; i++) to_row[i] = out[r][i] + (adds ? to_row[i] : 0);
+                if (count == 1) *to_row = out[r][0] + (adds ? *to_row : 0);
+                else *(quad *)to_row = *(quad *)out[r] + (adds ? *(quad *)to_row : (quad){});
             }
         }
     }

@@ -6,8 +6,8 @@ transformers  its `generate`, one and sixteen texts at a time, both from one che
               bfloat16, as models are published; with --dtype fp32, greedy texts are the same
 context       a byte after 4,096 others, against one after 64 (configs/small.json)
 prefill       reading 4,096 bytes into the cache, against the forward pass of training
-speculation   drafting up to so many bytes by the MTP module, against not: the checkpoint of --ckpt-path continues the
-              beginnings of lines of Python, or else nano.json with a module, after --minutes on the standard library
+speculation   drafting so many bytes at a time by the MTP modules, against not: the checkpoint of --ckpt-path continues
+              the beginnings of lines of Python, or else nano.json with a module, after --minutes on the standard library
 fp8           an FP8 checkpoint, against the same in float32 and bfloat16
 """
 
@@ -141,10 +141,10 @@ def bench_transformers(options: argparse.Namespace, folder: Path) -> None:
 
 @torch.inference_mode()
 def step(model: Transformer, cache: model_module.Cache, length: int) -> None:
-    """Decodes 16 bytes after so many others."""
+    """Decodes 16 bytes after so many others; they differ, as in a text, and so do the experts that they need."""
     for i in range(16):
         cache.lengths = [length + i] * len(cache.lengths)
-        model(torch.full((len(cache.lengths), 1), 65), cache)
+        model(torch.randint(1, 256, (len(cache.lengths), 1)), cache)
 
 
 def bench_context(options: argparse.Namespace, folder: Path) -> None:
@@ -197,7 +197,7 @@ def bench_speculation(options: argparse.Namespace, folder: Path) -> None:
     for at_once in (1, min(len(BEGINNINGS), model.args.max_batch_size)):
         groups = [BEGINNINGS[i : i + at_once] for i in range(0, len(BEGINNINGS), at_once)]
         for temperature in (0.0, 0.8):
-            drafts = [0, 1, 2, 3]
+            drafts = range(1 + max(3, model.args.n_mtp_layers))
             ways = [Sampling(temperature, max_new_tokens=options.bytes, speculate=n) for n in drafts]
             tallies = [Tally() for _ in ways]
             actions = [partial(write_all, model, groups, *pair) for pair in zip(ways, tallies, strict=True)]
