@@ -36,7 +36,7 @@ position, E experts. */
 #endif
 #define OUTPUTS 4
 #define ROWS 6
-#define SPAN 128 /* positions of a memory that are attended to at a time: they stay in the second cache */
+#define SPAN 256 /* positions of a memory that are attended to at a time: they stay in the second cache */
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
