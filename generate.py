@@ -52,6 +52,7 @@ import torch
 
 import decode
 import fp8_ops
+import graphs
 import model as model_module
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, one_line, visible
 from checkpoint import keep_freed_memory, load_model
@@ -777,7 +778,9 @@ def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
-    if model_module.attn_impl == "absorb" and fp8_ops.gemm_impl == "bf16" and decode.suits(model):
+    if fp8_ops.gemm_impl == "bf16" and graphs.suits(model):
+        model.decoder = graphs.Recorder(model)
+    elif model_module.attn_impl == "absorb" and fp8_ops.gemm_impl == "bf16" and decode.suits(model):
         decode.attach(model)
         if model.decoder is None:
             advice = "install one, or name it in CC"

@@ -7,8 +7,9 @@ transformers  its `generate`, one and sixteen texts at a time, both from one che
 context       a byte after 4,096 others, against one after 64 (configs/small.json)
 prefill       reading 4,096 bytes into the cache, against the forward pass of training
 speculation   drafting so many bytes at a time by the MTP modules, against not: the checkpoint of --ckpt-path continues
-              the beginnings of lines of Python, or else nano.json with a module, after --minutes on the standard library
+              beginnings of lines of Python, or else nano.json with a module, after --minutes on the standard library
 fp8           an FP8 checkpoint, against the same in float32 and bfloat16
+graphs        on a GPU, calls that were recorded against launching their kernels one by one (configs/small.json)
 """
 
 import argparse
@@ -32,6 +33,7 @@ import convert  # noqa: E402
 import decode  # noqa: E402
 import fp8_ops  # noqa: E402
 import generate  # noqa: E402
+import graphs  # noqa: E402
 import model as model_module  # noqa: E402
 from checkpoint import load_model, save_model  # noqa: E402
 from generate import Sampling, Tally  # noqa: E402
@@ -78,14 +80,14 @@ def random_model(args: ModelArgs) -> Transformer:
     return model.eval().requires_grad_(False)
 
 
-def small(max_seq_len: int) -> Transformer:
+def small(max_seq_len: int, device: str = "cpu") -> Transformer:
     """`configs/small.json` with another context and random weights, in the dtype that generate.py would take."""
     config = json.loads((ROOT / "configs" / "small.json").read_text())
     config.pop("train")
     args = ModelArgs.from_dict(config | {"max_seq_len": max_seq_len, "original_seq_len": max_seq_len})
-    model, dtype = random_model(args), fp8_ops.pick_dtype("cpu")
+    model, dtype = random_model(args), fp8_ops.pick_dtype(device)
     model.compute_dtype = dtype
-    return decode.attach(model.to(dtype))
+    return decode.attach(model.to(device, dtype))
 
 
 def prompts(n: int) -> list[bytes]:
@@ -230,12 +232,32 @@ def bench_fp8(options: argparse.Namespace, folder: Path) -> None:
     print_table(*rows)
 
 
+def bench_graphs(options: argparse.Namespace, folder: Path) -> None:
+    """On a GPU, with recorded calls against without."""
+    if not torch.cuda.is_available() or not graphs.suits(model := small(512, "cuda")):
+        print("no GPU on which calls can be recorded\n")
+        return
+    rows: list[tuple[object, ...]] = [("texts", "bytes/s", "kernel by kernel", "ratio")]
+    for n_rows in (1, 8):
+        sampling, recorder = Sampling(0, max_new_tokens=256), graphs.Recorder(model)
+
+        def decode_by(decoder: graphs.Recorder | None, n_rows: int = n_rows, sampling: Sampling = sampling) -> None:
+            model.decoder = decoder
+            write(model, prompts(n_rows), sampling)
+
+        times = seconds(options.repeat, partial(decode_by, recorder), partial(decode_by, None))
+        one, other = (n_rows * sampling.max_new_tokens / t for t in times)
+        rows.append((n_rows, f"{one:.0f}", f"{other:.0f}", one / other))
+    print_table(*rows)
+
+
 BENCHES = {
     "transformers": bench_transformers,
     "context": bench_context,
     "prefill": bench_prefill,
     "speculation": bench_speculation,
     "fp8": bench_fp8,
+    "graphs": bench_graphs,
 }
 
 

@@ -156,8 +156,7 @@ def test_tokens_out_of_range_are_refused() -> None:
             with pytest.raises(IndexError):
                 model.read(torch.tensor([[65, token]]), model.new_cache(1, 8))
         narrow, wide = (
-            model.read(torch.tensor([[65, 66]], dtype=d), model.new_cache(1, 8))[1]
-            for d in (torch.int32, torch.int64)
+            model.read(torch.tensor([[65, 66]], dtype=d), model.new_cache(1, 8))[1] for d in (torch.int32, torch.int64)
         )
     assert torch.equal(narrow, wide)
 
