@@ -16,9 +16,11 @@ Shapes: N positions of the call, `n_texts` rows of `n_each`; H heads; C `kv_lora
 position, E experts. */
 
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -45,9 +47,17 @@ position, E experts. */
 /* Four of a quad of `a` and the same of `b` (from B on), alike in every quad of a vector. */
 #define B LANES
 #if LANES == 16
-#define QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, k + 12, l + 12
+#define QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4, QUADS_AFTER(i + 8, j + 8, k + 8, l + 8)
+#define QUADS_AFTER(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
 #else
 #define QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
+#endif
+#if defined(__x86_64__)
+#define PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define PAUSE() __asm__ volatile("yield")
+#else
+#define PAUSE() (void)0
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
@@ -301,11 +311,17 @@ static void normalize(Norm norm, const float *x, float *y) {
 
 /* --- The layers ------------------------------------------------------------------------------------------------- */
 
+/* Where threads meet: how many are there, how often all were, and whether one was ever awaited for long. */
+typedef struct {
+    int here, turn, is_late;
+} Meeting;
+
 /* What the threads share, and at its end what each has for itself. */
 typedef struct {
     const Shape *s;
     const Call *c;
     int n, t, threads;
+    Meeting *meeting;
     float *x;              /* (N, dim), the residual stream */
     float *q_a, *q, *kv;   /* (N, q rank), (N, H, nope + R), (N, C + R) */
     float *queries;        /* (N, H, C + R) */
@@ -316,13 +332,33 @@ typedef struct {
     float *h;              /* own: (N, dim), or before an MTP module (N, 2 dim); (N, q rank); (C + R); (N, C) */
     float *probs;          /* own: (n_each·H, SPAN); or (N·K + E) weights, (N·K) sorted ones and (E) scores */
     float *narrow;         /* own: the rows of a product in bfloat16 */
+    double *met;           /* own: when the last meeting was over, in seconds */
     int *chosen;           /* own: (N·K) experts, (N·K) places, (E + 1) ends, (E) flags, (n_groups) flags */
 } Step;
 
-static void barrier(void) {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec + now.tv_nsec * 1e-9;
+}
+
+/* Waits until every thread is here. If that takes far longer than the work did, the thread that is missing has no
+   processor, as other programs want it as well: the caller learns of it, since each meeting then takes milliseconds. */
+static void barrier(const Step *s) {
+    if (s->threads == 1) return;
+    double came = seconds(), patience = 1e-3 + 4 * (came - *s->met);
+    int turn = __atomic_load_n(&s->meeting->turn, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&s->meeting->here, 1, __ATOMIC_ACQ_REL) == s->threads) {
+        __atomic_store_n(&s->meeting->here, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&s->meeting->turn, turn + 1, __ATOMIC_RELEASE);
+    }
+    for (int tries = 1; __atomic_load_n(&s->meeting->turn, __ATOMIC_ACQUIRE) == turn; tries++) {
+        PAUSE();
+        if (tries % 1024 || seconds() - came < patience) continue;
+        __atomic_store_n(&s->meeting->is_late, 1, __ATOMIC_RELAXED);
+        sched_yield();
+    }
+    *s->met = seconds();
 }
 
 /* A thread's outputs of a product with all positions; it adds to the residual stream, and replaces elsewhere. */
@@ -531,17 +567,17 @@ static void attention(const Step *s, const Block *b, void *memory) {
     if (b->wq_a.data) {
         int q_rank = b->wq_b.n_in;
         multiply(s, b->wq_a, q_rank, s->h, s->q_a, 0);
-        barrier();
+        barrier(s);
         for (int i = 0; i < n; i++) normalize(b->q_norm, s->q_a + (long)i * q_rank, h + (long)i * q_rank);
     }
     multiply(s, b->wq_b, heads * (a->nope + a->rope), h, s->q, 0);
-    barrier();
+    barrier(s);
     for (int i = t; i < n; i += threads) remember(s, b, memory, i);
     multiply_heads(s, b->w_k, rank, s->q, a->nope + a->rope, s->queries, rank + a->rope,
                    share(heads * rank, t, threads), share(heads * rank, t + 1, threads));
-    barrier();
+    barrier(s);
     attend(s, memory);
-    barrier();
+    barrier(s);
     int from = share(heads * a->v, t, threads), to = share(heads * a->v, t + 1, threads);
     while (from < to) { /* head by head */
         int head = from / a->v, end = (head + 1) * a->v < to ? (head + 1) * a->v : to;
@@ -549,9 +585,9 @@ static void attention(const Step *s, const Block *b, void *memory) {
         product(b->w_v, from, end, (Rows){s->h, rank}, (Rows){s->values + from, heads * a->v}, n, 0, s->narrow);
         from = end;
     }
-    barrier();
+    barrier(s);
     multiply(s, b->wo, a->dim, s->values, s->x, 1);
-    barrier();
+    barrier(s);
 }
 
 static void activate(float *gate, const float *up, int n, int act, float weight) {
@@ -631,13 +667,13 @@ static void feed_forward(const Step *s, const Block *b) {
     for (int i = 0; i < n; i++) normalize(b->ffn_norm, s->x + (long)i * a->dim, s->h + (long)i * a->dim);
     if (b->mlp.width) hidden(s, &b->mlp, 0, 0, 0, s->gate, s->up, n);
     if (!b->experts.width) {
-        barrier();
+        barrier(s);
         product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
-        barrier();
+        barrier(s);
         return;
     }
     multiply(s, b->gate, n_experts, s->h, s->scores, 0);
-    barrier();
+    barrier(s);
     int *experts = s->chosen, *position = experts + n * k, *ends = position + n * k, *flags = ends + n_experts + 1;
     float *weights = s->probs, *sorted = weights + n * k + n_experts, *choice = sorted + n * k;
     for (int i = 0; i < n; i++) /* weights has room for a row of scores */
@@ -656,14 +692,14 @@ static void feed_forward(const Step *s, const Block *b) {
         if (ends[e] > start)
             hidden(s, &b->experts, e, position + start, sorted + start, s->gate + base + start * width,
                    s->up + base + start * width, ends[e] - start);
-    barrier();
+    barrier(s);
     if (b->mlp.width) product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
     for (int e = 0, start = 0; e < n_experts; start = ends[e++]) {
         out.index = position + start;
         Rows in = {s->gate + base + start * width, width};
         product(b->experts.w2, e * a->dim + from, e * a->dim + to, in, out, ends[e] - start, 1, s->narrow);
     }
-    barrier();
+    barrier(s);
 }
 
 /* All layers, in one of the threads. */
@@ -683,13 +719,13 @@ static void run_thread(const Step *s, const Stack *stack) {
             }
         }
     if (stack->eh_proj.data) multiply(s, stack->eh_proj, dim, s->h, s->x, 0);
-    barrier();
+    barrier(s);
     for (int i = 0; i < stack->n_blocks; i++) {
         attention(s, stack->blocks + i, c->memories[i]);
         feed_forward(s, stack->blocks + i);
     }
     for (int i = s->t; i < n; i += s->threads) normalize(stack->norm, s->x + (long)i * dim, c->states + (long)i * dim);
-    barrier();
+    barrier(s);
     multiply(s, stack->head, s->s->vocab, c->states, c->logits, 0);
 }
 
@@ -702,7 +738,8 @@ static float *take(float **from, long count) {
     return here;
 }
 
-/* Runs the layers of a stack on a call. Returns 0, 1 if there is not enough memory, or 2 for a token out of range. */
+/* Runs the layers of a stack on a call. Returns 0, or -1 if a thread had to wait for its processor; 1 if there is not
+   enough memory, 2 for a token out of range. */
 int run(const Shape *a, const Stack *stack, const Call *c) {
     long n = (long)c->n_texts * c->n_each, width = a->rank + a->rope, q_rank = 1, units = 1, h_width = 2L * a->dim;
     for (long i = 0; i < n; i++)
@@ -724,7 +761,8 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
     float *memory = malloc((count + each * c->threads) * sizeof *memory);
     float *rest = (float *)(((uintptr_t)memory + 63) / 64 * 64);
     if (!memory) return 1;
-    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1};
+    Meeting meeting = {0, 0, 0};
+    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1, .meeting = &meeting};
     float **fields[] = {&step.x, &step.q_a, &step.q, &step.kv, &step.queries, &step.parts, &step.values, &step.scores,
         &step.gate, &step.up};
     for (int i = 0; i < 10; i++) *fields[i] = take(&rest, shared[i]);
@@ -738,6 +776,8 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
         mine.threads = omp_get_num_threads();
 #endif
         float *own = rest + mine.t * each;
+        double met = seconds();
+        mine.met = &met;
         mine.h = take(&own, n * h_width);
         mine.probs = take(&own, probs);
         mine.narrow = take(&own, narrow);
@@ -745,5 +785,5 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
         run_thread(&mine, stack);
     }
     free(memory);
-    return 0;
+    return meeting.is_late ? -1 : 0;
 }

@@ -27,6 +27,7 @@ import model as model_module
 from model import ACTIVATIONS, MLP, Block, Cache, Linear, MoE, RMSNorm, Transformer
 
 FP32, BF16, PAIRS = range(3)  # decode.c's kinds of matrices
+SHORT_RETREAT, LONG_RETREAT = 32, 1024  # calls by one thread, where others had no processor
 FEW_POSITIONS = 64  # of a call, up to which the modules are slower
 SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"]
@@ -166,6 +167,8 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: Transformer):
         self.dtype = model.compute_dtype
+        self.alone = 0  # calls to come by one thread, as other programs want the processors
+        self.retreat = SHORT_RETREAT  # how many calls that is the next time
         self.kept: list[torch.Tensor] = []  # what the pointers below point to
         args, attn = model.args, model.layers[0].attn
         self.shape = _Shape(
@@ -218,12 +221,22 @@ class Decoder:
             *(tokens.data_ptr(), ctypes.addressof(index), None if before is None else before.data_ptr()),
             *(states.data_ptr(), logits.data_ptr(), ctypes.addressof(memories), bsz, seqlen, cache.capacity),
             self._kind(cache.layers[0][0]),
-            torch.get_num_threads(),
+            1 if self.alone else torch.get_num_threads(),
         )
-        failed = library().run(ctypes.byref(self.shape), ctypes.byref(stack), ctypes.byref(call))
-        if failed:
-            raise MemoryError("not enough memory to decode") if failed == 1 else IndexError("a token out of range")
+        result = library().run(ctypes.byref(self.shape), ctypes.byref(stack), ctypes.byref(call))
+        if result > 0:
+            raise MemoryError("not enough memory to decode") if result == 1 else IndexError("a token out of range")
+        self._share(is_late=result < 0)
         return states.to(self.dtype), logits
+
+    def _share(self, is_late: bool) -> None:
+        """Decides about threads: when one was late, one does it all for a while, and twice as long the next time."""
+        if self.alone:
+            self.alone -= 1
+        elif is_late:
+            self.alone, self.retreat = self.retreat, min(2 * self.retreat, LONG_RETREAT)
+        else:
+            self.retreat = max(self.retreat - 1, SHORT_RETREAT)
 
     def _numbers(self, tensor: torch.Tensor) -> int:
         """Keeps a tensor, as contiguous float32, and returns where its numbers are."""

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,6 +180,36 @@ def test_many_positions_and_plain_attention_stay_with_the_modules(monkeypatch: p
     with torch.inference_mode():
         model(torch.full((2, 40), 65), model.new_cache(2, 50))
     assert decode.attach(make(kv_lora_rank=0)).decoder is None
+
+
+def test_where_a_thread_was_late_one_does_it_all_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other programs want the processors too, threads that wait for each other are many times slower."""
+    model, threads, late = decode.attach(make()), [], [False]
+    run = decode.library().run
+
+    def watched(*given: Any) -> int:
+        threads.append(given[2]._obj.threads)
+        assert run(*given) <= 0  # whatever else runs here meanwhile
+        return -late[0]
+
+    monkeypatch.setattr(decode, "library", lambda: SimpleNamespace(run=watched))
+    torch.set_num_threads(2)
+
+    def calls(n: int) -> list[int]:
+        threads.clear()
+        with torch.inference_mode():
+            for _ in range(n):
+                model.read(torch.tensor([[65]]), model.new_cache(1, 8))
+        return threads
+
+    assert calls(3) == [2, 2, 2]
+    late[0] = True
+    assert calls(1 + 32 + 1 + 64 + 1) == [2] + [1] * 32 + [2] + [1] * 64 + [2]  # twice as long each time
+    assert calls(20_000).count(2) <= 25
+    late[0] = False
+    assert calls(1024 + 2000)[-1000:] == [2] * 1000
+    late[0] = True
+    assert calls(1 + 32 + 1)[1:] == [1] * 32 + [2], "what was long ago is forgotten"
 
 
 # --- the compiler -----------------------------------------------------------------------------------------------------
