@@ -1,7 +1,7 @@
 /* The model for a few positions at a time on a CPU: what decode.py compiles and calls.
 
 Decoding reads every weight that a byte needs for two operations on it. So the speed is that of memory, if nothing else
-takes time: no calls between operations, no copies, no thread that waits. One call of `run` does all layers, as follows.
+takes time: no calls between operations, no copies, no thread that waits. One call of `run` does all layers and the head.
 
 The mathematics is model.py's under "absorb", step by step; names are those of its modules. Sums are in float32.
 Weights lie as the modules have them, in float32 or bfloat16: rows of `n_in` numbers, one for each output. A model that
@@ -62,6 +62,7 @@ position, E experts. */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float pairs __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -128,7 +129,7 @@ typedef struct {
 /* --- Numbers ---------------------------------------------------------------------------------------------------- */
 
 INLINE vec load(const void *data, long i, int kind) {
-    if (!kind) return *(const vec *)((const float *)data + i);
+    if (kind == FP32) return *(const vec *)((const float *)data + i);
     const uint16_t *at = (const uint16_t *)data + i;
 #if defined(__AVX512F__)
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16);
@@ -140,13 +141,13 @@ INLINE vec load(const void *data, long i, int kind) {
 }
 
 INLINE float load_one(const void *data, long i, int kind) {
-    if (!kind) return ((const float *)data)[i];
+    if (kind == FP32) return ((const float *)data)[i];
     union { uint32_t bits; float value; } u = {(uint32_t)((const uint16_t *)data)[i] << 16};
     return u.value;
 }
 
 static void store_one(void *data, long i, int kind, float value) {
-    if (!kind) {
+    if (kind == FP32) {
         ((float *)data)[i] = value;
         return;
     }
@@ -173,6 +174,7 @@ INLINE quad totals(vec a, vec b, vec c, vec d) {
     vec cd = SHUFFLE(c, d, QUADS(0, B, 1, B + 1)) + SHUFFLE(c, d, QUADS(2, B + 2, 3, B + 3));
     return quarter(SHUFFLE(ab, cd, QUADS(0, 1, B, B + 1)) + SHUFFLE(ab, cd, QUADS(2, 3, B + 2, B + 3)));
 }
+#undef B
 
 INLINE vec pick(ints where, vec a, vec b) { return (vec)((where & (ints)a) | (~where & (ints)b)); }
 
@@ -214,7 +216,7 @@ INLINE vec multiply_add(vec sum, vec a, vec b, int kind) {
 
 /* Numbers of a row as they are multiplied: LANES, or of PAIRS twice as many. */
 INLINE vec operand(const void *data, long i, int kind) {
-    return kind == PAIRS ? *(const vec *)((const uint16_t *)data + i) : load(data, i, kind);
+    return kind == PAIRS ? (vec) * (const pairs *)((const uint16_t *)data + i) : load(data, i, kind);
 }
 
 /* The products of `outputs` rows of weights with n of x, to out[row][output]. Constants, so the sums are registers. */
@@ -224,7 +226,7 @@ INLINE void tile(const char *w, int kind, int n_in, const void *const *x, int ou
     int other = kind == PAIRS ? PAIRS : FP32, lanes = kind == PAIRS ? 2 * LANES : LANES, i = 0;
     for (; i + lanes <= n_in; i += lanes) {
         vec weights[OUTPUTS];
-        for (long j = 0; j < outputs * lanes * bytes; j += 64) /* what comes two tiles later is on its way */
+        for (long j = 0; j < outputs * lanes * bytes; j += 64) /* what comes some tiles later is on its way */
             __builtin_prefetch(w + 4 * OUTPUTS * size + i * outputs * bytes + j, 0, 2);
         for (int o = 0; o < outputs; o++) weights[o] = operand(w + o * size, i, kind);
         for (int r = 0; r < n; r++) {
@@ -287,6 +289,7 @@ static void narrow_row(const float *x, int n, void *to) {
 
 /* `narrow` is room for n rows of x in bfloat16, which PAIRS need. */
 static void product(Matrix w, int from, int to, Rows x, Rows y, int n, int adds, float *narrow) {
+    if (from == to) return; /* nothing of it is this thread's */
 #ifdef __AVX512BF16__
     if (w.kind == PAIRS) {
         int stride = (w.n_in + 1) / 2; /* float32 numbers that are as long as a row */
@@ -702,7 +705,7 @@ static void feed_forward(const Step *s, const Block *b) {
     barrier(s);
 }
 
-/* All layers, in one of the threads. */
+/* All layers and the head, in one of the threads. */
 static void run_thread(const Step *s, const Stack *stack) {
     const Call *c = s->c;
     int dim = s->s->dim, n = s->n;
@@ -738,8 +741,8 @@ static float *take(float **from, long count) {
     return here;
 }
 
-/* Runs the layers of a stack on a call. Returns 0, or -1 if a thread had to wait for its processor; 1 if there is not
-   enough memory, 2 for a token out of range. */
+/* Runs the layers of a stack and the head on a call. Returns 0, or -1 if a thread had to wait for its processor; 1 if
+   there is not enough memory, 2 for a token out of range. */
 int run(const Shape *a, const Stack *stack, const Call *c) {
     long n = (long)c->n_texts * c->n_each, width = a->rank + a->rope, q_rank = 1, units = 1, h_width = 2L * a->dim;
     for (long i = 0; i < n; i++)
@@ -750,7 +753,8 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
         units = most(units, b->mlp.width + (long)a->n_chosen * b->experts.width);
     }
     h_width = most(most(h_width, width), q_rank);
-    long narrow = most(n * (most(most(h_width, units), (long)a->heads * a->v) + 1), c->n_each * a->heads * width) / 2;
+    long widest = most(most(h_width, units), most((long)a->heads * a->v, a->nope)); /* of a product's rows */
+    long narrow = most(n * ((widest + 1) / 2), c->n_each * a->heads * ((width + 1) / 2));
     long heads = a->heads, shared[] = {n * a->dim, n * q_rank, n * heads * (a->nope + a->rope), n * width,
         n * heads * width, c->threads * n * heads * (a->rank + 2), n * heads * a->v, n * a->n_experts,
         n * units, n * units};

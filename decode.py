@@ -1,9 +1,9 @@
 """Decoding on a CPU: the model for a few positions at a time, by decode.c.
 
 When a byte is decoded, each weight is read for two operations. torch's products and the Python between them then take
-several times as long as the memory needs to be read. decode.c has all layers in one call instead, in the same
-mathematics and with the same cache: it is compiled when it is first needed, for this machine, and kept in the user's
-cache folder. Without a C compiler the modules of model.py do it all, more slowly.
+several times as long as the memory needs to be read. decode.c has all layers and the head in one call instead, in the
+same mathematics and with the same cache: it is compiled when it is first needed, for this machine, and kept in the
+user's cache folder. Without a C compiler the modules of model.py do it all, more slowly.
 
 This file compiles and calls it, and shows it the model: the structures below are those of decode.c, field by field.
 Weights stay where they are, unless bfloat16 holds them without loss: then half as much is read.
