@@ -195,8 +195,8 @@ def bench_speculation(options: argparse.Namespace, folder: Path) -> None:
         subprocess.run(list(map(str, [sys.executable, *train])), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     dtype = fp8_ops.pick_dtype("cpu", options.dtype)
     model = decode.attach(load_model(path, "cpu", dtype))
-    rows: list[tuple[object, ...]] = [("texts", "choice", "drafts", "bytes/s", "without", "ratio", "accepted")]
     for at_once in (1, min(len(BEGINNINGS), model.args.max_batch_size)):
+        rows: list[tuple[object, ...]] = [("texts", "choice", "drafts", "bytes/s", "without", "ratio", "accepted")]
         groups = [BEGINNINGS[i : i + at_once] for i in range(0, len(BEGINNINGS), at_once)]
         for temperature in (0.0, 0.8):
             drafts = range(1 + max(3, model.args.n_mtp_layers))
@@ -209,7 +209,7 @@ def bench_speculation(options: argparse.Namespace, folder: Path) -> None:
                 how, accepted = "sampled" if temperature else "greedy", tally.accepted / max(tally.drafted, 1)
                 figures = f"{speed:.0f}", f"{speeds[0]:.0f}", speed / speeds[0], f"{accepted:.0%}"
                 rows.append((at_once, how, n, *figures))
-    print_table(*rows)
+        print_table(*rows)
 
 
 def write_all(model: Transformer, groups: list[list[bytes]], sampling: Sampling, tally: Tally) -> int:
