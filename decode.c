@@ -128,6 +128,9 @@ typedef struct {
 
 /* --- Numbers ---------------------------------------------------------------------------------------------------- */
 
+/* Bytes of a number. */
+INLINE long size_of(int kind) { return kind == FP32 ? 4 : 2; }
+
 INLINE vec load(const void *data, long i, int kind) {
     if (kind == FP32) return *(const vec *)((const float *)data + i);
     const uint16_t *at = (const uint16_t *)data + i;
@@ -222,7 +225,7 @@ INLINE vec operand(const void *data, long i, int kind) {
 /* The products of `outputs` rows of weights with n of x, to out[row][output]. Constants, so the sums are registers. */
 INLINE void tile(const char *w, int kind, int n_in, const void *const *x, int outputs, int n, float out[][OUTPUTS]) {
     vec sums[OUTPUTS][ROWS] = {};
-    long bytes = kind == FP32 ? 4 : 2, size = n_in * bytes;
+    long bytes = size_of(kind), size = n_in * bytes;
     int other = kind == PAIRS ? PAIRS : FP32, lanes = kind == PAIRS ? 2 * LANES : LANES, i = 0;
     for (; i + lanes <= n_in; i += lanes) {
         vec weights[OUTPUTS];
@@ -246,7 +249,7 @@ INLINE void tile(const char *w, int kind, int n_in, const void *const *x, int ou
 
 /* y[r][o] = x[r] . w[o], or += where it adds, for outputs from..to and n rows; y[r][0] is output `from`. */
 INLINE void product_of(Matrix w, int kind, int from, int to, Rows x, Rows y, int n, int adds) {
-    long size = (long)w.n_in * (kind == FP32 ? 4 : 2);
+    long size = w.n_in * size_of(kind);
     int chunks = (n + ROWS - 1) / ROWS;
     for (int o = from, count; o < to; o += count) {
         const char *weights = (const char *)w.data + o * size;
@@ -530,7 +533,7 @@ static void attend(const Step *s, const void *memory) {
         for (int start = share(length, s->t, s->threads); start < end; start += SPAN) {
             int count = end - start < SPAN ? end - start : SPAN;
             long place = ((long)text * s->c->capacity + start) * width;
-            const void *here = (const char *)memory + place * (kind == FP32 ? 4 : 2);
+            const void *here = (const char *)memory + place * size_of(kind);
             Matrix keys = {here, kind, width};
             product(keys, 0, count, (Rows){q, width}, (Rows){s->probs, SPAN}, queries, 0, s->narrow);
             for (int i = 0; i < queries; i++) {

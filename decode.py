@@ -22,21 +22,17 @@ from pathlib import Path
 
 import torch
 
-import fp8_ops
-import model as model_module
 from model import ACTIVATIONS, MLP, Block, Cache, Linear, MoE, RMSNorm, Transformer
 
 FP32, BF16, PAIRS = range(3)  # decode.c's kinds of matrices
 SHORT_RETREAT, LONG_RETREAT = 32, 1024  # calls by one thread, where others had no processor
-FEW_POSITIONS = 64  # of a call, up to which the modules are slower
 SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"]
 
 
 def suits(model: Transformer) -> bool:
     """Whether decode.c has all that a model needs: it is whole, has a latent, and is on a CPU."""
-    whole = model.layers[0].attn.n_heads == model.args.n_heads
-    return model.head.weight.device.type == "cpu" and model.args.kv_lora_rank > 0 and whole
+    return model.head.weight.device.type == "cpu" and model.args.kv_lora_rank > 0 and model.is_whole()
 
 
 def attach(model: Transformer) -> Transformer:
@@ -164,6 +160,8 @@ class Decoder:
         model: The model, whole and on a CPU.
     """
 
+    attn_impls = ("absorb",)
+
     @torch.no_grad()
     def __init__(self, model: Transformer):
         self.dtype = model.compute_dtype
@@ -189,14 +187,6 @@ class Decoder:
             )
             for module in model.mtp
         ]
-
-    @staticmethod
-    def takes(tokens: torch.Tensor, cache: Cache | None) -> bool:
-        """Whether a call with these tokens (B, S) and this cache is one for the decoder."""
-        few = cache is not None and tokens.numel() <= FEW_POSITIONS
-        return (
-            few and fp8_ops.gemm_impl == "bf16" and model_module.attn_impl == "absorb" and not torch.is_grad_enabled()
-        )
 
     def read(self, tokens: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
         """What `Transformer.read` returns."""

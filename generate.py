@@ -778,9 +778,11 @@ def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
-    if fp8_ops.gemm_impl == "bf16" and graphs.suits(model):
+    if fp8_ops.gemm_impl != "bf16":
+        return model
+    if graphs.suits(model):
         model.decoder = graphs.Recorder(model)
-    elif model_module.attn_impl == "absorb" and fp8_ops.gemm_impl == "bf16" and decode.suits(model):
+    elif model_module.attn_impl in decode.Decoder.attn_impls and decode.suits(model):
         decode.attach(model)
         if model.decoder is None:
             advice = "install one, or name it in CC"

@@ -16,10 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-import fp8_ops
 from model import Cache, Experts, Positions, Transformer
 
-FEW_POSITIONS = 64  # of a call, up to which launching takes longer than computing
 SHORTEST = 64  # length that attention goes over at least
 REPEATS = 4  # calls of a kind before it is recorded, which takes as long as some calls
 MOST_GRAPHS = 64  # kept at a time, each with memory of its own
@@ -28,7 +26,7 @@ MOST_GRAPHS = 64  # kept at a time, each with memory of its own
 def suits(model: Transformer) -> bool:
     """Whether a model's calls can be recorded: it is whole, on a GPU, and its kernels ask Python nothing."""
     device = model.head.weight.device
-    if device.type != "cuda" or model.layers[0].attn.n_heads != model.args.n_heads:
+    if device.type != "cuda" or not model.is_whole():
         return False
     stacks = [m.w1.weight for m in model.modules() if isinstance(m, Experts)]
     # the experts' products by torch's own kernel, as fp8_ops.linear takes it; others tell Python how many rows each has
@@ -49,16 +47,12 @@ class Recorder:
         model: The model, whose weights must stay where they are.
     """
 
+    attn_impls = ("naive", "absorb")
+
     def __init__(self, model: Transformer):
         self.model = model
         self.calls: Counter[tuple[object, ...]] = Counter()
         self.graphs: dict[tuple[object, ...], _Graph] = {}
-
-    @staticmethod
-    def takes(tokens: torch.Tensor, cache: Cache | None) -> bool:
-        """Whether a call with these tokens (B, S) and this cache is one for the recorder."""
-        few = cache is not None and tokens.numel() <= FEW_POSITIONS
-        return few and fp8_ops.gemm_impl == "bf16" and not torch.is_grad_enabled()
 
     def read(self, tokens: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
         """What `Transformer.read` returns."""
@@ -85,7 +79,7 @@ class Recorder:
         key = (depth, tuple(tokens.shape), length, where)
         self.calls[key] += 1
         if key not in self.graphs:
-            if self.calls[key] <= REPEATS or tokens.device.type != "cuda":
+            if self.calls[key] <= REPEATS:
                 return compute(*inputs)
             self.graphs[key] = self._record(compute, inputs)
         graph, places, outputs = self.graphs[key]

@@ -37,6 +37,7 @@ import fp8_ops
 
 attn_impl: Literal["naive", "absorb"] = "naive"
 
+FEW_POSITIONS = 64  # of a call, up to which a decoder is faster than the modules
 QUERY_BLOCK = 256  # queries of one product in `attend_in_products`: larger ones see more that is masked
 EMBEDDING_STD = 0.3  # at the start; with 1, small models learn the slower
 LATENT_NORM_EPS = 1e-6  # of q_norm and kv_norm, whatever norm_eps is, in DeepSeek's code and in transformers
@@ -879,7 +880,8 @@ class Transformer(nn.Module):
 
     Attributes:
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
-        decoder: What runs the calls that it `takes` instead of the modules (see decode.py); None: nothing does.
+        decoder: What runs calls of few positions instead of the modules, under its `attn_impls` (see decode.py and
+            graphs.py); None: nothing does.
     """
 
     def __init__(self, args: ModelArgs, compute_dtype: torch.dtype = torch.float32, fp8_weights: bool = False):
@@ -924,6 +926,10 @@ class Transformer(nn.Module):
     def gates(self) -> list[Gate]:
         """The routers, in the order of the layers, MTP modules last: the rows of `Losses.load`."""
         return [m for m in self.modules() if isinstance(m, Gate)]
+
+    def is_whole(self) -> bool:
+        """Whether all heads are here, and not some in other processes."""
+        return self.layers[0].attn.n_heads == self.args.n_heads
 
     def n_params(self) -> tuple[int, int]:
         """Numbers of parameters: all, and those that one position goes through (routed experts by their share)."""
@@ -973,8 +979,7 @@ class Transformer(nn.Module):
         Returns:
             The states (B, S, dim), for `look_ahead`, and the logits, float32 (B, S, vocab_size).
         """
-        if self.decoder is not None and self.decoder.takes(tokens, cache):
-            self.require_room(tokens.shape[1], cache)
+        if self._decodes(tokens, cache):
             return self.decoder.read(tokens, cache)
         h, _ = self.hidden(tokens, cache)
         return h, self.head(h).float()
@@ -1003,12 +1008,20 @@ class Transformer(nn.Module):
             The module's states (B, S, dim), and the logits of the byte after each of `tokens`, float32
             (B, S, vocab_size).
         """
-        if self.decoder is not None and self.decoder.takes(tokens, cache):
-            self.require_room(tokens.shape[1], cache)
+        if self._decodes(tokens, cache):
             return self.decoder.look_ahead(depth, h, tokens, cache)
         where = self.positions(tokens.shape[1], cache)
         h, _ = self.mtp[depth](h, self.embed(tokens).to(h.dtype), where, cache)
         return h, self.head(h).float()
+
+    def _decodes(self, tokens: torch.Tensor, cache: Cache | None) -> bool:
+        """Whether a call is one for the decoder; if so, there is room for it, or a ValueError is raised."""
+        if self.decoder is None or cache is None or tokens.numel() > FEW_POSITIONS or torch.is_grad_enabled():
+            return False
+        if fp8_ops.gemm_impl != "bf16" or attn_impl not in self.decoder.attn_impls:
+            return False
+        self.require_room(tokens.shape[1], cache)
+        return True
 
     def require_room(self, seq_len: int, cache: Cache | None) -> int:
         """Returns where the next `seq_len` tokens end in the longest row, or raises a ValueError for too many."""
