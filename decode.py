@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from model import ACTIVATIONS, MLP, Block, Cache, Linear, MoE, RMSNorm, Transformer
+from model import ACTIVATIONS, MLP, Block, KVCache, Linear, MoE, RMSNorm, Transformer
 
 FP32, BF16, PAIRS = range(3)  # decode.c's kinds of matrices
 SHORT_RETREAT, LONG_RETREAT = 32, 1024  # calls by one thread, where others had no processor
@@ -32,7 +32,7 @@ FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-str
 
 def suits(model: Transformer) -> bool:
     """Whether decode.c has all that a model needs: it is whole, has a latent, and is on a CPU."""
-    return model.head.weight.device.type == "cpu" and model.args.kv_lora_rank > 0 and model.is_whole()
+    return model.head.weight.device.type == "cpu" and model.args.kv_lora_rank > 0 and model.is_unsharded()
 
 
 def attach(model: Transformer) -> Transformer:
@@ -188,18 +188,18 @@ class Decoder:
             for module in model.mtp
         ]
 
-    def read(self, tokens: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `Transformer.read` returns."""
+    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `Transformer.forward_with_hidden` returns."""
         return self._run(self.main, 0, tokens, cache, None)
 
-    def look_ahead(
-        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: Cache
+    def mtp_forward(
+        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `Transformer.look_ahead` returns."""
+        """What `Transformer.mtp_forward` returns."""
         return self._run(self.mtp[depth], self.main.n_blocks + depth, tokens, cache, h.float().contiguous())
 
     def _run(
-        self, stack: _Stack, first_layer: int, tokens: torch.Tensor, cache: Cache, before: torch.Tensor | None
+        self, stack: _Stack, first_layer: int, tokens: torch.Tensor, cache: KVCache, before: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         bsz, seqlen = tokens.shape
         layers = cache.layers[first_layer : first_layer + stack.n_blocks]

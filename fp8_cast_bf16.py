@@ -4,7 +4,7 @@
 
 An FP8 weight is stored with a scale for each block of 128×128, in a tensor named `…weight_scale_inv` that may be in
 another file than the weight. The number meant is the product, and that is what is written. Everything else stays as it
-is: the files and their names, the tensors in other dtypes, the tokenizer. The scales go, and with them their entries in
+is: the files and their names, the tensors in other dtypes, the tokenizer. The scales go, and with them their infos in
 the index, files that have nothing else, and the `quantization_config`.
 
 It works in bands of some rows, several tensors at a time, so that memory does not grow with the checkpoint, and on the
@@ -22,22 +22,31 @@ from typing import Any
 
 import torch
 
-from checkpoint import CONFIG_FILE, INDEX_FILE, read_hf_headers, run_command
-from convert import Job, check_paths, copy_files, make_index, write_tensors
+from checkpoint import CONFIG_FILE, INDEX_FILE
+from convert import (
+    Job,
+    check_paths,
+    check_quantization,
+    copy_files,
+    make_index,
+    read_hf_headers,
+    run_conversion,
+    shown_dict,
+    write_tensors,
+)
 from fp8_ops import E4M3
-from huggingface import check_quantization, shown_dict
 from model import ConfigError
-from tensor_files import (
+from safetensors_io import (
     CheckpointError,
-    Entry,
-    Output,
-    Piece,
-    Stored,
-    make_piece,
+    SafetensorsWriter,
+    ShardedTensor,
+    ShardSlice,
+    TensorInfo,
     naming,
     new_folder,
     read_json,
     read_metadata,
+    shard_slice,
     write_json,
 )
 
@@ -79,11 +88,11 @@ def _remove_quantization(config: dict[str, Any]) -> None:
             _remove_quantization(value)
 
 
-def plan(entries: dict[str, Entry]) -> tuple[list[Output], list[Job]]:
+def plan(infos: dict[str, TensorInfo]) -> tuple[list[SafetensorsWriter], list[Job]]:
     """Lays the new files out, for which no tensor need be read.
 
     Args:
-        entries: The tensors that there are.
+        infos: The tensors that there are.
 
     Returns:
         The files, with the names that they have now, and what goes into them.
@@ -91,27 +100,29 @@ def plan(entries: dict[str, Entry]) -> tuple[list[Output], list[Job]]:
     Raises:
         CheckpointError: A weight without scale, a scale without weight, a wrong shape or dtype; or nothing is FP8.
     """
-    left = dict(entries)
-    contents: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {e.path.name: {} for e in entries.values()}
+    left = dict(infos)
+    contents: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {e.path.name: {} for e in infos.values()}
     jobs = {}
-    for name, entry in entries.items():
-        is_fp8 = entry.dtype == E4M3
+    for name, info in infos.items():
+        is_fp8 = info.dtype == E4M3
         if name.endswith("_scale_inv"):
             continue
-        if is_fp8 and len(entry.shape) != 2:
-            raise CheckpointError(f"{entry} is FP8, but no matrix: {list(entry.shape)}")
-        stored = Stored(name, entry.shape, entry.dtype)
+        if is_fp8 and len(info.shape) != 2:
+            raise CheckpointError(f"{info} is FP8, but no matrix: {list(info.shape)}")
+        stored = ShardedTensor(name, info.shape, info.dtype)
         scale = left.pop(name + "_scale_inv", None) if is_fp8 else None
-        stored.pieces.append(make_piece(left.pop(name), stored.box, scale))
-        jobs[name] = Job(stored, torch.bfloat16 if is_fp8 else entry.dtype)
-        contents[entry.path.name][name] = jobs[name].dtype, entry.shape
-    for entry in left.values():
-        raise CheckpointError(f"{entry} is the scale of no FP8 tensor")
-    paths = {entry.path.name: entry.path for entry in entries.values()}
-    outputs = [Output(file, tensors, read_metadata(paths[file])) for file, tensors in contents.items() if tensors]
+        stored.shards.append(shard_slice(left.pop(name), stored.box, scale))
+        jobs[name] = Job(stored, torch.bfloat16 if is_fp8 else info.dtype)
+        contents[info.path.name][name] = jobs[name].dtype, info.shape
+    for info in left.values():
+        raise CheckpointError(f"{info} is the scale of no FP8 tensor")
+    paths = {info.path.name: info.path for info in infos.values()}
+    outputs = [
+        SafetensorsWriter(file, tensors, read_metadata(paths[file])) for file, tensors in contents.items() if tensors
+    ]
     for output in outputs:
-        for name, place in output.entries.items():
-            jobs[name].parts.append(Piece(place, jobs[name].source.box))
+        for name, place in output.infos.items():
+            jobs[name].parts.append(ShardSlice(place, jobs[name].source.box))
     if all(job.dtype == job.source.dtype for job in jobs.values()):
         raise CheckpointError("no tensor of the checkpoint is FP8: there is nothing to cast")
     return outputs, list(jobs.values())
@@ -123,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input-fp8-hf-path", type=Path, required=True, metavar="DIR", help="the checkpoint's folder")
     parser.add_argument("--output-bf16-hf-path", type=Path, required=True, metavar="DIR", help="the folder to make")
     args = parser.parse_args(argv)
-    return run_command("fp8_cast_bf16.py", lambda: cast(args.input_fp8_hf_path, args.output_bf16_hf_path, True))
+    return run_conversion("fp8_cast_bf16.py", lambda: cast(args.input_fp8_hf_path, args.output_bf16_hf_path, True))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,6 @@ dequantised operands in float32. `gemm_impl` chooses what linear layers do.
 """
 
 import importlib.util
-import os
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from itertools import pairwise
@@ -44,53 +41,6 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # so that a scale's reciprocal is finite; all-zero blocks get this one
 SCALE_FORMATS = (None, "ue8m0")
-
-
-class DeviceError(ValueError):
-    """A device that this machine, or this build of torch, does not have."""
-
-
-def pick_device(name: str | None = None) -> str:
-    """Chooses where to compute: the device asked for, or else the best of this machine.
-
-    Raises:
-        DeviceError: It is not there.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name is None:
-        return next(device for device, available in there.items() if available)
-    if not there.get(name, False):
-        raise DeviceError(f"device {name!r} is not available here; there is {', '.join(d for d in there if there[d])}")
-    return name
-
-
-def pick_dtype(device: str, name: str = "auto") -> torch.dtype:
-    """Chooses what to compute in: bfloat16 where the hardware multiplies it natively, float32 elsewhere.
-
-    Args:
-        device: "cuda", "mps" or "cpu".
-        name: "fp32" or "bf16" to insist, "auto" to choose.
-    """
-    if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    if device == "cuda":
-        native = torch.cuda.get_device_capability() >= (8, 0)
-    elif device == "cpu":
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
-
-
-def require_compiler(device: str) -> None:
-    """Refuses torch.compile on a CPU without the C++ compiler that it needs there.
-
-    Raises:
-        DeviceError: There is none.
-    """
-    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if device == "cpu" and shutil.which(compiler) is None:
-        raise DeviceError(f"--compile needs a C++ compiler, and there is no {compiler}; install one, or leave it out")
 
 
 @cache

@@ -55,10 +55,21 @@ import fp8_ops
 import graphs
 import model as model_module
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, one_line, visible
-from checkpoint import keep_freed_memory, load_model
-from fp8_ops import pick_device, pick_dtype
-from model import Cache, ModelArgs, Transformer
-from parallel import AgreedError, Layout, LayoutError, abandon, end, is_first, is_first_here, membership
+from command import is_local_rank_zero
+from convert import load_model
+from model import KVCache, ModelArgs, Transformer
+from parallel import (
+    CollectiveError,
+    ParallelContext,
+    ParallelError,
+    abort,
+    end,
+    is_rank_zero,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    process_group,
+)
 
 # Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
 PREFILL_POSITIONS = 4096
@@ -350,7 +361,7 @@ class Batch:
     def _read(self, tokens: list[list[int]]) -> np.ndarray:
         """Runs the model on the next bytes (B, S) and returns the probabilities of those after them, (B, S, V)."""
         ids = torch.tensor(tokens, device=self.model.head.weight.device)
-        self.states, logits = self.model.read(ids, self.cache)
+        self.states, logits = self.model.forward_with_hidden(ids, self.cache)
         self.cache.lengths = [length + ids.shape[1] for length in self.cache.lengths]
         return distribution(logits.flatten(0, 1), self.sampling).reshape(*ids.shape, -1)
 
@@ -374,7 +385,7 @@ class Batch:
                     [*known, *(ids[row] for ids in drafts)][i - over :] + [EOS_ID] * (width - len(known))
                     for row, known in enumerate(certain)
                 ]
-                new, logits = model.look_ahead(i, states, torch.tensor(after, device=states.device), cache)
+                new, logits = model.mtp_forward(i, states, torch.tensor(after, device=states.device), cache)
                 h, logits = new[rows, ends + over, None], logits[rows, ends + over]
                 if i < self.depth - 1:
                     states = new if i < stayed else torch.cat([self.ahead[:, i, stayed, None], new], dim=1)
@@ -383,7 +394,7 @@ class Batch:
             else:
                 cache.lengths = [length + i - self.depth for length in lengths]
                 after = torch.tensor(drafts[-1], device=h.device)[:, None]
-                h, logits = model.look_ahead(self.depth - 1, h, after, cache)
+                h, logits = model.mtp_forward(self.depth - 1, h, after, cache)
                 logits = logits[:, 0]
             q.append(distribution(logits, self.sampling))
             drawing = [generator if i < limit else None for generator, limit in zip(generators, limits, strict=True)]
@@ -393,7 +404,7 @@ class Batch:
 
 
 def prefill(
-    model: Transformer, texts: Sequence[bytes | bytearray], cache: Cache, depth: int = 0, seen: Sequence[int] = ()
+    model: Transformer, texts: Sequence[bytes | bytearray], cache: KVCache, depth: int = 0, seen: Sequence[int] = ()
 ) -> torch.Tensor:
     """Reads texts, apart from the last byte of each, into the rows of a cache, from its beginning.
 
@@ -421,12 +432,12 @@ def prefill(
     chunk = max(PREFILL_POSITIONS // len(texts), 1)
     for start in range(0, longest - 1, chunk):
         end = min(start + chunk, longest - 1)
-        h, _ = model.read(ids[:, start:end], cache)
+        h, _ = model.forward_with_hidden(ids[:, start:end], cache)
         for i in range(depth):
             for row, n in enumerate(seen):
                 if start <= n - i < end:
                     last[row, i] = h[row, n - i - start]
-            h, _ = model.look_ahead(i, h, ids[:, start + 1 + i : end + 1 + i], cache)
+            h, _ = model.mtp_forward(i, h, ids[:, start + 1 + i : end + 1 + i], cache)
         cache.lengths = [end] * len(texts)
     cache.lengths = [len(text) - 1 for text in texts]
     return last
@@ -753,7 +764,7 @@ def choose_attn_impl(args: ModelArgs, wanted: str | None) -> str:
     return wanted or ("absorb" if args.kv_lora_rank else "naive")
 
 
-def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
+def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     """Loads the model and sets how it multiplies and attends.
 
     Weights stored in FP8 stay so where the hardware multiplies them or --gemm-impl fp8 asks for it; else they are
@@ -762,12 +773,12 @@ def load(arguments: argparse.Namespace, layout: Layout) -> Transformer:
     Raises:
         ValueError: No device, no checkpoint, or none that fits.
     """
-    device = layout.device
+    device = ctx.device
     fast = fp8_ops.multiplies_fp8(torch.device(device))
     keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
     dtype = pick_dtype(torch.device(device).type, arguments.dtype)
-    with layout.together():
-        model = load_model(arguments.ckpt_path, device, dtype, keep_fp8, layout.make, layout)
+    with ctx.collective_section():
+        model = load_model(arguments.ckpt_path, device, dtype, keep_fp8, ctx.build, ctx)
         if model.args.vocab_size != VOCAB_SIZE:
             raise ValueError(
                 f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
@@ -884,27 +895,27 @@ def make_writer(mark: bytes, terminal_mark: str) -> Writer:
     return PipeWriter(sys.stdout.buffer, mark)
 
 
-def join(arguments: argparse.Namespace) -> Layout:
+def join(arguments: argparse.Namespace) -> ParallelContext:
     """Joins the processes that torchrun started: each is a part of the model, and must have been told the same."""
-    layout = Layout(pick_device(arguments.device), int(os.environ.get("WORLD_SIZE", "1")))
-    layout.require_same({name: value for name, value in vars(arguments).items() if name not in HERE})
-    return layout
+    ctx = ParallelContext.join(pick_device(arguments.device), int(os.environ.get("WORLD_SIZE", "1")))
+    ctx.require_equal({name: value for name, value in vars(arguments).items() if name not in HERE})
+    return ctx
 
 
 def run(
-    model: Transformer, arguments: argparse.Namespace, prompts: list[bytes], sampling: Sampling, layout: Layout
+    model: Transformer, arguments: argparse.Namespace, prompts: list[bytes], sampling: Sampling, ctx: ParallelContext
 ) -> None:
     """Does what was asked for, and reports the speed on stderr."""
     meter = Meter()
     if arguments.interactive:
         read_line = piped_line
-        if is_first() and sys.stdin.isatty() and sys.stdout.isatty():
+        if is_rank_zero() and sys.stdin.isatty() and sys.stdout.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  gives input() editing and history; only here, as it talks to the terminal
             sys.stdin.reconfigure(errors="surrogateescape")
             print(WELCOME, file=sys.stderr)
             read_line = keyboard_line
-        shared_line = partial(layout.text_of_first, read_line)
+        shared_line = partial(ctx.broadcast_bytes, read_line)
         interact(model, sampling, make_writer(b"\0", ""), meter, shared_line)
     else:
         warn_if_too_long(prompts, model.args.max_seq_len)
@@ -924,7 +935,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 when another process is gone, 2 for a user's mistake, 130 after Ctrl-C, 141 when nobody
         reads the output any more.
     """
-    with membership(report):
+    with process_group(report):
         return command(argv)
 
 
@@ -934,7 +945,7 @@ def command(argv: Sequence[str] | None) -> int:
         arguments = make_parser().parse_args(argv)
         sampling = make_sampling(arguments)
     except ValueError as error:
-        return report(str(error)) if is_first_here() else 2  # the same in every process
+        return report(str(error)) if is_local_rank_zero() else 2  # the same in every process
     try:
         if arguments.interactive:
             prompts = []
@@ -943,38 +954,40 @@ def command(argv: Sequence[str] | None) -> int:
         else:
             prompts = read_prompts(arguments.input_file)
         keep_freed_memory()
-        layout = join(arguments)
-        sampling = replace(sampling, seed=int(layout.text_of_first(lambda: str(sampling.seed).encode())))
-        layout.require_same({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})
-        model = load(arguments, layout)
+        ctx = join(arguments)
+        sampling = replace(sampling, seed=int(ctx.broadcast_bytes(lambda: str(sampling.seed).encode())))
+        ctx.require_equal({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})
+        model = load(arguments, ctx)
         if arguments.speculate is None:  # of several texts a call reads many bytes anyway, and more cost more
             sampling = replace(sampling, speculate=1 if len(prompts) > 1 else model.args.n_mtp_layers)
     except (ValueError, OSError, MemoryError) as error:
-        if is_first_here() or not isinstance(error, (AgreedError, LayoutError)):  # else the first here tells it
+        if is_local_rank_zero() or not isinstance(
+            error, (CollectiveError, ParallelError)
+        ):  # else the first here tells it
             report(str(error))
-        if not isinstance(error, (AgreedError, LayoutError)):
-            abandon(2)
+        if not isinstance(error, (CollectiveError, ParallelError)):
+            abort(2)
         return 2
     except KeyboardInterrupt:
-        abandon(130)
+        abort(130)
         return 130
     try:
         with contextlib.ExitStack() as stack:
-            if not is_first():  # it computes its part, and has nothing to say but its errors
+            if not is_rank_zero():  # it computes its part, and has nothing to say but its errors
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
-            run(model, arguments, prompts, sampling, layout)
+            run(model, arguments, prompts, sampling, ctx)
     except (GenerationError, MemoryError) as error:
-        return report(str(error) or "not enough memory") if is_first() else 2
+        return report(str(error) or "not enough memory") if is_rank_zero() else 2
     except KeyboardInterrupt:
-        abandon(130)
+        abort(130)
         return 130
     except OSError as error:
         # what is still buffered cannot be written either, and the interpreter would say so as it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141 if isinstance(error, BrokenPipeError) else report(f"cannot write the output: {error.strerror}")
-        abandon(code)
+        abort(code)
         return code
     return 0
 

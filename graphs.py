@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from model import Cache, Experts, Positions, Transformer
+from model import Experts, KVCache, Positions, Transformer
 
 SHORTEST = 64  # length that attention goes over at least
 REPEATS = 4  # calls of a kind before it is recorded, which takes as long as some calls
@@ -26,7 +26,7 @@ MOST_GRAPHS = 64  # kept at a time, each with memory of its own
 def suits(model: Transformer) -> bool:
     """Whether a model's calls can be recorded: it is whole, on a GPU, and its kernels ask Python nothing."""
     device = model.head.weight.device
-    if device.type != "cuda" or not model.is_whole():
+    if device.type != "cuda" or not model.is_unsharded():
         return False
     stacks = [m.w1.weight for m in model.modules() if isinstance(m, Experts)]
     # the experts' products by torch's own kernel, as fp8_ops.linear takes it; others tell Python how many rows each has
@@ -54,17 +54,17 @@ class Recorder:
         self.calls: Counter[tuple[object, ...]] = Counter()
         self.graphs: dict[tuple[object, ...], _Graph] = {}
 
-    def read(self, tokens: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `Transformer.read` returns."""
+    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `Transformer.forward_with_hidden` returns."""
         return self._run(-1, cache, tokens)
 
-    def look_ahead(
-        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: Cache
+    def mtp_forward(
+        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `Transformer.look_ahead` returns."""
+        """What `Transformer.mtp_forward` returns."""
         return self._run(depth, cache, tokens, h)
 
-    def _run(self, depth: int, cache: Cache, tokens: torch.Tensor, *before: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _run(self, depth: int, cache: KVCache, tokens: torch.Tensor, *before: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Runs MTP module `depth`, or -1: the main model."""
         seq_len = tokens.shape[1]
         end = max(cache.lengths) + seq_len
@@ -98,7 +98,7 @@ class Recorder:
         return _Graph(graph, places, outputs)
 
     def _compute(
-        self, depth: int, cache: Cache, length: int, tokens: torch.Tensor, index: torch.Tensor, *before: torch.Tensor
+        self, depth: int, cache: KVCache, length: int, tokens: torch.Tensor, index: torch.Tensor, *before: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """States and logits, by kernels that depend on nothing but shapes and `length`, that of the memory to look at.
 

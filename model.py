@@ -239,7 +239,7 @@ class ModelArgs:
         return self.n_layers * latent, self.n_layers * plain
 
 
-class Cache:
+class KVCache:
     """What attention remembers of each sequence in a batch, which may differ in length.
 
     Under "absorb" a layer keeps one tensor (B, capacity, C + R); under "naive", keys (B, capacity, H, qk_head_dim) and
@@ -549,7 +549,7 @@ class MLA(nn.Module):
             mscale = 0.1 * args.mscale * math.log(args.rope_factor) + 1.0
             self.softmax_scale *= mscale * mscale
 
-    def forward(self, x: torch.Tensor, where: Positions, cache: Cache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, where: Positions, cache: KVCache | None) -> torch.Tensor:
         bsz, seqlen, _ = x.shape
         q, *rest = project(
             x,
@@ -593,7 +593,7 @@ class MLA(nn.Module):
         kv: torch.Tensor,
         k_pe: torch.Tensor,
         where: Positions,
-        cache: Cache | None,
+        cache: KVCache | None,
     ) -> torch.Tensor:
         """Attends through the latents, one key of C + R for all heads. Returns (B, S, H, v_head_dim)."""
         bsz, seqlen = kv.shape[:2]
@@ -620,7 +620,7 @@ class MLA(nn.Module):
         return out.transpose(0, 1).unflatten(0, (bsz, seqlen))
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Positions, cache: Cache | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Positions, cache: KVCache | None
     ) -> torch.Tensor:
         """Softmax attention of `q` (B, S, H, d) over `k` and `v` (B, T, H, ...), after what `cache` remembers."""
         if cache is not None:
@@ -804,7 +804,7 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: torch.Tensor, where: Positions, cache: Cache | None) -> tuple[torch.Tensor, Routing | None]:
+    def forward(self, x: torch.Tensor, where: Positions, cache: KVCache | None) -> tuple[torch.Tensor, Routing | None]:
         x = x + self.attn(self.attn_norm(x), where, cache)
         y, routing = self.ffn(self.ffn_norm(x)), None
         if isinstance(self.ffn, MoE):
@@ -824,7 +824,7 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self, h: torch.Tensor, embedded: torch.Tensor, where: Positions, cache: Cache | None
+        self, h: torch.Tensor, embedded: torch.Tensor, where: Positions, cache: KVCache | None
     ) -> tuple[torch.Tensor, Routing | None]:
         """Looks one byte further.
 
@@ -927,7 +927,7 @@ class Transformer(nn.Module):
         """The routers, in the order of the layers, MTP modules last: the rows of `Losses.load`."""
         return [m for m in self.modules() if isinstance(m, Gate)]
 
-    def is_whole(self) -> bool:
+    def is_unsharded(self) -> bool:
         """Whether all heads are here, and not some in other processes."""
         return self.layers[0].attn.n_heads == self.args.n_heads
 
@@ -949,12 +949,12 @@ class Transformer(nn.Module):
         widths = args.n_heads * (args.qk_nope_head_dim + args.qk_rope_head_dim + args.v_head_dim)
         return 6 * weights + 6 * (args.n_layers + len(self.mtp)) * widths * seq_len // 2
 
-    def new_cache(self, batch_size: int, capacity: int, spare: int = 0) -> Cache:
+    def new_cache(self, batch_size: int, capacity: int, spare: int = 0) -> KVCache:
         """Makes an empty cache for `batch_size` sequences of up to `capacity` positions, for today's `attn_impl`."""
         n_heads, device = self.layers[0].attn.n_heads, self.head.weight.device
-        return Cache(self.args, batch_size, capacity, n_heads, self.compute_dtype, device, spare)
+        return KVCache(self.args, batch_size, capacity, n_heads, self.compute_dtype, device, spare)
 
-    def forward(self, tokens: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Computes the logits of the next token at every position.
 
         Args:
@@ -968,23 +968,25 @@ class Transformer(nn.Module):
         Raises:
             ValueError: More positions than the context or the cache has.
         """
-        _, logits = self.read(tokens, cache)
+        _, logits = self.forward_with_hidden(tokens, cache)
         if cache is not None:
             cache.lengths = [length + tokens.shape[1] for length in cache.lengths]
         return logits
 
-    def read(self, tokens: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_with_hidden(
+        self, tokens: torch.Tensor, cache: KVCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Does what `forward` does, but leaves `cache.lengths`, so that MTP modules can read at the same positions.
 
         Returns:
-            The states (B, S, dim), for `look_ahead`, and the logits, float32 (B, S, vocab_size).
+            The states (B, S, dim), for `mtp_forward`, and the logits, float32 (B, S, vocab_size).
         """
         if self._decodes(tokens, cache):
-            return self.decoder.read(tokens, cache)
-        h, _ = self.hidden(tokens, cache)
+            return self.decoder.forward_with_hidden(tokens, cache)
+        h, _ = self.forward_hidden(tokens, cache)
         return h, self.head(h).float()
 
-    def hidden(self, tokens: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, list[Routing]]:
+    def forward_hidden(self, tokens: torch.Tensor, cache: KVCache | None = None) -> tuple[torch.Tensor, list[Routing]]:
         """Runs the main layers: the states (B, S, dim) after the last norm, and what each MoE layer tells."""
         where = self.positions(tokens.shape[1], cache)
         h, routings = self.embed(tokens).to(self.compute_dtype), []
@@ -993,8 +995,8 @@ class Transformer(nn.Module):
             routings += [routing] if routing is not None else []
         return self.norm(h), routings
 
-    def look_ahead(
-        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: Cache
+    def mtp_forward(
+        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs an MTP module on states and the bytes after them, at the positions after `cache.lengths`.
 
@@ -1009,12 +1011,12 @@ class Transformer(nn.Module):
             (B, S, vocab_size).
         """
         if self._decodes(tokens, cache):
-            return self.decoder.look_ahead(depth, h, tokens, cache)
+            return self.decoder.mtp_forward(depth, h, tokens, cache)
         where = self.positions(tokens.shape[1], cache)
         h, _ = self.mtp[depth](h, self.embed(tokens).to(h.dtype), where, cache)
         return h, self.head(h).float()
 
-    def _decodes(self, tokens: torch.Tensor, cache: Cache | None) -> bool:
+    def _decodes(self, tokens: torch.Tensor, cache: KVCache | None) -> bool:
         """Whether a call is one for the decoder; if so, there is room for it, or a ValueError is raised."""
         if self.decoder is None or cache is None or tokens.numel() > FEW_POSITIONS or torch.is_grad_enabled():
             return False
@@ -1023,7 +1025,7 @@ class Transformer(nn.Module):
         self.require_room(tokens.shape[1], cache)
         return True
 
-    def require_room(self, seq_len: int, cache: Cache | None) -> int:
+    def require_room(self, seq_len: int, cache: KVCache | None) -> int:
         """Returns where the next `seq_len` tokens end in the longest row, or raises a ValueError for too many."""
         end, spare = (seq_len, 0) if cache is None else (max(cache.lengths) + seq_len, cache.spare)
         if cache is not None and end > cache.capacity:
@@ -1032,7 +1034,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{end} positions, but the context is max_seq_len = {self.args.max_seq_len}")
         return end
 
-    def positions(self, seq_len: int, cache: Cache | None) -> Positions:
+    def positions(self, seq_len: int, cache: KVCache | None) -> Positions:
         """Where the next `seq_len` tokens stand: from 0 on, or after what `cache` holds."""
         end = self.require_room(seq_len, cache)
         if cache is None:
@@ -1066,7 +1068,7 @@ class Transformer(nn.Module):
         """
         if targets.shape[1] <= len(self.mtp):
             raise ValueError(f"{len(self.mtp)} MTP modules need windows longer than that, got {targets.shape[1]}")
-        h, routings = self.hidden(tokens)
+        h, routings = self.forward_hidden(tokens)
         next_byte = self._cross_entropy(h, targets)
         mtp = []
         for k, module in enumerate(self.mtp, 1):
@@ -1085,7 +1087,7 @@ class Transformer(nn.Module):
 
     def next_byte_loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean cross-entropy of the next byte alone, in nats: what an evaluation measures."""
-        return self._cross_entropy(self.hidden(tokens)[0], targets)
+        return self._cross_entropy(self.forward_hidden(tokens)[0], targets)
 
     def _cross_entropy(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.head(h).float().flatten(0, 1), targets.flatten())

@@ -1,4 +1,4 @@
-"""What a layout would hold and send, without building anything: the model is made, run forward and backward once, on
+"""What a ctx would hold and send, without building anything: the model is made, run forward and backward once, on
 torch's meta device, where tensors have shapes and no memory.
 
     python train.py --config configs/base.json --plan --world-size 8 --fsdp --device-memory 80
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from model import ModelArgs, Transformer
-from parallel import Layout
+from parallel import ParallelContext
 
 
 @dataclass
@@ -43,45 +43,45 @@ class Plan:
 def make_plan(
     args: ModelArgs, flags: argparse.Namespace, dtype: torch.dtype, n_states: Callable[[str, nn.Parameter], int]
 ) -> Plan:
-    """Works out what each process of a layout would hold and send.
+    """Works out what each process of a ctx would hold and send.
 
     Args:
         args: The model's shape.
-        flags: train.py's flags: of the layout, the batch and the precision.
+        flags: train.py's flags: of the ctx, the batch and the precision.
         dtype: Dtype of the activations.
         n_states: Says how many numbers the optimizer keeps for each of a parameter, by its name and the parameter.
 
     Raises:
-        LayoutError: The layout cannot be.
+        ParallelError: The ctx cannot be.
     """
-    layout = Layout("cpu", flags.model_parallel, flags.fsdp, imagined=flags.world_size)
-    layout.check(args, flags.batch_size)
+    ctx = ParallelContext("cpu", flags.world_size, 0, flags.model_parallel, flags.fsdp)
+    ctx.check_divisible(args, flags.batch_size)
     with torch.device("meta"):
-        model = layout.make(args, dtype).train()
+        model = ctx.build(args, dtype).train()
         model.gradient_checkpointing = flags.gradient_checkpointing
-        layout.note_parameters(model)
-        tokens = torch.zeros(flags.batch_size // layout.dp, args.max_seq_len, dtype=torch.int64)
-        activations = run_once(model, tokens, layout)
-    plan, per_batch = Plan(), layout.counted
-    sizes = {name: layout.held_numbers(p) for name, p in model.named_parameters()}
+        ctx.register_sharded_parameters(model)
+        tokens = torch.zeros(flags.batch_size // ctx.dp_size, args.max_seq_len, dtype=torch.int64)
+        activations = run_once(model, tokens, ctx)
+    plan, per_batch = Plan(), ctx.counted
+    sizes = {name: ctx.local_numel(p) for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
     plan.held["parameters"] = 4 * sum(sizes.values())
     plan.held["gradients"] = 4 * sum(sizes.values())
     plan.held["optimizer state"] = sum(4 * n * n_states(name, parameters[name]) for name, n in sizes.items())
-    if flags.gemm_impl == "fp8" and not layout.shards:
+    if flags.gemm_impl == "fp8" and not ctx.fsdp:
         plan.held["FP8 copies of the weights"] = sum(2 * layer.weight.numel() for layer in model.fp8_layers())
-    if layout.shards:
+    if ctx.fsdp:
         blocks = [sum(p.numel() for p in block.parameters()) for block in [*model.layers, *model.mtp]]
         plan.held["a block, gathered"] = 4 * max(blocks)
     plan.held["activations"] = activations
-    numbers = args.cache_numbers_per_position()[0] // (layout.mp if args.kv_lora_rank == 0 else 1)
+    numbers = args.cache_numbers_per_position()[0] // (ctx.mp_size if args.kv_lora_rank == 0 else 1)
     plan.cache = numbers * args.max_seq_len * args.max_batch_size * 2
     by_muon = [p for name, p in parameters.items() if n_states(name, p) == 1]
-    plan.sent = _sent(model, layout, flags, per_batch, by_muon)
+    plan.sent = _sent(model, ctx, flags, per_batch, by_muon)
     return plan
 
 
-def run_once(model: Transformer, tokens: torch.Tensor, layout: Layout) -> int:
+def run_once(model: Transformer, tokens: torch.Tensor, ctx: ParallelContext) -> int:
     """Runs a batch forward and backward; returns the bytes that are saved in between."""
     weights = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.UntypedStorage] = {}
@@ -92,34 +92,34 @@ def run_once(model: Transformer, tokens: torch.Tensor, layout: Layout) -> int:
             saved[storage._cdata] = storage  # kept, so that no other is taken for it
         return tensor
 
-    layout.counted = 0
+    ctx.counted = 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = model.loss(tokens, tokens)
     inputs = 0
     if model.gradient_checkpointing:  # each block's input, and what one of them saves when it is run again
         x = tokens.new_empty(*tokens.shape, model.args.dim, dtype=model.compute_dtype).requires_grad_()
-        inputs, counted = len([*model.layers, *model.mtp]) * x.nbytes, layout.counted
+        inputs, counted = len([*model.layers, *model.mtp]) * x.nbytes, ctx.counted
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.layers[-1](x, model.positions(tokens.shape[1], None), None)
-        layout.counted = counted
+        ctx.counted = counted
     losses.total.backward()
     return inputs + sum(storage.nbytes() for storage in saved.values())
 
 
 def _sent(
-    model: Transformer, layout: Layout, flags: argparse.Namespace, per_batch: int, by_muon: list[nn.Parameter]
+    model: Transformer, ctx: ParallelContext, flags: argparse.Namespace, per_batch: int, by_muon: list[nn.Parameter]
 ) -> dict[str, int]:
     sent = {}
     size = sum(p.numel() for p in model.parameters()) * 4
-    if layout.mp > 1:
+    if ctx.mp_size > 1:
         sent["sums of activations between parts"] = per_batch * flags.accumulation
-        sent["gradients that parts share"] = layout.share_numbers() * 4
-    if layout.shards:
+        sent["gradients that parts share"] = ctx.replicated_numel() * 4
+    if ctx.fsdp:
         sent["parameters gathered for each batch"] = 2 * size * flags.accumulation
         sent["gradients scattered"] = size * flags.accumulation
-    elif layout.dp > 1:
+    elif ctx.dp_size > 1:
         sent["gradients averaged"] = size
-    sent["matrices gathered for Muon"] = layout.gathered_numbers(by_muon) * model.compute_dtype.itemsize
+    sent["matrices gathered for Muon"] = ctx.gathered_numel(by_muon) * model.compute_dtype.itemsize
     return {name: n for name, n in sent.items() if n}
 
 

@@ -5,7 +5,7 @@
 Three rules make a run repeatable and safe to stop at any moment:
 
 - With --steps, what a step does depends on its number and the seed alone. Which windows it sees follows from a position
-  (`WindowSampler`), not drawn from a generator that somebody might have advanced.
+  (`SequenceSampler`), not drawn from a generator that somebody might have advanced.
 - A checkpoint holds all that the next step reads: weights, optimizer, routing biases, position. A run that was killed
   and resumed repeats the steps since, and on a CPU gives the same losses bit for bit.
 - A step whose loss or gradient is not finite is not taken.
@@ -41,20 +41,36 @@ from tqdm import tqdm
 import fp8_ops
 import plan
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, one_line, visible
-from checkpoint import CheckpointError, has_run, is_matrix, keep_freed_memory, load_run, read_config, save_run
+from checkpoint import has_run, load_run, read_config, save_run
+from command import is_local_rank_zero
 from data.prepare import DataError, open_bytes, resolve
-from fp8_ops import DeviceError, pick_device, pick_dtype, require_compiler
 from model import ConfigError, Losses, ModelArgs, Transformer
-from parallel import TIMEOUT, AgreedError, Layout, LayoutError, abandon, end, is_first, is_first_here, membership
+from parallel import (
+    TIMEOUT,
+    CollectiveError,
+    DeviceError,
+    ParallelContext,
+    ParallelError,
+    abort,
+    end,
+    is_matrix,
+    is_rank_zero,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    process_group,
+    require_compiler,
+)
+from safetensors_io import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
 VAL_FRACTION = 0.1
-SHORT_UNTIL = 0.5  # which part of a run --short-windows is for
+SHORT_UNTIL = 0.5  # which part of a run --short-seq-len is for
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration, and how many of them
 NS_STEPS = 5
 
 
-class WindowSampler:
+class SequenceSampler:
     """Windows of a corpus in a random order that is a function of position, so that there is no state to lose.
 
     Each epoch cuts the corpus into windows of `seq_len` targets, at an offset of its own, and goes through all of them
@@ -142,7 +158,7 @@ class Muon(torch.optim.Optimizer):
         momentum: Decay of the running mean of gradients; Nesterov's look-ahead is on.
         weight_decay: Decoupled weight decay.
         dtype: What to orthogonalise in; bfloat16 is precise enough.
-        layout: The processes over which the matrices are spread; each is orthogonalised as a whole.
+        ctx: The processes over which the matrices are spread; each is orthogonalised as a whole.
     """
 
     def __init__(
@@ -152,11 +168,11 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
-        layout: Layout | None = None,
+        ctx: ParallelContext | None = None,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
-        self.layout = layout
+        self.ctx = ctx
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -171,9 +187,9 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(torch.cat([update for _, update in pairs]))
                 lr = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
-                    here = p if self.layout is None else self.layout.local(p)[0]
+                    here = p if self.ctx is None else self.ctx.local_shard(p)[0]
                     here.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = update if self.layout is None else self.layout.part(p, update)
+                    update = update if self.ctx is None else self.ctx.local_part(p, update)
                     here.add_(update.view_as(here), alpha=-lr)
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
@@ -183,7 +199,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
         update = p.grad.lerp(buffer, group["momentum"]).to(self.dtype)
-        return update.view(-1, *p.shape[-2:]) if self.layout is None else self.layout.whole(p, update)
+        return update.view(-1, *p.shape[-2:]) if self.ctx is None else self.ctx.full_tensor(p, update)
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
@@ -211,7 +227,7 @@ def is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
 
 
 def make_optimizers(
-    model: Transformer, args: argparse.Namespace, dtype: torch.dtype, layout: Layout | None = None
+    model: Transformer, args: argparse.Namespace, dtype: torch.dtype, ctx: ParallelContext | None = None
 ) -> list[torch.optim.Optimizer]:
     """Divides the parameters: hidden matrices by `--optimizer`; embedding, head, router and norms by AdamW.
 
@@ -223,7 +239,7 @@ def make_optimizers(
     groups = [{"params": others, "lr": args.lr, "weight_decay": 0.0}]
     optimizers = []
     if args.optimizer == "muon":
-        optimizers.append(Muon(matrices, args.matrix_lr, args.momentum, args.weight_decay, dtype, layout))
+        optimizers.append(Muon(matrices, args.matrix_lr, args.momentum, args.weight_decay, dtype, ctx))
     else:
         groups.append({"params": matrices, "lr": args.matrix_lr, "weight_decay": args.weight_decay})
     optimizers.append(torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=1e-10, fused=True))
@@ -246,14 +262,14 @@ def load_optimizer_tensors(
     model: Transformer,
     optimizers: list[torch.optim.Optimizer],
     read: Callable[[str, nn.Parameter], dict[str, torch.Tensor]],
-    layout: Layout,
+    ctx: ParallelContext,
 ) -> None:
     """Puts back what `optimizer_tensors` returned, which `read` knows of each parameter; see `checkpoint.load_run`."""
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         for key, tensor in read(name, p).items():
             owner[p].state[p][key] = state = torch.zeros_like(p) if tensor.ndim else tensor.to(p.device)
-            layout.local(state)[0].copy_(tensor)
+            ctx.local_shard(state)[0].copy_(tensor)
 
 
 def schedule(progress: float, kind: str, warmup: float, decay: float) -> float:
@@ -314,7 +330,7 @@ def evaluate(
     device: str,
     max_windows: int | None = None,
     stop: Callable[[], bool] = lambda: False,
-    layout: Layout | None = None,
+    ctx: ParallelContext | None = None,
     seq_len: int | None = None,
 ) -> float | None:
     """Measures the loss over a whole split, in windows that do not overlap.
@@ -326,7 +342,7 @@ def evaluate(
         device: Where the model is.
         max_windows: If the split has more windows than these, that many are taken, evenly spread over it.
         stop: Asked before each batch; True ends the evaluation.
-        layout: The processes that share the batches.
+        ctx: The processes that share the batches.
         seq_len: Bytes of a window; by default the model's context.
 
     Returns:
@@ -340,7 +356,7 @@ def evaluate(
     batches = [(starts[i : i + batch_size], seq_len) for i in range(0, len(starts), batch_size)]
     batches += [(np.array([len(data) - 1 - rest]), rest)] if rest else []
     n_targets = sum(len(firsts) * length for firsts, length in batches)
-    rank, world = (layout.dp_rank, layout.dp) if layout else (0, 1)
+    rank, world = (ctx.dp_rank, ctx.dp_size) if ctx else (0, 1)
     total = torch.zeros((), dtype=torch.float64)
     model.eval()
     for i in range(0, len(batches), world):
@@ -351,7 +367,7 @@ def evaluate(
         loss = model.next_byte_loss(*windows(data, firsts, length, device)).item()
         total += loss * len(firsts) * length if i + rank < len(batches) else 0
     model.train()
-    return (layout.sum_data(total) if layout else total).item() / n_targets
+    return (ctx.all_reduce_dp(total) if ctx else total).item() / n_targets
 
 
 @torch.inference_mode()
@@ -435,10 +451,10 @@ class Trainer:
     optimizers: list[torch.optim.Optimizer]
     train_data: np.ndarray
     val_data: np.ndarray
-    sampler: WindowSampler
-    short_sampler: WindowSampler | None  # of the first half of the run
+    sampler: SequenceSampler
+    short_sampler: SequenceSampler | None  # of the first half of the run
     clock: Clock
-    layout: Layout
+    ctx: ParallelContext
     whole: Transformer  # the model, or where processes share it a model on the meta device
     peak_flops: float  # of this device's matrix products, each second
     loss: Callable[[torch.Tensor, torch.Tensor], Losses]
@@ -474,7 +490,7 @@ class Trainer:
 
     def resume(self, run: Path) -> None:
         """Goes on from the last checkpoint of `run`."""
-        read, state = load_run(run, self.model, self.layout)
+        read, state = load_run(run, self.model, self.ctx)
         if missing := sorted(self.state().keys() - state.keys()):
             raise CheckpointError(f"{run}: the state of its last checkpoint lacks {missing[0]!r}; start a new run")
         for key in self.state():
@@ -486,7 +502,7 @@ class Trainer:
                     f"{run} was trained with {key} = {value}, now it is {self.settings.get(key)}; "
                     "resume with what it began with, or choose another --save-path"
                 )
-        load_optimizer_tensors(self.model, self.optimizers, read, self.layout)
+        load_optimizer_tensors(self.model, self.optimizers, read, self.ctx)
         self.quantize_weights()
         self.step, self.val_step, self.val_loss = state["step"], state["val_step"], state["val_loss"]
         self.eval_windows = state["eval_windows"]
@@ -498,7 +514,7 @@ class Trainer:
 
         Shards have none: there a layer's weights are quantised when they have been gathered.
         """
-        if fp8_ops.gemm_impl == "fp8" and not self.layout.shards:
+        if fp8_ops.gemm_impl == "fp8" and not self.ctx.fsdp:
             self.model.quantize_weights()
 
     def train_step(self, progress: float) -> dict[str, Any]:
@@ -507,21 +523,23 @@ class Trainer:
         Raises:
             NotFinite: Loss or gradient is; nothing has been changed then.
         """
-        args, model, layout = self.args, self.model, self.layout
+        args, model, ctx = self.args, self.model, self.ctx
         lr_factor = schedule(progress, args.schedule, args.warmup, args.decay)
         parts, load = 0, 0
         sampler = self.short_sampler if self.short_sampler and progress < SHORT_UNTIL else self.sampler
         self.window, count = sampler.seq_len, args.batch_size * self.sampler.seq_len // sampler.seq_len
         for micro in range(args.accumulation):
-            starts = sampler.starts((self.step * args.accumulation + micro) * count, count)[layout.share(count)]
-            with layout.last_only(self.loss, micro == args.accumulation - 1):
-                losses = self.loss(*windows(self.train_data, starts, self.window, layout.device))
+            starts = sampler.starts((self.step * args.accumulation + micro) * count, count)[
+                ctx.data_parallel_slice(count)
+            ]
+            with ctx.no_sync(self.loss, micro == args.accumulation - 1):
+                losses = self.loss(*windows(self.train_data, starts, self.window, ctx.device))
                 (losses.total / args.accumulation).backward()
             parts = parts + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / args.accumulation
             load = load + losses.load
-        layout.sum_gradients()
-        parts, load = layout.sum_data(parts / layout.dp), layout.sum_data(load)
-        grad_norm = layout.clip_grad_norm(model, args.grad_clip or math.inf)
+        ctx.all_reduce_replicated_grads()
+        parts, load = ctx.all_reduce_dp(parts / ctx.dp_size), ctx.all_reduce_dp(load)
+        grad_norm = ctx.clip_grad_norm(model, args.grad_clip or math.inf)
         next_byte, mtp, balance, norm = torch.cat([parts, grad_norm.view(1)]).tolist()
         if not math.isfinite(next_byte + mtp + balance + norm):
             raise NotFinite(f"step {self.step + 1}: the loss is {next_byte}, the gradient's norm {norm}")
@@ -552,11 +570,11 @@ class Trainer:
         val_loss = evaluate(
             self.model,
             self.val_data,
-            4 * more * self.args.batch_size // self.layout.dp,
-            self.layout.device,
+            4 * more * self.args.batch_size // self.ctx.dp_size,
+            self.ctx.device,
             self.eval_windows and more * self.eval_windows,
             lambda: self.stopped(),
-            self.layout,
+            self.ctx,
             self.window,
         )
         if val_loss is None:
@@ -580,7 +598,7 @@ class Trainer:
         short = f" in windows of {self.window} bytes" if more > 1 else ""
         tqdm.write(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte{short}")
         if self.args.sample_bytes:
-            tqdm.write(visible(sample_text(self.model, self.args.sample_bytes, self.layout.device)))
+            tqdm.write(visible(sample_text(self.model, self.args.sample_bytes, self.ctx.device)))
         self.clock.closing_s = 1.2 * (time.monotonic() - began)
         return val_loss
 
@@ -594,7 +612,7 @@ class Trainer:
         bound = 0.1 * self.clock.seconds
         n_windows = len(self.val_data) // self.model.args.max_seq_len
         if self.val_step is None:  # a resumed run keeps to the windows that its best loss is of
-            (fits,) = self.layout.of_first(bound / expected)
+            (fits,) = self.ctx.broadcast(bound / expected)
             self.eval_windows = None if fits >= 1 else max(1, int(n_windows * fits))
         self.clock.closing_s = min(2 * min(expected, bound) + 1, 0.25 * self.clock.seconds)
 
@@ -602,7 +620,7 @@ class Trainer:
         """Writes a checkpoint, if the run has a folder."""
         if self.args.save_path is not None:
             tensors = optimizer_tensors(self.model, self.optimizers)
-            save_run(self.args.save_path, self.model, tensors, self.state(), is_best, self.layout)
+            save_run(self.args.save_path, self.model, tensors, self.state(), is_best, self.ctx)
 
     def stop(self, signum: int, _frame: object) -> None:
         """Signal handler: ends the run after this step; the second time, at once."""
@@ -612,7 +630,7 @@ class Trainer:
 
     def stopped(self) -> bool:
         """Whether a signal has come, to whichever process."""
-        (signum,) = self.layout.largest(self.stop_signal or 0)
+        (signum,) = self.ctx.all_reduce_max(self.stop_signal or 0)
         self.stop_signal = int(signum) or None
         return self.stop_signal is not None
 
@@ -620,7 +638,7 @@ class Trainer:
 def resume_settings(args: argparse.Namespace, data: np.ndarray) -> dict[str, Any]:
     """What must not change when a run is resumed, for its steps to be the ones that it would have taken."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
-    names += ["short_windows", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
+    names += ["short_seq_len", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
     # of 10 GB, only a few pages are read: 64 of 4 KiB, evenly spread
     pages = [data[i : i + 4096].tobytes() for i in np.linspace(0, max(len(data) - 4096, 0), 64).astype(np.int64)]
     return {
@@ -648,7 +666,7 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
             began = time.monotonic()
             if trainer.step == 0:
                 clock.startup_s = clock.elapsed_s()
-            (progress,) = trainer.layout.of_first(clock.progress(trainer.step))
+            (progress,) = trainer.ctx.broadcast(clock.progress(trainer.step))
             bar.n = round(100 * progress, 1)
             if progress >= 1:
                 break
@@ -674,7 +692,7 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
                     **load_summary(load),
                 )
                 load, logged_at = 0, (trainer.step, time.monotonic(), trainer.flops)
-            evaluate_now, save_now = trainer.layout.of_first(*next(due))
+            evaluate_now, save_now = trainer.ctx.broadcast(*next(due))
             if evaluate_now:
                 trainer.evaluate_and_save(metrics)
                 logged_at = (trainer.step, time.monotonic(), trainer.flops)
@@ -691,7 +709,7 @@ def progress_bar(trainer: Trainer) -> tqdm:
     form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     return tqdm(
         total=100,
-        disable=None if is_first() else True,
+        disable=None if is_rank_zero() else True,
         bar_format=form,
         mininterval=0.5,
         initial=100 * trainer.clock.progress(trainer.step),
@@ -747,7 +765,7 @@ class Parser(argparse.ArgumentParser):
     source = ""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {self.source}{one_line(message)}\n" if is_first_here() else None)
+        self.exit(2, f"{self.prog}: error: {self.source}{one_line(message)}\n" if is_local_rank_zero() else None)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -779,7 +797,7 @@ def build_parser() -> Parser:
     batch = p.add_argument_group("batch")
     batch.add_argument("--batch-size", type=POSITIVE_INT, default=32, help="windows of max_seq_len bytes at a time")
     batch.add_argument(
-        "--short-windows",
+        "--short-seq-len",
         type=NOT_NEGATIVE_INT,
         default=0,
         metavar="N",
@@ -889,45 +907,45 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, ModelArgs]:
         parser.error("--resume needs the --save-path of the run to go on with")
     if shape.vocab_size != VOCAB_SIZE:
         raise ConfigError(f"{args.config}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
-    if args.short_windows and shape.max_seq_len % args.short_windows:
-        parser.error(f"--short-windows must divide max_seq_len ({shape.max_seq_len}), got {args.short_windows}")
-    if shape.n_mtp_layers >= (shortest := args.short_windows or shape.max_seq_len):
+    if args.short_seq_len and shape.max_seq_len % args.short_seq_len:
+        parser.error(f"--short-seq-len must divide max_seq_len ({shape.max_seq_len}), got {args.short_seq_len}")
+    if shape.n_mtp_layers >= (shortest := args.short_seq_len or shape.max_seq_len):
         raise ConfigError(f"{args.config}: n_mtp_layers must be below the length of the windows ({shortest})")
     return args, shape
 
 
-def build_trainer(args: argparse.Namespace, shape: ModelArgs, layout: Layout) -> Trainer:
+def build_trainer(args: argparse.Namespace, shape: ModelArgs, ctx: ParallelContext) -> Trainer:
     """Loads the data and makes everything that a run needs."""
-    dtype = pick_dtype(torch.device(layout.device).type, args.dtype)
+    dtype = pick_dtype(torch.device(ctx.device).type, args.dtype)
     fp8_ops.gemm_impl = args.gemm_impl
-    with layout.together():
-        layout.check(shape, args.batch_size)
+    with ctx.collective_section():
+        ctx.check_divisible(shape, args.batch_size)
         data = open_bytes(resolve(args.data))
         train_data, val_data = split(data, shape.max_seq_len)
     names = ["steps", "minutes", "log_interval", "eval_interval", "save_interval", "sample_bytes", "compile"]
     told = {name: getattr(args, name) for name in [*names, "gradient_checkpointing", "resume"]}
-    layout.require_same(shape.to_dict() | {"the dtype": dtype} | told | resume_settings(args, train_data))
-    model = layout.make(shape, dtype)
-    layout.init_weights(model, args.seed)
-    model = model.to(layout.device).train()
+    ctx.require_equal(shape.to_dict() | {"the dtype": dtype} | told | resume_settings(args, train_data))
+    model = ctx.build(shape, dtype)
+    ctx.init_weights(model, args.seed)
+    model = model.to(ctx.device).train()
     model.gradient_checkpointing = args.gradient_checkpointing
     whole = model
-    if layout.mp > 1:
+    if ctx.mp_size > 1:
         with torch.device("meta"):
             whole = Transformer(shape, dtype)
-    peak = layout.world * measure_peak(layout.device, dtype)
-    describe(whole, args, layout, peak, train_data, val_data)
-    loss = layout.spread(model, args.compile)
+    peak = ctx.world_size * measure_peak(ctx.device, dtype)
+    describe(whole, args, ctx, peak, train_data, val_data)
+    loss = ctx.parallelize(model, args.compile)
     return Trainer(
         args=args,
         model=model,
-        optimizers=make_optimizers(model, args, dtype, layout),
+        optimizers=make_optimizers(model, args, dtype, ctx),
         train_data=train_data,
         val_data=val_data,
-        sampler=WindowSampler(len(train_data), shape.max_seq_len, args.seed),
-        short_sampler=WindowSampler(len(train_data), args.short_windows, args.seed) if args.short_windows else None,
+        sampler=SequenceSampler(len(train_data), shape.max_seq_len, args.seed),
+        short_sampler=SequenceSampler(len(train_data), args.short_seq_len, args.seed) if args.short_seq_len else None,
         clock=Clock(args.steps, args.minutes),
-        layout=layout,
+        ctx=ctx,
         whole=whole,
         peak_flops=peak,
         loss=loss,
@@ -949,7 +967,7 @@ def measure_peak(device: str, dtype: torch.dtype) -> float:
 def describe(
     model: Transformer,
     args: argparse.Namespace,
-    layout: Layout,
+    ctx: ParallelContext,
     peak: float,
     train_data: np.ndarray,
     val_data: np.ndarray,
@@ -958,10 +976,10 @@ def describe(
     total, active = model.n_params()
     latent, plain = model.args.cache_numbers_per_position()
     size, dtype = model.compute_dtype.itemsize, str(model.compute_dtype).removeprefix("torch.")
-    spread = f"; {layout.dp} data-parallel × {layout.mp} model-parallel processes" if layout.world > 1 else ""
+    spread = f"; {ctx.dp_size} data-parallel × {ctx.mp_size} model-parallel processes" if ctx.world_size > 1 else ""
     print(
         f"{total:,} parameters, {active:,} active per byte; cache {latent * size:,} bytes per position "
-        f"(plain multi-head attention: {plain * size:,}); {torch.device(layout.device).type}, {dtype}"
+        f"(plain multi-head attention: {plain * size:,}); {torch.device(ctx.device).type}, {dtype}"
         f" at {peak / 1e12:.3g} TFLOP/s at most"
         f"{', products in FP8' if args.gemm_impl == 'fp8' else ''}{spread}; "
         f"{len(train_data):,} bytes to train on, {len(val_data):,} to validate"
@@ -982,28 +1000,28 @@ def train(argv: list[str] | None) -> int:
     device = pick_device(args.device)
     if args.compile:
         require_compiler(device)
-    return train_in(Layout(device, args.model_parallel, args.fsdp, timeout=timeout), args, shape)
+    return train_in(ParallelContext.join(device, args.model_parallel, args.fsdp, timeout=timeout), args, shape)
 
 
-def train_in(layout: Layout, args: argparse.Namespace, shape: ModelArgs) -> int:
+def train_in(ctx: ParallelContext, args: argparse.Namespace, shape: ModelArgs) -> int:
     """Trains in one of the processes; returns its exit code."""
     path = args.save_path
     # workers that the elastic agent starts again go on where they were, with those of a node that has just come
-    (restarts,) = layout.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    (restarts,) = ctx.all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     resumes = args.resume or path is not None and restarts > 0
-    with layout.together():
+    with ctx.collective_section():
         if path is not None and path.exists() and not resumes and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(
                 f"--save-path {path} is not an empty folder; go on with --resume, or choose another path"
             )
-    trainer = build_trainer(args, shape, layout)
+    trainer = build_trainer(args, shape, ctx)
     # as the first sees it: one that sees another disk must fail, not begin anew
-    if resumes and layout.of_first(has_run(path))[0]:
-        with layout.together():
+    if resumes and ctx.broadcast(has_run(path))[0]:
+        with ctx.collective_section():
             trainer.resume(path)
         print(f"resumed {path} at step {trainer.step}")
-    with layout.together():
-        kept = path / METRICS_FILE if path is not None and is_first() else None
+    with ctx.collective_section():
+        kept = path / METRICS_FILE if path is not None and is_rank_zero() else None
         metrics = Metrics(kept, trainer.step, trainer.val_step == trainer.step)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, trainer.stop)
@@ -1011,7 +1029,7 @@ def train_in(layout: Layout, args: argparse.Namespace, shape: ModelArgs) -> int:
         val_loss = run(trainer, metrics)
     except NotFinite as error:
         kept = f"; the last good checkpoint is in {path}" if path is not None and has_run(path) else ""
-        if is_first():
+        if is_rank_zero():
             print(f"train.py: error: {error}{kept}; train anew with a lower --lr or --matrix-lr", file=sys.stderr)
         return 1
     where = f"model in {path}" if path is not None else "not saved, for want of --save-path"
@@ -1033,24 +1051,28 @@ def main(argv: list[str] | None = None) -> int:
     """The command, with a user's mistake told in one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes characters that a terminal may not have
-    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere), membership(report):
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(sys.stdout if is_rank_zero() else nowhere),
+        process_group(report),
+    ):
         try:
             return train(argv)
-        except (ConfigError, DataError, CheckpointError, DeviceError, LayoutError, OSError, MemoryError) as error:
-            is_everybodys = isinstance(error, (AgreedError, ConfigError, LayoutError))
-            if is_first_here() or not is_everybodys:  # else the first of this machine tells it
+        except (ConfigError, DataError, CheckpointError, DeviceError, ParallelError, OSError, MemoryError) as error:
+            is_everybodys = isinstance(error, (CollectiveError, ConfigError, ParallelError))
+            if is_local_rank_zero() or not is_everybodys:  # else the first of this machine tells it
                 report(str(error))
             if not is_everybodys:
-                abandon(2)
+                abort(2)
             return 2
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             report("the memory is too small; lower --batch-size, add --gradient-checkpointing, or take a smaller model")
-            abandon(2)
+            abort(2)
             return 2
         except KeyboardInterrupt:
-            abandon(130)
+            abort(130)
             return 130
 
 

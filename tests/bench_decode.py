@@ -31,11 +31,12 @@ sys.path[:0] = [str(ROOT)]
 
 import convert  # noqa: E402
 import decode  # noqa: E402
-import fp8_ops  # noqa: E402
 import generate  # noqa: E402
 import graphs  # noqa: E402
 import model as model_module  # noqa: E402
-from checkpoint import load_model, save_model  # noqa: E402
+import parallel  # noqa: E402
+from checkpoint import save_model  # noqa: E402
+from convert import load_model  # noqa: E402
 from generate import Sampling, Tally  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 
@@ -85,7 +86,7 @@ def small(max_seq_len: int, device: str = "cpu") -> Transformer:
     config = json.loads((ROOT / "configs" / "small.json").read_text())
     config.pop("train")
     args = ModelArgs.from_dict(config | {"max_seq_len": max_seq_len, "original_seq_len": max_seq_len})
-    model, dtype = random_model(args), fp8_ops.pick_dtype(device)
+    model, dtype = random_model(args), parallel.pick_dtype(device)
     model.compute_dtype = dtype
     return decode.attach(model.to(device, dtype))
 
@@ -121,7 +122,7 @@ def bench_transformers(options: argparse.Namespace, folder: Path) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    dtype = fp8_ops.pick_dtype("cpu", options.dtype)
+    dtype = parallel.pick_dtype("cpu", options.dtype)
     save_model(random_model(ModelArgs.from_dict(SHAPE)), folder / "random")
     convert.convert(folder / "random", folder / "hf", is_hf=True, dtype="bf16")
     ours = decode.attach(load_model(folder / "hf", "cpu", dtype))
@@ -142,7 +143,7 @@ def bench_transformers(options: argparse.Namespace, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def step(model: Transformer, cache: model_module.Cache, length: int) -> None:
+def step(model: Transformer, cache: model_module.KVCache, length: int) -> None:
     """Decodes 16 bytes after so many others; they differ, as in a text, and so do the experts that they need."""
     for i in range(16):
         cache.lengths = [length + i] * len(cache.lengths)
@@ -193,7 +194,7 @@ def bench_speculation(options: argparse.Namespace, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         train = ["train.py", "--config", folder / "config.json", "--save-path", path, "--minutes", options.minutes]
         subprocess.run(list(map(str, [sys.executable, *train])), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    dtype = fp8_ops.pick_dtype("cpu", options.dtype)
+    dtype = parallel.pick_dtype("cpu", options.dtype)
     model = decode.attach(load_model(path, "cpu", dtype))
     for at_once in (1, min(len(BEGINNINGS), model.args.max_batch_size)):
         rows: list[tuple[object, ...]] = [("texts", "choice", "drafts", "bytes/s", "without", "ratio", "accepted")]

@@ -2,7 +2,7 @@
 
     python tests/bench_scaling.py [--config configs/shakespeare.json] [--steps 10] [--repeat 3]
 
-The batch is the same in each layout, so two processes have half of it each, or half of the model. Layouts take turns,
+The batch is the same in each ctx, so two processes have half of it each, or half of the model. Layouts take turns,
 in processes of their own, and each number is the median of their runs; the first steps do not count.
 
 "Waits" is the share of the steps' time in which the thread that computes is not on a core: its wall-clock time less its
@@ -25,8 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from checkpoint import keep_freed_memory  # noqa: E402
-from parallel import Layout, end, leave  # noqa: E402
+from parallel import ParallelContext, end, keep_freed_memory, leave  # noqa: E402
 
 WARM_UP = 3  # steps
 LAYOUTS = {
@@ -47,18 +46,18 @@ def work(flags: list[str], steps: int) -> None:
     imported = memory("VmRSS")
     args, shape = train.parse_args(flags)
     keep_freed_memory()
-    layout = Layout("cpu", args.model_parallel, args.fsdp)
-    trainer = train.build_trainer(args, shape, layout)
+    ctx = ParallelContext.join("cpu", args.model_parallel, args.fsdp)
+    trainer = train.build_trainer(args, shape, ctx)
     for _ in range(WARM_UP):
         trainer.train_step(0.5)
-    layout.agree()
+    ctx.raise_if_any_failed()
     began, busy = time.perf_counter(), time.thread_time()
     for _ in range(steps):
         trainer.train_step(0.5)
     seconds, busy = time.perf_counter() - began, time.thread_time() - busy
     peak = memory("VmHWM")
-    waits, peak, own = layout.largest(1 - busy / seconds, peak, peak - imported)
-    if layout.rank == 0:
+    waits, peak, own = ctx.all_reduce_max(1 - busy / seconds, peak, peak - imported)
+    if ctx.rank == 0:
         print(json.dumps([steps * trainer.step_bytes / seconds, waits, peak, own]))
     leave()
 

@@ -27,9 +27,14 @@ sys.path.insert(0, str(ROOT))
 
 import convert  # noqa: E402
 import train  # noqa: E402
-from checkpoint import keep_freed_memory, load_model, read_config, save_model  # noqa: E402
-from fp8_ops import pick_device, pick_dtype  # noqa: E402
+from checkpoint import read_config, save_model  # noqa: E402
+from convert import load_model  # noqa: E402
 from model import Transformer  # noqa: E402
+from parallel import (  # noqa: E402
+    keep_freed_memory,  # noqa: E402
+    pick_device,
+    pick_dtype,
+)
 
 
 def stepper(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:

@@ -26,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import has_run, load_model, load_run, read_config  # noqa: E402
+from checkpoint import has_run, load_run, read_config  # noqa: E402
+from convert import load_model  # noqa: E402
 from model import Transformer  # noqa: E402
 from train import METRICS_FILE  # noqa: E402
 

@@ -24,12 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGr
 import checkpoint as checkpoints
 import convert
 import generate
-import tensor_files
-from checkpoint import load_model, load_run, open_checkpoint, read_config, save_model, save_run
+import parallel
+import safetensors_io
+from checkpoint import load_run, read_config, save_model, save_run
+from convert import args_from_hf, hf_config, load_model, open_checkpoint
 from fp8_ops import weight_dequant, weight_quant
-from huggingface import args_from_hf, hf_config
 from model import ConfigError, ModelArgs, Transformer
-from tensor_files import CheckpointError
+from safetensors_io import CheckpointError
 
 WEIGHTS, INDEX = "model0-mp1.safetensors", "model.safetensors.index.json"
 TINY = {
@@ -579,18 +580,18 @@ def test_scales_are_cut_exactly_or_not_at_all(data: st.DataObject) -> None:
         rows, cols = (other, n) if across else (n, other)
         shape = -(-rows // 128), -(-cols // 128)
         s = torch.randint(1, 3 if few else 4, shape, generator=generator).float()
-        box = tensor_files.Box(*((0, rows, at, at + n) if across else (at, at + n, 0, cols)))
+        box = safetensors_io.Slice2D(*((0, rows, at, at + n) if across else (at, at + n, 0, cols)))
         parts.append((box, s))
         full.append(expand(s, rows, cols))
         at += n
     whole = torch.cat(full, dim=across)
     top, left = data.draw(st.integers(0, whole.shape[0] - 1)), data.draw(st.integers(0, whole.shape[1] - 1))
-    box = tensor_files.Box(
+    box = safetensors_io.Slice2D(
         top, data.draw(st.integers(top + 1, whole.shape[0])), left, data.draw(st.integers(left + 1, whole.shape[1]))
     )
     wanted = whole[box.top : box.bottom, box.left : box.right]
     blocks = [[b for b in row.split(128, 1)] for row in wanted.split(128, 0)]
-    found = tensor_files.cut_scales(parts, box)
+    found = safetensors_io.slice_scales(parts, box)
     if all((b == b[0, 0]).all() for row in blocks for b in row):
         assert found is not None and torch.equal(expand(found, *wanted.shape), wanted)
         assert found.shape == (len(blocks), len(blocks[0]))
@@ -1143,26 +1144,26 @@ def test_plan_for_deepseek_v3(v3: tuple[checkpoints.Checkpoint, list], world: in
         assert not cut or size % world == 0 or name.endswith("scale_inv")
         bytes_of_rank += size // world if cut else size
     for rank, output in enumerate(outputs):
-        data = sum(entry.n_bytes for entry in output.entries.values())
+        data = sum(info.nbytes for info in output.infos.values())
         if world < 16:
             assert data == bytes_of_rank
         else:  # half a block of a shared expert has a scale of its own
             assert 0 <= data - bytes_of_rank <= 62 * 3 * 56 * 4 * 2
         assert output.size == len(output.header) + data
-        experts = {int(key.split(".")[4]) for key in output.entries if ".experts." in key and key.startswith("layers")}
+        experts = {int(key.split(".")[4]) for key in output.infos if ".experts." in key and key.startswith("layers")}
         assert experts == set(range(256 * rank // world, 256 * (rank + 1) // world))
-        assert output.entries["layers.0.ffn.w1.weight"].shape == (18432 // world, 7168)
-        assert output.entries["layers.60.attn.wo.weight"].shape == (7168, 16384 // world)
-        assert output.entries["mtp.0.eh_proj.weight"].shape == (7168, 14336)
+        assert output.infos["layers.0.ffn.w1.weight"].shape == (18432 // world, 7168)
+        assert output.infos["layers.60.attn.wo.weight"].shape == (7168, 16384 // world)
+        assert output.infos["mtp.0.eh_proj.weight"].shape == (7168, 14336)
         if dtype is None:
-            assert output.entries["layers.0.attn.wkv_a.scale"].shape == (5, 56)
-            assert output.entries["layers.60.ffn.shared_experts.w2.scale"].shape == (56, math.ceil(2048 / world / 128))
+            assert output.infos["layers.0.attn.wkv_a.scale"].shape == (5, 56)
+            assert output.infos["layers.60.ffn.shared_experts.w2.scale"].shape == (56, math.ceil(2048 / world / 128))
 
 
 def test_reading_deepseek_v3_needs_only_what_is_asked_for(v3: tuple[checkpoints.Checkpoint, list]) -> None:
     checkpoint, _ = v3
     source = checkpoint.tensors["layers.5.attn.wo.weight"]
-    box = checkpoints.cut("layers.5.attn.wo.weight", source.shape, 256, 3, 8)
+    box = parallel.native_slice("layers.5.attn.wo.weight", source.shape, 256, 3, 8)
     q, s = source.read_fp8(box, None)
     assert q.shape == (7168, 2048) and s.shape == (56, 16)
 
@@ -1179,7 +1180,7 @@ def test_other_published_models(tmp_path: Path, config: dict[str, Any]) -> None:
         if key in config and key not in ("num_hidden_layers", "model_type", "rope_scaling", "pad_token_id"):
             assert value == config[key], key
     assert args_from_hf(texts["config.json"]) == checkpoint.args
-    names = {name for output in outputs for name in output.entries}
+    names = {name for output in outputs for name in output.infos}
     assert names == {name for _, name, _, _ in published(config | {"num_hidden_layers": 3})}
 
 
@@ -1190,7 +1191,7 @@ def pack(header: bytes, data: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
-def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> bytes:
+def info(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> bytes:
     return json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets} | more}).encode()
 
 
@@ -1202,26 +1203,26 @@ LIES = {
     "huge number": pack(b'{"x":' + b"9" * 10_000 + b"}"),
     "a longer header": pack(b"{}")[:9],
     "2^63 bytes of header": (1 << 63).to_bytes(8, "little") + b"{}",
-    "twice": pack(b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},' + entry()[1:], b"8 bytes!"),
+    "twice": pack(b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},' + info()[1:], b"8 bytes!"),
     "number for a tensor": pack(b'{"x":3}'),
     "null for a tensor": pack(b'{"x":null}'),
-    "dtype": pack(entry(dtype="F5"), b"8 bytes!"),
-    "dtype that is a list": pack(entry(dtype=["F32"]), b"8 bytes!"),
-    "shape of text": pack(entry(shape="2"), b"8 bytes!"),
-    "negative shape": pack(entry(shape=[-2, -1]), b"8 bytes!"),
-    "true shape": pack(entry(shape=[True, 2]), b"8 bytes!"),
-    "overflowing shape": pack(entry(shape=[1 << 33, 1 << 33]), b"8 bytes!"),
-    "fraction": pack(entry(shape=[2.0]), b"8 bytes!"),
-    "too many dimensions": pack(entry(shape=[1] * 1000 + [2]), b"8 bytes!"),
-    "offsets backwards": pack(entry(offsets=[8, 0]), b"8 bytes!"),
-    "offsets outside": pack(entry(offsets=[8, 16]), b"8 bytes!"),
-    "one offset": pack(entry(offsets=[8]), b"8 bytes!"),
-    "offsets of another shape": pack(entry(shape=[3]), b"8 bytes!"),
+    "dtype": pack(info(dtype="F5"), b"8 bytes!"),
+    "dtype that is a list": pack(info(dtype=["F32"]), b"8 bytes!"),
+    "shape of text": pack(info(shape="2"), b"8 bytes!"),
+    "negative shape": pack(info(shape=[-2, -1]), b"8 bytes!"),
+    "true shape": pack(info(shape=[True, 2]), b"8 bytes!"),
+    "overflowing shape": pack(info(shape=[1 << 33, 1 << 33]), b"8 bytes!"),
+    "fraction": pack(info(shape=[2.0]), b"8 bytes!"),
+    "too many dimensions": pack(info(shape=[1] * 1000 + [2]), b"8 bytes!"),
+    "offsets backwards": pack(info(offsets=[8, 0]), b"8 bytes!"),
+    "offsets outside": pack(info(offsets=[8, 16]), b"8 bytes!"),
+    "one offset": pack(info(offsets=[8]), b"8 bytes!"),
+    "offsets of another shape": pack(info(shape=[3]), b"8 bytes!"),
     "unknown field": pack(json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "y": 1}}).encode()),
-    "overlap": pack(entry(y={"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}), b"12 bytes of it"[:12]),
-    "gap": pack(entry(y={"dtype": "F32", "shape": [1], "data_offsets": [12, 16]}), b"16 bytes of data"),
-    "data missing": pack(entry(), b"7 bytes"),
-    "data left over": pack(entry(), b"9 bytes!!"),
+    "overlap": pack(info(y={"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}), b"12 bytes of it"[:12]),
+    "gap": pack(info(y={"dtype": "F32", "shape": [1], "data_offsets": [12, 16]}), b"16 bytes of data"),
+    "data missing": pack(info(), b"7 bytes"),
+    "data left over": pack(info(), b"9 bytes!!"),
     "lone surrogate": pack(b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"8 bytes!"),
 }
 
@@ -1231,7 +1232,7 @@ def test_header_that_lies(tmp_path: Path, lie: str) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes(LIES[lie])
     with pytest.raises(CheckpointError) as error:
-        tensor_files.read_header(file)
+        safetensors_io.read_header(file)
     one_line(error, file)
     assert str(error.value).isprintable() and len(str(error.value)) < 600
 
@@ -1242,7 +1243,7 @@ def test_header_of_100_mb_is_not_even_parsed(tmp_path: Path) -> None:
         file.truncate(101 << 20)
     begin = time.process_time()
     with pytest.raises(CheckpointError):
-        tensor_files.read_header(tmp_path / "x")
+        safetensors_io.read_header(tmp_path / "x")
     assert time.process_time() - begin < 0.1
 
 
@@ -1267,7 +1268,7 @@ def test_fuzzed_headers(tmp_path_factory: pytest.TempPathFactory, data: st.DataO
                 content[at] ^= 1
     file.write_bytes(content)
     try:
-        ours = {name: entry.read() for name, entry in tensor_files.read_header(file).items()}
+        ours = {name: info.read() for name, info in safetensors_io.read_header(file).items()}
     except CheckpointError as error:
         assert str(error).isprintable()
         return
@@ -1454,8 +1455,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     """The target is there and whole, or not there; the source is as it was; the next run succeeds."""
     save_model(tiny(**BIG), tmp_path / "a")
     source, rng = (tmp_path / "a" / WEIGHTS).read_bytes(), random.Random(0)
-    slow = "import time; from tensor_files import Stored; f = Stored.read_bytes\n"
-    slow += "Stored.read_bytes = lambda *a: (time.sleep(0.02), f(*a))[1]"
+    slow = "import time; from safetensors_io import ShardedTensor; f = ShardedTensor.read_bytes\n"
+    slow += "ShardedTensor.read_bytes = lambda *a: (time.sleep(0.02), f(*a))[1]"
     interrupted = 0
     for signum in (signal.SIGKILL, signal.SIGINT):
         shutil.rmtree(tmp_path / ".out.tmp", ignore_errors=True)
@@ -1497,10 +1498,10 @@ def test_disk_full(tmp_path: Path) -> None:
 def test_error_while_writing(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one thread of several: the others stop, and the first error is the one that is told."""
 
-    def fails(self: tensor_files.Stored, box: tensor_files.Box) -> torch.Tensor:
+    def fails(self: safetensors_io.ShardedTensor, box: safetensors_io.Slice2D) -> torch.Tensor:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(tensor_files.Stored, "read_bytes", fails)
+    monkeypatch.setattr(safetensors_io.ShardedTensor, "read_bytes", fails)
     with pytest.raises(CheckpointError) as error:
         convert.convert(saved, tmp_path / "out")
     one_line(error, "Input/output error")
@@ -1530,7 +1531,7 @@ def test_memory_is_that_of_a_band(tmp_path: Path) -> None:
     shape = TINY | shape | {"n_layers": 1, "kv_lora_rank": 512}
     with torch.device("meta"):
         tensors = {name: (t.dtype, tuple(t.shape)) for name, t in Transformer(ModelArgs(**shape)).state_dict().items()}
-    layout = tensor_files.Output(WEIGHTS, tensors)
+    layout = safetensors_io.SafetensorsWriter(WEIGHTS, tensors)
     peaks = []
     for folder, is_small in ((tmp_path / "small", True), (tmp_path / "large", False)):
         if is_small:
@@ -1555,7 +1556,7 @@ def test_memory_is_that_of_a_band(tmp_path: Path) -> None:
 
 
 def test_two_conversions_to_the_same_folder(saved: Path, tmp_path: Path) -> None:
-    with tensor_files.new_folder(tmp_path / "out") as folder:
+    with safetensors_io.new_folder(tmp_path / "out") as folder:
         (folder / "mine").write_text("of the first")
         for attempt in (lambda: convert.convert(saved, tmp_path / "out"), lambda: save_model(tiny(), tmp_path / "out")):
             with pytest.raises(CheckpointError) as error:
@@ -1568,8 +1569,8 @@ def test_two_conversions_to_the_same_folder(saved: Path, tmp_path: Path) -> None
 def test_two_processes_and_the_same_folder(tmp_path: Path) -> None:
     """The second is refused while the first lives, and succeeds when it was killed."""
     save_model(tiny(**BIG), tmp_path / "a")
-    slow = "import time; from tensor_files import Stored; f = Stored.read_bytes\n"
-    slow += "Stored.read_bytes = lambda *a: (time.sleep(0.05), f(*a))[1]"
+    slow = "import time; from safetensors_io import ShardedTensor; f = ShardedTensor.read_bytes\n"
+    slow += "ShardedTensor.read_bytes = lambda *a: (time.sleep(0.05), f(*a))[1]"
     first = command("--ckpt-path", tmp_path / "a", "--save-path", tmp_path / "out", before=slow)
     while not (tmp_path / ".out.tmp" / WEIGHTS).exists() and first.poll() is None:
         time.sleep(0.01)
@@ -1618,14 +1619,14 @@ def test_parents_made_in_vain_are_removed(saved: Path, tmp_path: Path) -> None:
 
 def test_sigterm_cleans_up(tmp_path: Path) -> None:
     save_model(tiny(**BIG), tmp_path / "a")
-    slow = "import time; from tensor_files import Stored; f = Stored.read_bytes\n"
-    slow += "Stored.read_bytes = lambda *a: (time.sleep(0.05), f(*a))[1]"
+    slow = "import time; from safetensors_io import ShardedTensor; f = ShardedTensor.read_bytes\n"
+    slow += "ShardedTensor.read_bytes = lambda *a: (time.sleep(0.05), f(*a))[1]"
     process = command("--ckpt-path", tmp_path / "a", "--save-path", tmp_path / "x" / "out", before=slow)
     while not (tmp_path / "x" / ".out.tmp" / WEIGHTS).exists() and process.poll() is None:
         time.sleep(0.01)
     process.terminate()
     error = process.communicate()[1]
-    assert process.returncode == 143 and error == b"", error  # no bar where there is no terminal
+    assert process.returncode == 130 and error == b"", error  # no bar where there is no terminal
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -1836,13 +1837,13 @@ def test_a_key_twice_is_found_in_linear_time(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(pack(f"{{{header}}}".encode()))
     begin = time.process_time()
     with pytest.raises(CheckpointError) as error:
-        tensor_files.read_header(tmp_path / "x")
+        safetensors_io.read_header(tmp_path / "x")
     one_line(error, "0199999", "twice")
     assert time.process_time() - begin < 3
 
 
 def test_no_bands_of_nothing() -> None:
-    assert list(tensor_files.Stored("x", (1 << 40, 0)).bands(tensor_files.Box(0, 1 << 40, 0, 0))) == []
+    assert list(safetensors_io.ShardedTensor("x", (1 << 40, 0)).bands(safetensors_io.Slice2D(0, 1 << 40, 0, 0))) == []
 
 
 # --- What would be lost silently -------------------------------------------------------------------------------------

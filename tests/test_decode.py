@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import decode
 import generate
 import model as model_module
-from model import Cache, ModelArgs, Transformer
+from model import KVCache, ModelArgs, Transformer
 
 SHAPE = {"max_batch_size": 4, "max_seq_len": 700, "original_seq_len": 700, "dim": 40, "inter_dim": 70}
 SHAPE |= {"moe_inter_dim": 26, "n_layers": 3, "n_heads": 3, "n_routed_experts": 6, "n_shared_experts": 1}
@@ -48,7 +48,7 @@ def make(stored: torch.dtype = torch.float32, **changes: Any) -> Transformer:
     return model.eval().requires_grad_(False)
 
 
-def remembering(model: Transformer, lengths: list[int], size: float = 1.0) -> Cache:
+def remembering(model: Transformer, lengths: list[int], size: float = 1.0) -> KVCache:
     """A cache full of chance, so many positions of each row filled."""
     cache = model.new_cache(len(lengths), model.args.max_seq_len - 1)
     for i, layer in enumerate(cache.layers):
@@ -70,10 +70,10 @@ def outputs(
     for layer in cache.layers:
         layer[0][:, max(lengths) + width :] = float("nan")  # what is not there yet
     with torch.inference_mode():
-        results = [*model.read(tokens[0], cache)]
+        results = [*model.forward_with_hidden(tokens[0], cache)]
         for depth in range(len(model.mtp)):
             states = (before or results)[2 * depth].bfloat16().to(model.compute_dtype)  # as each dtype has them
-            results += model.look_ahead(depth, states, tokens[1], cache)
+            results += model.mtp_forward(depth, states, tokens[1], cache)
     return results + [torch.cat([layer[0][i, n : n + width] for i, n in enumerate(lengths)]) for layer in cache.layers]
 
 
@@ -152,7 +152,7 @@ def test_what_is_no_number_stays_visible() -> None:
     model.layers[0].attn.wo.weight[0] = float("inf")
     decode.attach(model)
     with torch.inference_mode():
-        h, logits = model.read(torch.tensor([[65, 66]]), model.new_cache(1, 8))
+        h, logits = model.forward_with_hidden(torch.tensor([[65, 66]]), model.new_cache(1, 8))
     assert h.isnan().all() and logits.isnan().all()
 
 
@@ -162,7 +162,7 @@ def test_what_is_no_number_in_the_memory_stays_visible(bits: int) -> None:
     cache = remembering(model, [5])
     cache.layers[1][0].view(torch.int32)[0, 3, 45] = bits  # of a rotary key: it goes through the softmax
     with torch.inference_mode():
-        h, logits = model.read(torch.tensor([[65]]), cache)
+        h, logits = model.forward_with_hidden(torch.tensor([[65]]), cache)
     assert h.isnan().all() and logits.isnan().all()
 
 
@@ -171,9 +171,10 @@ def test_tokens_out_of_range_are_refused() -> None:
     with torch.inference_mode():
         for token in (-1, 256, 10**12):
             with pytest.raises(IndexError):
-                model.read(torch.tensor([[65, token]]), model.new_cache(1, 8))
+                model.forward_with_hidden(torch.tensor([[65, token]]), model.new_cache(1, 8))
         narrow, wide = (
-            model.read(torch.tensor([[65, 66]], dtype=d), model.new_cache(1, 8))[1] for d in (torch.int32, torch.int64)
+            model.forward_with_hidden(torch.tensor([[65, 66]], dtype=d), model.new_cache(1, 8))[1]
+            for d in (torch.int32, torch.int64)
         )
     assert torch.equal(narrow, wide)
 
@@ -185,9 +186,9 @@ def test_too_many_positions_are_refused() -> None:
             cache = model.new_cache(1, capacity)
             cache.lengths = [length]
             with pytest.raises(ValueError, match=message):
-                model.read(torch.tensor([[65, 66]]), cache)
+                model.forward_with_hidden(torch.tensor([[65, 66]]), cache)
             with pytest.raises(ValueError, match=message):
-                model.look_ahead(0, torch.zeros(1, 2, 40), torch.tensor([[65, 66]]), cache)
+                model.mtp_forward(0, torch.zeros(1, 2, 40), torch.tensor([[65, 66]]), cache)
 
 
 def test_many_positions_and_plain_attention_stay_with_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +216,7 @@ def test_where_a_thread_was_late_one_does_it_all_for_a_while(monkeypatch: pytest
         threads.clear()
         with torch.inference_mode():
             for _ in range(n):
-                model.read(torch.tensor([[65]]), model.new_cache(1, 8))
+                model.forward_with_hidden(torch.tensor([[65]]), model.new_cache(1, 8))
         return threads
 
     assert calls(3) == [2, 2, 2]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fp8_cast_bf16
 from fp8_ops import weight_quant
-from tensor_files import CheckpointError
+from safetensors_io import CheckpointError
 
 ROOT = Path(fp8_cast_bf16.__file__).parent
 E4M3 = torch.float8_e4m3fn
@@ -95,7 +95,7 @@ def test_one_file_without_index(tmp_path: Path) -> None:
 def test_bands(fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where a tensor takes many bands."""
     assert run(fp8, tmp_path / "whole") == 0
-    monkeypatch.setattr("tensor_files.BAND_BYTES", 1)
+    monkeypatch.setattr("safetensors_io.BAND_BYTES", 1)
     assert run(fp8, tmp_path / "bands") == 0
     for file in FILES:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "bands" / file).read_bytes()
@@ -162,8 +162,8 @@ def test_where_to(fp8: Path, tmp_path: Path) -> None:
 
 
 def test_killed_and_run_again(fp8: Path, tmp_path: Path) -> None:
-    slow = "import time; from tensor_files import Piece; read = Piece.read\n"
-    slow += "Piece.read = lambda *a: (time.sleep(0.1), read(*a))[1]"
+    slow = "import time; from safetensors_io import ShardSlice; read = ShardSlice.read\n"
+    slow += "ShardSlice.read = lambda *a: (time.sleep(0.1), read(*a))[1]"
     code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n{slow}\nimport fp8_cast_bf16\nsys.exit(fp8_cast_bf16.main())"
     flags = ["--input-fp8-hf-path", str(fp8), "--output-bf16-hf-path", str(tmp_path / "out")]
     for signum, expected in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):

@@ -734,7 +734,7 @@ def test_fp8_linear_is_quantise_dequantise_multiply(
     scale_fmt: str | None,
     seed: int,
 ) -> None:
-    """Output and both gradients, plain and in groups, up to the float32 summation and the last rounding."""
+    """SafetensorsWriter and both gradients, plain and in groups, up to the float32 summation and the last rounding."""
     rows = rows if counts is None else sum(counts)
     x = normal(rows, k, seed=seed, dtype=dtype)
     w = normal(*([] if counts is None else [len(counts)]), n, k, seed=seed + 1, dtype=weight_dtype)

@@ -101,7 +101,7 @@ class Script:
     def new_cache(self, batch_size: int, capacity: int, spare: int = 0) -> SimpleNamespace:
         return SimpleNamespace(lengths=[0] * batch_size, layers=[[torch.zeros(batch_size, capacity)]])
 
-    def read(self, tokens: torch.Tensor, cache: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_with_hidden(self, tokens: torch.Tensor, cache: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
         memory = cache.layers[0][0]
         for row, ids in enumerate(tokens.tolist()):
             memory[row, cache.lengths[row] : cache.lengths[row] + len(ids)] = torch.tensor(ids).float()
@@ -249,9 +249,11 @@ def test_the_cache_and_the_positions_of_a_call_are_bounded() -> None:
     widths = []
 
     class Watched(Script):
-        def read(self, tokens: torch.Tensor, cache: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+        def forward_with_hidden(
+            self, tokens: torch.Tensor, cache: SimpleNamespace
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             widths.append(tokens.numel())
-            return super().read(tokens, cache)
+            return super().forward_with_hidden(tokens, cache)
 
     model = Watched({b"a": b"a" * 99_999})
     batch = Batch(model, [b"a" * 9_000, b"a"], Sampling(max_new_tokens=5))
@@ -452,8 +454,8 @@ def test_sampled_text_with_drafts_depends_on_prompt_seed_and_row_alone(
 def test_drafts_are_right_now_and_then_and_save_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     model_module.attn_impl = "absorb"
     model, calls, tally = guessing(3, max_seq_len=512), [], generate.Tally()
-    read = model.read
-    monkeypatch.setattr(model, "read", lambda *given: calls.append(given) or read(*given))
+    forward = model.forward_with_hidden
+    monkeypatch.setattr(model, "forward_with_hidden", lambda *given: calls.append(given) or forward(*given))
     sampling = replace(GREEDY, max_new_tokens=200, speculate=3)
     text = b"".join(piece for _, piece in generate.generate(model, [b"ab"], sampling, tally))
     assert 20 < tally.accepted < tally.drafted
@@ -475,7 +477,7 @@ def test_drafts_come_from_all_states_and_bytes_before(
         drafts, q = draft(batch, *given)
         for text, start, drafted, limit in zip(batch.texts, batch.starts, drafts, given[1], strict=True):
             window, n = torch.tensor([[*text[start:], *drafted]]), len(text) - start - 1
-            h, _ = model.hidden(window[:, :n])
+            h, _ = model.forward_hidden(window[:, :n])
             for i, module in enumerate(model.mtp[:limit]):
                 h, _ = module(h, model.embed(window[:, i + 1 : i + 1 + n]), model.positions(n, None), None)
                 assert drafted[i] == model.head(h)[0, -1].argmax()

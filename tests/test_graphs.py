@@ -57,9 +57,9 @@ def test_what_is_recorded_is_what_the_modules_do(lengths: list[int], width: int,
                 tensor.normal_(generator=torch.Generator().manual_seed(i))
         cache.lengths = list(lengths)
         with torch.inference_mode():
-            outputs = [*model.read(tokens[0], cache)]
+            outputs = [*model.forward_with_hidden(tokens[0], cache)]
             for depth in range(2):
-                outputs += model.look_ahead(depth, outputs[2 * depth], tokens[1], cache)
+                outputs += model.mtp_forward(depth, outputs[2 * depth], tokens[1], cache)
         results.append(outputs + [tensor for layer in cache.layers for tensor in layer])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -472,16 +472,16 @@ def test_rows_of_different_lengths(args: ModelArgs, data: st.DataObject) -> None
 def test_mtp_modules_with_a_cache(args: ModelArgs, impl: str, cut: int) -> None:
     """The modules' layers have their own place in the cache."""
     net, tokens = build(args, 1), random_tokens(2, 11)
-    h, _ = net.hidden(tokens[:, :10])
+    h, _ = net.forward_hidden(tokens[:, :10])
     expected = h
     for module in net.mtp:
         expected, _ = module(expected, net.embed(tokens[:, 1:]), net.positions(10, None), None)
     with attention(impl, net):
         cache, parts = net.new_cache(2, 10), []
         for start, end in ((0, cut), (cut, 10)):
-            states, _ = net.read(tokens[:, start:end], cache)
+            states, _ = net.forward_with_hidden(tokens[:, start:end], cache)
             for depth in range(len(net.mtp)):
-                states, _ = net.look_ahead(depth, states, tokens[:, start + 1 : end + 1], cache)
+                states, _ = net.mtp_forward(depth, states, tokens[:, start + 1 : end + 1], cache)
             parts.append(states)
             cache.lengths = [end, end]
     # two blocks more than logits have gone through, and as many norms of few numbers, which enlarge rounding
@@ -570,7 +570,7 @@ def moe_by_hand(moe: nn.Module, x: torch.Tensor, args: ModelArgs) -> tuple[torch
 
 
 def compare_moe_with_hand(args: ModelArgs, moe: nn.Module, x: torch.Tensor) -> list[int]:
-    """Output and all gradients of an MoE layer against the loop; returns the load."""
+    """SafetensorsWriter and all gradients of an MoE layer against the loop; returns the load."""
     by_hand = model.MoE(args).double()
     by_hand.load_state_dict(moe.state_dict())
     x64 = x.detach().double().requires_grad_()

@@ -1,4 +1,4 @@
-"""Training over several processes, on gloo: each layout must do what one process does.
+"""Training over several processes, on gloo: each ctx must do what one process does.
 
 Run as a script, this file is one of the processes: it goes through a list of scenarios, one after the other.
 """
@@ -37,8 +37,9 @@ import model as model_module  # noqa: E402
 import parallel  # noqa: E402
 import plan  # noqa: E402
 import train  # noqa: E402
-from checkpoint import held, save_model  # noqa: E402
+from checkpoint import save_model  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
+from parallel import local_slice  # noqa: E402
 
 CONFIG = {
     **{"dim": 32, "inter_dim": 64, "moe_inter_dim": 32, "n_layers": 3, "n_dense_layers": 1, "moe_layer_freq": 1},
@@ -79,31 +80,31 @@ def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing
     """Compares this process's gradients, and the clipped norm, with the parts of the whole ones that they are."""
     args = ModelArgs.from_dict(config)
     batch = torch.randint(256, (8, 33), generator=torch.Generator().manual_seed(5))
-    layout = parallel.Layout("cpu", mp, shards)
+    ctx = parallel.ParallelContext.join("cpu", mp, shards)
     whole, expected = reference_gradients(args, batch[:, :-1], batch[:, 1:])
-    net = layout.make(args, torch.float32)
-    layout.init_weights(net, 0)
+    net = ctx.build(args, torch.float32)
+    ctx.init_weights(net, 0)
     net.train().gradient_checkpointing = checkpointing
-    compute = layout.spread(net, compiles=False)
-    mine = batch[layout.share(8)]
+    compute = ctx.parallelize(net, compiles=False)
+    mine = batch[ctx.data_parallel_slice(8)]
     losses = compute(mine[:, :-1], mine[:, 1:])
     losses.total.backward()
-    layout.sum_gradients()
-    load = layout.sum_data(losses.load.clone())
+    ctx.all_reduce_replicated_grads()
+    load = ctx.all_reduce_dp(losses.load.clone())
     assert torch.equal(load, expected.load)
-    balance = layout.sum_data(losses.balance / layout.dp)
+    balance = ctx.all_reduce_dp(losses.balance / ctx.dp_size)
     torch.testing.assert_close(balance, expected.balance, rtol=1e-5, atol=0)
     shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
     gradients = {name: p.grad for name, p in whole.named_parameters()}
     norm = nn.utils.get_total_norm(list(gradients.values()))
     for name, p in net.named_parameters():
-        box = held(name, p, shapes[name], layout)
-        part, _ = layout.local(p.grad)
+        box = local_slice(name, p, shapes[name], ctx)
+        part, _ = ctx.local_shard(p.grad)
         wanted = gradients[name].reshape(-1, shapes[name][-1])[box.top : box.bottom, box.left : box.right]
         torch.testing.assert_close(
             part.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-5 * gradients[name].abs().max().item(), msg=name
         )
-    torch.testing.assert_close(layout.clip_grad_norm(net, 0.1), norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ctx.clip_grad_norm(net, 0.1), norm, rtol=1e-5, atol=0)
     parallel.leave()
 
 
@@ -166,14 +167,14 @@ class Saved:
 
 
 def check_plan(flags: list[str]) -> None:
-    """What the plan says of this layout is what a step of it holds and sends."""
+    """What the plan says of this ctx is what a step of it holds and sends."""
     args, shape = train.parse_args(flags)
     world = int(os.environ["WORLD_SIZE"])
     planned_args, _ = train.parse_args([*flags, "--plan", "--world-size", str(world)])
     states = lambda name, p: 1 if args.optimizer == "muon" and train.is_hidden_matrix(name, p) else 2  # noqa: E731
     planned = plan.make_plan(shape, planned_args, torch.float32, states)
-    layout = parallel.Layout("cpu", args.model_parallel, args.fsdp)
-    trainer = train.build_trainer(args, shape, layout)
+    ctx = parallel.ParallelContext.join("cpu", args.model_parallel, args.fsdp)
+    trainer = train.build_trainer(args, shape, ctx)
     traffic, saved = Traffic(), Saved(trainer)
     with traffic:
         trainer.train_step(0.5)
@@ -183,12 +184,12 @@ def check_plan(flags: list[str]) -> None:
         assert traffic.sent[what] == planned.sent.get(name, 0), (what, traffic.sent, planned.sent)
     if not args.fsdp and not args.gradient_checkpointing:  # else not all is saved in the forward pass
         assert saved.size == pytest.approx(planned.held["activations"], rel=2e-3)
-    here = sum(layout.local(p)[0].numel() for p in trainer.model.parameters())
-    most = max(layout.largest(here))
+    here = sum(ctx.local_shard(p)[0].numel() for p in trainer.model.parameters())
+    most = max(ctx.all_reduce_max(here))
     assert 4 * most == planned.held["parameters"] == planned.held["gradients"]
     kept = train.optimizer_tensors(trainer.model, trainer.optimizers)
-    numbers = sum(layout.local(t)[0].numel() for state in kept.values() for t in state.values() if t.ndim)
-    assert 4 * max(layout.largest(numbers)) == planned.held["optimizer state"]
+    numbers = sum(ctx.local_shard(t)[0].numel() for state in kept.values() for t in state.values() if t.ndim)
+    assert 4 * max(ctx.all_reduce_max(numbers)) == planned.held["optimizer state"]
     parallel.leave()
 
 
@@ -385,7 +386,7 @@ def test_a_run_moves_between_layouts(runs: Runs, optimizer: str) -> None:
 
 
 def test_other_precisions(runs: Runs) -> None:
-    """BF16 and FP8 round differently in every layout, but nearly train the same."""
+    """BF16 and FP8 round differently in every ctx, but nearly train the same."""
     kinds = {"bf16": ["--dtype", "bf16"], "fp8": ["--gemm-impl", "fp8"]}
     launch(1, [{"flags": runs.flags(f"one-{kind}", *flags, steps=12)} for kind, flags in kinds.items()])
     scenarios = []
@@ -394,17 +395,17 @@ def test_other_precisions(runs: Runs) -> None:
         scenarios.append({"flags": runs.flags(f"fsdp2-{kind}", *flags, "--fsdp", steps=12)})
     launch(2, scenarios)
     for kind in kinds:
-        for layout in ("mp2", "fsdp2"):
-            runs.assert_same(f"{layout}-{kind}", f"one-{kind}", tolerance=0.02)
+        for ctx in ("mp2", "fsdp2"):
+            runs.assert_same(f"{ctx}-{kind}", f"one-{kind}", tolerance=0.02)
 
 
-@pytest.mark.parametrize("layout", [["--fsdp"], ["--model-parallel", 2]])
-def test_compiled_shares_train_evaluate_and_write_as_plain_ones(runs: Runs, layout: list[str]) -> None:
+@pytest.mark.parametrize("ctx", [["--fsdp"], ["--model-parallel", 2]])
+def test_compiled_shares_train_evaluate_and_write_as_plain_ones(runs: Runs, ctx: list[str]) -> None:
     """Only steps are compiled: an evaluation has a shorter window at its end, a sample a longer one at each byte."""
-    flags = [*layout, "--eval-interval", 5, "--sample-bytes", 20]
-    plain, _ = launch(2, [{"flags": runs.flags(f"eager{layout[0]}", *flags, steps=10)}])
-    compiled, _ = launch(2, [{"flags": runs.flags(f"compiled{layout[0]}", *flags, "--compile", steps=10)}])
-    runs.assert_same(f"compiled{layout[0]}", f"eager{layout[0]}")
+    flags = [*ctx, "--eval-interval", 5, "--sample-bytes", 20]
+    plain, _ = launch(2, [{"flags": runs.flags(f"eager{ctx[0]}", *flags, steps=10)}])
+    compiled, _ = launch(2, [{"flags": runs.flags(f"compiled{ctx[0]}", *flags, "--compile", steps=10)}])
+    runs.assert_same(f"compiled{ctx[0]}", f"eager{ctx[0]}")
     texts = [re.findall(r"(?m)^(step \d+: .*\n.*)$", output) for output in (plain, compiled)]
     assert texts[0] == texts[1] and len(texts[0]) == 2
 
@@ -485,10 +486,10 @@ WAITING = """
 import os, sys, threading, time
 sys.path[:0] = [{root!r}]
 import parallel
-parallel.Layout("cpu")
+parallel.ParallelContext.join("cpu")
 threading.Thread(target=parallel._watch, args=[parallel._get_default_store()], daemon=True).start()
 if os.environ["RANK"] == sys.argv[1]:
-    parallel.abandon(2)
+    parallel.abort(2)
 time.sleep(60)
 """
 
@@ -526,11 +527,11 @@ def run_code(code: str, flags: list[list[str]], hangs: bool = False) -> list[tup
     return [(code, text, end or time.time()) for code, text, end in zip(codes, errors, ends, strict=True)]
 
 
-@pytest.mark.parametrize("layout", [[], ["--fsdp"], ["--model-parallel", "2"]])
+@pytest.mark.parametrize("ctx", [[], ["--fsdp"], ["--model-parallel", "2"]])
 @pytest.mark.parametrize("where", ["train, 'windows', 7", "torch.optim.AdamW, 'step', 3", "train, 'evaluate', 1"])
-def test_a_process_that_fails_ends_the_others(runs: Runs, tmp_path: Path, layout: list[str], where: str) -> None:
+def test_a_process_that_fails_ends_the_others(runs: Runs, tmp_path: Path, ctx: list[str], where: str) -> None:
     """It shows its own fault, in full and first; the other tells in a line that it is gone, within seconds."""
-    flags = runs.flags(str(tmp_path / "run"), "--save-interval", 5, *layout, steps=20)
+    flags = runs.flags(str(tmp_path / "run"), "--save-interval", 5, *ctx, steps=20)
     first, second = run_spoilt(f"spoil({where}, bug)", [flags, flags])
     assert first[0] == 1 and re.fullmatch(r"train.py: error: another process is gone.*\n", first[1]), first
     assert second[0] == 1 and "KeyError: 'my own fault'" in second[1], second
@@ -562,10 +563,10 @@ def test_a_process_that_fails_while_writing_text_ends_the_others(runs: Runs, tmp
     assert first[0] == second[0] == 1 and "another process is gone" in first[1] and "my own fault" in second[1]
 
 
-@pytest.mark.parametrize(("world", "layout"), [(2, ["--fsdp"]), (4, ["--model-parallel", "2"])])
-def test_a_process_that_hangs_is_given_up(runs: Runs, tmp_path: Path, world: int, layout: list[str]) -> None:
+@pytest.mark.parametrize(("world", "ctx"), [(2, ["--fsdp"]), (4, ["--model-parallel", "2"])])
+def test_a_process_that_hangs_is_given_up(runs: Runs, tmp_path: Path, world: int, ctx: list[str]) -> None:
     """By one that waits for all, and by one that waits for those alone with whom it shares a model."""
-    flags = runs.flags(str(tmp_path / "run"), "--timeout", 0.1, *layout, steps=20)
+    flags = runs.flags(str(tmp_path / "run"), "--timeout", 0.1, *ctx, steps=20)
     first, *_ = run_spoilt("spoil(train, 'windows', 7, hang)", [flags] * world)
     assert first[0] == 1 and "another process is gone or does not answer" in first[1], first
 
@@ -592,11 +593,11 @@ def test_processes_that_were_told_different_things(runs: Runs, differently: list
 
 def test_shares_are_disjoint_and_whole() -> None:
     """Every window of a batch is read by one data-parallel process, whose parts read the same."""
-    layout = parallel.Layout("cpu", 2, imagined=8)
+    ctx = parallel.ParallelContext("cpu", 8, 0, 2)
     windows = []
-    for rank in range(layout.dp):
-        layout.dp_rank = rank
-        windows += range(12)[layout.share(12)]
+    for rank in range(ctx.dp_size):
+        ctx.dp_rank = rank
+        windows += range(12)[ctx.data_parallel_slice(12)]
     assert windows == list(range(12))
 
 

@@ -34,10 +34,12 @@ import fp8_ops
 import model as model_module
 import train
 from byte_tokenizer import visible
-from checkpoint import CheckpointError, load_model, load_run
+from checkpoint import load_run
+from convert import load_model
 from data.prepare import DataError, resolve
-from parallel import Layout
-from train import Muon, Trainer, WindowSampler, evaluate, main, orthogonalize, schedule, split
+from parallel import ParallelContext
+from safetensors_io import CheckpointError
+from train import Muon, SequenceSampler, Trainer, evaluate, main, orthogonalize, schedule, split
 
 FOLDER = Path(train.__file__).parent
 TRAIN_PY = str(FOLDER / "train.py")
@@ -107,7 +109,7 @@ class Here:
 
     def trainer(self, *extra: object) -> Trainer:
         args, shape = train.parse_args(self.flags("--steps", 10, *extra, save=False))
-        return train.build_trainer(args, shape, Layout("cpu"))
+        return train.build_trainer(args, shape, ParallelContext("cpu"))
 
 
 @pytest.fixture
@@ -158,7 +160,7 @@ corpora = st.integers(1, 40).flatmap(lambda seq_len: st.tuples(st.integers(seq_l
 @given(corpora, st.integers(0, 2**40), st.integers(0, 5))
 def test_each_epoch_goes_through_all_windows_once(sizes: tuple[int, int], seed: int, epoch: int) -> None:
     n_bytes, seq_len = sizes
-    sampler = WindowSampler(n_bytes, seq_len, seed)
+    sampler = SequenceSampler(n_bytes, seq_len, seed)
     n = sampler.n_windows
     starts = sampler.starts(epoch * n, n)
     assert starts.dtype == np.int64 and starts.shape == (n,)
@@ -175,26 +177,26 @@ def test_each_epoch_goes_through_all_windows_once(sizes: tuple[int, int], seed: 
 @draws
 @given(corpora, st.integers(0, 99), st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(0, 10**6))
 def test_batches_do_not_matter(sizes: tuple[int, int], seed: int, batches: list[int], position: int) -> None:
-    at_once = WindowSampler(*sizes, seed).starts(position, sum(batches))
-    sampler, begins = WindowSampler(*sizes, seed), position + np.cumsum([0, *batches[:-1]])
+    at_once = SequenceSampler(*sizes, seed).starts(position, sum(batches))
+    sampler, begins = SequenceSampler(*sizes, seed), position + np.cumsum([0, *batches[:-1]])
     parts = [sampler.starts(int(begin), count) for begin, count in zip(begins, batches, strict=True)]
     assert np.array_equal(np.concatenate(parts), at_once)
 
 
 def test_epochs_and_seeds_differ() -> None:
-    sampler = WindowSampler(10_000, 10, 0)
+    sampler = SequenceSampler(10_000, 10, 0)
     n = sampler.n_windows
     orders = [tuple(sampler.starts(epoch * n, n)) for epoch in range(4)]
-    orders += [tuple(WindowSampler(10_000, 10, seed).starts(0, n)) for seed in range(1, 5)]
+    orders += [tuple(SequenceSampler(10_000, 10, seed).starts(0, n)) for seed in range(1, 5)]
     assert len(set(orders)) == len(orders)
     offsets = {min(start for start in order if start > 0) for order in orders}
     assert len(offsets) > 2
-    assert WindowSampler(10_000, 10, 0).starts(0, n).tolist() == list(orders[0])
+    assert SequenceSampler(10_000, 10, 0).starts(0, n).tolist() == list(orders[0])
 
 
 def test_order_looks_random() -> None:
     """No correlation between neighbours, and every part of the corpus equally often early in the epoch."""
-    sampler = WindowSampler(1_000_000, 10, 0)
+    sampler = SequenceSampler(1_000_000, 10, 0)
     starts = sampler.starts(0, 20_000) / 1_000_000
     assert abs(np.corrcoef(starts[:-1], starts[1:])[0, 1]) < 0.03  # 4 sigma
     counts = np.histogram(starts, bins=20, range=(0, 1))[0]
@@ -204,7 +206,7 @@ def test_order_looks_random() -> None:
 def test_huge_corpora_need_no_memory() -> None:
     tracemalloc.start()
     try:
-        sampler = WindowSampler(10**10, 128, 0)
+        sampler = SequenceSampler(10**10, 128, 0)
         starts = sampler.starts(10**12, 1000)  # late as well
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
@@ -273,7 +275,7 @@ def test_short_windows_of_the_first_half(here: Here, monkeypatch: pytest.MonkeyP
         return windows(data, starts, seq_len, device)
 
     monkeypatch.setattr(train, "windows", spy)
-    assert main(here.flags("--steps", 8, "--accumulation", 2, "--short-windows", 8, "--eval-interval", 3)) == 0
+    assert main(here.flags("--steps", 8, "--accumulation", 2, "--short-seq-len", 8, "--eval-interval", 3)) == 0
     steps = [(length, starts) for trains, length, starts in seen if trains]
     assert [(length, len(starts)) for length, starts in steps] == [(8, 16)] * 8 + [(32, 4)] * 8
     first = sorted(start for length, starts in steps if length == 8 for start in starts)
@@ -797,7 +799,7 @@ def test_litter_of_other_steps_is_swept(here: Here) -> None:
 @pytest.mark.parametrize(("optimizer", "gemm_impl"), [("muon", "bf16"), ("adamw", "bf16"), ("muon", "fp8")])
 def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optimizer: str, gemm_impl: str) -> None:
     flags = ["--steps", 6, "--eval-interval", 2, "--save-interval", 1, "--optimizer", optimizer, "--accumulation", 2]
-    flags += ["--gemm-impl", gemm_impl, "--short-windows", 16]
+    flags += ["--gemm-impl", gemm_impl, "--short-seq-len", 16]
     assert main(here.flags(*flags)) == 0
     whole, train_step = here.run, Trainer.train_step
     for stop_at in range(6):
@@ -1267,7 +1269,7 @@ def test_bad_defaults_in_a_config(here: Here, capsys: pytest.CaptureFixture[str]
         ('{"train": []}', "train"),
         (json.dumps(TINY | {"vocab_size": 255}), "vocab_size"),
         (json.dumps(TINY | {"n_mtp_layers": 32}), "n_mtp_layers"),
-        (json.dumps(TINY | {"n_mtp_layers": 8, "train": {"short_windows": 8}}), "length of the windows (8)"),
+        (json.dumps(TINY | {"n_mtp_layers": 8, "train": {"short_seq_len": 8}}), "length of the windows (8)"),
         (json.dumps(TINY | {"n_activated_experts": 5}), "n_activated_experts"),
     ],
 )
@@ -1307,7 +1309,7 @@ def test_bad_data(here: Here, capsys: pytest.CaptureFixture[str], monkeypatch: p
         (["--minutes", "inf"], "--minutes"),
         (["--steps", 2, "--batch-size", 0], "--batch-size"),
         (["--steps", 2, "--accumulation", -2], "--accumulation"),
-        (["--steps", 2, "--short-windows", 5], "--short-windows must divide max_seq_len (32)"),
+        (["--steps", 2, "--short-seq-len", 5], "--short-seq-len must divide max_seq_len (32)"),
         (["--steps", 2, "--lr", -0.1], "--lr"),
         (["--steps", 2, "--lr", "nan"], "--lr"),
         (["--steps", 2, "--matrix-lr", 0], "--matrix-lr"),
@@ -1412,7 +1414,7 @@ def test_optimizer_state_goes_where_its_parameter_is(here: Here) -> None:
     tensors = train.optimizer_tensors(trainer.model, trainer.optimizers)
     model = trainer.model.to("meta")
     optimizers = train.make_optimizers(model, trainer.args, torch.float32)
-    train.load_optimizer_tensors(model, optimizers, lambda name, _: tensors[name], Layout("cpu"))
+    train.load_optimizer_tensors(model, optimizers, lambda name, _: tensors[name], ParallelContext("cpu"))
     for optimizer in optimizers:
         assert {t.device.type for state in optimizer.state.values() for t in state.values()} == {"meta"}
 

@@ -1,8 +1,8 @@
 """Tensors in files: what safetensors says of them, and how they are read and written in rectangles.
 
-A tensor is a matrix, and each file that has some of it has a rectangle, a `Box`, of which it is a `Piece`. All pieces
-of a tensor are a `Stored`, from which any rectangle can be read, in a band of rows or two at a time: nothing larger
-than that is in memory.
+A tensor is a matrix, and each file that has some of it has a rectangle of it, a `Slice2D`: a `ShardSlice`. All of these
+together are a `ShardedTensor`, from which any rectangle can be read, a band of rows at a time: nothing larger than that
+is in memory.
 
 A safetensors file is the length of a header in eight bytes, the header, JSON that says of each tensor its dtype, shape
 and place, and then the tensors' bytes. Headers are read here and not believed: what is wrong in one is told in a line
@@ -35,6 +35,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from command import shorten
 from fp8_ops import BLOCK, E4M3, weight_dequant, weight_quant
 from model import ConfigError
 
@@ -55,17 +56,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another model: the message names the file and the remedy."""
 
 
-def shown(value: Any) -> str:
-    """What a file says, fit for a line of an error message."""
-    text = str(value)
-    text = text if len(text) < 150 else text[:150] + "…"
-    return text if text.isprintable() and text else ascii(text)
-
-
 # --- Rectangles ------------------------------------------------------------------------------------------------------
 
 
-class Box(NamedTuple):
+class Slice2D(NamedTuple):
     """A rectangle of a matrix: rows `top` to `bottom` and columns `left` to `right`, ends excluded."""
 
     top: int
@@ -77,19 +71,19 @@ class Box(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.bottom - self.top, self.right - self.left
 
-    def meet(self, other: "Box") -> "Box | None":
+    def meet(self, other: "Slice2D") -> "Slice2D | None":
         """The part that two rectangles share; None where there is none."""
         top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
         left, right = max(self.left, other.left), min(self.right, other.right)
-        return Box(top, bottom, left, right) if top < bottom and left < right else None
+        return Slice2D(top, bottom, left, right) if top < bottom and left < right else None
 
-    def within(self, outer: "Box") -> tuple[slice, slice]:
+    def within(self, outer: "Slice2D") -> tuple[slice, slice]:
         """Its rows and columns, counted from the corner of a rectangle around it."""
         rows = slice(self.top - outer.top, self.bottom - outer.top)
         return rows, slice(self.left - outer.left, self.right - outer.left)
 
 
-def cut_scales(parts: list[tuple[Box, torch.Tensor]], box: Box) -> torch.Tensor | None:
+def slice_scales(parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> torch.Tensor | None:
     """Finds the scales of a rectangle of FP8 weights which stay as they are while their blocks become others.
 
     Args:
@@ -122,7 +116,7 @@ def cut_scales(parts: list[tuple[Box, torch.Tensor]], box: Box) -> torch.Tensor 
     return scales
 
 
-def is_aligned(box: Box) -> bool:
+def is_block_aligned(box: Slice2D) -> bool:
     """Whether each block of a rectangle lies within one block of the whole matrix."""
     ends = ((box.top, box.bottom), (box.left, box.right))
     return all(
@@ -133,7 +127,7 @@ def is_aligned(box: Box) -> bool:
 # --- safetensors -----------------------------------------------------------------------------------------------------
 
 
-class Entry(NamedTuple):
+class TensorInfo(NamedTuple):
     """A tensor in a file: what it is, and at which byte of the file it starts."""
 
     path: Path
@@ -143,21 +137,21 @@ class Entry(NamedTuple):
     offset: int
 
     def __str__(self) -> str:
-        return f"{self.path}: tensor {shown(self.name)}"
+        return f"{self.path}: tensor {shorten(self.name)}"
 
     @property
-    def n_bytes(self) -> int:
+    def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
         """Reads the whole tensor."""
-        out = torch.empty(self.n_bytes, dtype=torch.uint8)
+        out = torch.empty(self.nbytes, dtype=torch.uint8)
         with _opened(self.path) as file:
             _fill(file, self.offset, out)
         return out.view(self.dtype).view(self.shape)
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
     """Reads the header of a safetensors file and checks all that it says.
 
     Args:
@@ -171,28 +165,28 @@ def read_header(path: Path) -> dict[str, Entry]:
     """
     header, start, size = _read_raw_header(path)
     header.pop("__metadata__", None)
-    entries, offsets = {}, []
+    infos, offsets = {}, []
     for name, value in header.items():
-        what = f"{path}: tensor {shown(name)}"
+        what = f"{path}: tensor {shorten(name)}"
         if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
             raise CheckpointError(f"{what} needs dtype, shape and data_offsets in the header")
         dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{what} is of the unknown dtype {shown(dtype)}")
+            raise CheckpointError(f"{what} is of the unknown dtype {shorten(dtype)}")
         if not _is_sizes(shape) or not _is_sizes(place) or len(place) != 2:
-            raise CheckpointError(f"{what} has impossible shape {shown(shape)} or data_offsets {shown(place)}")
-        entries[name] = entry = Entry(path, name, DTYPES[dtype], tuple(shape), start + place[0])
-        if place[1] - place[0] != entry.n_bytes:
-            raise CheckpointError(f"{what}: {dtype} {shape} takes {entry.n_bytes} bytes, data_offsets say {place}")
-        offsets.append((entry.offset, entry.n_bytes, name))
+            raise CheckpointError(f"{what} has impossible shape {shorten(shape)} or data_offsets {shorten(place)}")
+        infos[name] = info = TensorInfo(path, name, DTYPES[dtype], tuple(shape), start + place[0])
+        if place[1] - place[0] != info.nbytes:
+            raise CheckpointError(f"{what}: {dtype} {shape} takes {info.nbytes} bytes, data_offsets say {place}")
+        offsets.append((info.offset, info.nbytes, name))
     end = start
     for offset, n_bytes, name in sorted(offsets):
         if offset != end:
-            raise CheckpointError(f"{path}: tensor {shown(name)} must start at byte {end}, the header says {offset}")
+            raise CheckpointError(f"{path}: tensor {shorten(name)} must start at byte {end}, the header says {offset}")
         end += n_bytes
     if end != size:
         raise CheckpointError(f"{path} is truncated or damaged: it has {size} bytes, its header speaks of {end}")
-    return entries
+    return infos
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -230,7 +224,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{shown(key)} is in it twice")
+        raise ValueError(f"{shorten(key)} is in it twice")
     "".join(found).encode()
     return found
 
@@ -267,7 +261,7 @@ def write_all(file: Any, tensor: torch.Tensor) -> None:
         view = view[file.write(view) :]
 
 
-class Output:
+class SafetensorsWriter:
     """A safetensors file to be written, laid out as safetensors itself does it.
 
     Args:
@@ -276,7 +270,7 @@ class Output:
         metadata: What else the file says about itself; transformers wants "format".
 
     Attributes:
-        entries: The tensors and their places.
+        infos: The tensors and their places.
         header: The bytes before them.
         size: Bytes in all.
     """
@@ -288,15 +282,15 @@ class Output:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
         places = {}
         for key in sorted(tensors, key=lambda key: (-order.index(tensors[key][0]), key)):
-            places[key] = Entry(Path(name), key, *tensors[key], end)
-            start, end = end, end + places[key].n_bytes
+            places[key] = TensorInfo(Path(name), key, *tensors[key], end)
+            start, end = end, end + places[key].nbytes
             dtype, shape = DTYPE_NAMES[tensors[key][0]], list(tensors[key][1])
             header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self.name, self.header = name, len(text).to_bytes(8, "little") + text
         self.size = len(self.header) + end
-        self.entries = {key: entry._replace(offset=len(self.header) + entry.offset) for key, entry in places.items()}
+        self.infos = {key: info._replace(offset=len(self.header) + info.offset) for key, info in places.items()}
 
     def create(self, folder: Path) -> None:
         """Makes the file, with room for the tensors behind its header."""
@@ -308,24 +302,24 @@ class Output:
 # --- Tensors in pieces -----------------------------------------------------------------------------------------------
 
 
-class Piece(NamedTuple):
+class ShardSlice(NamedTuple):
     """A rectangle of a tensor in a file, and its scales if it is FP8."""
 
-    entry: Entry
-    box: Box
-    scale: Entry | None = None
+    info: TensorInfo
+    box: Slice2D
+    scale: TensorInfo | None = None
 
-    def read(self, part: Box, out: torch.Tensor) -> None:
+    def read(self, part: Slice2D, out: torch.Tensor) -> None:
         """Reads a part of the rectangle, as it is stored, into uint8 (rows, bytes of a row)."""
-        size = self.entry.dtype.itemsize
+        size = self.info.dtype.itemsize
         rows, cols = part.within(self.box)
         stride = self.box.shape[1] * size
-        with _opened(self.entry.path) as file:
+        with _opened(self.info.path) as file:
             if out.is_contiguous() and out.shape[1] == stride:
-                _fill(file, self.entry.offset + rows.start * stride, out)
+                _fill(file, self.info.offset + rows.start * stride, out)
             else:  # only what is asked for of each row, to where it belongs
                 for i, row in enumerate(out, rows.start):
-                    _fill(file, self.entry.offset + i * stride + cols.start * size, row)
+                    _fill(file, self.info.offset + i * stride + cols.start * size, row)
 
     def read_scales(self) -> torch.Tensor:
         """Reads the scales and checks them."""
@@ -335,46 +329,46 @@ class Piece(NamedTuple):
         return s
 
 
-def make_piece(entry: Entry, box: Box, scale: Entry | None) -> Piece:
+def shard_slice(info: TensorInfo, box: Slice2D, scale: TensorInfo | None) -> ShardSlice:
     """Puts a weight and its scales together, once they are checked to fit.
 
     Raises:
         CheckpointError: An FP8 weight without scales, or with some of another shape or dtype.
     """
-    if entry.dtype == E4M3:
+    if info.dtype == E4M3:
         wanted = tuple(-(-n // BLOCK) for n in box.shape)
         if scale is None:
-            raise CheckpointError(f"{entry} is FP8, but its scale is missing")
+            raise CheckpointError(f"{info} is FP8, but its scale is missing")
         if (scale.dtype, scale.shape) != (torch.float32, wanted):
             got = f"{DTYPE_NAMES[scale.dtype]} {list(scale.shape)}, not F32 {list(wanted)}"
-            raise CheckpointError(f"{scale}, the scale of a weight {list(entry.shape)}, is {got}")
-    return Piece(entry, box, scale)
+            raise CheckpointError(f"{scale}, the scale of a weight {list(info.shape)}, is {got}")
+    return ShardSlice(info, box, scale)
 
 
 @dataclass
-class Stored:
+class ShardedTensor:
     """A tensor, wherever its pieces are.
 
     Attributes:
         name: Its name in the files.
         shape: Its whole shape.
         dtype: What it is stored in.
-        pieces: Rectangles that cover it.
-        copies: More of the whole, which must be equal: replicated to each rank, or to the MTP modules.
+        shards: Rectangles that cover it.
+        replicas: More of the whole, which must be equal: replicated to each rank, or to the MTP modules.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
-    pieces: list[Piece] = field(default_factory=list)
-    copies: list[Piece] = field(default_factory=list)
+    shards: list[ShardSlice] = field(default_factory=list)
+    replicas: list[ShardSlice] = field(default_factory=list)
 
     @property
-    def box(self) -> Box:
+    def box(self) -> Slice2D:
         shape = (1, *self.shape)
-        return Box(0, math.prod(shape[:-1]), 0, shape[-1])
+        return Slice2D(0, math.prod(shape[:-1]), 0, shape[-1])
 
-    def bands(self, box: Box, step: int = 1) -> Iterator[Box]:
+    def bands(self, box: Slice2D, step: int = 1) -> Iterator[Slice2D]:
         """Cuts a rectangle into bands of rows to be read at a time, of a multiple of `step` rows each."""
         if 0 in box.shape:
             return
@@ -383,32 +377,32 @@ class Stored:
         for top in range(box.top, box.bottom, height):
             yield box._replace(top=top, bottom=min(top + height, box.bottom))
 
-    def read_bytes(self, box: Box) -> torch.Tensor:
+    def read_bytes(self, box: Slice2D) -> torch.Tensor:
         """Reads a rectangle as it is stored: uint8 (rows, bytes of a row). Compares the copies, if there are any."""
         size = self.dtype.itemsize
         out = torch.empty(box.shape[0], box.shape[1] * size, dtype=torch.uint8)
-        for piece in self.pieces:
+        for piece in self.shards:
             if (part := piece.box.meet(box)) is not None:
                 rows, cols = part.within(box)
                 piece.read(part, out[rows, cols.start * size : cols.stop * size])
-        for copy in self.copies:
+        for copy in self.replicas:
             copy.read(box, other := torch.empty_like(out))
             if not torch.equal(other, out):
-                raise self._differs(copy.entry, self.pieces[0].entry)
+                raise self._differs(copy.info, self.shards[0].info)
         return out
 
-    def read_scales(self) -> list[tuple[Box, torch.Tensor]]:
+    def read_scales(self) -> list[tuple[Slice2D, torch.Tensor]]:
         """Reads the scales of each piece of FP8 weights. Compares those of the copies, if there are any."""
-        found = [(piece.box, piece.read_scales()) for piece in self.pieces]
-        for copy in self.copies:
+        found = [(piece.box, piece.read_scales()) for piece in self.shards]
+        for copy in self.replicas:
             if not torch.equal(copy.read_scales(), found[0][1]):
-                raise self._differs(copy.scale, self.pieces[0].scale)
+                raise self._differs(copy.scale, self.shards[0].scale)
         return found
 
-    def _differs(self, copy: Entry, first: Entry) -> CheckpointError:
-        return CheckpointError(f"{copy} differs from {shown(first.name)} in {first.path.name}: two models")
+    def _differs(self, copy: TensorInfo, first: TensorInfo) -> CheckpointError:
+        return CheckpointError(f"{copy} differs from {shorten(first.name)} in {first.path.name}: two models")
 
-    def read(self, box: Box, dtype: torch.dtype) -> torch.Tensor:
+    def read(self, box: Slice2D, dtype: torch.dtype) -> torch.Tensor:
         """Reads a rectangle as numbers of `dtype`: FP8 is dequantised."""
         if self.dtype != E4M3:
             return self.read_bytes(box).view(self.dtype).to(dtype)
@@ -423,18 +417,18 @@ class Stored:
                 out[part.within(box)] = weight_dequant(q, s, dtype=dtype)[part.within(around)]
         return out
 
-    def read_fp8(self, box: Box, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_fp8(self, box: Slice2D, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads a rectangle as FP8 and its scales: as it is stored, or else quantised now."""
         if self.dtype != E4M3:
             return weight_quant(self.read(box, torch.float32), scale_fmt=scale_fmt)
         return self.read_bytes(box).view(E4M3), self.scales(self.read_scales(), box)
 
-    def scales(self, parts: list[tuple[Box, torch.Tensor]], box: Box) -> torch.Tensor:
-        """`cut_scales`, or an error in its place."""
-        found = cut_scales(parts, box)
+    def scales(self, parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> torch.Tensor:
+        """`slice_scales`, or an error in its place."""
+        found = slice_scales(parts, box)
         if found is None:
             raise CheckpointError(
-                f"{self.pieces[0].entry} {list(self.shape)} cannot be cut or joined so in FP8: a block"
+                f"{self.shards[0].info} {list(self.shape)} cannot be cut or joined so in FP8: a block"
                 f" of {BLOCK}×{BLOCK} would need two scales; take another --model-parallel, or --dtype bf16"
             )
         return found
@@ -560,7 +554,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def fsync(path: Path) -> None:
-    """Forces a file or a folder's entries to disk; Windows lets neither be opened for that."""
+    """Forces a file or a folder's infos to disk; Windows lets neither be opened for that."""
     if os.name != "nt":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -623,5 +617,5 @@ def read_json(path: Path, error_type: type[ValueError]) -> dict[str, Any]:
 
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{shown(text)} is no finite number")
+        raise ValueError(f"{shorten(text)} is no finite number")
     return number
