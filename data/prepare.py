@@ -1,7 +1,4 @@
-"""Corpora by name, file or folder, as one file of raw bytes on disk.
-
-A byte-level model reads a corpus as it lies on disk: no tokenization, no vocabulary, no shards. All there is to prepare
-is *one file of bytes*, from which training reads sequences with `open_bytes`. `resolve` finds or makes that file:
+"""Corpora by name, file or folder, as one file of raw bytes.
 
     python data/prepare.py stdlib                     # this Python's own library: about 12 MB, no download
     python data/prepare.py shakespeare                # downloads 1 MB
@@ -11,23 +8,13 @@ is *one file of bytes*, from which training reads sequences with `open_bytes`. `
 
 A name wins over a file of the same name: `shakespeare` is the corpus, `./shakespeare` the file.
 
-Documents
-    Where a corpus is joined from many files, byte 0 (`EOS_ID`) stands between two documents, never before the first or
-    after the last. A single file is taken as it is; whoever wants documents in it puts the zeros there.
+The text files of a folder are joined in the order of their names, with byte 0 (`EOS_ID`) between two of them. Text is a
+regular, non-empty file without a byte 0, not compressed, whose first 64 KiB are UTF-8 or else, in an older 8-bit
+encoding, have at most one control character in a hundred bytes. Names that start with a dot, links to folders, what
+was prepared in this data folder, and the folders of training runs are skipped: a corpus never feeds on itself.
 
-Which files of a folder are text
-    A document is a regular, non-empty file without a single byte 0, in no compressed format, whose first 64 KiB are
-    UTF-8. Where they are not, they may still be text in an older 8-bit encoding such as Latin-1: then at most one in a
-    hundred of those bytes may be a control character (of random bytes, ten are). The bytes are never recoded. UTF-16
-    is full of zeros, so it is not text here. Files and folders whose name starts with a dot are skipped. A link to a
-    file is followed, a link to a folder is not, which rules out loops. If the folder contains this data folder, then
-    what was prepared there (`*.bin`, `*.zip`, `*.part`) is skipped, and so are the folders of training runs, so that a
-    corpus never feeds on itself.
-
-Files in the data folder
-    A file gets its final name in one step, after its last byte is on disk: whatever has the name is complete. Until
-    then it has a unique temporary name; what a crash leaves of these is removed when it is a day old. A download is
-    kept as `.part`, to be resumed.
+A file in the data folder gets its name when its last byte is on disk; a download is a `.part` until then, to be
+resumed. Temporary files that a crash left are removed after a day.
 """
 
 if __name__ == "__main__":
@@ -48,6 +35,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import stat
 import sys
 import sysconfig
@@ -57,8 +45,7 @@ import urllib.request
 import weakref
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -72,29 +59,24 @@ DATA_DIR = Path(__file__).resolve().parent
 CACHE_NAME = ".cache"  # the folder in the data folder that holds the joined folders
 RUN_FILE = "checkpoints.json"  # marks the folder of a training run
 TIMEOUT_S = 30.0  # for each wait on the network, not for a download as a whole
-TEMPORARY_AGE_S = 86_400.0  # nothing is written to a temporary file for so long unless its process is dead
 
 _CHUNK = 1 << 20  # bytes in memory at a time
 _HEAD = 1 << 16  # leading bytes of a file by which its encoding is judged
-_SEPARATOR = bytes([EOS_ID])
 _CONTROLS = bytes(set(range(32)) - set(b"\b\t\n\v\f\r\x1b")) + b"\x7f"
-_PRODUCT_SUFFIXES = (".bin", ".zip", ".part")
-_TEMPORARY_GLOB = ".*." + "[0-9a-f]" * 16 + ".tmp"
 _RECIPE = b"2"  # part of every cache name; raise it when the rules for joining a folder change
-_RESUME = "; run again (what has arrived is kept), or get the file by other means and pass it with --from FILE"
 _COMPRESSED = {  # how the files of each format begin
     "gzip": rb"\x1f\x8b\x08",
     "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
-    "xz": rb"\xfd7zXZ\0",
-    "LZMA": rb"\x5d\0\0..(\xff{8}|.{5}\0{3})",
+    "xz": rb"\xfd7zXZ\x00",
+    "LZMA": rb"\x5d\x00\x00..(\xff{8}|.{5}\x00{3})",
     "Zstandard": rb"[\x1e-\x28]\xb5/\xfd|[\x50-\x5f]\*M\x18",
     "LZ4": rb"\x04\x22M\x18|\x02\x21L\x18",
     "zip": rb"PK(\x03\x04|\x05\x06|\x07\x08)",
     "7z": rb"7z\xbc\xaf\x27\x1c",
     "RAR": rb"Rar!\x1a\x07",
     "lzip": rb"LZIP[\x00\x01]",
-    "lzop": rb"\x89LZO\0",
-    "Snappy": rb"\xff\x06\0\0sNaPpY",
+    "lzop": rb"\x89LZO\x00",
+    "Snappy": rb"\xff\x06\x00\x00sNaPpY",
     "compress": rb"\x1f[\x9d\xa0]",
 }
 
@@ -103,160 +85,32 @@ class DataError(ValueError):
     """A mistake of the user or a failure outside this program, in one line that names the thing and the remedy."""
 
 
-# --- Reading ----------------------------------------------------------------------------------------------------------
+class Blob(NamedTuple):
+    """A file whose content is known beforehand."""
 
-
-class ByteFile:
-    """A file of bytes that is read where it is asked for, so that memory does not grow with the file.
-
-    It is not mapped into memory: when another program shortens a mapped file, the next access ends the process.
-
-    Args:
-        path: A regular, non-empty file. It stays open for the life of this object and of what `split` returned.
-
-    Raises:
-        DataError: It is missing, unreadable, empty, or no regular file.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = path
-        self._fd = _open_fd(path)
-        weakref.finalize(self, os.close, self._fd)
-        self._first, self._len = 0, os.fstat(self._fd).st_size
-        if not self._len:
-            raise DataError(f"{_quote(path)} is empty; there is nothing to learn from it")
-
-    def __len__(self) -> int:
-        return self._len
-
-    def __getitem__(self, key: slice) -> np.ndarray:
-        """Reads `data[start:stop]`, uint8, into memory; DataError as `read`."""
-        if not isinstance(key, slice) or key.step not in (None, 1):
-            raise TypeError("a ByteFile takes slices without a step, such as data[10:20]")
-        start, stop, _ = key.indices(self._len)
-        return self.read(np.array([start]), max(stop - start, 0))[0]
-
-    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Reads sequences of one length.
-
-        Args:
-            starts: Their offsets in bytes, any integer dtype, shape (n,).
-            length: In bytes, of each.
-
-        Returns:
-            The bytes, uint8, shape (n, length).
-
-        Raises:
-            DataError: The file became shorter since it was opened, or cannot be read any more.
-            IndexError: A sequence is not within the data.
-        """
-        offsets = starts.tolist()
-        if offsets and not 0 <= min(offsets) <= max(offsets) <= self._len - length:
-            raise IndexError(f"sequences of {length} bytes from {min(offsets)} to {max(offsets)}, of {self._len} bytes")
-        with _blame("read", self.path):
-            rows = [os.pread(self._fd, length, self._first + offset) for offset in offsets]
-            for i, row in enumerate(rows):
-                if len(row) < length:
-                    rows[i] = self._read_rest(row, self._first + offsets[i], length)
-        return np.frombuffer(bytearray().join(rows), dtype=np.uint8).reshape(len(rows), length)
-
-    def split(self, at: int) -> tuple["ByteFile", "ByteFile"]:
-        """Returns views of the bytes before and from offset `at`; nothing is read."""
-        if not 0 <= at <= self._len:
-            raise IndexError(f"offset {at} of {self._len} bytes")
-        return self._view(0, at), self._view(at, self._len)
-
-    def _view(self, start: int, stop: int) -> "ByteFile":
-        view = copy.copy(self)
-        view._owner = self  # it closes the file when it is collected
-        view._first, view._len = self._first + start, stop - start
-        return view
-
-    def _read_rest(self, data: bytes, offset: int, length: int) -> bytes:
-        """Completes what one call of pread, which returns 2 GiB at most, has read from `offset`."""
-        while len(data) < length:
-            more = os.pread(self._fd, length - len(data), offset + len(data))
-            if not more:
-                raise DataError(f"{_quote(self.path)} became shorter while it was being read; restore it and run again")
-            data += more
-        return data
-
-
-def open_bytes(path: str | os.PathLike) -> ByteFile:
-    """Opens a file to read sequences from, for instance the result of `resolve`; errors as `ByteFile`."""
-    return ByteFile(path)
-
-
-def read_sequences(data: ByteFile | np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """Reads sequences of a corpus that is a file or an array.
-
-    Args:
-        data: The corpus; an array is uint8, shape (bytes,).
-        starts: Offsets in bytes, any integer dtype, shape (n,).
-        length: In bytes, of each sequence.
-
-    Returns:
-        The bytes, uint8, shape (n, length); a copy.
-
-    Raises:
-        DataError: The file became shorter since it was opened, or cannot be read any more.
-        IndexError: A sequence is not within the data.
-    """
-    if isinstance(data, ByteFile):
-        return data.read(starts, length)
-    return data[starts.astype(np.int64)[:, None] + np.arange(length)]
-
-
-def compressed_format(head: bytes) -> str | None:
-    """Names the compressed format of a file by its first bytes (16 suffice); None if it is not compressed."""
-    return next((name for name, magic in _COMPRESSED.items() if re.match(magic, head, re.DOTALL)), None)
-
-
-# --- Corpora ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A file whose content is known beforehand.
-
-    Attributes:
-        file: Its name in the data folder.
-        size: In bytes.
-        sha256: Of the content, as 64 lower-case hexadecimal digits.
-    """
-
-    file: str
-    size: int
-    sha256: str
+    file: str  # its name in the data folder
+    size: int  # in bytes
+    sha256: str  # in lower-case hexadecimal digits
 
     def __str__(self) -> str:
         return f"{self.size:,} bytes, sha256 {self.sha256}"
 
 
-@dataclass(frozen=True)
-class Download:
-    """A corpus on a server: where, its raw bytes, and the zip file with them that the server sends, if it is one."""
+class Download(NamedTuple):
+    """A corpus on a server."""
 
     url: str
-    raw: Blob
-    zipped: Blob | None = None
+    raw: Blob  # the corpus
+    zipped: Blob | None = None  # what the server sends, if that is a zip file with the corpus as its only member
 
 
-@dataclass(frozen=True)
-class Tree:
-    """A corpus that is joined from the text files of a folder on this machine.
+class Tree(NamedTuple):
+    """A corpus that is joined from the text files of a folder on this machine."""
 
-    Attributes:
-        file: Its name in the data folder. A file of that name is never rebuilt, so what changes belongs in the name.
-        root: The folder.
-        suffix: How the names of its documents end.
-        skip: Names of the subfolders to leave out, at any depth.
-    """
-
-    file: str
+    file: str  # its name in the data folder; such a file is never rebuilt, so what changes belongs in the name
     root: Path
-    suffix: str
-    skip: frozenset[str]
+    suffix: str  # how the names of its documents end
+    skip: frozenset[str]  # names of the subfolders to leave out, at any depth
 
 
 CORPORA: dict[str, Download | Tree] = {
@@ -278,6 +132,78 @@ CORPORA: dict[str, Download | Tree] = {
 }
 
 
+class ByteFile:
+    """A regular, non-empty file of bytes that is read on demand: memory does not grow with it. DataError if it is none.
+
+    It is not mapped into memory: an access to a mapped file that another program has shortened ends the process.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+        self._file = _open(path)
+        weakref.finalize(self, self._file.close)
+        self._first, self._len = 0, os.fstat(self._file.fileno()).st_size
+        if not self._len:
+            raise DataError(f"{_quote(path)} is empty; there is nothing to learn from it")
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        """Reads `data[start:stop]` into memory, uint8; DataError as `read`."""
+        if not isinstance(key, slice) or key.step not in (None, 1):
+            raise TypeError("a ByteFile takes slices without a step, such as data[10:20]")
+        start, stop, _ = key.indices(self._len)
+        return self.read(np.array([start]), max(stop - start, 0))[0]
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Reads sequences of `length` bytes from the offsets `starts`, integers (n,); returns uint8 (n, length).
+
+        Raises:
+            DataError: The file became shorter since it was opened, or cannot be read any more.
+            IndexError: A sequence is not within the data.
+        """
+        offsets = starts.tolist()
+        if offsets and not 0 <= min(offsets) <= max(offsets) <= self._len - length:
+            raise IndexError(f"{length} bytes from offset {min(offsets)} to {max(offsets)}, of {self._len} bytes")
+        with _data_error("read", self.path):
+            rows = [self._pread(self._first + offset, length) for offset in offsets]
+        return np.frombuffer(bytearray().join(rows), dtype=np.uint8).reshape(len(rows), length)
+
+    def split(self, at: int) -> tuple["ByteFile", "ByteFile"]:
+        """Returns views of the bytes before offset `at` and of those from there on; nothing is read."""
+        head, tail = copy.copy(self), copy.copy(self)
+        head._owner = tail._owner = self  # whose end closes the file
+        head._len, tail._first, tail._len = at, self._first + at, self._len - at
+        return head, tail
+
+    def _pread(self, offset: int, length: int) -> bytes:
+        data = os.pread(self._file.fileno(), length, offset)
+        while len(data) < length:  # one call returns 2 GiB at most
+            more = os.pread(self._file.fileno(), length - len(data), offset + len(data))
+            if not more:
+                raise DataError(f"{_quote(self.path)} became shorter while it was being read; restore it and run again")
+            data += more
+        return data
+
+
+def open_bytes(path: str | os.PathLike) -> ByteFile:
+    """Opens a file, for instance the result of `resolve`, to read sequences from it; errors as `ByteFile`."""
+    return ByteFile(path)
+
+
+def read_sequences(data: ByteFile | np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """Reads sequences of a corpus, a file or an array, as `ByteFile.read` does."""
+    if isinstance(data, ByteFile):
+        return data.read(starts, length)
+    return data[starts.astype(np.int64)[:, None] + np.arange(length)]
+
+
+def compressed_format(head: bytes) -> str | None:
+    """Names the compressed format of a file by its first bytes, of which 16 suffice; None if it is not compressed."""
+    return next((name for name, magic in _COMPRESSED.items() if re.match(magic, head, re.DOTALL)), None)
+
+
 def resolve(
     source: str | os.PathLike = "stdlib",
     *,
@@ -287,18 +213,17 @@ def resolve(
 ) -> Path:
     """Finds the file of raw bytes behind a name, a file or a folder, and makes it first if need be.
 
-    What is there already is used at once: a download is hashed when it arrives, afterwards only its size is compared; a
-    folder is read again only if the path, size or modification time of one of its files changed.
+    What was made is used again: a download if its size is right, a joined folder until the path, size or modification
+    time of one of its files changes.
 
     Args:
-        source: A name in `CORPORA`, a file (returned as it is, however large) or a folder (joined into a cache file).
-            Only a `str` can be a name; a `Path` always is a path, since `Path("./stdlib")` forgets its "./".
+        source: A name in `CORPORA` (a `str`: a `Path` is always a path), a file, which is used as it is, or a folder.
         from_file: A local copy to take instead of downloading `source`. A zipped corpus may come zipped or unpacked.
         data_dir: Where to put what is made; created if missing.
-        progress: Show progress bars, in bytes, if stderr is a terminal.
+        progress: Show progress bars if stderr is a terminal.
 
     Returns:
-        The path of a regular, non-empty file. What `resolve` made lies in `data_dir`.
+        The path of a regular, non-empty file.
 
     Raises:
         DataError: There is no such source, it cannot be read, it is compressed, it is not what it should be, it holds
@@ -317,23 +242,14 @@ def resolve(
             root = corpus.root.resolve()
             _join(_list_documents(root, data_dir, corpus.suffix, corpus.skip), root, target, progress)
         return target
-    path = _existing(source)
+    path = Path(os.fsdecode(source))
+    if not os.fspath(source) or not os.path.lexists(path):
+        raise DataError(f"no file, folder or corpus {_quote(source)}; the corpora are: {', '.join(CORPORA)}")
     if path.is_dir():
         return _resolve_folder(path.resolve(), data_dir, progress)
-    data = open_bytes(path)
-    if name := compressed_format(data[:16].tobytes()):
-        raise DataError(f"{_quote(path)} is compressed ({name}); unpack it first and name what comes out")
+    if name := compressed_format(open_bytes(path)[:16].tobytes()):
+        raise DataError(f"{_quote(path)} is compressed ({name}); unpack it first, and name the unpacked file")
     return path
-
-
-def _existing(source: str | os.PathLike) -> Path:
-    """Returns the path of a file or folder that exists; else the DataError that lists what would have been possible."""
-    path = Path(os.fsdecode(source))
-    with _blame("read", path), contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
-        path.stat()  # ValueError: a zero or a lone surrogate in the path
-        if os.fspath(source):  # the empty path would be the current folder
-            return path
-    raise DataError(f"no file, folder or corpus {_quote(source)}; the corpora are: {', '.join(CORPORA)}")
 
 
 # --- Downloads --------------------------------------------------------------------------------------------------------
@@ -345,142 +261,91 @@ def _resolve_download(
     """`resolve` for a corpus with a server: takes it from the data folder, a given file or the network."""
     target = data_dir / corpus.raw.file
     if from_file is not None:
-        _import(Path(from_file), corpus, name, target, progress)
-    elif _is_made(target, corpus.raw.size):
-        pass
-    elif corpus.zipped is None:
-        _download(corpus.url, corpus.raw, target, progress)
-    else:
-        packed = data_dir / corpus.zipped.file
-        if not _is_blob(packed, corpus.zipped):
-            _download(corpus.url, corpus.zipped, packed, progress)
-        with _open(packed, os.O_NOFOLLOW) as file:
-            _unpack(file, corpus.raw, target, packed, progress)
+        _import(Path(from_file), corpus, name, target)
+    elif not _is_made(target, corpus.raw.size):
+        sent = corpus.zipped or corpus.raw
+        arrived = data_dir / sent.file
+        if not _is_blob(arrived, sent):
+            _download(corpus.url, sent, arrived, progress)
+        if corpus.zipped:
+            _import(arrived, corpus, name, target)
     return target
 
 
-def _import(given: Path, corpus: Download, name: str, target: Path, progress: bool) -> None:
-    """Makes `target` from a file that the user says is the corpus, or is its zip file; refuses any other."""
-    blobs = [blob for blob in (corpus.raw, corpus.zipped) if blob is not None]
+def _import(given: Path, corpus: Download, name: str, target: Path) -> None:
+    """Makes `target` from a file that should be the corpus or its zip file; DataError if it is neither."""
+    blobs = [blob for blob in (corpus.raw, corpus.zipped) if blob]
     with _open(given) as file:
         size = os.fstat(file.fileno()).st_size
-        # Hashing takes its time, and a wrong size says enough.
-        digest = _sha256(file, given) if size in {blob.size for blob in blobs} else ""
-        if digest == corpus.raw.sha256:
-            _write_blob(file, corpus.raw, target, given, progress)
-        elif corpus.zipped is not None and digest == corpus.zipped.sha256:
-            _unpack(file, corpus.raw, target, given, progress)
-        else:
-            expected, found = " or ".join(map(str, blobs)), f"{size:,} bytes" + (digest and f", sha256 {digest}")
+        digest = _sha256(given) if size in [blob.size for blob in blobs] else ""  # else the size says enough
+        if digest not in [blob.sha256 for blob in blobs]:
+            expected, found = " or ".join(map(str, blobs)), f"{size:,} bytes" + (f", sha256 {digest}" if digest else "")
             raise DataError(f"{_quote(given)} is not {name}: expected {expected}; found {found}")
+        with _replacing(target) as out:
+            if digest == corpus.raw.sha256:
+                shutil.copyfileobj(file, out, _CHUNK)
+            else:
+                with zipfile.ZipFile(file) as archive, archive.open(archive.namelist()[0]) as member:
+                    shutil.copyfileobj(member, out, _CHUNK)
 
 
 def _download(url: str, blob: Blob, target: Path, progress: bool) -> None:
-    """Downloads into `<target>.part`, resuming what is there, checks it, and renames it to `target`.
-
-    A network that fails leaves the part to resume from; a part that is complete but wrong is removed.
-    """
+    """Downloads into `<target>.part`, resuming what is there, and renames that to `target` if it is `blob`."""
     part = target.with_name(target.name + ".part")
-    with _blame("write", part):
+    with _data_error("write", part):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _open_part(part) as out:
-            if _is_blob(target, blob):  # made by the process that had the part until now
-                return
+        if os.path.lexists(part) and not _is_made(part):
+            part.unlink()
+        with _open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) as out:
+            with contextlib.suppress(OSError):  # there are file systems without locks
+                fcntl.flock(out, fcntl.LOCK_EX)  # waits for another process that downloads the same
+            if not os.fstat(out.fileno()).st_nlink:  # and that removed the part in the end
+                return _download(url, blob, target, progress)
             try:
-                _receive(url, blob, out, progress)
+                if not _is_blob(target, blob):
+                    _receive(url, blob, out, part, progress)
+                    _check_part(url, blob, out, part)
+                    _publish(out, part, target)
             finally:
-                if not (size := out.seek(0, os.SEEK_END)):
-                    part.unlink()
-            found = "more than that" if size > blob.size else f"{size:,} bytes, sha256 {_sha256(out, part)}"
-            if not found.endswith(blob.sha256):
-                part.unlink()
-                raise DataError(
-                    f"{url} did not send {blob.file}: expected {blob}; found {found}; removed it, run again to retry"
-                )
-            _publish(out, part, target)
+                if not out.seek(0, os.SEEK_END):
+                    part.unlink(missing_ok=True)
 
 
-def _open_part(part: Path) -> BinaryIO:
-    """Opens a download that may have been begun, once no other process is writing it; what is no file is replaced."""
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            info = part.lstat()
-            if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # nothing that lies elsewhere is written
-                part.unlink()
-        file = _open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-        with contextlib.suppress(OSError):  # a file system without locks: the checksum will tell
-            fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), part.lstat()):
-                return file
-        file.close()  # the other process finished or removed it
+def _check_part(url: str, blob: Blob, out: BinaryIO, part: Path) -> None:
+    """Empties a finished download that is not `blob`, with a DataError."""
+    out.flush()
+    size, digest = part.stat().st_size, _sha256(part)
+    if digest != blob.sha256:
+        out.truncate(0)
+        found = "more than that" if size > blob.size else f"{size:,} bytes, sha256 {digest}"
+        raise DataError(f"{url} did not send {blob.file}: expected {blob}; found {found}; run again to retry")
 
 
-def _receive(url: str, blob: Blob, out: BinaryIO, progress: bool) -> None:
-    """Appends the bytes still missing from `out`, or begins again where the server does not resume."""
+def _receive(url: str, blob: Blob, out: BinaryIO, part: Path, progress: bool) -> None:
+    """Appends the bytes that `out` lacks, or begins again where the server does not resume."""
     size = out.seek(0, os.SEEK_END)
     if size >= blob.size:
         return
-    with _blame("download", url, _RESUME):
-        response, size = _request(url, size)
-        out.seek(size)
+    headers = {"User-Agent": "ByteGPT"} | ({"Range": f"bytes={size}-"} if size else {})
+    remedy = "; run again (what has arrived is kept), or get the file by other means and pass it with --from FILE"
+    with (
+        _data_error("download", url, remedy),
+        urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as response,
+    ):
+        resumed = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        size = out.seek(min(size, int(resumed[1])) if resumed else 0)
         out.truncate()
-        with response, _bar(blob.file, blob.size, progress, done=size) as bar:
+        bar = tqdm(desc=blob.file, total=blob.size, initial=size, unit="B", unit_scale=True, **_bar_options(progress))
+        with bar:
             while size <= blob.size and (chunk := response.read1(_CHUNK)):  # an endless answer must not fill the disk
-                with _blame("write", out.name):
+                with _data_error("write", part):
                     size += out.write(chunk)
                 bar.update(len(chunk))
-        out.flush()
         if size < blob.size:
             raise ConnectionError(f"the connection ended after {size:,} of {blob.size:,} bytes")
 
 
-def _request(url: str, start: int) -> tuple[HTTPResponse, int]:
-    """Asks a server for a file from byte `start` on; returns the response, and the offset where its body begins."""
-    headers = {"User-Agent": "ByteGPT"} | ({"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if start and error.code == 416:  # "range not satisfiable": the file there is no longer than ours
-            return _request(url, 0)
-        raise
-    if response.status != 206:  # all of it
-        return response, 0
-    if response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-        return response, start
-    response.close()
-    return _request(url, 0)
-
-
-def _unpack(file: BinaryIO, blob: Blob, target: Path, origin: Path, progress: bool) -> None:
-    """Writes the only member of a zip file to `target`; errors as `_write_blob`."""
-    with zipfile.ZipFile(file) as archive, archive.open(archive.namelist()[0]) as member:
-        _write_blob(member, blob, target, origin, progress)
-
-
-def _write_blob(source: BinaryIO, blob: Blob, target: Path, origin: Path, progress: bool) -> None:
-    """Copies `source` to `target`; a DataError, and nothing written, if what `origin` holds is not `blob`."""
-    digest = hashlib.sha256()
-    with _replacing(target) as out, _bar(blob.file, blob.size, progress) as bar:
-        for chunk in _chunks(source, origin):
-            digest.update(chunk)
-            out.write(chunk)
-            bar.update(len(chunk))
-        if digest.hexdigest() != blob.sha256:
-            found = f"{out.tell():,} bytes, sha256 {digest.hexdigest()}"
-            raise DataError(f"{_quote(origin)} does not hold {blob.file}: expected {blob}; found {found}")
-
-
 # --- Folders ----------------------------------------------------------------------------------------------------------
-
-
-class _Document(NamedTuple):
-    """A file that may turn out to be text; documents are in the order of their names."""
-
-    name: str  # its path relative to the folder
-    size: int  # in bytes, at least 1
-    mtime_ns: int
 
 
 def _resolve_folder(root: Path, data_dir: Path, progress: bool) -> Path:
@@ -501,26 +366,13 @@ def _resolve_folder(root: Path, data_dir: Path, progress: bool) -> Path:
 
 def _list_documents(
     root: Path, data_dir: Path, suffix: str = "", skip: frozenset[str] = frozenset()
-) -> list[_Document]:
-    """Lists the files below a folder that may be documents, by their names and metadata alone.
-
-    Args:
-        root: The folder, without links in its path.
-        data_dir: The data folder, to know what was made there.
-        suffix: How their names end.
-        skip: Names of subfolders to leave out.
-
-    Returns:
-        The documents, sorted by name.
-
-    Raises:
-        DataError: A folder is unreadable.
-    """
+) -> list[tuple[str, int, int]]:
+    """Lists the files below `root` that may be text: path relative to it, size and modification time, sorted."""
 
     def fail(error: OSError) -> None:
         raise DataError(f"cannot read {_quote(error.filename)}: {error.strerror}") from error
 
-    own_folders = {data_dir.resolve(), (data_dir / CACHE_NAME).resolve()}
+    made_in = {data_dir.resolve(), (data_dir / CACHE_NAME).resolve()}
     documents = []
     for folder, subfolders, files in os.walk(root, onerror=fail):
         if RUN_FILE in files:  # a run that trains on this folder would change what it trains on
@@ -532,50 +384,41 @@ def _list_documents(
             if file.startswith(".") or not file.endswith(suffix) or not os.path.isfile(path):
                 continue
             real = path.resolve() if path.is_symlink() else path
-            if real.parent in own_folders and real.name.endswith(_PRODUCT_SUFFIXES):
+            if real.parent in made_in and real.suffix in (".bin", ".zip", ".part"):
                 continue
-            with _blame("read", path):
+            with _data_error("read", path):
                 info = path.stat()
             if info.st_size:
-                documents.append(_Document(path.relative_to(root).as_posix(), info.st_size, info.st_mtime_ns))
+                documents.append((path.relative_to(root).as_posix(), info.st_size, info.st_mtime_ns))
     return sorted(documents)
 
 
-def _join(documents: list[_Document], root: Path, target: Path, progress: bool) -> None:
+def _join(documents: list[tuple[str, int, int]], root: Path, target: Path, progress: bool) -> None:
     """Joins those documents that are text into `target`; DataError if none is."""
-    total = sum(document.size for document in documents)
-    with _replacing(target) as out, _bar(root.name, total, progress) as bar:
-        listed = 0
-        for document in documents:
+    with _replacing(target) as out:
+        for name, _, _ in tqdm(documents, desc=one_line(root.name), unit=" files", **_bar_options(progress)):
             start = out.tell()
             if start:
-                out.write(_SEPARATOR)
-            if not _append_text(root / document.name, out, bar):
+                out.write(bytes([EOS_ID]))
+            if not _append_text(root / name, out):
                 out.seek(start)
                 out.truncate()
-            listed += document.size
-            bar.update(listed - bar.n)  # a file that is no text was not read to its end
         if not out.tell():
             raise DataError(
                 f"folder {_quote(root)} holds no text: none of its {len(documents)} non-empty files (hidden ones apart)"
-                " is free of zero bytes and UTF-8 or an 8-bit encoding, uncompressed; name another folder"
+                " is uncompressed, free of zero bytes, and UTF-8 or an 8-bit encoding; name another folder"
             )
 
 
-def _append_text(path: Path, out: BinaryIO, bar: tqdm) -> bool:
-    """Copies a file until it proves to be no text; returns whether it is, else the caller takes back what was written.
-
-    One pass over a huge file is enough then.
-    """
-    first = True
-    with _open(path) as file:
-        for chunk in _chunks(file, path):
-            if _SEPARATOR in chunk or (first and not _looks_like_text(chunk[:_HEAD])):
-                return False
-            out.write(chunk)
-            bar.update(len(chunk))
-            first = False
-    return not first  # emptied since it was listed
+def _append_text(path: Path, out: BinaryIO) -> bool:
+    """Copies a file until it proves to be no text; returns whether it is: if not, the caller removes the copy."""
+    empty = True
+    for chunk in _chunks(path):
+        if EOS_ID in chunk or (empty and not _looks_like_text(chunk[:_HEAD])):
+            return False
+        out.write(chunk)
+        empty = False
+    return not empty
 
 
 def _looks_like_text(head: bytes) -> bool:
@@ -594,63 +437,47 @@ def _looks_like_text(head: bytes) -> bool:
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def _open_fd(path: str | os.PathLike, flags: int = os.O_RDONLY) -> int:
-    """Opens a regular file; DataError for any other kind, without waiting for the other end of a pipe."""
-    with _blame("read", path):
+def _open(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
+    """Opens a regular file; any other kind is a DataError, and no pipe makes it wait."""
+    with _data_error("write" if flags & os.O_RDWR else "read", path):
         fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
+            return open(fd, "r+b" if flags & os.O_RDWR else "rb")
         os.close(fd)
-        raise DataError(f"{_quote(path)} is not a regular file; save the bytes to a file first")
-
-
-def _open(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
-    return open(_open_fd(path, flags), "r+b" if flags & os.O_RDWR else "rb")
+    raise DataError(f"{_quote(path)} is not a regular file; save the bytes to a file first")
 
 
 def _is_made(path: Path, size: int | None = None) -> bool:
-    """Whether a file of this name, and size, was made; a link, pipe or device under that name is nothing made here."""
-    with contextlib.suppress(OSError):
-        info = path.lstat()
-        return stat.S_ISREG(info.st_mode) and info.st_size > 0 and size in (None, info.st_size)
-    return False
+    """Whether there is a file of this name and size; a link, a pipe or a device is none that was made here."""
+    return os.path.isfile(path) and not path.is_symlink() and size in (None, path.stat().st_size)
 
 
 def _is_blob(path: Path, blob: Blob) -> bool:
-    if not _is_made(path, blob.size):
-        return False
-    with _open(path, os.O_NOFOLLOW) as file:
-        return _sha256(file, path) == blob.sha256
+    return _is_made(path, blob.size) and _sha256(path) == blob.sha256
 
 
-def _sha256(file: BinaryIO, path: Path) -> str:
-    """Hashes an open file from its beginning, and leaves it there."""
-    with _blame("read", path):
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-    return digest
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yields what is left of an open file in chunks of bounded size."""
-    while True:
-        with _blame("read", path):
-            chunk = file.read(_CHUNK)
-        if not chunk:
-            return
-        yield chunk
+def _chunks(path: Path) -> Iterator[bytes]:
+    with _data_error("read", path), _open(path) as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
 
 
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file that becomes `target` when the block ends well, and vanishes when it does not."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")  # must match _TEMPORARY_GLOB
-    with _blame("write", target):
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    with _data_error("write", target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(_TEMPORARY_GLOB):  # by a process that was killed
+        for left in target.parent.glob(f".*.{'[0-9a-f]' * 16}.tmp"):  # by a process that was killed
             with contextlib.suppress(OSError):
-                if left.lstat().st_mtime < time.time() - TEMPORARY_AGE_S:
+                if left.lstat().st_mtime < time.time() - 86_400:
                     left.unlink()
         try:
             with open(temporary, "xb") as out:
@@ -669,8 +496,8 @@ def _publish(out: BinaryIO, path: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _blame(action: str, thing: str | os.PathLike, remedy: str = "") -> Iterator[None]:
-    """Turns a failure of the outside world into a DataError that says what could not be done, to what, and why."""
+def _data_error(action: str, thing: str | os.PathLike, remedy: str = "") -> Iterator[None]:
+    """Turns a failure outside this program into a DataError: what could not be done, to what, and why."""
     try:
         yield
     except (OSError, HTTPException) as error:
@@ -679,33 +506,21 @@ def _blame(action: str, thing: str | os.PathLike, remedy: str = "") -> Iterator[
 
 
 def _quote(thing: str | os.PathLike) -> str:
-    """Quotes a path for a message, which thereby stays one printable line whatever the path holds."""
+    """Quotes a path for a message, which stays one printable line whatever the path holds."""
     text = os.fsdecode(thing)
     return f"'{text}'" if text.isprintable() else ascii(text)
 
 
-def _bar(title: str, total: int, progress: bool, done: int = 0) -> tqdm:
-    """A progress bar in bytes that is shown on terminals only and leaves no trace."""
-    return tqdm(
-        desc=one_line(title),
-        total=total,
-        initial=done,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=None if progress else True,  # None: unless stderr is a terminal
-    )
-
-
-# --- Command ----------------------------------------------------------------------------------------------------------
+def _bar_options(progress: bool) -> dict[str, bool | None]:
+    return {"leave": False, "disable": None if progress else True}  # None: unless stderr is a terminal
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with the given arguments, or those of the process; returns the exit code (see `command.run`)."""
-    return command.run("prepare.py", lambda: _command(argv), mistakes=(DataError,))
+    return command.run("prepare.py", lambda: _run(argv), mistakes=(DataError,))
 
 
-def _command(argv: list[str] | None) -> None:
+def _run(argv: list[str] | None) -> None:
     parser = command.Parser(
         "prepare.py", description="Find or make a file of raw bytes to train on, and print its path and size."
     )
