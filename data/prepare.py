@@ -222,12 +222,9 @@ def resolve(
         data_dir: Where to put what is made; created if missing.
         progress: Show progress bars if stderr is a terminal.
 
-    Returns:
-        The path of a regular, non-empty file.
-
     Raises:
-        DataError: There is no such source, it cannot be read, it is compressed, it is not what it should be, it holds
-            no text, or the result cannot be written.
+        DataError: The source is missing, unreadable, compressed, without text or not what it should be, or the result
+            cannot be written.
     """
     data_dir = Path(data_dir)
     corpus = CORPORA.get(source) if isinstance(source, str) else None
@@ -250,9 +247,6 @@ def resolve(
     if name := compressed_format(open_bytes(path)[:16].tobytes()):
         raise DataError(f"{_quote(path)} is compressed ({name}); unpack it first, and name the unpacked file")
     return path
-
-
-# --- Downloads --------------------------------------------------------------------------------------------------------
 
 
 def _resolve_download(
@@ -294,7 +288,7 @@ def _download(url: str, blob: Blob, target: Path, progress: bool) -> None:
     part = target.with_name(target.name + ".part")
     with _data_error("write", part):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(part) and not _is_made(part):
+        if os.path.lexists(part) and (not _is_made(part) or part.stat().st_nlink > 1):
             part.unlink()
         with _open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) as out:
             with contextlib.suppress(OSError):  # there are file systems without locks
@@ -335,17 +329,15 @@ def _receive(url: str, blob: Blob, out: BinaryIO, part: Path, progress: bool) ->
         resumed = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
         size = out.seek(min(size, int(resumed[1])) if resumed else 0)
         out.truncate()
-        bar = tqdm(desc=blob.file, total=blob.size, initial=size, unit="B", unit_scale=True, **_bar_options(progress))
-        with bar:
+        hide = None if progress else True  # None: unless stderr is a terminal
+        options = {"initial": size, "leave": False, "unit": "B", "unit_scale": True, "disable": hide}
+        with tqdm(desc=blob.file, total=blob.size, **options) as bar:
             while size <= blob.size and (chunk := response.read1(_CHUNK)):  # an endless answer must not fill the disk
                 with _data_error("write", part):
                     size += out.write(chunk)
                 bar.update(len(chunk))
         if size < blob.size:
             raise ConnectionError(f"the connection ended after {size:,} of {blob.size:,} bytes")
-
-
-# --- Folders ----------------------------------------------------------------------------------------------------------
 
 
 def _resolve_folder(root: Path, data_dir: Path, progress: bool) -> Path:
@@ -367,7 +359,7 @@ def _resolve_folder(root: Path, data_dir: Path, progress: bool) -> Path:
 def _list_documents(
     root: Path, data_dir: Path, suffix: str = "", skip: frozenset[str] = frozenset()
 ) -> list[tuple[str, int, int]]:
-    """Lists the files below `root` that may be text: path relative to it, size and modification time, sorted."""
+    """Lists the files below `root` that may be text, as (relative path, bytes, modification time in ns), sorted."""
 
     def fail(error: OSError) -> None:
         raise DataError(f"cannot read {_quote(error.filename)}: {error.strerror}") from error
@@ -396,7 +388,8 @@ def _list_documents(
 def _join(documents: list[tuple[str, int, int]], root: Path, target: Path, progress: bool) -> None:
     """Joins those documents that are text into `target`; DataError if none is."""
     with _replacing(target) as out:
-        for name, _, _ in tqdm(documents, desc=one_line(root.name), unit=" files", **_bar_options(progress)):
+        hide = None if progress else True  # None: unless stderr is a terminal
+        for name, _, _ in tqdm(documents, one_line(root.name), leave=False, unit=" files", disable=hide):
             start = out.tell()
             if start:
                 out.write(bytes([EOS_ID]))
@@ -432,9 +425,6 @@ def _looks_like_text(head: bytes) -> bool:
     except UnicodeDecodeError:
         controls = len(head) - len(head.translate(None, _CONTROLS))
         return controls * 100 <= len(head)
-
-
-# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def _open(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
@@ -511,24 +501,20 @@ def _quote(thing: str | os.PathLike) -> str:
     return f"'{text}'" if text.isprintable() else ascii(text)
 
 
-def _bar_options(progress: bool) -> dict[str, bool | None]:
-    return {"leave": False, "disable": None if progress else True}  # None: unless stderr is a terminal
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with the given arguments, or those of the process; returns the exit code (see `command.run`)."""
-    return command.run("prepare.py", lambda: _run(argv), mistakes=(DataError,))
 
+    def run() -> None:
+        parser = command.Parser(
+            "prepare.py", description="Find or make a file of raw bytes to train on, and print its path and size."
+        )
+        parser.add_argument("source", metavar="SOURCE", help=f"a corpus ({', '.join(CORPORA)}), a file or a folder")
+        parser.add_argument("--from", dest="from_file", metavar="FILE", help="a local copy, to be used as the download")
+        arguments = parser.parse_args(argv)
+        path = resolve(arguments.source, from_file=arguments.from_file, data_dir=DATA_DIR)
+        command.say(one_line(f"{path}: {len(open_bytes(path)):,} bytes"))
 
-def _run(argv: list[str] | None) -> None:
-    parser = command.Parser(
-        "prepare.py", description="Find or make a file of raw bytes to train on, and print its path and size."
-    )
-    parser.add_argument("source", metavar="SOURCE", help=f"a corpus ({', '.join(CORPORA)}), a file or a folder")
-    parser.add_argument("--from", dest="from_file", metavar="FILE", help="a local copy, to be used as the download")
-    arguments = parser.parse_args(argv)
-    path = resolve(arguments.source, from_file=arguments.from_file, data_dir=DATA_DIR)
-    command.say(one_line(f"{path}: {len(open_bytes(path)):,} bytes"))
+    return command.run("prepare.py", run, mistakes=(DataError,))
 
 
 if __name__ == "__main__":

@@ -256,17 +256,19 @@ def test_a_download_without_a_length_works(server: Server, data_dir: Path) -> No
 @pytest.mark.parametrize("part", [b"", BODY[:1000], b"rubbish", b"z" * len(BODY)])
 def test_a_wrong_checksum_is_refused_and_removed(server: Server, data_dir: Path, part: bytes) -> None:
     write(data_dir, {"tiny.bin.part": part} if part else {})
-    if not part:
+    if BODY.startswith(part):  # a good beginning, a bad end
         server.content = BODY[:-1] + b"?"
-    with pytest.raises(
-        DataError, match="expected 300,000 bytes, sha256 [0-9a-f]{64}; found 300,000 .*sha256"
-    ) as caught:
-        if part == BODY[:1000]:  # a good beginning, a bad end
-            server.content = BODY[:-1] + b"?"
+    expected = hashlib.sha256(BODY).hexdigest()
+    with pytest.raises(DataError, match=f"expected 300,000 bytes, sha256 {expected}; found 300,000 .*sha256.*again"):
         resolve("tiny", data_dir=data_dir)
-    assert hashlib.sha256(BODY).hexdigest() in str(caught.value)
-    assert "\n" not in str(caught.value)
     assert everything_in(data_dir) == []
+
+
+def test_a_part_that_is_too_long_is_removed(server: Server, data_dir: Path) -> None:
+    write(data_dir, {"tiny.bin.part": BODY + b"x"})
+    with pytest.raises(DataError, match="run again"):
+        resolve("tiny", data_dir=data_dir)
+    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
 
 
 @pytest.mark.parametrize("content", [BODY + b"x", BODY * 20])
@@ -285,22 +287,6 @@ def test_too_little_is_refused_and_kept(server: Server, data_dir: Path, content:
     with pytest.raises(DataError, match=f"ended after {len(content):,} of 300,000 bytes"):
         resolve("tiny", data_dir=data_dir)
     assert everything_in(data_dir) == (["tiny.bin.part"] if content else [])
-
-
-def test_an_endless_answer_is_cut_short(server: Server, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.content, server.length = BODY * 50, False
-    received: list[int] = []
-    monkeypatch.setattr(prepare.tqdm, "update", lambda self, n=1: received.append(n))
-    with pytest.raises(DataError, match="more than that"):
-        resolve("tiny", data_dir=data_dir)
-    assert len(BODY) < sum(received) < len(BODY) + 2 * MIB
-
-
-def test_a_part_that_is_too_long_is_removed(server: Server, data_dir: Path) -> None:
-    write(data_dir, {"tiny.bin.part": BODY + b"x"})
-    with pytest.raises(DataError, match="run again"):
-        resolve("tiny", data_dir=data_dir)
-    assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
 
 
 @pytest.mark.parametrize("status", [403, 404, 500, 416])
@@ -335,22 +321,6 @@ def test_a_server_that_falls_silent_is_given_up(
         resolve("tiny", data_dir=data_dir)
     server.gate.set()
     assert (data_dir / "tiny.bin.part").read_bytes() == BODY[:1000]
-
-
-def test_a_server_that_speaks_no_http_is_one_line(data_dir: Path, server: Server, monkeypatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def answer() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(10_000)
-                connection.sendall(b"SSH-2.0\r\n\r\n")
-
-        threading.Thread(target=answer, daemon=True).start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        monkeypatch.setitem(prepare.CORPORA, "tiny", Download(url, blob("tiny.bin", BODY)))
-        with pytest.raises(DataError, match="cannot download"):
-            resolve("tiny", data_dir=data_dir)
 
 
 def test_ctrl_c_keeps_the_part_of_a_download(server: Server, data_dir: Path, monkeypatch) -> None:
@@ -550,15 +520,6 @@ def test_an_empty_file_is_refused(tmp_path: Path, data_dir: Path) -> None:
     for use in (lambda path: resolve(path, data_dir=data_dir), open_bytes):
         with pytest.raises(DataError, match="empty' is empty"):
             use(tmp_path / "empty")
-
-
-def test_a_pipe_is_refused_without_waiting_for_its_other_end(tmp_path: Path, data_dir: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for use in (lambda path: resolve(path, data_dir=data_dir), open_bytes):
-        with pytest.raises(DataError, match="pipe' is not a regular file"):
-            use(tmp_path / "pipe")
-    with pytest.raises(DataError, match="not a regular file"):
-        resolve("/dev/null", data_dir=data_dir)
 
 
 def test_an_unreadable_file_is_refused(tmp_path: Path, data_dir: Path, secret: None) -> None:
@@ -896,7 +857,7 @@ def test_a_subfolder_that_cannot_be_read_is_named(tmp_path: Path, data_dir: Path
         resolve(folder, data_dir=data_dir)
 
 
-def test_a_file_that_is_emptied_or_removed_meanwhile(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
+def test_a_file_that_is_emptied_meanwhile_is_left_out(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
     folder = write(tmp_path / "folder", {"1": TEXT, "2": b"two", "3": b"three"})
     real = prepare._list_documents
 
@@ -907,16 +868,6 @@ def test_a_file_that_is_emptied_or_removed_meanwhile(tmp_path: Path, data_dir: P
 
     monkeypatch.setattr(prepare, "_list_documents", empty)
     assert resolve(folder, data_dir=data_dir).read_bytes() == TEXT + b"\0three"
-
-    def remove(*arguments: object) -> list:
-        documents = real(*arguments)
-        (folder / "3").unlink()
-        return documents
-
-    monkeypatch.setattr(prepare, "_list_documents", remove)
-    write(folder, {"2": b"again"})
-    with pytest.raises(DataError, match="cannot read '.*3': No such file"):
-        resolve(folder, data_dir=data_dir)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
@@ -1070,17 +1021,10 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(halfway, signum: int) ->
 def test_a_stream_that_is_closed_or_full_is_no_traceback(copy: Path, redirect: str, code: int, stderr: str) -> None:
     write(copy.parent, {"text.txt": TEXT})
     command = f"exec {shlex.quote(sys.executable)} data/prepare.py data/text.txt {redirect}"
-    options = {"cwd": copy.parent.parent, "capture_output": True, "text": True, "timeout": 30}
-    done = subprocess.run(["bash", "-c", command], **options)
-    assert (done.returncode, done.stderr) == (code, stderr)
-
-
-@pytest.mark.slow
-def test_the_script_prints_path_and_size(copy: Path, tmp_path: Path) -> None:
-    folder = write(tmp_path / "folder", {"1": b"a" * 1234, "2": b"b"})
-    done = command(copy, folder, cwd=tmp_path)
-    (made,) = (copy.parent / ".cache").iterdir()
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{made}: 1,236 bytes\n", "")
+    for environment in ({}, {"PYTHONUNBUFFERED": "1"}):
+        options = {"cwd": copy.parent.parent, "env": environment, "capture_output": True, "text": True, "timeout": 30}
+        done = subprocess.run(["bash", "-c", command], **options)
+        assert (done.returncode, done.stderr) == (code, stderr)
 
 
 @pytest.mark.slow
