@@ -142,6 +142,7 @@ class ByteFile:
         self.path = path
         self._file = _open(path)
         weakref.finalize(self, self._file.close)
+        self._owner: ByteFile | None = None  # whose end closes the file of a view
         self._first, self._len = 0, os.fstat(self._file.fileno()).st_size
         if not self._len:
             raise DataError(f"{_quote(path)} is empty; there is nothing to learn from it")
@@ -173,7 +174,7 @@ class ByteFile:
     def split(self, at: int) -> tuple["ByteFile", "ByteFile"]:
         """Returns views of the bytes before offset `at` and of those from there on; nothing is read."""
         head, tail = copy.copy(self), copy.copy(self)
-        head._owner = tail._owner = self  # whose end closes the file
+        head._owner = tail._owner = self
         head._len, tail._first, tail._len = at, self._first + at, self._len - at
         return head, tail
 
@@ -288,8 +289,10 @@ def _download(url: str, blob: Blob, target: Path, progress: bool) -> None:
     part = target.with_name(target.name + ".part")
     with _data_error("write", part):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(part) and (not _is_made(part) or part.stat().st_nlink > 1):
-            part.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            info = part.lstat()
+            if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # what lies elsewhere is not written
+                part.unlink()
         with _open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) as out:
             with contextlib.suppress(OSError):  # there are file systems without locks
                 fcntl.flock(out, fcntl.LOCK_EX)  # waits for another process that downloads the same
@@ -439,7 +442,10 @@ def _open(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
 
 def _is_made(path: Path, size: int | None = None) -> bool:
     """Whether there is a file of this name and size; a link, a pipe or a device is none that was made here."""
-    return os.path.isfile(path) and not path.is_symlink() and size in (None, path.stat().st_size)
+    with contextlib.suppress(OSError):
+        info = path.lstat()
+        return stat.S_ISREG(info.st_mode) and size in (None, info.st_size)
+    return False
 
 
 def _is_blob(path: Path, blob: Blob) -> bool:
