@@ -42,7 +42,6 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-import weakref
 import zipfile
 from collections.abc import Iterator
 from http.client import HTTPException
@@ -140,9 +139,7 @@ class ByteFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
-        self._file = _open(path)
-        weakref.finalize(self, self._file.close)
-        self._owner: ByteFile | None = None  # whose end closes the file of a view
+        self._file = _open(path)  # views share it; it is closed with the last of them
         self._first, self._len = 0, os.fstat(self._file.fileno()).st_size
         if not self._len:
             raise DataError(f"{_quote(path)} is empty; there is nothing to learn from it")
@@ -174,7 +171,6 @@ class ByteFile:
     def split(self, at: int) -> tuple["ByteFile", "ByteFile"]:
         """Returns views of the bytes before offset `at` and of those from there on; nothing is read."""
         head, tail = copy.copy(self), copy.copy(self)
-        head._owner = tail._owner = self
         head._len, tail._first, tail._len = at, self._first + at, self._len - at
         return head, tail
 

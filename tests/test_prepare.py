@@ -899,6 +899,21 @@ def test_a_source_that_is_no_file_is_refused(tmp_path: Path, data_dir: Path, kin
     assert not data_dir.exists()
 
 
+def test_a_link_planted_in_the_last_moment_is_not_followed(
+    server: Server, data_dir: Path, tmp_path, monkeypatch
+) -> None:
+    victim = write(tmp_path, {"victim": BODY[:1000]}) / "victim"
+    plant(data_dir / "tiny.bin.part", "link", victim)
+
+    def not_yet(path: Path) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "lstat", not_yet)
+    with pytest.raises(DataError, match="cannot write '.*tiny.bin.part'"):
+        resolve("tiny", data_dir=data_dir)
+    assert victim.read_bytes() == BODY[:1000]
+
+
 def test_leftovers_of_a_crash_vanish_after_a_day(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1e9)
     cache = write(data_dir / ".cache", {f".x.bin.{digit * 16}.tmp": b"" for digit in "ab"} | {".x.tmp": b"", "x": b""})
@@ -1065,10 +1080,10 @@ def test_no_terminal_escape_is_printed(tmp_path: Path, monkeypatch, capsys: pyte
         prepare.main([str(each) for each in arguments])
     with pytest.raises(SystemExit):
         prepare.main(["a", f"--{name}"])
-    for text in capsys.readouterr():
-        assert text
-        bar_controls = text.replace("\r", "")  # what the bar returns to the start of its line with
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", bar_controls)
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert "folder 'evil" not in err and "evil\\x1b" in err
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out + err.replace("\r", ""))  # the bar returns by \r
 
 
 def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path: Path, server: Server) -> None:
