@@ -429,10 +429,11 @@ def _looks_like_text(head: bytes) -> bool:
 def _open(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
     """Opens a regular file; any other kind is a DataError, and no pipe makes it wait."""
     with _data_error("write" if flags & os.O_RDWR else "read", path):
-        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return open(fd, "r+b" if flags & os.O_RDWR else "rb")
-        os.close(fd)
+        if os.path.isfile(path) or not os.path.exists(path):  # to open a device may have effects
+            fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            if stat.S_ISREG(os.fstat(fd).st_mode):  # not replaced since
+                return open(fd, "r+b" if flags & os.O_RDWR else "rb")
+            os.close(fd)
     raise DataError(f"{_quote(path)} is not a regular file; save the bytes to a file first")
 
 
@@ -500,6 +501,7 @@ def _data_error(action: str, thing: str | os.PathLike, remedy: str = "") -> Iter
 def _quote(thing: str | os.PathLike) -> str:
     """Quotes a path for a message, which stays one printable line whatever the path holds."""
     text = os.fsdecode(thing)
+    text = text if len(text) <= 1000 else text[:1000] + "…"
     return f"'{text}'" if text.isprintable() else ascii(text)
 
 
