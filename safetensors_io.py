@@ -23,7 +23,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BufferedReader, FileIO
@@ -44,6 +44,7 @@ from model import ConfigError
 
 BAND_BYTES = 1 << 20  # read of a tensor at a time: much for a disk, little for a cache and for malloc
 MAX_JSON_BYTES = 64 << 20  # of a config or an index; that of a trillion parameters has 20
+MAX_JSON_DEPTH = 50  # far below what Python can print or walk through by recursion
 MAX_DIMS = 8
 MAX_HEADER_BYTES = 32 << 20  # a trillion parameters in 400 experts a layer, all in one file, need half of it
 # The dtypes of safetensors, in its own order: a file's tensors lie in the opposite one.
@@ -850,7 +851,17 @@ def read_json(path: Path, error_type: type[ValueError], follow: bool = False) ->
         raise error_type(f"{path} is not readable as JSON: {shorten(error)}") from None
     if not isinstance(value, dict):
         raise error_type(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [x for outer in level for x in _members(outer)]
+        if not level:
+            return value
+    raise error_type(f"{path} has objects or lists in each other, more than {MAX_JSON_DEPTH} deep")
+
+
+def _members(value: Any) -> Iterable[Any]:
+    """What is directly in an object or list of JSON; nothing in anything else."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _finite(text: str) -> float:
