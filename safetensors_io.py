@@ -1,19 +1,20 @@
-"""Tensors in files: what safetensors says of them, and how they are read and written in rectangles.
+"""Files of a checkpoint: how they are opened and replaced, and tensors read and written slice by slice.
 
-A tensor is a matrix, and each file that has some of it has a rectangle of it, a `Slice2D`: a `ShardSlice`. All of these
-together are a `ShardedTensor`, from which any rectangle can be read, a band of rows at a time: nothing larger than that
-is in memory.
+A tensor counts as a matrix here, and a file that has some of it has a rectangle of it, a `Slice2D`; with its place in
+the file that is a `ShardSlice`. All of these together are a `ShardedTensor`, from which any slice can be read, a band
+of about a megabyte at a time, so that memory does not grow with the checkpoint.
 
-A safetensors file is the length of a header in eight bytes, the header, JSON that says of each tensor its dtype, shape
-and place, and then the tensors' bytes. Headers are read here and not believed: what is wrong in one is told in a line
-that names the file and the tensor.
+A safetensors file is the length of a header in eight bytes, the header, JSON with dtype, shape and place of each
+tensor, and the tensors' bytes. The safetensors library checks headers. Tensors are not read by it, since it maps the
+file: pages once read count as memory of the process, and a file that shrinks ends it. They are not written by it
+either, since `save_file` wants all tensors of a file in memory at once.
 
-FP8 weights have a scale for each block of 128×128, which a file counts from the corner of its own rectangle. So a cut
-through a block, or a seam within one, is exact if no new block needs two different scales, and refused otherwise.
+FP8 weights have a scale for each block of 128×128, counted from the corner of the slice that a file has. A cut through
+a block, or a seam within one, is exact if no new block needs two different scales, and refused otherwise.
 
-A folder of files is never seen half-written: it is filled under a temporary name, flushed to disk and renamed. A lock
-beside it, which the system releases however a process ends, keeps a second process from filling the same one, and what
-a dead one left there is known by it.
+A folder is never seen half-written: it is filled under a temporary name, flushed to disk and renamed. The lock beside
+it, which the system releases however a process ends, keeps a second process from filling the same one, and shows what a
+process that died has left there.
 """
 
 import errno
@@ -23,7 +24,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BufferedReader, FileIO
@@ -48,12 +49,14 @@ MAX_JSON_DEPTH = 50  # far below what Python can print or walk through by recurs
 MAX_DIMS = 8
 MAX_HEADER_BYTES = 32 << 20  # a trillion parameters in 400 experts a layer, all in one file, need half of it
 # The dtypes of safetensors, in its own order: a file's tensors lie in the opposite one.
+# fmt: off
 DTYPES = {
-    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": E4M3},
-    **{"F8_E8M0": torch.float8_e8m0fnu, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16},
-    **{"BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64},
-    **{"I64": torch.int64, "U64": torch.uint64},
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": E4M3,
+    "F8_E8M0": torch.float8_e8m0fnu, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64,
+    "I64": torch.int64, "U64": torch.uint64,
 }
+# fmt: on
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)  # all widen to float32 exactly
 _NONBLOCK, _NOFOLLOW = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
@@ -66,7 +69,7 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another model: the message names the file and the remedy."""
 
 
-# --- Rectangles ------------------------------------------------------------------------------------------------------
+# --- Slices ----------------------------------------------------------------------------------------------------------
 
 
 class Slice2D(NamedTuple):
@@ -82,23 +85,23 @@ class Slice2D(NamedTuple):
         return self.bottom - self.top, self.right - self.left
 
     def meet(self, other: "Slice2D") -> "Slice2D | None":
-        """The part that two rectangles share; None where there is none."""
+        """The intersection of two slices; None where there is none."""
         top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
         left, right = max(self.left, other.left), min(self.right, other.right)
         return Slice2D(top, bottom, left, right) if top < bottom and left < right else None
 
     def within(self, outer: "Slice2D") -> tuple[slice, slice]:
-        """Its rows and columns, counted from the corner of a rectangle around it."""
+        """Its rows and columns, counted from the corner of a slice around it."""
         rows = slice(self.top - outer.top, self.bottom - outer.top)
         return rows, slice(self.left - outer.left, self.right - outer.left)
 
 
 def slice_scales(parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> torch.Tensor | None:
-    """Finds the scales of a rectangle of FP8 weights which stay as they are while their blocks become others.
+    """Finds the scales of a slice of FP8 weights which stay as they are while their blocks become others.
 
     Args:
-        parts: Rectangles side by side, or one above the other, each with its scales (⌈rows/128⌉, ⌈columns/128⌉).
-        box: The rectangle asked for, anywhere in them.
+        parts: Slices side by side, or one above the other, each with its scales (⌈rows/128⌉, ⌈columns/128⌉).
+        box: The slice asked for, anywhere in them.
 
     Returns:
         Its scales, or None where a block would need two different ones.
@@ -127,7 +130,7 @@ def slice_scales(parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> tor
 
 
 def is_block_aligned(box: Slice2D) -> bool:
-    """Whether each block of a rectangle lies within one block of the whole matrix."""
+    """Whether each block of a slice lies within one block of the whole matrix."""
     ends = ((box.top, box.bottom), (box.left, box.right))
     return all(
         x // BLOCK == (min(x + BLOCK, end) - 1) // BLOCK for start, end in ends for x in range(start, end, BLOCK)
@@ -205,12 +208,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     infos = {}
     for name, value in header.items():
-        what, (begin, end) = f"{path}: tensor {shorten(name)}", value["data_offsets"]
-        if value["dtype"] not in DTYPES:
-            raise CheckpointError(f"{what} is {shorten(value['dtype'])}, a dtype that torch does not have")
-        if len(value["shape"]) > MAX_DIMS:
-            raise CheckpointError(f"{what} has {len(value['shape'])} dimensions, more than {MAX_DIMS}")
-        infos[name] = TensorInfo(path, name, DTYPES[value["dtype"]], tuple(value["shape"]), start + begin)
+        what = f"{path}: tensor {shorten(name)}"
+        if not isinstance(value, dict) or not isinstance(value["dtype"], str):  # safetensors takes lists, and objects
+            raise CheckpointError(f"{what} needs dtype, shape and data_offsets in the header")
+        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{what} is {shorten(dtype)}, a dtype that torch does not have")
+        if len(shape) > MAX_DIMS:
+            raise CheckpointError(f"{what} has {len(shape)} dimensions, more than {MAX_DIMS}")
+        infos[name] = TensorInfo(path, name, DTYPES[dtype], tuple(shape), start + begin)
         if end - begin != infos[name].nbytes:
             raise CheckpointError(f"{what} takes {infos[name].nbytes} bytes, the header says {end - begin}")
     return infos
@@ -275,7 +281,7 @@ class SafetensorsWriter:
     Args:
         name: The file's name.
         tensors: Dtype and shape of each tensor.
-        metadata: What else the file says about itself; transformers wants "format".
+        metadata: More of it than "format", which transformers wants.
 
     Attributes:
         infos: The tensors and their places.
@@ -307,18 +313,18 @@ class SafetensorsWriter:
             file.truncate(self.size)
 
 
-# --- Tensors in pieces -----------------------------------------------------------------------------------------------
+# --- Sharded tensors -------------------------------------------------------------------------------------------------
 
 
 class ShardSlice(NamedTuple):
-    """A rectangle of a tensor in a file, and its scales if it is FP8."""
+    """A slice of a tensor in a file, and its scales if it is FP8."""
 
     info: TensorInfo
     box: Slice2D
     scale: TensorInfo | None = None
 
     def read(self, part: Slice2D, out: torch.Tensor) -> None:
-        """Reads a part of the rectangle, as it is stored, into uint8 (rows, bytes of a row)."""
+        """Reads a slice of it, as it is stored, into uint8 (rows, bytes of a row)."""
         size = self.info.dtype.itemsize
         rows, cols = part.within(self.box)
         stride = self.box.shape[1] * size
@@ -371,14 +377,14 @@ def shard_slice(info: TensorInfo, box: Slice2D, scale: TensorInfo | None) -> Sha
 
 @dataclass
 class ShardedTensor:
-    """A tensor, wherever its pieces are.
+    """A tensor in one file or several.
 
     Attributes:
         name: Its name in the files.
-        shape: Its whole shape.
+        shape: Its full shape.
         dtype: What it is stored in.
-        shards: Rectangles that cover it.
-        replicas: More of the whole, which must be equal: replicated to each rank, or to the MTP modules.
+        shards: Slices that cover it.
+        replicas: Copies of it, which must be equal: one a rank, or one an MTP module.
     """
 
     name: str
@@ -393,9 +399,9 @@ class ShardedTensor:
         return Slice2D(0, math.prod(shape[:-1]), 0, shape[-1])
 
     def bands(self, box: Slice2D, step: int = 1) -> Iterator[Slice2D]:
-        """Cuts a rectangle into bands to be read at a time: of whole rows, a multiple of `step`, where a row is short.
+        """Cuts a slice into bands to be read at a time: whole rows, a multiple of `step`.
 
-        A row longer than BAND_BYTES, as a large vector is, is cut too, after a multiple of 128 columns.
+        A row longer than BAND_BYTES, as that of a large vector, is cut too, after a multiple of 128 columns.
         """
         if 0 in box.shape:
             return
@@ -410,63 +416,63 @@ class ShardedTensor:
                 yield Slice2D(top, min(top + height, box.bottom), left, min(left + width, box.right))
 
     def read_bytes(self, box: Slice2D) -> torch.Tensor:
-        """Reads a rectangle as it is stored: uint8 (rows, bytes of a row).
+        """Reads a slice as it is stored: uint8 (rows, bytes of a row).
 
         Raises:
-            CheckpointError: It holds NaN or infinity, or the copies, if there are any, differ.
+            CheckpointError: It holds NaN or infinity, or a replica differs.
         """
         out = self._read_unchecked(box)
         if not _is_finite(numbers := out.view(self.dtype)):
-            for piece in self.shards:
-                if (part := piece.box.meet(box)) is not None:
-                    check_finite(numbers[part.within(box)], piece.info)
+            for shard in self.shards:
+                if (part := shard.box.meet(box)) is not None:
+                    check_finite(numbers[part.within(box)], shard.info)
         return out
 
     def _read_unchecked(self, box: Slice2D) -> torch.Tensor:
         """`read_bytes` of numbers that need not be finite."""
         size = self.dtype.itemsize
         out = torch.empty(box.shape[0], box.shape[1] * size, dtype=torch.uint8)
-        for piece in self.shards:
-            if (part := piece.box.meet(box)) is not None:
+        for shard in self.shards:
+            if (part := shard.box.meet(box)) is not None:
                 rows, cols = part.within(box)
-                piece.read(part, out[rows, cols.start * size : cols.stop * size])
-        for copy in self.replicas:
-            copy.read(box, other := torch.empty_like(out))
+                shard.read(part, out[rows, cols.start * size : cols.stop * size])
+        for replica in self.replicas:
+            replica.read(box, other := torch.empty_like(out))
             if not torch.equal(other, out):
-                raise self._differs(copy.info, self.shards[0].info)
+                raise self._differs(replica.info, self.shards[0].info)
         return out
 
     def read_scales(self, box: Slice2D | None = None) -> list[tuple[Slice2D, torch.Tensor]]:
         """Reads the scales of FP8 weights.
 
         Args:
-            box: A rectangle of the tensor; by default all of it.
+            box: A slice of the tensor; by default all of it.
 
         Returns:
             For each shard that has some of it: the rows of whole blocks around that, and their scales.
 
         Raises:
-            CheckpointError: They are not finite and positive, or the copies, if there are any, differ.
+            CheckpointError: They are not finite and positive, or a replica differs.
         """
         found = []
-        for piece in self.shards:
-            if (part := piece.box.meet(box or self.box)) is None:
+        for shard in self.shards:
+            if (part := shard.box.meet(box or self.box)) is None:
                 continue
-            rows = part.within(piece.box)[0]
-            top = piece.box.top + rows.start // BLOCK * BLOCK
-            bottom = min(piece.box.top + -(-rows.stop // BLOCK) * BLOCK, piece.box.bottom)
-            around = piece.box._replace(top=top, bottom=bottom)
-            found.append((around, piece.read_scales(around)))
-            for copy in self.replicas:
-                if not torch.equal(copy.read_scales(around), found[-1][1]):
-                    raise self._differs(copy.scale, piece.scale)
+            rows = part.within(shard.box)[0]
+            top = shard.box.top + rows.start // BLOCK * BLOCK
+            bottom = min(shard.box.top + -(-rows.stop // BLOCK) * BLOCK, shard.box.bottom)
+            around = shard.box._replace(top=top, bottom=bottom)
+            found.append((around, shard.read_scales(around)))
+            for replica in self.replicas:
+                if not torch.equal(replica.read_scales(around), found[-1][1]):
+                    raise self._differs(replica.scale, shard.scale)
         return found
 
-    def _differs(self, copy: TensorInfo, first: TensorInfo) -> CheckpointError:
-        return CheckpointError(f"{copy} differs from {shorten(first.name)} in {first.path.name}: two models")
+    def _differs(self, replica: TensorInfo, first: TensorInfo) -> CheckpointError:
+        return CheckpointError(f"{replica} differs from {shorten(first.name)} in {first.path.name}: two models")
 
     def read(self, box: Slice2D, dtype: torch.dtype) -> torch.Tensor:
-        """Reads a rectangle as numbers of `dtype`: FP8 is dequantised.
+        """Reads a slice as numbers of `dtype`: FP8 is dequantised.
 
         Raises:
             CheckpointError: As by `read_bytes` and `read_scales`, or a number is too large for `dtype`.
@@ -475,11 +481,11 @@ class ShardedTensor:
             out = self._read_unchecked(box).view(self.dtype).to(dtype)
         else:
             out = torch.empty(box.shape, dtype=dtype)
-            for whole, s in self.read_scales(box):
-                part = whole.meet(box)
-                rows, cols = part.within(whole)
+            for rows, s in self.read_scales(box):
+                part = rows.meet(box)
+                cols = part.within(rows)[1]
                 left = cols.start // BLOCK  # from where its first block begins
-                around = whole._replace(left=whole.left + left * BLOCK, right=part.right)
+                around = rows._replace(left=rows.left + left * BLOCK, right=part.right)
                 q = self._read_unchecked(around).view(E4M3)
                 values = weight_dequant(q, s[:, left : -(-cols.stop // BLOCK)], dtype=dtype)
                 out[part.within(box)] = values[part.within(around)]
@@ -490,7 +496,7 @@ class ShardedTensor:
         return out
 
     def read_fp8(self, box: Slice2D, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads a rectangle as FP8 and its scales: as it is stored, or else quantised now."""
+        """Reads a slice as FP8, and its scales: as it is stored, or else quantised now."""
         if self.dtype != E4M3:
             return weight_quant(self.read(box, torch.float32), scale_fmt=scale_fmt)
         return self.read_bytes(box).view(E4M3), self.scales(self.read_scales(box), box)
@@ -519,12 +525,11 @@ def open_regular(
         path: The file.
         error_type: What is raised if it cannot be read, also in the body.
         max_bytes: How large it may be.
-        follow: Whether it may be a link to anywhere, as a path may that the user gave. One that came with a checkpoint
-            may not, see `inside`.
+        follow: Whether it may be a link to anywhere: for paths that the user gave, not for what is in a checkpoint.
 
     Raises:
         error_type: It is missing, no regular file (a pipe would block, a device may have no end), or too large.
-        CheckpointError: It is a link that leads out of its folder.
+        CheckpointError: It is a link that leads out of its folder, see `inside`.
     """
     path = Path(path)
     if not follow and path.is_symlink():
@@ -568,14 +573,13 @@ def open_append(path: Path, folder_fd: int | None = None) -> FileIO:
     with reporting(path):
         try:
             file = open(path if folder_fd is None else path.name, "ab", buffering=0, opener=opener)  # noqa: SIM115
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a pipe or socket, a folder
-                raise CheckpointError(f"{path} is no regular file; move it elsewhere") from None
-            raise
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file
             file.close()
-            raise CheckpointError(f"{path} is no regular file; move it elsewhere")
-    return file
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a pipe or socket, a folder
+                raise
+        raise CheckpointError(f"{path} is no regular file; move it elsewhere")
 
 
 def replace_file(path: Path, data: bytes, folder_fd: int | None = None) -> None:
@@ -621,8 +625,7 @@ class RunFolder:
         create: Whether to make it, and those above it, where there is none.
 
     Attributes:
-        path: The folder.
-        fd: Its descriptor, for `replace_file` and `open_append`; None on Windows, which has none of folders.
+        fd: Its descriptor, for `replace_file` and `open_append`; None on Windows, where folders have none.
 
     Raises:
         CheckpointError: It is no folder, or cannot be made or opened.
@@ -638,7 +641,7 @@ class RunFolder:
                 self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     def lock(self) -> None:
-        """Keeps other processes from locking it until this one closes it or ends, however it ends.
+        """Keeps other processes from locking it, until this one closes it or ends, by whatever means.
 
         Raises:
             CheckpointError: Another process has locked it.
@@ -658,10 +661,8 @@ class RunFolder:
         except OSError:
             is_same = False
         if not is_same:
-            raise CheckpointError(
-                f"{self.path} is not the folder any more in which this run began: it was renamed, removed or "
-                "unmounted; put it back and go on with --resume"
-            )
+            reason = "the folder that this run began in was renamed, removed or unmounted"
+            raise CheckpointError(f"{self.path}: {reason}; put it back and go on with --resume")
 
     def close(self) -> None:
         """Releases it; a folder that was made and never filled is removed."""
@@ -697,12 +698,11 @@ def _flock(descriptor: int) -> bool:
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Puts the file in front of what a ConfigError says, which may quote any length of that file."""
+    """Puts the file's name in front of a ConfigError's message, which may quote any length of that file."""
     try:
         yield
     except ConfigError as error:
-        text = str(error)
-        raise ConfigError(f"{path}: {text if len(text) < 500 else text[:500] + '…'}") from None
+        raise ConfigError(f"{path}: {shorten(error, 500)}") from None
 
 
 @contextmanager
@@ -723,7 +723,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def final_path(temporary: Path) -> Path:
-    """The name that a folder with a temporary one is going to have."""
+    """The name that a folder with a temporary name will have."""
     return temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
 
 
@@ -768,7 +768,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftover(path: Path) -> None:
-    """Removes what a process that died left of `new_folder(path)`; what one is still filling stays."""
+    """Removes what a process that died left of `new_folder(path)`; a folder that is being filled stays."""
     with suppress(CheckpointError, OSError), _locked(path):
         shutil.rmtree(temporary_path(path), ignore_errors=True)
 
@@ -789,7 +789,7 @@ def _parents(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Holds the lock for making `path`; yields whether one who is dead now had left it, and so a temporary folder."""
+    """Holds the lock for making `path`; yields whether a process that died has left it, and so a temporary folder."""
     lock = path.with_name(f".{path.name}.lock")
     while True:
         is_left = os.path.lexists(lock)
@@ -814,7 +814,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def fsync(path: Path) -> None:
-    """Forces a file or a folder's infos to disk; Windows lets neither be opened for that."""
+    """Forces a file or a folder's entries to disk; Windows lets neither be opened for that."""
     if os.name != "nt":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -865,15 +865,10 @@ def read_json(path: Path, error_type: type[ValueError], follow: bool = False) ->
         raise error_type(f"{path} must hold a JSON object, got {type(value).__name__}")
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH):
-        level = [x for outer in level for x in _members(outer)]
-        if not level:
-            return value
-    raise error_type(f"{path} has objects or lists in each other, more than {MAX_JSON_DEPTH} deep")
-
-
-def _members(value: Any) -> Iterable[Any]:
-    """What is directly in an object or list of JSON; nothing in anything else."""
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        level = [x for v in level if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
+    if level:
+        raise error_type(f"{path} is nested too deeply: more than {MAX_JSON_DEPTH} objects or lists in each other")
+    return value
 
 
 def _finite(text: str) -> float:

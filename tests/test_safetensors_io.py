@@ -389,6 +389,8 @@ LIES = {
     "gap": pack(info(y={"dtype": "F32", "shape": [1], "data_offsets": [12, 16]}), b"16 bytes of data"),
     "data missing": pack(info(), b"7 bytes"),
     "data left over": pack(info(), b"9 bytes!!"),
+    "list for a tensor": pack(b'{"x":["F32",[2],[0,8]]}', b"8 bytes!"),
+    "dtype that is an object": pack(info(dtype={"F32": None}), b"8 bytes!"),
     "surrogate in the metadata": pack(b'{"__metadata__":{"by":"\\udc9b"}}'),
     "number in the metadata": pack(b'{"__metadata__":{"by":1}}'),
     "text for the metadata": pack(b'{"__metadata__":"by"}'),
