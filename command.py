@@ -112,9 +112,7 @@ def run(prog: str, body: Callable[[], int | None], mistakes: tuple[type[Exceptio
         code = body() or 0
         return _flush(prog) or code
     except BaseException as error:  # noqa: BLE001 - each kind has its exit code
-        if isinstance(error, SystemExit):  # of the parser; what it printed may not have been written
-            if code := _flush(prog):
-                return code
+        if isinstance(error, SystemExit):
             raise
         code, message = explain(error, mistakes)
         if message is not None:
@@ -233,6 +231,9 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None) -> None:
         say(self.format_help().rstrip())
+
+    def exit(self, status: int = 0, message: str | None = None) -> Any:
+        super().exit(_flush(self.prog) or status, message)
 
 
 def integer(low: int, high: int = 10**12) -> Callable[[str], int]:
