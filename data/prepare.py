@@ -42,7 +42,6 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-import weakref
 import zipfile
 from collections.abc import Iterator
 from http.client import HTTPException
@@ -140,9 +139,7 @@ class ByteFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
-        self._file = _open(path)
-        weakref.finalize(self, self._file.close)
-        self._owner: ByteFile | None = None  # whose end closes the file of a view
+        self._file = _open(path)  # views share it; it is closed with the last of them
         self._first, self._len = 0, os.fstat(self._file.fileno()).st_size
         if not self._len:
             raise DataError(f"{_quote(path)} is empty; there is nothing to learn from it")
@@ -174,7 +171,6 @@ class ByteFile:
     def split(self, at: int) -> tuple["ByteFile", "ByteFile"]:
         """Returns views of the bytes before offset `at` and of those from there on; nothing is read."""
         head, tail = copy.copy(self), copy.copy(self)
-        head._owner = tail._owner = self
         head._len, tail._first, tail._len = at, self._first + at, self._len - at
         return head, tail
 
@@ -433,10 +429,11 @@ def _looks_like_text(head: bytes) -> bool:
 def _open(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
     """Opens a regular file; any other kind is a DataError, and no pipe makes it wait."""
     with _data_error("write" if flags & os.O_RDWR else "read", path):
-        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return open(fd, "r+b" if flags & os.O_RDWR else "rb")
-        os.close(fd)
+        if os.path.isfile(path) or not os.path.exists(path):  # to open a device may have effects
+            fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            if stat.S_ISREG(os.fstat(fd).st_mode):  # not replaced since
+                return open(fd, "r+b" if flags & os.O_RDWR else "rb")
+            os.close(fd)
     raise DataError(f"{_quote(path)} is not a regular file; save the bytes to a file first")
 
 
@@ -504,6 +501,7 @@ def _data_error(action: str, thing: str | os.PathLike, remedy: str = "") -> Iter
 def _quote(thing: str | os.PathLike) -> str:
     """Quotes a path for a message, which stays one printable line whatever the path holds."""
     text = os.fsdecode(thing)
+    text = text if len(text) <= 1000 else text[:1000] + "…"
     return f"'{text}'" if text.isprintable() else ascii(text)
 
 
