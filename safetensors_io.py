@@ -16,6 +16,7 @@ beside it, which the system releases however a process ends, keeps a second proc
 a dead one left there is known by it.
 """
 
+import errno
 import json
 import math
 import os
@@ -23,8 +24,9 @@ import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +52,10 @@ DTYPES = {
     **{"I64": torch.int64, "U64": torch.uint64},
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NONBLOCK, _NOFOLLOW = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
+_HAS_DIR_FD = os.open in os.supports_dir_fd
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there, or choose another place")
+_REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to")
 
 
 class CheckpointError(ValueError):
@@ -146,7 +152,7 @@ class TensorInfo(NamedTuple):
     def read(self) -> torch.Tensor:
         """Reads the whole tensor."""
         out = torch.empty(self.nbytes, dtype=torch.uint8)
-        with _opened(self.path) as file:
+        with open_regular(self.path) as file:
             _fill(file, self.offset, out)
         return out.view(self.dtype).view(self.shape)
 
@@ -199,7 +205,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The JSON object at the start of a safetensors file, the byte at which it ends, and the file's size."""
-    with _opened(path) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         start = 8 + length
@@ -229,20 +235,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Opens a file to read; what goes wrong with it becomes a CheckpointError that names it."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path} is no file")  # a named pipe would have its reader wait for ever
-        with open(path, "rb", buffering=0) as file:
-            yield file
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def _fill(file: Any, offset: int, out: torch.Tensor) -> None:
     """Reads bytes from `offset` on into contiguous uint8 memory; other threads run meanwhile."""
     view, done = memoryview(out.reshape(-1).numpy()), 0
@@ -257,8 +249,11 @@ def _fill(file: Any, offset: int, out: torch.Tensor) -> None:
 def write_all(file: Any, tensor: torch.Tensor) -> None:
     """Writes a tensor's bytes to an unbuffered file, which may take some of them at a time."""
     view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    while view:
-        view = view[file.write(view) :]
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError as error:  # which does not know of what file
+        raise OSError(error.errno, error.strerror, file.name) from None
 
 
 class SafetensorsWriter:
@@ -314,7 +309,7 @@ class ShardSlice(NamedTuple):
         size = self.info.dtype.itemsize
         rows, cols = part.within(self.box)
         stride = self.box.shape[1] * size
-        with _opened(self.info.path) as file:
+        with open_regular(self.info.path) as file:
             if out.is_contiguous() and out.shape[1] == stride:
                 _fill(file, self.info.offset + rows.start * stride, out)
             else:  # only what is asked for of each row, to where it belongs
@@ -434,6 +429,192 @@ class ShardedTensor:
         return found
 
 
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_regular(
+    path: Path, error_type: type[ValueError] = CheckpointError, max_bytes: int | None = None, follow: bool = False
+) -> Iterator[FileIO]:
+    """Opens a file to read, unbuffered; whatever is read is opened here.
+
+    Args:
+        path: The file.
+        error_type: What is raised if it cannot be read, also in the body.
+        max_bytes: How large it may be.
+        follow: Whether it may be a link to anywhere, as a path may that the user gave. One that came with a checkpoint
+            may not, see `inside`.
+
+    Raises:
+        error_type: It is missing, no regular file (a pipe would block, a device may have no end), or too large.
+        CheckpointError: It is a link that leads out of its folder.
+    """
+    path = Path(path)
+    if not follow and path.is_symlink():
+        inside(path.parent, path.name)
+    try:
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | _NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise error_type(f"{path} is no regular file")
+            if max_bytes is not None and status.st_size > max_bytes:
+                raise error_type(f"{path} has more than {max_bytes >> 20} MB")
+            yield file
+    except FileNotFoundError:
+        raise error_type(f"{path}: no such file") from None
+    except OSError as error:
+        raise error_type(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_regular(
+    path: Path, max_bytes: int, error_type: type[ValueError] = CheckpointError, follow: bool = False
+) -> bytes:
+    """Reads a whole file; arguments and errors are those of `open_regular`."""
+    with open_regular(path, error_type, max_bytes, follow) as file:
+        data = BufferedReader(file).read(max_bytes + 1) or b""  # /proc has files of size 0 with something in them
+    if len(data) > max_bytes:
+        raise error_type(f"{path} has more than {max_bytes >> 20} MB")
+    return data
+
+
+def open_append(path: Path, folder_fd: int | None = None) -> FileIO:
+    """Opens a file to append to, unbuffered, and makes it if there is none; a link is not followed.
+
+    Args:
+        path: The file.
+        folder_fd: A descriptor of its folder, if that is held open; see `RunFolder`.
+
+    Raises:
+        CheckpointError: It is no regular file, or cannot be written.
+    """
+    opener = lambda name, flags: os.open(name, flags | _NOFOLLOW | _NONBLOCK, 0o666, dir_fd=folder_fd)  # noqa: E731
+    with reporting(path):
+        try:
+            file = open(path if folder_fd is None else path.name, "ab", buffering=0, opener=opener)  # noqa: SIM115
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a pipe or socket, a folder
+                raise CheckpointError(f"{path} is no regular file; move it elsewhere") from None
+            raise
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise CheckpointError(f"{path} is no regular file; move it elsewhere")
+    return file
+
+
+def replace_file(path: Path, data: bytes, folder_fd: int | None = None) -> None:
+    """Writes a file so that a crash leaves the old one or the new one; links under its names are not followed.
+
+    Args:
+        path: The file.
+        data: What will be in it.
+        folder_fd: A descriptor of its folder, if that is held open; see `RunFolder`.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    with reporting(path), ExitStack() as stack:
+        if folder_fd is None and _HAS_DIR_FD:
+            folder_fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, folder_fd)
+        temporary, final = path.with_name(f".{path.name}.tmp"), path
+        if folder_fd is not None:
+            temporary, final = Path(temporary.name), Path(path.name)
+        with suppress(FileNotFoundError):  # a leftover, or what somebody put there
+            os.unlink(temporary, dir_fd=folder_fd)
+        try:
+            opener = lambda name, flags: os.open(name, flags | _NOFOLLOW, 0o666, dir_fd=folder_fd)  # noqa: E731
+            with open(temporary, "xb", opener=opener) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, final, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=folder_fd)
+            raise
+        if folder_fd is not None:
+            os.fsync(folder_fd)
+
+
+class RunFolder:
+    """A folder into which a process writes for hours: opened once, held, and written by one process at a time.
+
+    Args:
+        path: The folder.
+        create: Whether to make it, and those above it, where there is none.
+
+    Attributes:
+        path: The folder.
+        fd: Its descriptor, for `replace_file` and `open_append`; None on Windows, which has none of folders.
+
+    Raises:
+        CheckpointError: It is no folder, or cannot be made or opened.
+    """
+
+    def __init__(self, path: Path, create: bool = False):
+        self.path, self.fd = path, None
+        with reporting(path):
+            self._is_new = create and not os.path.lexists(path)
+            if create:
+                path.mkdir(parents=True, exist_ok=True)
+            if _HAS_DIR_FD:
+                self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def lock(self) -> None:
+        """Keeps other processes from locking it until this one closes it or ends, however it ends.
+
+        Raises:
+            CheckpointError: Another process has locked it.
+        """
+        if self.fd is not None and not _flock(self.fd):
+            raise CheckpointError(f"{self.path} is being written by another process; wait for it, or end it")
+
+    def check(self) -> None:
+        """Checks that the path still leads to the folder that was opened.
+
+        Raises:
+            CheckpointError: It does not: what is written now would not be found with the rest.
+        """
+        try:
+            found = os.stat(self.path)
+            is_same = stat.S_ISDIR(found.st_mode) if self.fd is None else os.path.samestat(found, os.fstat(self.fd))
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise CheckpointError(
+                f"{self.path} is not the folder any more in which this run began: it was renamed, removed or "
+                "unmounted; put it back and go on with --resume"
+            )
+
+    def close(self) -> None:
+        """Releases it; a folder that was made and never filled is removed."""
+        if self._is_new:
+            with suppress(OSError, CheckpointError):
+                self.check()
+                self.path.rmdir()
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _flock(descriptor: int) -> bool:
+    """Takes the lock of an open file, which the system releases when the process ends; False: another has it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # not all network filesystems have locks
+            pass
+    return True
+
+
 # --- Folders and JSON ------------------------------------------------------------------------------------------------
 
 
@@ -449,11 +630,14 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def reporting(path: Path) -> Iterator[None]:
-    """Turns a failing write into a CheckpointError that names `path`."""
+    """Turns a failing write into a CheckpointError: `path`, the file in it if that is known, and a remedy."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from None
+        name = "" if error.filename is None or str(error.filename) == str(path) else f" ({shorten(error.filename)})"
+        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+        reason = error.strerror or str(error) or type(error).__name__
+        raise CheckpointError(f"cannot write {path}: {reason}{name}{remedy}") from None
 
 
 def temporary_path(path: Path) -> Path:
@@ -532,18 +716,17 @@ def _locked(path: Path) -> Iterator[bool]:
     lock = path.with_name(f".{path.name}.lock")
     while True:
         is_left = os.path.lexists(lock)
-        with open(lock, "ab") as file:
-            if os.fstat(file.fileno()).st_size:
+        with open_append(lock) as file:
+            held = os.fstat(file.fileno())
+            if held.st_size:
                 raise CheckpointError(f"{lock} is in the way of making {path}; move it elsewhere")
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise CheckpointError(f"{path} is being written by another process; wait for it") from None
-                except OSError:  # not all network filesystems have locks
-                    pass
-            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                continue  # the one who had it has just finished, and removed it
+            if not _flock(file.fileno()):
+                raise CheckpointError(f"{path} is being written by another process; wait for it")
+            try:
+                if not os.path.samestat(held, os.stat(lock, follow_symlinks=False)):
+                    continue
+            except FileNotFoundError:  # the process that had it has just finished, and removed it
+                continue
             try:
                 yield is_left
             finally:
@@ -577,39 +760,30 @@ def inside(folder: Path, name: str) -> Path:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes an object as a JSON file."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_bytes(_json(value))
 
 
-def replace_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_json(temporary, value)
-    fsync(temporary)
-    temporary.replace(path)
-    fsync(path.parent)
+def replace_json(path: Path, value: dict[str, Any], folder_fd: int | None = None) -> None:
+    """Writes a JSON file with `replace_file`."""
+    replace_file(path, _json(value), folder_fd)
 
 
-def read_json(path: Path, error_type: type[ValueError]) -> dict[str, Any]:
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def read_json(path: Path, error_type: type[ValueError], follow: bool = False) -> dict[str, Any]:
     """Reads a JSON file that holds an object, in which no key is twice and all numbers are finite.
 
     Raises:
         error_type: It is none; the message names the file.
+        CheckpointError: It is a link that leads out of its folder, and `follow` is not set.
     """
+    data = read_regular(path, MAX_JSON_BYTES, error_type, follow)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
-            raise error_type(f"{path} is no file of at most {MAX_JSON_BYTES >> 20} MB")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise error_type(f"{path}: no such file") from None
-    except OSError as error:
-        raise error_type(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise error_type(f"{path} is not readable as JSON: {error}") from None
-    try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise error_type(f"{path} is not readable as JSON: {error}") from None
+        raise error_type(f"{path} is not readable as JSON: {shorten(error)}") from None
     if not isinstance(value, dict):
         raise error_type(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
