@@ -138,13 +138,13 @@ class Clock:
         else:
             self._recent.append(seconds)
 
-    @property
     def step_s(self) -> float:
-        """What a step takes, about: the median of recent ones, as some compile, and some meet a busy machine."""
-        if not self._recent:  # the first one compiles and warms up: another may well take a tenth of it
-            return (self.first_step_s or 0.0) / 10
+        """What a step takes, about: the median of recent ones, as some compile, and some meet a busy machine.
+
+        Until there were two steps it is 0: the first compiles and warms up.
+        """
         ordered = sorted(self._recent)
-        return ordered[len(ordered) // 2] if len(ordered) > 2 else ordered[0]
+        return ordered[len(ordered) // 2 if len(ordered) > 2 else 0] if ordered else 0.0
 
     def progress(self, step: int) -> float:
         """How much is done in the middle of `step`, 0 to 1; 1 means that it is not to be taken."""
@@ -152,11 +152,12 @@ class Clock:
             return (step + 0.5) / self.steps if step < self.steps else 1.0
         leaving_s = min(max(0.5, 0.01 * self.seconds), 2.0)
         left = self.seconds - self.elapsed_s() - 1.05 * (self.eval_s + self.save_s) - leaving_s
-        if left <= self.step_s:
+        step_s, first_s = self.step_s(), self.first_step_s
+        if left <= (step_s or (first_s or 0.0) / 10):  # a second step may well take a tenth of the first
             return 1.0
-        waited = 0.0 if self.first_step_s is not None else self.now() - self.started
-        trained = self.elapsed_s() - self.startup_s - waited + self.step_s / 2
-        return max(trained, 0.0) / (max(trained, 0.0) + left)
+        waited = self.now() - self.started if first_s is None else 0.0
+        trained = max(0.0, self.elapsed_s() - self.startup_s - waited + step_s / 2)
+        return trained / (trained + left)
 
 
 # --- Figures ---------------------------------------------------------------------------------------------------------
