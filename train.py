@@ -27,7 +27,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +40,7 @@ from tqdm import tqdm
 import fp8_ops
 import plan
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, one_line, visible
-from checkpoint import has_run, load_run, read_config, save_run
+from checkpoint import Run, has_run, load_run, read_config, save_run
 from command import is_local_rank_zero
 from data.prepare import DataError, open_bytes, resolve
 from model import ConfigError, Losses, ModelArgs, Transformer
@@ -338,6 +338,7 @@ class Trainer:
     stop_signal: int | None = None
     window: int = 0  # bytes of each window of the last step
     flops: float = 0.0  # of all steps of this process
+    run: Run | None = None  # where it is saved
 
     def __post_init__(self) -> None:
         self.settings = resume_settings(self.args, self.train_data)
@@ -489,9 +490,9 @@ class Trainer:
 
     def save(self, is_best: bool) -> None:
         """Writes a checkpoint, if the run has a folder."""
-        if self.args.save_path is not None:
+        if self.run is not None:
             tensors = optimizer_tensors(self.model, self.optimizers)
-            save_run(self.args.save_path, self.model, tensors, self.state(), is_best, self.ctx)
+            save_run(self.run, self.model, tensors, self.state(), is_best)
 
     def stop(self, signum: int, _frame: object) -> None:
         """Signal handler: ends the run after this step; the second time, at once."""
@@ -871,10 +872,12 @@ def train(argv: list[str] | None) -> int:
     device = pick_device(args.device)
     if args.compile:
         require_compiler(device)
-    return train_in(ParallelContext.join(device, args.model_parallel, args.fsdp, timeout=timeout), args, shape)
+    ctx = ParallelContext.join(device, args.model_parallel, args.fsdp, timeout=timeout)
+    with nullcontext() if args.save_path is None else Run(args.save_path, ctx) as kept_in:
+        return train_in(ctx, args, shape, kept_in)
 
 
-def train_in(ctx: ParallelContext, args: argparse.Namespace, shape: ModelArgs) -> int:
+def train_in(ctx: ParallelContext, args: argparse.Namespace, shape: ModelArgs, kept_in: Run | None) -> int:
     """Trains in one of the processes; returns its exit code."""
     path = args.save_path
     # workers that the elastic agent starts again go on where they were, with those of a node that has just come
@@ -886,6 +889,7 @@ def train_in(ctx: ParallelContext, args: argparse.Namespace, shape: ModelArgs) -
                 f"--save-path {path} is not an empty folder; go on with --resume, or choose another path"
             )
     trainer = build_trainer(args, shape, ctx)
+    trainer.run = kept_in
     # as the first sees it: one that sees another disk must fail, not begin anew
     if resumes and ctx.broadcast(has_run(path))[0]:
         with ctx.collective_section():
@@ -893,6 +897,8 @@ def train_in(ctx: ParallelContext, args: argparse.Namespace, shape: ModelArgs) -
         print(f"resumed {path} at step {trainer.step}")
     with ctx.collective_section():
         kept = path / METRICS_FILE if path is not None and is_rank_zero() else None
+        if kept is not None:
+            kept_in.folder_fd()
         metrics = Metrics(kept, trainer.step, trainer.val_step == trainer.step)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, trainer.stop)
