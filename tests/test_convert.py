@@ -26,7 +26,7 @@ import convert
 import generate
 import parallel
 import safetensors_io
-from checkpoint import read_config, save_model, save_run
+from checkpoint import Run, read_config, save_model, save_run
 from convert import args_from_hf, hf_config, load_model, open_checkpoint
 from fp8_ops import weight_dequant, weight_quant
 from model import ConfigError, ModelArgs, Transformer
@@ -286,7 +286,8 @@ def test_number_of_shards_must_divide(
 
 def test_a_run_means_its_best(tmp_path: Path) -> None:
     for step, is_best in ((1, True), (2, False)):
-        save_run(tmp_path / "run", tiny(step), {}, {"step": step}, is_best)
+        with Run(tmp_path / "run") as run:
+            save_run(run, tiny(step), {}, {"step": step}, is_best)
     assert run("--ckpt-path", tmp_path / "run", "--save-path", tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", WEIGHTS]
     best = tmp_path / "run" / "step-00000001" / WEIGHTS
