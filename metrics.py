@@ -8,20 +8,23 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader, FileIO
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import command
+import fp8_ops
 from byte_tokenizer import EOS_ID, StreamDecoder
+from checkpoint import Run
 from data.prepare import DataError
 from data.sampler import Corpus, EvaluationBatches, read_batch
 from model import Transformer
 from parallel import CollectiveError, ParallelContext
-from safetensors_io import RunFolder, open_append, open_regular, reporting
+from safetensors_io import open_append, open_regular, reporting
 
-LAST_EVALUATION_SHARE = 0.1  # of the time of a run by the clock, at most
+EVALUATION_SHARE = 0.05  # of a run, at most, for the evaluations before the last
 METRICS_FILE = "metrics.jsonl"
 MAX_METRICS_BYTES = 1 << 34  # of a file that is read; a line of the largest models has some 100 KB
 MAX_LINE_BYTES = 1 << 24
@@ -37,7 +40,7 @@ class Metrics:
     The file appears with its first line, so that a run that fails earlier leaves nothing behind.
 
     Args:
-        folder: The run's folder, or None to keep nothing.
+        run: The run, or None to keep nothing.
         step: Step to go on from: later lines, of steps that will be repeated, are dropped.
         evaluated: Whether that step was evaluated; if not, its evaluation will be repeated as well.
 
@@ -45,14 +48,14 @@ class Metrics:
         CheckpointError: The file that is there cannot be read or written.
     """
 
-    def __init__(self, folder: RunFolder | None, step: int, evaluated: bool = True):
-        self.folder = folder
+    def __init__(self, run: Run | None, step: int, evaluated: bool = True):
+        self.run = run
         self._file: FileIO | None = None
-        if folder is not None and os.path.lexists(folder.path / METRICS_FILE):
-            self._drop_after(step, evaluated)
+        if run is not None and os.path.lexists(run.path / METRICS_FILE):
+            self._drop_after(run.path / METRICS_FILE, step, evaluated)
 
-    def _drop_after(self, step: int, evaluated: bool) -> None:
-        path, end, line = self.folder.path / METRICS_FILE, 0, b""
+    def _drop_after(self, path: Path, step: int, evaluated: bool) -> None:
+        end, last = 0, b""
         with open_regular(path, max_bytes=MAX_METRICS_BYTES) as raw:
             old = BufferedReader(raw)
             while line := old.readline(MAX_LINE_BYTES):
@@ -60,7 +63,7 @@ class Metrics:
                     values = json.loads(line)
                     if values["step"] < step or values["step"] == step and (evaluated or "val_loss" not in values):
                         end, last = old.tell(), line
-        self._file = open_append(path, self.folder.fd)
+        self._file = open_append(path, self.run.folder_fd())
         with reporting(path):
             self._file.truncate(end)
             if end and not last.endswith(b"\n"):
@@ -72,12 +75,11 @@ class Metrics:
         Raises:
             CheckpointError: It cannot be written, or the folder is not where it was.
         """
-        if self.folder is None:
+        if self.run is None:
             return
-        self.folder.check()
-        path = self.folder.path / METRICS_FILE
+        path, folder_fd = self.run.path / METRICS_FILE, self.run.folder_fd()
         if self._file is None:
-            self._file = open_append(path, self.folder.fd)
+            self._file = open_append(path, folder_fd)
         line = json.dumps({key: _rounded(value) for key, value in values.items()}).encode() + b"\n"
         with reporting(path):
             while line:
@@ -122,7 +124,7 @@ class Clock:
         self.steps, self.seconds = steps, None if minutes is None else 60 * minutes
         self.now, self.started = now, command.STARTED if started is None else started
         self.earlier_s, self.startup_s, self.save_s = 0.0, 0.0, 0.0
-        self.eval_s = LAST_EVALUATION_SHARE / 2 * (self.seconds or 0.0)  # until it is measured
+        self.eval_s = EVALUATION_SHARE * (self.seconds or 0.0)  # until it is measured
         self.first_step_s: float | None = None  # of this process
         self._recent: deque[float] = deque(maxlen=9)  # durations of steps, without the first
 
@@ -152,15 +154,70 @@ class Clock:
             return (step + 0.5) / self.steps if step < self.steps else 1.0
         leaving_s = min(max(0.5, 0.01 * self.seconds), 2.0)
         left = self.seconds - self.elapsed_s() - 1.05 * (self.eval_s + self.save_s) - leaving_s
-        step_s, first_s = self.step_s(), self.first_step_s
-        if left <= (step_s or (first_s or 0.0) / 10):  # a second step may well take a tenth of the first
+        step_s = self.step_s()
+        if left <= (step_s or (self.first_step_s or 0.0) / 10):  # a second step may well take a tenth of the first
             return 1.0
-        waited = self.now() - self.started if first_s is None else 0.0
-        trained = max(0.0, self.elapsed_s() - self.startup_s - waited + step_s / 2)
+        trained = self.trained_s() + step_s / 2
         return trained / (trained + left)
+
+    def trained_s(self) -> float:
+        """Seconds of training without starts."""
+        starting_s = self.now() - self.started if self.first_step_s is None else 0.0
+        return max(0.0, self.elapsed_s() - self.startup_s - starting_s)
+
+
+class Due:
+    """When to evaluate and to save, if no intervals are given: after tenths of a run, the last excluded.
+
+    An evaluation is left out until another one has become affordable by `EVALUATION_SHARE` of the run so far. It runs
+    forward only, so by steps it is reckoned as a third of training on as many bytes.
+
+    Args:
+        clock: The clock of the run.
+        step: The step at which this process begins.
+        step_bytes: Bytes of a step.
+        val_bytes: Bytes of an evaluation.
+    """
+
+    def __init__(self, clock: Clock, step: int, step_bytes: int, val_bytes: int):
+        self.clock, self.step_bytes, self.val_bytes = clock, step_bytes, val_bytes
+        self._tenth = int(10 * clock.progress(step))
+        # a resumed run by steps evaluates where it would have done: its last tenth began with this step
+        self._affordable = self._count(max(0, -(-(self._tenth * (clock.steps or 0) - 5) // 10)))
+
+    def _count(self, step: int) -> int:
+        if self.clock.steps is None:
+            return int(EVALUATION_SHARE * self.clock.elapsed_s() / max(self.clock.eval_s, 1e-9))
+        return int(EVALUATION_SHARE * step * self.step_bytes / (self.val_bytes / 3))
+
+    def after(self, step: int, eval_interval: int, save_interval: int) -> tuple[bool, bool]:
+        """Whether to evaluate (which saves as well), and whether to save at least, after a step; 0: no interval."""
+        before, self._tenth = self._tenth, int(10 * self.clock.progress(step))
+        is_tenth = before < self._tenth < 10
+        evaluates, saves = is_tenth, is_tenth
+        if eval_interval:
+            evaluates, saves = step % eval_interval == 0 and self._tenth < 10, False
+        elif is_tenth:
+            affordable, self._affordable = self._affordable, self._count(step)
+            evaluates = self._affordable > affordable
+        return evaluates, step % save_interval == 0 if save_interval else saves
 
 
 # --- Figures ---------------------------------------------------------------------------------------------------------
+
+
+def describe(model: Transformer, ctx: ParallelContext, peak_flops: float, n_train: int, n_val: int) -> str:
+    """Describes in a line what will be trained, and on how many bytes."""
+    total, active = model.n_params()
+    latent, plain = (n * model.compute_dtype.itemsize for n in model.args.cache_numbers_per_position())
+    ranks = f"; {ctx.dp_size} data-parallel × {ctx.mp_size} model-parallel processes" if ctx.world_size > 1 else ""
+    return (
+        f"{total:,} parameters, {active:,} active per byte; cache {latent:,} bytes per position "
+        f"(plain multi-head attention: {plain:,}); {torch.device(ctx.device).type}, "
+        f"{str(model.compute_dtype).removeprefix('torch.')} at {peak_flops / 1e12:.3g} TFLOP/s at most"
+        f"{', products in FP8' if fp8_ops.gemm_impl == 'fp8' else ''}{ranks}; "
+        f"{n_train:,} bytes to train on, {n_val:,} to validate"
+    )
 
 
 class Meter:

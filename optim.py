@@ -13,6 +13,7 @@ from parallel import ParallelContext, is_matrix
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration, and how many of them
 NS_STEPS = 5
+STATE_KEYS = {"Muon": ["momentum_buffer"], "AdamW": ["step", "exp_avg", "exp_avg_sq"]}  # of a parameter
 
 
 class Muon(torch.optim.Optimizer):
@@ -130,12 +131,12 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     model: Transformer,
     optimizers: list[torch.optim.Optimizer],
-    read: Callable[[str, nn.Parameter], dict[str, torch.Tensor]],
+    read: Callable[[str, nn.Parameter, list[str]], dict[str, torch.Tensor]],
     ctx: ParallelContext,
 ) -> None:
     """Puts back what `optimizer_tensors` returned, which `read` knows of each parameter; see `checkpoint.load_run`."""
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        for key, tensor in read(name, p).items():
+        for key, tensor in read(name, p, STATE_KEYS[type(owner[p]).__name__]).items():
             owner[p].state[p][key] = state = torch.zeros_like(p) if tensor.ndim else tensor.to(p.device)
             ctx.local_shard(state)[0].copy_(tensor)

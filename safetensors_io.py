@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 try:
     import fcntl
@@ -43,6 +44,7 @@ from model import ConfigError
 
 BAND_BYTES = 1 << 20  # read of a tensor at a time: much for a disk, little for a cache and for malloc
 MAX_JSON_BYTES = 64 << 20  # of a config or an index; that of a trillion parameters has 20
+MAX_DIMS = 8
 MAX_HEADER_BYTES = 32 << 20  # a trillion parameters in 400 experts a layer, all in one file, need half of it
 # The dtypes of safetensors, in its own order: a file's tensors lie in the opposite one.
 DTYPES = {
@@ -52,6 +54,7 @@ DTYPES = {
     **{"I64": torch.int64, "U64": torch.uint64},
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)  # all widen to float32 exactly
 _NONBLOCK, _NOFOLLOW = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
 _HAS_DIR_FD = os.open in os.supports_dir_fd
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there, or choose another place")
@@ -150,15 +153,42 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """Reads the whole tensor."""
+        """Reads the whole tensor, whose numbers must be finite."""
         out = torch.empty(self.nbytes, dtype=torch.uint8)
         with open_regular(self.path) as file:
             _fill(file, self.offset, out)
-        return out.view(self.dtype).view(self.shape)
+        out = out.view(self.dtype).view(self.shape)
+        check_finite(out, self)
+        return out
+
+
+def check_finite(data: torch.Tensor, info: TensorInfo) -> None:
+    """Refuses numbers that a checkpoint cannot mean.
+
+    Args:
+        data: A part of a tensor, of any dtype.
+        info: The tensor, for the message.
+
+    Raises:
+        CheckpointError: It holds NaN or infinity.
+    """
+    if not _is_finite(data):
+        raise CheckpointError(f"{info} holds numbers that are not finite, NaN or infinity; take an intact checkpoint")
+
+
+def _is_finite(data: torch.Tensor) -> bool:
+    """Whether all numbers are finite, at a small part of what reading them costs."""
+    if not data.numel() or not data.dtype.is_floating_point:
+        return True
+    if data.dtype == E4M3:  # it has no infinity, and NaN is 0x7f or 0xff
+        return bool(data.view(torch.uint8).max() < 0xFF and data.view(torch.int8).max() < 0x7F)
+    if data.itemsize == 1:
+        data = data.float()
+    return bool(data.sum().isfinite() or data.isfinite().all())  # a sum costs a tenth of `isfinite`, but may overflow
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Reads the header of a safetensors file and checks all that it says.
+    """Reads the header of a safetensors file.
 
     Args:
         path: The file.
@@ -169,60 +199,41 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: The file is missing, truncated or no safetensors, or the header contradicts itself or the file.
     """
-    header, start, size = _read_raw_header(path)
+    header, start = _read_raw_header(path)
     header.pop("__metadata__", None)
-    infos, offsets = {}, []
+    infos = {}
     for name, value in header.items():
-        what = f"{path}: tensor {shorten(name)}"
-        if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-            raise CheckpointError(f"{what} needs dtype, shape and data_offsets in the header")
-        dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{what} is of the unknown dtype {shorten(dtype)}")
-        if not _is_sizes(shape) or not _is_sizes(place) or len(place) != 2:
-            raise CheckpointError(f"{what} has impossible shape {shorten(shape)} or data_offsets {shorten(place)}")
-        infos[name] = info = TensorInfo(path, name, DTYPES[dtype], tuple(shape), start + place[0])
-        if place[1] - place[0] != info.nbytes:
-            raise CheckpointError(f"{what}: {dtype} {shape} takes {info.nbytes} bytes, data_offsets say {place}")
-        offsets.append((info.offset, info.nbytes, name))
-    end = start
-    for offset, n_bytes, name in sorted(offsets):
-        if offset != end:
-            raise CheckpointError(f"{path}: tensor {shorten(name)} must start at byte {end}, the header says {offset}")
-        end += n_bytes
-    if end != size:
-        raise CheckpointError(f"{path} is truncated or damaged: it has {size} bytes, its header speaks of {end}")
+        what, (begin, end) = f"{path}: tensor {shorten(name)}", value["data_offsets"]
+        if value["dtype"] not in DTYPES:
+            raise CheckpointError(f"{what} is {shorten(value['dtype'])}, a dtype that torch does not have")
+        if len(value["shape"]) > MAX_DIMS:
+            raise CheckpointError(f"{what} has {len(value['shape'])} dimensions, more than {MAX_DIMS}")
+        infos[name] = TensorInfo(path, name, DTYPES[value["dtype"]], tuple(value["shape"]), start + begin)
+        if end - begin != infos[name].nbytes:
+            raise CheckpointError(f"{what} takes {infos[name].nbytes} bytes, the header says {end - begin}")
     return infos
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads what a safetensors file says about itself, by which library it is meant for, say."""
-    found = _read_raw_header(path)[0].get("__metadata__", {})
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise CheckpointError(f"{path}: __metadata__ in the header must be an object of texts")
-    return found
+    """Reads the metadata in the header of a safetensors file: the library that it is meant for, say."""
+    return _read_raw_header(path)[0].get("__metadata__") or {}
 
 
-def _read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The JSON object at the start of a safetensors file, the byte at which it ends, and the file's size."""
+def _read_raw_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON object at the start of a safetensors file, which safetensors has checked, and the byte where it ends."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        start = 8 + length
-        if start > size or length > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} cannot be read as safetensors: {size} bytes with a header of {length}")
+        if 8 + length > size or length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} is truncated or no safetensors file: {size} bytes, a header of {length}")
         text = file.read(length)
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError(type(header).__name__)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors, its header is no JSON object: {error}") from None
-    return header, start, size
-
-
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and len(value) < 9 and all(type(x) is int and 0 <= x < 1 << 62 for x in value)
+        with safe_open(path, "numpy"):  # refuses all else that is wrong: types, overflows, gaps, lone surrogates
+            pass
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {shorten(error, 300)}") from None
+    return header, 8 + length
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -316,11 +327,21 @@ class ShardSlice(NamedTuple):
                 for i, row in enumerate(out, rows.start):
                     _fill(file, self.info.offset + i * stride + cols.start * size, row)
 
-    def read_scales(self) -> torch.Tensor:
-        """Reads the scales and checks them."""
-        s = self.scale.read()
-        if not (s.isfinite() & (s >= 0)).all():
+    def read_scales(self, around: Slice2D) -> torch.Tensor:
+        """Reads and checks the scales of a band: whole rows, from where a row of blocks begins to where one ends."""
+        rows = around.within(self.box)[0]
+        first, last = rows.start // BLOCK, -(-rows.stop // BLOCK)
+        cols = self.scale.shape[1]
+        offset = self.scale.offset + first * cols * self.scale.dtype.itemsize
+        s = self.scale._replace(shape=(last - first, cols), offset=offset).read().float()
+        if (s < 0).any():
             raise CheckpointError(f"{self.scale} has scales that are not all finite and positive")
+        for i in (s == 0).any(1).nonzero().flatten().tolist():  # no writer means that, except of blocks of zeros
+            top = around.top + i * BLOCK
+            band = around._replace(top=top, bottom=min(top + BLOCK, around.bottom))
+            self.read(band, q := torch.empty(band.shape, dtype=torch.uint8))
+            if ((q & 0x7F != 0) & (s[i] == 0).repeat_interleave(BLOCK)[: band.shape[1]]).any():
+                raise CheckpointError(f"{self.scale} has a scale of zero for weights that are not zero")
         return s
 
 
@@ -334,8 +355,8 @@ def shard_slice(info: TensorInfo, box: Slice2D, scale: TensorInfo | None) -> Sha
         wanted = tuple(-(-n // BLOCK) for n in box.shape)
         if scale is None:
             raise CheckpointError(f"{info} is FP8, but its scale is missing")
-        if (scale.dtype, scale.shape) != (torch.float32, wanted):
-            got = f"{DTYPE_NAMES[scale.dtype]} {list(scale.shape)}, not F32 {list(wanted)}"
+        if scale.dtype not in SCALE_DTYPES or scale.shape != wanted:
+            got = f"{DTYPE_NAMES[scale.dtype]} {list(scale.shape)}, not F32 (or BF16, F8_E8M0) {list(wanted)}"
             raise CheckpointError(f"{scale}, the scale of a weight {list(info.shape)}, is {got}")
     return ShardSlice(info, box, scale)
 
@@ -364,59 +385,102 @@ class ShardedTensor:
         return Slice2D(0, math.prod(shape[:-1]), 0, shape[-1])
 
     def bands(self, box: Slice2D, step: int = 1) -> Iterator[Slice2D]:
-        """Cuts a rectangle into bands of rows to be read at a time, of a multiple of `step` rows each."""
+        """Cuts a rectangle into bands to be read at a time: of whole rows, a multiple of `step`, where a row is short.
+
+        A row longer than BAND_BYTES, as a large vector is, is cut too, after a multiple of 128 columns.
+        """
         if 0 in box.shape:
             return
-        height = BAND_BYTES // max(1, box.shape[1] * self.dtype.itemsize)
-        height = max(step, height - height % step)
+        row_bytes = box.shape[1] * self.dtype.itemsize
+        height = max(step, BAND_BYTES // row_bytes // step * step)
+        width = box.shape[1]
+        if row_bytes > BAND_BYTES:
+            width = BAND_BYTES // (min(height, box.shape[0]) * self.dtype.itemsize)
+            width = max(BLOCK, width // BLOCK * BLOCK)
         for top in range(box.top, box.bottom, height):
-            yield box._replace(top=top, bottom=min(top + height, box.bottom))
+            for left in range(box.left, box.right, width):
+                yield Slice2D(top, min(top + height, box.bottom), left, min(left + width, box.right))
 
     def read_bytes(self, box: Slice2D) -> torch.Tensor:
-        """Reads a rectangle as it is stored: uint8 (rows, bytes of a row). Compares the copies, if there are any."""
+        """Reads a rectangle as it is stored: uint8 (rows, bytes of a row).
+
+        Raises:
+            CheckpointError: It holds NaN or infinity, or the copies, if there are any, differ.
+        """
         size = self.dtype.itemsize
         out = torch.empty(box.shape[0], box.shape[1] * size, dtype=torch.uint8)
         for piece in self.shards:
             if (part := piece.box.meet(box)) is not None:
                 rows, cols = part.within(box)
                 piece.read(part, out[rows, cols.start * size : cols.stop * size])
+        numbers = out.view(self.dtype)
+        if not _is_finite(numbers):
+            for piece in self.shards:
+                if (part := piece.box.meet(box)) is not None:
+                    check_finite(numbers[part.within(box)], piece.info)
         for copy in self.replicas:
             copy.read(box, other := torch.empty_like(out))
             if not torch.equal(other, out):
                 raise self._differs(copy.info, self.shards[0].info)
         return out
 
-    def read_scales(self) -> list[tuple[Slice2D, torch.Tensor]]:
-        """Reads the scales of each piece of FP8 weights. Compares those of the copies, if there are any."""
-        found = [(piece.box, piece.read_scales()) for piece in self.shards]
-        for copy in self.replicas:
-            if not torch.equal(copy.read_scales(), found[0][1]):
-                raise self._differs(copy.scale, self.shards[0].scale)
+    def read_scales(self, box: Slice2D | None = None) -> list[tuple[Slice2D, torch.Tensor]]:
+        """Reads the scales of FP8 weights.
+
+        Args:
+            box: A rectangle of the tensor; by default all of it.
+
+        Returns:
+            For each shard that has some of it: the rows of whole blocks around that, and their scales.
+
+        Raises:
+            CheckpointError: They are not finite and positive, or the copies, if there are any, differ.
+        """
+        found = []
+        for piece in self.shards:
+            if (part := piece.box.meet(box or self.box)) is None:
+                continue
+            rows = part.within(piece.box)[0]
+            top = piece.box.top + rows.start // BLOCK * BLOCK
+            bottom = min(piece.box.top + -(-rows.stop // BLOCK) * BLOCK, piece.box.bottom)
+            around = piece.box._replace(top=top, bottom=bottom)
+            found.append((around, piece.read_scales(around)))
+            for copy in self.replicas:
+                if not torch.equal(copy.read_scales(around), found[-1][1]):
+                    raise self._differs(copy.scale, piece.scale)
         return found
 
     def _differs(self, copy: TensorInfo, first: TensorInfo) -> CheckpointError:
         return CheckpointError(f"{copy} differs from {shorten(first.name)} in {first.path.name}: two models")
 
     def read(self, box: Slice2D, dtype: torch.dtype) -> torch.Tensor:
-        """Reads a rectangle as numbers of `dtype`: FP8 is dequantised."""
+        """Reads a rectangle as numbers of `dtype`: FP8 is dequantised.
+
+        Raises:
+            CheckpointError: As by `read_bytes` and `read_scales`, or a number is too large for `dtype`.
+        """
         if self.dtype != E4M3:
-            return self.read_bytes(box).view(self.dtype).to(dtype)
-        out = torch.empty(box.shape, dtype=dtype)
-        for whole, s in self.read_scales():
-            if (part := whole.meet(box)) is not None:
+            out = self.read_bytes(box).view(self.dtype).to(dtype)
+        else:
+            out = torch.empty(box.shape, dtype=dtype)
+            for whole, s in self.read_scales(box):
+                part = whole.meet(box)
                 rows, cols = part.within(whole)
-                top, left = rows.start // BLOCK, cols.start // BLOCK  # from where its first block begins
-                around = part._replace(top=whole.top + top * BLOCK, left=whole.left + left * BLOCK)
-                s = s[top : -(-rows.stop // BLOCK), left : -(-cols.stop // BLOCK)]
+                left = cols.start // BLOCK  # from where its first block begins
+                around = whole._replace(left=whole.left + left * BLOCK, right=part.right)
                 q = self.read_bytes(around).view(E4M3)
-                out[part.within(box)] = weight_dequant(q, s, dtype=dtype)[part.within(around)]
+                values = weight_dequant(q, s[:, left : -(-cols.stop // BLOCK)], dtype=dtype)
+                out[part.within(box)] = values[part.within(around)]
+        if dtype != self.dtype and not _is_finite(out):
+            name = str(dtype).removeprefix("torch.")
+            raise CheckpointError(f"{self.shards[0].info} has numbers that are too large for {name}")
         return out
 
     def read_fp8(self, box: Slice2D, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads a rectangle as FP8 and its scales: as it is stored, or else quantised now."""
         if self.dtype != E4M3:
             return weight_quant(self.read(box, torch.float32), scale_fmt=scale_fmt)
-        return self.read_bytes(box).view(E4M3), self.scales(self.read_scales(), box)
+        return self.read_bytes(box).view(E4M3), self.scales(self.read_scales(box), box)
 
     def scales(self, parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> torch.Tensor:
         """`slice_scales`, or an error in its place."""

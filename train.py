@@ -26,8 +26,8 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -37,46 +37,23 @@ import torch
 
 import command
 import fp8_ops
+import parallel
 import plan
 from byte_tokenizer import VOCAB_SIZE
-from checkpoint import has_run, load_run, read_config, save_run
+from checkpoint import Run, has_run, load_run, read_config, save_run
 from command import integer, real, shorten
 from data.prepare import DataError, open_bytes, resolve
 from data.sampler import Corpus, SequenceSampler, fingerprint, read_batch, split
-from metrics import (
-    LAST_EVALUATION_SHARE,
-    METRICS_FILE,
-    Clock,
-    Meter,
-    Metrics,
-    ProgressBar,
-    evaluate,
-    measure_peak,
-    reading,
-    sample_text,
-)
+from metrics import Clock, Due, Meter, Metrics, ProgressBar, describe, evaluate, measure_peak, reading, sample_text
 from model import ConfigError, Losses, ModelArgs, Transformer
 from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, optimizer_tensors
-from parallel import (
-    TIMEOUT,
-    CollectiveError,
-    DeviceError,
-    ParallelContext,
-    ParallelError,
-    end,
-    is_rank_zero,
-    keep_freed_memory,
-    pick_device,
-    pick_dtype,
-    process_group,
-    require_compiler,
-)
-from safetensors_io import CheckpointError, RunFolder
+from parallel import CollectiveError, DeviceError, ParallelContext, ParallelError, is_rank_zero
+from safetensors_io import CheckpointError
 
 SHORT_UNTIL = 0.5  # which part of a run --short-seq-len is for
-EVALUATION_SHARE = 0.05  # of a run, at most, for the evaluations before the last
-LEFTOVER = re.compile(rf"{re.escape(METRICS_FILE)}|step-\d{{8,}}|\..*\.(tmp|lock)")  # of a run killed before it saved
+LAST_EVALUATION_SHARE = 0.1  # of the time of a run by the clock, at most
 FEW_STEPS = 10  # a run by the clock with fewer is reported
+LEFTOVER = re.compile(r"metrics\.jsonl|step-\d{8,}|\..*\.(tmp|lock)")  # of a run killed before it saved
 OLD_NAMES = {"windows": "sequences", "eval_windows": "eval_sequences", "short_windows": "short_seq_len"}
 
 
@@ -111,23 +88,15 @@ class TrainFlags:
 
     config: str = _flag(MISSING, "JSON file of ModelArgs; its key 'train' sets defaults", required=True, fixed=True)
     data: str = _flag("stdlib", "a file, a folder, or stdlib, shakespeare, enwik8", action="append")
-    save_path: Path | None = _flag(
-        None, "folder for checkpoints and metrics.jsonl; without it nothing is kept", Path, fixed=True
-    )
+    save_path: Path | None = _flag(None, "folder of the run; without it nothing is kept", Path, fixed=True)
     resume: bool = _flag(False, "go on from the last checkpoint in --save-path, if any", fixed=True)
 
     steps: int | None = _flag(None, "optimizer steps", integer(1), group="length of the run (one of them)")
-    minutes: float | None = _flag(
-        None, "time for the whole process, start and end included", real(0, 1e7, open_low=True)
-    )
+    minutes: float | None = _flag(None, "time for the whole process, start to end", real(0, 1e7, open_low=True))
 
     batch_size: int = _flag(32, "sequences of max_seq_len bytes at a time", integer(1, 10**6), group="batch")
     short_seq_len: int = _flag(
-        0,
-        "in the first half of the run, divide each sequence into sequences of N bytes, on which attention costs less; "
-        "0: never",
-        integer(0, 10**6),
-        metavar="N",
+        0, "bytes of the sequences in the first half of the run, where attention costs less; 0: as later", integer(0)
     )
     accumulation: int = _flag(1, "batches whose gradients make one step", integer(1, 10**6))
 
@@ -147,8 +116,8 @@ class TrainFlags:
     dtype: str = _flag("auto", "of the activations", choices=["auto", "fp32", "bf16"])
     gemm_impl: str | None = _flag(
         None,
-        "products of the linear layers; default: as the config's dtype says. FP8 runs on any device, and is fast on "
-        "GPUs of compute capability 8.9 or more",
+        "products of the linear layers; default: as the config's dtype says. FP8 is fast on GPUs of compute "
+        "capability 8.9 or more",
         choices=["bf16", "fp8"],
     )
     compile: bool = _flag(False, "torch.compile the step: on a CPU that takes a C++ compiler")
@@ -156,18 +125,13 @@ class TrainFlags:
     model_parallel: int = _flag(1, "processes that share one model's layers", integer(1, 10**4), metavar="M")
     fsdp: bool = _flag(False, "shard parameters, gradients and optimizer state over the data-parallel processes")
     timeout: float = _flag(
-        TIMEOUT.total_seconds() / 60,
-        "how long a process waits for another one",
-        real(0, 1e6, open_low=True),
-        metavar="MINUTES",
+        parallel.TIMEOUT.total_seconds() / 60, "minutes to wait for another process", real(0, 1e6, open_low=True)
     )
     seed: int = _flag(0, "of the weights and the order of the data", integer(0, 2**32 - 1))
 
     plan: bool = _flag(False, "print what each process would hold and send, and end", group="planning", fixed=True)
     world_size: int | None = _flag(None, "processes to plan for", integer(1, 10**6), metavar="N", fixed=True)
-    device_memory: float | None = _flag(
-        None, "of a device: will it fit?", real(0, 1e9, open_low=True), metavar="GB", fixed=True
-    )
+    device_memory: float | None = _flag(None, "of a device: will it fit?", _POSITIVE, metavar="GB", fixed=True)
 
     log_interval: int = _flag(10, "steps between lines of metrics", integer(1), group="reports")
     eval_interval: int = _flag(0, "steps; 0: tenths of the run, where they are long enough", integer(0))
@@ -209,8 +173,10 @@ def config_flags(path: str, values: dict[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for given, value in values.items():
         key = OLD_NAMES.get(given, given)
-        if key not in flags or key in checked:
-            raise ConfigError(f"{path}: train.{shorten(given)} is not a flag of train.py that a config may set (once)")
+        if key not in flags:
+            raise ConfigError(f"{path}: train.{shorten(given)} is not a flag of train.py that a config may set")
+        if key in checked:
+            raise ConfigError(f"{path}: train.{key} is set twice, under its old name too")
         try:
             checked[key] = _check_value(flags[key], value)
         except (TypeError, argparse.ArgumentTypeError) as error:
@@ -291,16 +257,15 @@ class Trainer:
     """A run: the model, its optimizers, and how far training is."""
 
     flags: TrainFlags
-    model: Transformer
+    ctx: ParallelContext
+    model: Transformer  # this process's shards
+    full_model: Transformer  # the same, or with tensor parallelism the unsharded model on the meta device
+    loss: Callable[[torch.Tensor, torch.Tensor], Losses]
     optimizers: list[torch.optim.Optimizer]
     train_data: Corpus
     val_data: Corpus
-    clock: Clock
-    ctx: ParallelContext
-    full_model: Transformer  # the model, or with tensor parallelism the unsharded one on the meta device
     peak_flops: float  # of the matrix products of all devices, each second
-    loss: Callable[[torch.Tensor, torch.Tensor], Losses]
-    folder: RunFolder | None = None  # --save-path, held by the first process
+    run: Run | None = None  # where it is saved
     step: int = 0
     best_val: float = math.inf
     val_step: int | None = None  # the step last evaluated, and its loss
@@ -310,7 +275,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         flags, n_bytes, self.context = self.flags, len(self.train_data), self.model.args.max_seq_len
-        self.settings = resume_settings(flags, self.train_data)
+        self.settings, self.clock = resume_settings(flags, self.train_data), Clock(flags.steps, flags.minutes)
         self.quantize_weights()
         self.sampler = SequenceSampler(n_bytes, self.context, flags.seed)
         self.short_sampler = SequenceSampler(n_bytes, flags.short_seq_len or self.context, flags.seed)
@@ -382,11 +347,7 @@ class Trainer:
         return metrics | ({"mtp_loss": mtp} if len(self.model.mtp) else {}) | {"load": load}
 
     def _accumulate_gradients(self, sampler: SequenceSampler) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the batches of a step forward and backward.
-
-        Returns:
-            Their mean losses (next byte, MTP, balance), and the load (MoE layers, experts).
-        """
+        """Runs a step forward and backward; returns mean losses (next byte, MTP, balance) and load of the experts."""
         ctx, n_batches, self.seq_len = self.ctx, self.flags.accumulation, sampler.seq_len
         count = self.flags.batch_size * self.context // self.seq_len  # as many bytes, in shorter sequences
         mine = ctx.data_parallel_slice(count)
@@ -403,16 +364,11 @@ class Trainer:
         ctx.all_reduce_replicated_grads()
         return ctx.all_reduce_dp(means / ctx.dp_size), ctx.all_reduce_dp(load)
 
-    def step_flops(self) -> float:
-        """Floating-point operations of the last step, of all processes."""
-        return self.full_model.flops_per_position(self.seq_len) * self.step_bytes
-
     def evaluate(self, n_sequences: int | None, seq_len: int) -> float | None:
         """`metrics.evaluate` over as many bytes as `n_sequences` of the context have (None: all of the split)."""
-        shorter = self.context // seq_len
-        batch_size = 4 * shorter * self.flags.batch_size // self.ctx.dp_size
-        limit = n_sequences and shorter * n_sequences
-        return evaluate(self.model, self.val_data, batch_size, self.ctx.device, limit, self.stopped, self.ctx, seq_len)
+        shorter, data, ctx = self.context // seq_len, self.val_data, self.ctx
+        batch_size, limit = 4 * shorter * self.flags.batch_size // ctx.dp_size, n_sequences and shorter * n_sequences
+        return evaluate(self.model, data, batch_size, ctx.device, limit, self.stopped, ctx, seq_len)
 
     def evaluate_and_save(self, metrics: Metrics) -> float | None:
         """Evaluates in sequences as long as those of the last step, saves, prints the figures and a sample.
@@ -477,15 +433,10 @@ class Trainer:
 
     def save(self, is_best: bool) -> None:
         """Writes a checkpoint, if the run has a folder."""
-        if self.flags.save_path is None:
-            return
-        began = self.clock.now()
-        with self.ctx.collective_section():
-            if self.folder is not None:
-                self.folder.check()
-        tensors = optimizer_tensors(self.model, self.optimizers)
-        save_run(self.flags.save_path, self.model, tensors, self.state(), is_best, self.ctx)
-        self.clock.save_s = self.clock.now() - began
+        if self.run is not None:
+            began = self.clock.now()
+            save_run(self.run, self.model, optimizer_tensors(self.model, self.optimizers), self.state(), is_best)
+            self.clock.save_s = self.clock.now() - began
 
     def stop(self, signum: int, _frame: object) -> None:
         """Signal handler: ends the run after this step; the second time, at once."""
@@ -517,12 +468,7 @@ def resume_settings(flags: TrainFlags, data: Corpus) -> dict[str, Any]:
 
 
 def check_state(run: Path, stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Checks the state of a run's checkpoint; names of earlier versions become today's.
-
-    Args:
-        run: The run's folder, for messages.
-        stored: What the checkpoint has.
-        ours: The state of a trainer with today's flags.
+    """Checks the state in a run's checkpoint against that of a trainer; names of earlier versions become today's.
 
     Raises:
         CheckpointError: It is damaged, or has settings other than today's.
@@ -560,8 +506,7 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
 
     Raises:
         DataError: The data cannot be read any more; the last step is saved.
-        NotFinite: A loss is; nothing is saved.
-        TrainError: There was no time for a single step; nothing is saved.
+        NotFinite, TrainError: See there; nothing is saved.
     """
     val_loss = None
     try:
@@ -571,8 +516,10 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
                 require_steps(trainer)
             val_loss = trainer.evaluate_and_save(metrics)
     except DataError as error:
-        trainer.save(is_best=False)
-        where = f"; step {trainer.step} is saved in {trainer.flags.save_path}" if trainer.flags.save_path else ""
+        where = ""
+        if trainer.run is not None and trainer.step:
+            trainer.save(is_best=False)
+            where = f"; step {trainer.step} is saved in {trainer.run.path}"
         with trainer.ctx.collective_section():
             raise DataError(f"{error}{where}") from None
     if val_loss is None:
@@ -583,7 +530,7 @@ def run(trainer: Trainer, metrics: Metrics) -> float | None:
 def train_steps(trainer: Trainer, metrics: Metrics) -> None:
     """Takes the steps of a run, with its logs, evaluations and saves."""
     flags, clock, ctx = trainer.flags, trainer.clock, trainer.ctx
-    due, meter = due_actions(trainer), Meter(trainer.peak_flops)
+    due, meter = Due(clock, trainer.step, trainer.step_bytes, len(trainer.val_data)), Meter(trainer.peak_flops)
     with ProgressBar(is_rank_zero(), clock.progress(trainer.step)) as bar:
         while True:
             began = clock.now()
@@ -594,65 +541,33 @@ def train_steps(trainer: Trainer, metrics: Metrics) -> None:
             figures = trainer.train_step(progress)
             seconds, is_first = clock.now() - began, clock.first_step_s is None
             clock.add_step(seconds)
-            meter.add(seconds, trainer.step_bytes, trainer.step_flops(), figures.pop("load"))
+            flops = trainer.full_model.flops_per_position(trainer.seq_len) * trainer.step_bytes
+            meter.add(seconds, trainer.step_bytes, flops, figures.pop("load"))
             if trainer.step % flags.log_interval == 0:
                 figures |= meter.pop()
                 bar.show_figures(figures["train_loss"], figures["bytes_per_s"], figures["mfu"])
                 trainer.write(metrics, figures)
             if is_first and clock.seconds is not None:
                 trainer.measure_closing()
-            evaluates, saves = ctx.broadcast(*next(due))
+            evaluates, saves = ctx.broadcast(*due.after(trainer.step, flags.eval_interval, flags.save_interval))
             if evaluates:
                 trainer.evaluate_and_save(metrics)
             elif saves:
                 trainer.save(is_best=False)
 
 
-def due_actions(trainer: Trainer) -> Iterator[tuple[bool, bool]]:
-    """Says after each step whether to evaluate (which saves as well), and whether to save at least.
-
-    Without intervals both are due after tenths of the run, but evaluations only when another has become affordable.
-    """
-    flags, progress = trainer.flags, trainer.clock.progress
-    tenth = int(10 * progress(trainer.step))
-    # a resumed run by steps evaluates where it would have done: the last tenth began with this step
-    affordable = affordable_evaluations(trainer, max(0, -(-(tenth * (flags.steps or 0) - 5) // 10)))
-    while True:
-        now = int(10 * progress(trainer.step))
-        saves, tenth = tenth < now < 10, now
-        evaluates = saves
-        if flags.eval_interval:
-            evaluates, saves = trainer.step % flags.eval_interval == 0 and now < 10, False
-        elif evaluates:
-            before, affordable = affordable, affordable_evaluations(trainer, trainer.step)
-            evaluates = affordable > before
-        yield evaluates, trainer.step % flags.save_interval == 0 if flags.save_interval else saves
-
-
-def affordable_evaluations(trainer: Trainer, step: int) -> int:
-    """How many evaluations have their share of the run up to `step`: in time, or by steps in bytes.
-
-    Evaluation runs forward only, so it costs a third of training on as many bytes.
-    """
-    clock = trainer.clock
-    if clock.seconds is not None:
-        return int(EVALUATION_SHARE * clock.elapsed_s() / max(clock.eval_s, 1e-9))
-    return int(EVALUATION_SHARE * step * trainer.step_bytes / (len(trainer.val_data) / 3))
-
-
 def require_steps(trainer: Trainer) -> None:
     """Refuses a run by the clock that had no time for a step, and warns of one that had time for a few."""
-    clock, first_s = trainer.clock, trainer.clock.first_step_s or 0.0
-    if clock.seconds is None or trainer.step >= FEW_STEPS:
+    clock, step = trainer.clock, trainer.step
+    if clock.seconds is None or step >= FEW_STEPS:
         return
-    start_s = clock.elapsed_s() if not clock.startup_s else clock.startup_s - first_s
-    took = f"{start_s:.1f} s to start"
-    if trainer.step == 0:
-        raise TrainError(f"--minutes {clock.seconds / 60:g} leaves no time for a step after {took}; give more")
+    start_s, first_s = clock.elapsed_s() - clock.trained_s(), clock.first_step_s or 0.0
+    minutes, took = f"--minutes {clock.seconds / 60:g}", f"after {start_s - first_s:.1f} s to start"
+    if step == 0:
+        raise TrainError(f"{minutes} leaves no time for a step {took}; give more")
+    took += f", {first_s:.1f} s for the first step and {clock.eval_s + clock.save_s:.1f} s to evaluate and save"
     if is_rank_zero():
-        took += f", {first_s:.1f} s for the first step, {clock.eval_s + clock.save_s:.1f} s to evaluate and save"
-        text = f"--minutes {clock.seconds / 60:g} left time for {trainer.step} steps only, after {took}; give more"
-        command.warn("train.py", text)
+        command.warn("train.py", f"{minutes} left time for {step} steps only {took}; give more")
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -666,7 +581,7 @@ def say(text: str) -> None:
 
 def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> Trainer:
     """Opens the data and builds the model, sharded over the processes, and its optimizers."""
-    dtype = pick_dtype(torch.device(ctx.device).type, flags.dtype)
+    dtype = parallel.pick_dtype(torch.device(ctx.device).type, flags.dtype)
     fp8_ops.gemm_impl = flags.gemm_impl
     with ctx.collective_section():
         ctx.check_divisible(shape, flags.batch_size)
@@ -682,74 +597,31 @@ def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> 
             full_model = Transformer(shape, dtype)
     peak_flops = ctx.world_size * measure_peak(ctx.device, dtype)
     loss = ctx.parallelize(model, flags.compile)
-    optimizers, clock = make_optimizers(model, flags, dtype, ctx), Clock(flags.steps, flags.minutes)
-    return Trainer(
-        flags,
-        model,
-        optimizers,
-        train_data,
-        val_data,
-        clock,
-        ctx,
-        full_model=full_model,
-        peak_flops=peak_flops,
-        loss=loss,
-    )
+    optimizers = make_optimizers(model, flags, dtype, ctx)
+    return Trainer(flags, ctx, model, full_model, loss, optimizers, train_data, val_data, peak_flops)
 
 
-def describe(trainer: Trainer) -> str:
-    """Describes in a line what will be trained, and on what."""
-    model, ctx = trainer.full_model, trainer.ctx
-    total, active = model.n_params()
-    latent, plain = (n * model.compute_dtype.itemsize for n in model.args.cache_numbers_per_position())
-    ranks = f"; {ctx.dp_size} data-parallel × {ctx.mp_size} model-parallel processes" if ctx.world_size > 1 else ""
-    return (
-        f"{total:,} parameters, {active:,} active per byte; cache {latent:,} bytes per position "
-        f"(plain multi-head attention: {plain:,}); {torch.device(ctx.device).type}, "
-        f"{str(model.compute_dtype).removeprefix('torch.')} at {trainer.peak_flops / 1e12:.3g} TFLOP/s at most"
-        f"{', products in FP8' if trainer.flags.gemm_impl == 'fp8' else ''}{ranks}; "
-        f"{len(trainer.train_data):,} bytes to train on, {len(trainer.val_data):,} to validate"
-    )
-
-
-def open_folder(flags: TrainFlags, ctx: ParallelContext) -> tuple[RunFolder | None, bool]:
-    """Opens and locks --save-path, in the first process for all.
-
-    Returns:
-        The folder, in the first process if there is one; and whether it holds a run to go on with.
+def find_run(flags: TrainFlags, ctx: ParallelContext) -> bool:
+    """Checks that a run may be written to --save-path; returns whether it holds one to go on with.
 
     Raises:
-        CheckpointError: Another process writes it, or something is in it that would be mixed with the run.
+        CheckpointError: Something is in it that would be mixed with the run.
     """
-    if flags.save_path is None:
-        return None, False
+    path = flags.save_path
     # workers that the elastic agent starts again go on where they were, with those of a node that has just come
-    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    (restarts,) = ctx.all_reduce_max(float(is_restart))
-    folder, has_state = None, False
-    with ctx.collective_section(), ExitStack() as stack:
-        if ctx.rank == 0:
-            folder = stack.enter_context(RunFolder(flags.save_path, create=True))
-            folder.lock()
-            has_state = check_folder(flags.save_path, flags.resume or restarts > 0)
-            stack.pop_all()  # it stays open
-    return folder, ctx.broadcast(float(has_state))[0] > 0
-
-
-def check_folder(path: Path, resumes: bool) -> bool:
-    """Checks that a run may be written into a folder; returns whether it holds one to go on with."""
-    names = [entry.name for entry in path.iterdir()]
-    if not resumes and names:
-        raise CheckpointError(f"--save-path {path} is not an empty folder; go on with --resume, or choose another path")
-    if not resumes or has_run(path):
-        return resumes
-    for name in names:
-        if not LEFTOVER.fullmatch(name):
-            raise CheckpointError(
-                f"--resume: {path} holds {shorten(name)}, but no run; name the folder of one, or none"
-            )
-    say(f"nothing to resume in {path}, starting")
-    return False
+    (restarts,) = ctx.all_reduce_max(float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+    is_run = False
+    with ctx.collective_section():
+        names = os.listdir(path) if path is not None and ctx.rank == 0 and path.exists() else []
+        if flags.resume or restarts:
+            is_run = bool(names) and has_run(path)
+            if foreign := [name for name in names if not is_run and not LEFTOVER.fullmatch(name)]:
+                raise CheckpointError(f"--resume: {path} holds {shorten(foreign[0])}, but no run; choose another path")
+        elif names:
+            raise CheckpointError(f"--save-path {path} is not empty; go on with --resume, or choose another path")
+    if flags.resume and not is_run:
+        say(f"nothing to resume in {path}, starting")
+    return ctx.broadcast(float(is_run))[0] > 0  # where another process sees another disk, it must fail, not begin anew
 
 
 def print_plan(flags: TrainFlags, shape: ModelArgs) -> None:
@@ -771,20 +643,20 @@ def train(argv: list[str] | None) -> int:
     if flags.plan:
         print_plan(flags, shape)
         return 0
-    keep_freed_memory()
-    device = pick_device(flags.device)
+    parallel.keep_freed_memory()
+    device = parallel.pick_device(flags.device)
     if flags.compile:
-        require_compiler(device)
+        parallel.require_compiler(device)
     ctx = ParallelContext.join(device, flags.model_parallel, flags.fsdp, timeout=timedelta(minutes=flags.timeout))
     # before any other collective; config and data may have other paths on other machines, their content is compared
     values = {_spelling(name): value for name, value in vars(flags).items() if name not in ("config", "data", "device")}
     ctx.require_equal(values | shape.to_dict())
-    folder, has_state = open_folder(flags, ctx)
-    with folder or nullcontext():
+    with nullcontext() if flags.save_path is None else Run(flags.save_path, ctx) as kept:
+        resumes = find_run(flags, ctx)
         trainer = build_trainer(flags, shape, ctx)
-        trainer.folder = folder
-        say(describe(trainer))
-        if has_state:  # as the first process sees it: one that sees another disk must fail, not begin anew
+        trainer.run = kept
+        say(describe(trainer.full_model, ctx, trainer.peak_flops, len(trainer.train_data), len(trainer.val_data)))
+        if resumes:
             with ctx.collective_section():
                 trainer.resume(flags.save_path)
             say(f"resumed {flags.save_path} at step {trainer.step}")
@@ -795,7 +667,7 @@ def run_and_report(trainer: Trainer) -> int:
     """Trains, and prints how that ended; returns the exit code."""
     path = trainer.flags.save_path
     with trainer.ctx.collective_section():
-        metrics = Metrics(trainer.folder, trainer.step, trainer.val_step == trainer.step)
+        metrics = Metrics(trainer.run if is_rank_zero() else None, trainer.step, trainer.val_step == trainer.step)
     handle_signals(trainer.stop)
     try:
         val_loss = run(trainer, metrics)
@@ -818,11 +690,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
 
     def body() -> int:
-        with process_group("train.py", MISTAKES):
+        with parallel.process_group("train.py", MISTAKES):
             return train(argv)
 
     return command.run("train.py", body, MISTAKES)
 
 
 if __name__ == "__main__":
-    end(main())
+    parallel.end(main())

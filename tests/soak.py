@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import has_run, load_run, read_config  # noqa: E402
 from convert import load_model  # noqa: E402
 from model import Transformer  # noqa: E402
+from optim import STATE_KEYS, is_hidden_matrix  # noqa: E402
 from train import METRICS_FILE  # noqa: E402
 
 FULL = os.strerror(errno.ENOSPC)
@@ -205,7 +206,7 @@ class Soak:
         model = Transformer(read_config(self.folder / "config.json")[0])
         read, state = load_run(run, model)
         for name, p in model.named_parameters():
-            read(name, p)
+            read(name, p, STATE_KEYS["Muon" if is_hidden_matrix(name, p) else "AdamW"])
         return state["step"]
 
 

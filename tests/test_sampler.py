@@ -1,7 +1,9 @@
 """The order of sequences against brute force: every byte once an epoch, whatever the batches."""
 
 import contextlib
+import os
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.prepare import DataError
-from data.sampler import SequenceSampler, read_batch, split
+from data.prepare import DataError, open_bytes
+from data.sampler import EvaluationBatches, SequenceSampler, fingerprint, read_batch, split
 
 draws = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 corpora = st.integers(1, 40).flatmap(lambda seq_len: st.tuples(st.integers(seq_len + 1, 1500), st.just(seq_len)))
@@ -97,3 +99,57 @@ def test_too_short_a_corpus(n_bytes: int, fits: bool) -> None:
     data = np.zeros(n_bytes, np.uint8)
     with contextlib.nullcontext() if fits else pytest.raises(DataError, match=f"^{n_bytes} bytes .* 33[^\n]*$"):
         split(data, 32)
+
+
+@draws
+@given(st.integers(2, 600), st.integers(1, 40), st.integers(1, 9), st.one_of(st.none(), st.integers(1, 700)))
+def test_evaluation_covers_a_split_once(n_bytes: int, seq_len: int, batch_size: int, limit: int | None) -> None:
+    """Or so many sequences of it, evenly spread from the first to the last."""
+    batches = EvaluationBatches(n_bytes, seq_len, batch_size, limit)
+    every = np.arange((n_bytes - 1) // seq_len) * seq_len
+    rest = (n_bytes - 1) % seq_len
+    if limit is not None and limit < len(every):
+        positions = [i * (len(every) - 1) // max(limit - 1, 1) for i in range(limit)]
+        every, rest = every[positions], 0
+    found = [batches[i] for i in range(len(batches))]
+    assert all(len(starts) <= batch_size for starts, _ in found)
+    full = [start for starts, length in found if length == seq_len for start in starts.tolist()]
+    assert full == every.tolist()
+    assert [(starts.tolist(), length) for starts, length in found if length != seq_len] == (
+        [([n_bytes - 1 - rest], rest)] if rest else []
+    )
+    assert batches.n_targets == sum(len(starts) * length for starts, length in found)
+
+
+def test_evaluation_of_terabytes_needs_no_memory() -> None:
+    tracemalloc.start()
+    try:
+        for limit in (None, 1000, 3 * 10**9):
+            batches = EvaluationBatches(2 * 10**12 + 7, 256, 32, limit)
+            starts, length = batches[len(batches) // 2]
+            assert length == 256 and 0.9e12 < starts.min() < starts.max() < 1.1e12
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_positions_have_no_bound() -> None:
+    """A damaged state may have any step; integers of 64 bits would overflow."""
+    sampler = SequenceSampler(10_000, 10, 0)
+    starts = sampler.starts(10**25, 100)
+    assert len(set(starts.tolist())) > 90 and starts.max() + 11 <= 10_000
+
+
+def test_files_and_arrays_are_read_alike(tmp_path: Path) -> None:
+    content = np.random.default_rng(0).integers(256, size=50_000, dtype=np.uint8)
+    (tmp_path / "data").write_bytes(content.tobytes())
+    file = open_bytes(tmp_path / "data")
+    assert fingerprint(file) == fingerprint(content) != fingerprint(content[::-1])
+    parts, expected = split(file, 32), split(content, 32)
+    for part, array in zip(parts, expected, strict=True):
+        starts = np.array([0, len(array) - 33, 7])
+        for ours, theirs in zip(read_batch(part, starts, 32, "cpu"), read_batch(array, starts, 32, "cpu"), strict=True):
+            assert torch.equal(ours, theirs)
+    os.truncate(tmp_path / "data", 100)
+    with pytest.raises(DataError, match="data"):
+        read_batch(parts[0], np.array([90]), 32, "cpu")

@@ -15,8 +15,9 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -38,8 +39,10 @@ from convert import load_model
 from data.prepare import resolve
 from data.sampler import Corpus
 from metrics import Clock, Metrics, evaluate
+from model import ConfigError
+from optim import STATE_KEYS, is_hidden_matrix
 from parallel import ParallelContext, keep_freed_memory
-from safetensors_io import CheckpointError, RunFolder
+from safetensors_io import CheckpointError
 from train import Trainer, main, schedule
 
 FOLDER = Path(train.__file__).parent
@@ -272,6 +275,7 @@ def test_step_is_what_torch_would_do(here: Here) -> None:
     factor = schedule(0.75, trainer.flags.schedule, trainer.flags.warmup, trainer.flags.decay)
     assert metrics["train_loss"] == pytest.approx(losses.next_byte.item()) and trainer.step == 1
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5) and metrics["lr"] == pytest.approx(0.01 * factor)
+    assert metrics["matrix_lr"] == pytest.approx(0.02 * factor)
     after = dict(trainer.model.named_parameters())
     outside = [n for n in after if n in ("embed.weight", "head.weight") or "norm" in n or n.endswith("gate.weight")]
     for name, p in model.named_parameters():
@@ -467,8 +471,8 @@ def test_best_and_last_are_kept(here: Here, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
     save_run = train.save_run
 
-    def spy(run: Path, *rest: Any) -> Path:
-        path = save_run(run, *rest)
+    def spy(held: checkpoints.Run, *rest: Any) -> Path:
+        path, run = save_run(held, *rest), held.path
         folders = sorted(int(p.name.removeprefix("step-")) for p in run.glob("step-*"))
         pointer = json.loads((run / "checkpoints.json").read_text())
         seen.append((pointer["best"][-2:], pointer["last"][-2:], folders))
@@ -525,70 +529,6 @@ class Crash(BaseException):
     """The end of the process, as far as the code can tell."""
 
 
-def crash_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
-    """Makes the process die at the given call of what changes the disk: from then on nothing has an effect."""
-    left = [calls]
-
-    def dying(function: Callable[..., Any], torn: bool) -> Callable[..., Any]:
-        def wrapper(*args: Any, **options: Any) -> Any:
-            left[0] -= 1
-            if left[0] < 0:
-                if left[0] == -1 and torn:  # half of a file
-                    path = args[0] if isinstance(args[0], Path) else args[1] / f"{args[0]}0-mp1.safetensors"
-                    with open(path, "wb") as file:
-                        file.write(b"torn")
-                raise Crash
-            return function(*args, **options)
-
-        return wrapper
-
-    monkeypatch.setattr(checkpoints, "_write_shards", dying(checkpoints._write_shards, True))
-    monkeypatch.setattr(Path, "write_text", dying(Path.write_text, True))
-    for name in ("mkdir", "rename", "replace", "unlink"):
-        monkeypatch.setattr(Path, name, dying(getattr(Path, name), False))
-    for owner, name in ((shutil, "rmtree"), (os, "fsync")):
-        monkeypatch.setattr(owner, name, dying(getattr(owner, name), False))
-
-
-def test_crash_at_every_moment_of_a_save(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was the last thing done to the disk, the run resumes at the old or at the new checkpoint."""
-    trainer = here.trainer()
-    trainer.flags.save_path = here.run
-    trainer.train_step(0.3)
-    trainer.save(True)
-    weights = {1: trainer.model.head.weight.detach().clone()}
-    trainer.train_step(0.3)
-    weights[2] = trainer.model.head.weight.detach().clone()
-    kept, resumed = here.path / "kept", []
-    shutil.copytree(here.run, kept)
-    for calls in range(100):
-        with monkeypatch.context() as patch:
-            crash_after(patch, calls)
-            try:
-                trainer.save(True)
-                crashed = False
-            except Crash:
-                crashed = True
-        after, fresh = here.trainer(), here.trainer()
-        after.resume(here.run)
-        resumed.append(after.step)
-        assert torch.equal(after.model.head.weight, weights[after.step])
-        assert torch.equal(load_model(here.run).head.weight, weights[after.step])
-        # and the next save, of that step and another, leaves no litter
-        fresh.resume(here.run)
-        fresh.flags.save_path = here.run
-        while fresh.step < 3:
-            fresh.train_step(0.3)
-            fresh.save(fresh.step == 3)
-        assert {p.name for p in here.run.iterdir()} == {"checkpoints.json", "step-00000003"}
-        shutil.rmtree(here.run)
-        shutil.copytree(kept, here.run)
-        if not crashed:
-            break
-    assert not crashed and calls > 10
-    assert resumed == sorted(resumed) and set(resumed) == {1, 2}
-
-
 def test_litter_of_other_steps_is_swept(here: Here) -> None:
     """Steps of a run by the clock never come again, so their leftovers are only found by looking for them."""
     here.run.mkdir()
@@ -598,6 +538,67 @@ def test_litter_of_other_steps_is_swept(here: Here) -> None:
     (here.run / ".checkpoints.json.tmp").write_text("{")
     assert main(here.flags("--steps", 2, "--resume")) == 0
     assert {p.name for p in here.run.iterdir()} == {"checkpoints.json", "metrics.jsonl", "step-00000002"}
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> None:
+    """Does something before one step of a run."""
+    train_step = Trainer.train_step
+
+    def acting(self: Trainer, progress: float) -> dict[str, Any]:
+        if self.step == step:
+            action()
+        return train_step(self, progress)
+
+    monkeypatch.setattr(Trainer, "train_step", acting)
+
+
+def test_a_first_step_that_fails_leaves_nothing(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with monkeypatch.context() as patch:
+        before_step(patch, 0, too_large)
+        assert_refused(capsys, here.flags("--steps", 2), "not enough memory")
+        assert not here.run.exists()
+        here.run.mkdir()
+        assert_refused(capsys, here.flags("--steps", 2), "not enough memory")
+        assert not list(here.run.iterdir())
+    assert main(here.flags("--steps", 2)) == 0
+
+
+@pytest.mark.parametrize("when", ["training", "evaluation", "first step"])
+def test_data_that_shrinks(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
+) -> None:
+    """The file is named, the last step is saved, and the run goes on once the file is back."""
+    whole, content = here.path / "whole", here.data.read_bytes()
+    whole, here.run = here.run, whole
+    flags = ["--steps", 6, "--eval-interval", 100]
+    assert main(here.flags(*flags)) == 0
+    whole, here.run = here.run, whole
+    size = 3700 if when == "evaluation" else 10
+    with monkeypatch.context() as patch:
+        before_step(patch, 0 if when == "first step" else 3, lambda: os.truncate(here.data, size))
+        err = assert_refused(capsys, here.flags(*flags), here.data)
+    if when == "first step":
+        assert not here.run.exists() and "saved" not in err
+    else:
+        assert checkpoint(here.run).name == ("step-00000006" if when == "evaluation" else "step-00000003")
+        assert str(here.run) in err
+    here.data.write_bytes(content)
+    assert main(here.flags(*flags, "--resume")) == 0
+    assert_same_run(here.run, whole, 6)
+
+
+def test_a_run_folder_that_is_moved(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = here.path / "moved"
+    before_step(monkeypatch, 3, lambda: here.run.rename(moved))
+    assert_refused(capsys, here.flags("--steps", 6, "--save-interval", 2), here.run)
+    assert not here.run.exists() and checkpoint(moved).name == "step-00000002"
 
 
 # --- Resuming ---------------------------------------------------------------------------------------------------------
@@ -671,25 +672,56 @@ def test_resume_of_nothing_starts_fresh(here: Here) -> None:
     assert_same_run(here.run, whole, 2)
 
 
+def test_resume_of_what_is_no_run(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with something else in it is left alone, whatever that is."""
+    for name in ("model.safetensors.index.json", "config.json", "notes.txt", "photos"):
+        here.run = here.path / f"folder-{name}"
+        here.run.mkdir()
+        (here.run / name).mkdir() if name == "photos" else (here.run / name).write_text("{}")
+        assert_refused(capsys, here.flags("--steps", 2, "--resume"), here.run, name)
+        assert [path.name for path in here.run.iterdir()] == [name]
+
+
+def test_resume_of_nothing_is_told(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 1, "--resume")) == 0
+    assert f"nothing to resume in {here.run}, starting" in capsys.readouterr().out
+    assert main(here.flags("--steps", 2, "--resume")) == 0
+    assert "nothing to resume" not in capsys.readouterr().out
+
+
+def test_states_of_earlier_versions_are_resumed(here: Here) -> None:
+    """Their keys have older names."""
+    flags = ["--short-seq-len", 8, "--eval-interval", 2]
+    assert main(here.flags("--steps", 4, *flags)) == 0
+    whole, here.run = here.run, here.path / "older"
+    shutil.copytree(whole, here.run)
+    file = checkpoint(here.run) / "state.json"
+    state = json.loads(file.read_text())
+    state["windows"], state["eval_windows"] = state.pop("sequences"), state.pop("eval_sequences")
+    state["settings"]["short_windows"] = state["settings"].pop("short_seq_len")
+    file.write_text(json.dumps(state))
+    for run in (whole, here.run):
+        here.run = run
+        assert main(here.flags("--steps", 6, *flags, "--resume")) == 0
+    assert_same_run(here.run, whole, 6)
+
+
+def test_one_writer_at_a_time(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 2)) == 0
+    before = {path: path.stat().st_mtime_ns for path in here.run.rglob("*")}
+    with checkpoints.Run(here.run):
+        assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, "another process")
+    assert {path: path.stat().st_mtime_ns for path in here.run.rglob("*")} == before
+    assert main(here.flags("--steps", 4, "--resume")) == 0
+
+
 def test_torn_metrics_are_dropped(here: Here) -> None:
     assert main(here.flags("--steps", 3)) == 0
     before = lines(here.run)
     with (here.run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train_loss": 1}\n{"step": 5, "expert_load": [[1.0]')
-    Metrics(RunFolder(here.run), 3).write(step=4, x=0.123456789)
+    Metrics(checkpoints.Run(here.run), 3).write(step=4, x=0.123456789)
     assert lines(here.run) == [*before, {"step": 4, "x": 0.123457}]
-
-
-def test_metrics_survive_a_crash_while_a_run_resumes(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What earlier runs wrote is not in any checkpoint: there is no getting it back."""
-    assert main(here.flags("--steps", 3)) == 0
-    before = lines(here.run)
-    with monkeypatch.context() as patch:
-        crash_after(patch, 1)  # the first is a mkdir
-        with contextlib.suppress(Crash):
-            Metrics(RunFolder(here.run), 3)
-    Metrics(RunFolder(here.run), 3)
-    assert lines(here.run) == before
 
 
 def test_existing_run_is_refused_without_resume(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
@@ -944,6 +976,18 @@ def test_signal_before_the_first_step_and_twice(
     monkeypatch.setattr(train, "run", impatient)
     assert main(here.flags("--steps", 4, "--resume")) == 130
 
+    def panicking(*_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # while the stack is unwound
+
+    monkeypatch.setattr(train, "run", panicking)
+    capsys.readouterr()
+    assert main(here.flags("--steps", 4, "--resume")) == 130
+    assert capsys.readouterr().err == ""
+
 
 def test_a_run_that_lost_its_pointer_goes_on(here: Here) -> None:
     """As after a crash between a checkpoint and the pointer to it: nothing that was trained is swept away."""
@@ -1101,6 +1145,15 @@ def test_config_sets_defaults_that_flags_override(here: Here) -> None:
         {"optimizer": "sgd"},
         {"lr": {}},
         {"steps": -5},
+        {"lr": "0.1"},
+        {"batch_size": "8"},
+        {"seed": 10**40},
+        {"minutes": 1e300},
+        {"momentum": 1},
+        {"schedule": 3},
+        {"fsdp": 0},
+        {"data": ["a", "b"]},
+        {"windows": 3},
     ],
 )
 def test_bad_defaults_in_a_config(here: Here, capsys: pytest.CaptureFixture[str], defaults: dict[str, Any]) -> None:
@@ -1109,6 +1162,48 @@ def test_bad_defaults_in_a_config(here: Here, capsys: pytest.CaptureFixture[str]
     err = assert_refused(capsys, here.flags("--lr", 0.1) + (["--steps", "2"] if "steps" not in defaults else []))
     assert key in err or key.replace("_", "-") in err
     assert not here.run.exists()
+
+
+def test_short_windows_of_older_configs(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    """The old name of --short-seq-len is understood in a config, and a line says so."""
+    here.write_config(train={"short_windows": 16, "steps": 3})
+    flags, _ = train.parse_args(["--config", str(here.config)])
+    assert flags.short_seq_len == 16
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: warning: ") and "short_seq_len" in err and err.count("\n") == 1
+    here.write_config(train={"short_windows": 16, "short_seq_len": 8, "steps": 3})
+    with pytest.raises(ConfigError, match="short_seq_len"):
+        train.parse_args(["--config", str(here.config)])
+
+
+@pytest.mark.parametrize("config", sorted(FOLDER.glob("configs/*.json")), ids=lambda path: path.stem)
+def test_shipped_configs_are_read(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, _ = train.parse_args(["--config", str(config)])
+    assert flags.steps or flags.minutes
+    assert capsys.readouterr().err == ""
+
+
+def test_two_corpora_are_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(capsys, here.flags("--steps", 2, "--data", here.data), "--data")
+
+
+NUMBERS = [flag.name for flag in fields(train.TrainFlags) if {int, float} & {flag.type, *get_args(flag.type)}]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["7" * 400, "-" + "8" * 5000, "nan", "1e999", "0x10", "", "\u0663\x1b[2J"])
+def test_numbers_beyond_reason(here: Here, capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
+    err = assert_refused(capsys, here.flags(f"--{name.replace('_', '-')}={value}"), name.replace("_", "-"))
+    assert len(err) < 300 and err[:-1].isprintable()
+
+
+def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    text_ = " ".join(capsys.readouterr().out.split())
+    for flag in fields(train.TrainFlags):
+        assert "--" + flag.name.replace("_", "-") in text_ and flag.metadata["help"] in text_
+    assert "(default: 0.003)" in text_ and "(default: stdlib)" in text_ and "(default: 10.0)" in text_
 
 
 @pytest.mark.parametrize(
@@ -1270,7 +1365,7 @@ def test_optimizer_state_goes_where_its_parameter_is(here: Here) -> None:
     tensors = train.optimizer_tensors(trainer.model, trainer.optimizers)
     model = trainer.model.to("meta")
     optimizers = train.make_optimizers(model, trainer.flags, torch.float32)
-    train.load_optimizer_tensors(model, optimizers, lambda name, _: tensors[name], ParallelContext("cpu"))
+    train.load_optimizer_tensors(model, optimizers, lambda name, *_: tensors[name], ParallelContext("cpu"))
     for optimizer in optimizers:
         assert {t.device.type for state in optimizer.state.values() for t in state.values()} == {"meta"}
 
@@ -1282,7 +1377,7 @@ def test_checkpoint_loads_back_into_the_trainer(here: Here) -> None:
     read, state = load_run(here.run, trainer.model)
     kinds = set()
     for name, p in trainer.model.named_parameters():
-        found = read(name, p)
+        found = read(name, p, STATE_KEYS["Muon" if is_hidden_matrix(name, p) else "AdamW"])
         assert found and all(tensor.shape in ((), p.shape) for tensor in found.values())
         kinds |= found.keys()
     assert kinds == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
