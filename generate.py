@@ -935,7 +935,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 when another process is gone, 2 for a user's mistake, 130 after Ctrl-C, 141 when nobody
         reads the output any more.
     """
-    with process_group(report):
+    with process_group("generate.py"):
         return command(argv)
 
 

@@ -48,7 +48,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from command import is_local_rank_zero
+import command
 from model import Losses, ModelArgs, Transformer, draw_weight
 from safetensors_io import CheckpointError, Slice2D
 
@@ -290,7 +290,7 @@ def _watch(store: dist.Store) -> None:
         time.sleep(5)
         failed = "0"
     if dist.is_initialized() and failed != os.environ["RANK"]:
-        if is_local_rank_zero():
+        if command.is_local_rank_zero():
             print(f"error: another process is gone: number {failed} has failed", file=sys.__stderr__, flush=True)
         os._exit(1)
 
@@ -309,24 +309,40 @@ def end(code: int) -> NoReturn:
 
 
 @contextmanager
-def process_group(tell: Callable[[str], Any]) -> Iterator[None]:
-    """Around a command: the processes that it has joined are left when it ends, abandoned when it fails.
+def process_group(prog: str, mistakes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Around the body of a command that may join a process group: destroys the group at the end.
+
+    An error of this rank alone ends its process here and at once, reported as `command.run` would: the other ranks get
+    an error when its connections break. An error that all ranks have (CollectiveError, ParallelError, and a mistake
+    before there is a group) is reported by one process a machine. Without a group, exceptions go on to `command.run`.
 
     Args:
-        tell: Prints what went wrong, in a line, where that was another process: it has told more. A fault of this one
-            is shown in full, and before the others notice.
+        prog: Name of the script, for messages.
+        mistakes: Exception classes that mean a user's mistake, as for `command.run`.
     """
     try:
         yield
-    except BaseException as error:
-        if not dist.is_initialized():
-            raise
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's errors have no class of their own
-            tell(f"another process is gone or does not answer: {error}")
-        else:
-            traceback.print_exc()
-        abort(1)
-    leave()
+        leave()
+    except BaseException as error:  # noqa: BLE001 - each kind has its exit code
+        is_shared = isinstance(error, (CollectiveError, ParallelError))
+        if dist.is_initialized() and not is_shared:
+            abort(_report(prog, error, mistakes))
+        leave()
+        if not command.is_local_rank_zero() and (is_shared or isinstance(error, mistakes)):
+            sys.exit(2)
+        raise
+
+
+def _report(prog: str, error: BaseException, mistakes: tuple[type[Exception], ...]) -> int:
+    """Reports an error of this rank; returns the exit code."""
+    code, message = command.explain(error, mistakes)
+    if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's errors have no class of their own
+        code, message = 1, f"another process is gone or does not answer: {error}"
+    if message is not None:
+        command.complain(prog, message)
+    elif code == 1:
+        traceback.print_exc()
+    return code
 
 
 def _rendezvous(rank: int, world: int, timeout: timedelta) -> dist.Store:

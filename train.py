@@ -48,7 +48,6 @@ from model import ConfigError, Losses, ModelArgs, Transformer
 from parallel import (
     TIMEOUT,
     CollectiveError,
-    DeviceError,
     ParallelContext,
     ParallelError,
     abort,
@@ -1054,11 +1053,11 @@ def main(argv: list[str] | None = None) -> int:
     with (
         open(os.devnull, "w") as nowhere,
         redirect_stdout(sys.stdout if is_rank_zero() else nowhere),
-        process_group(report),
+        process_group("train.py"),
     ):
         try:
             return train(argv)
-        except (ConfigError, DataError, CheckpointError, DeviceError, ParallelError, OSError, MemoryError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             is_everybodys = isinstance(error, (CollectiveError, ConfigError, ParallelError))
             if is_local_rank_zero() or not is_everybodys:  # else the first of this machine tells it
                 report(str(error))
