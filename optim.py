@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import parallel
 from model import Transformer
 from parallel import ParallelContext, is_matrix
 
@@ -59,7 +60,7 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
                     here = p if self.ctx is None else self.ctx.local_shard(p)[0]
                     here.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = update if self.ctx is None else self.ctx.local_part(p, update)
+                    update = update if self.ctx is None else parallel.local_part(self.ctx, p, update)
                     here.add_(update.view_as(here), alpha=-lr)
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
@@ -69,7 +70,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
         update = p.grad.lerp(buffer, group["momentum"]).to(self.dtype)
-        return update.view(-1, *p.shape[-2:]) if self.ctx is None else self.ctx.full_tensor(p, update)
+        return update.view(-1, *p.shape[-2:]) if self.ctx is None else parallel.full_tensor(self.ctx, p, update)
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,19 @@ from checkpoint import Run, has_run, load_run, read_config, save_run
 from command import integer, real, shorten
 from data.prepare import DataError, open_bytes, resolve
 from data.sampler import Corpus, SequenceSampler, fingerprint, read_batch, split
-from metrics import Clock, Due, Meter, Metrics, ProgressBar, describe, evaluate, measure_peak, reading, sample_text
+from metrics import (
+    METRICS_FILE,
+    Clock,
+    Due,
+    Meter,
+    Metrics,
+    ProgressBar,
+    describe,
+    evaluate,
+    measure_peak,
+    reading,
+    sample_text,
+)
 from model import ConfigError, Losses, ModelArgs, Transformer
 from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, optimizer_tensors
 from parallel import CollectiveError, DeviceError, ParallelContext, ParallelError, is_rank_zero
@@ -53,7 +65,7 @@ from safetensors_io import CheckpointError
 SHORT_UNTIL = 0.5  # which part of a run --short-seq-len is for
 LAST_EVALUATION_SHARE = 0.1  # of the time of a run by the clock, at most
 FEW_STEPS = 10  # a run by the clock with fewer is reported
-LEFTOVER = re.compile(r"metrics\.jsonl|step-\d{8,}|\..*\.(tmp|lock)")  # of a run killed before it saved
+LEFTOVER = re.compile(rf"{METRICS_FILE}|step-\d{{8,}}|\..*\.(tmp|lock)")  # of a run killed before it saved
 OLD_NAMES = {"windows": "sequences", "eval_windows": "eval_sequences", "short_windows": "short_seq_len"}
 
 
@@ -90,16 +102,13 @@ class TrainFlags:
     data: str = _flag("stdlib", "a file, a folder, or stdlib, shakespeare, enwik8", action="append")
     save_path: Path | None = _flag(None, "folder of the run; without it nothing is kept", Path, fixed=True)
     resume: bool = _flag(False, "go on from the last checkpoint in --save-path, if any", fixed=True)
-
     steps: int | None = _flag(None, "optimizer steps", integer(1), group="length of the run (one of them)")
     minutes: float | None = _flag(None, "time for the whole process, start to end", real(0, 1e7, open_low=True))
-
     batch_size: int = _flag(32, "sequences of max_seq_len bytes at a time", integer(1, 10**6), group="batch")
     short_seq_len: int = _flag(
         0, "bytes of the sequences in the first half of the run, where attention costs less; 0: as later", integer(0)
     )
     accumulation: int = _flag(1, "batches whose gradients make one step", integer(1, 10**6))
-
     optimizer: str = _flag("muon", "for the hidden matrices", choices=["muon", "adamw"], group="optimizer")
     matrix_lr: float = _flag(0.01, "peak learning rate of hidden matrices", _POSITIVE)
     lr: float = _flag(0.003, "peak learning rate of all else, by AdamW", _POSITIVE)
@@ -111,7 +120,6 @@ class TrainFlags:
     schedule: str = _flag("wsd", "warm-up, stable, decay; or cosine", choices=["wsd", "cosine"])
     warmup: float = _flag(0.02, "fraction of the run", _FRACTION)
     decay: float = _flag(0.5, "fraction of the run (wsd)", _FRACTION)
-
     device: str | None = _flag(None, "default: the best there is", choices=["cuda", "mps", "cpu"], group="compute")
     dtype: str = _flag("auto", "of the activations", choices=["auto", "fp32", "bf16"])
     gemm_impl: str | None = _flag(
@@ -128,11 +136,9 @@ class TrainFlags:
         parallel.TIMEOUT.total_seconds() / 60, "minutes to wait for another process", real(0, 1e6, open_low=True)
     )
     seed: int = _flag(0, "of the weights and the order of the data", integer(0, 2**32 - 1))
-
     plan: bool = _flag(False, "print what each process would hold and send, and end", group="planning", fixed=True)
     world_size: int | None = _flag(None, "processes to plan for", integer(1, 10**6), metavar="N", fixed=True)
     device_memory: float | None = _flag(None, "of a device: will it fit?", _POSITIVE, metavar="GB", fixed=True)
-
     log_interval: int = _flag(10, "steps between lines of metrics", integer(1), group="reports")
     eval_interval: int = _flag(0, "steps; 0: tenths of the run, where they are long enough", integer(0))
     save_interval: int = _flag(0, "steps; 0: with each evaluation or tenth of the run", integer(0))
@@ -153,12 +159,8 @@ def build_parser() -> command.Parser:
             options["action"] = "store_true" if is_fixed else argparse.BooleanOptionalAction
         if flag.default not in (None, False, MISSING):
             options["help"] += f" (default: {flag.default})"
-        group.add_argument(_spelling(flag.name), **options)
+        group.add_argument("--" + flag.name.replace("_", "-"), **options)
     return parser
-
-
-def _spelling(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def config_flags(path: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -195,11 +197,7 @@ def _check_value(flag: Any, value: Any) -> Any:
 
 
 def parse_args(argv: list[str] | None) -> tuple[TrainFlags, ModelArgs]:
-    """Parses the command line over the defaults that the config has under "train".
-
-    Returns:
-        The flags, `gemm_impl` chosen, and the model's `ModelArgs`.
-    """
+    """Parses the command line over the defaults under "train" in the config; returns the flags and the model's args."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     if "data" in given:
@@ -324,12 +322,11 @@ class Trainer:
         """Takes one step; returns its metrics as Python numbers.
 
         Raises:
-            NotFinite: Loss or gradient is; nothing has been changed then.
-            DataError: The data cannot be read; nothing has been changed then.
+            NotFinite, DataError: The loss or the gradient is, or data cannot be read; nothing has been changed then.
         """
         flags = self.flags
         losses, load = self._accumulate_gradients(self.short_sampler if progress < SHORT_UNTIL else self.sampler)
-        grad_norm = self.ctx.clip_grad_norm(self.model, flags.grad_clip or math.inf)
+        grad_norm = parallel.clip_grad_norm(self.ctx, self.model, flags.grad_clip or math.inf)
         next_byte, mtp, balance, norm = torch.cat([losses, grad_norm.view(1)]).tolist()
         if not math.isfinite(next_byte + mtp + balance + norm):
             raise NotFinite(f"step {self.step + 1}: the loss is {next_byte}, the gradient's norm {norm}")
@@ -361,7 +358,7 @@ class Trainer:
                 (losses.total / n_batches).backward()
             means = means + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / n_batches
             load = load + losses.load
-        ctx.all_reduce_replicated_grads()
+        parallel.all_reduce_replicated_grads(ctx, self.model)
         return ctx.all_reduce_dp(means / ctx.dp_size), ctx.all_reduce_dp(load)
 
     def evaluate(self, n_sequences: int | None, seq_len: int) -> float | None:
@@ -373,11 +370,10 @@ class Trainer:
     def evaluate_and_save(self, metrics: Metrics) -> float | None:
         """Evaluates in sequences as long as those of the last step, saves, prints the figures and a sample.
 
-        Returns:
-            The loss in nats per byte; None if a signal came first, and then nothing was saved.
+        Returns the loss in nats per byte; None if a signal came first, and then nothing was saved.
 
         Raises:
-            NotFinite: The loss is. It was the last step's doing, so nothing is saved.
+            NotFinite: The loss is. The last step has caused that, so nothing is saved.
         """
         if self.val_step == self.step:  # resumed after its last step
             return self.val_loss
@@ -587,8 +583,8 @@ def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> 
         ctx.check_divisible(shape, flags.batch_size)
         train_data, val_data = split(open_bytes(resolve(flags.data)), shape.max_seq_len)
     ctx.require_equal({"the dtype": dtype} | resume_settings(flags, train_data))
-    model = ctx.build(shape, dtype)
-    ctx.init_weights(model, flags.seed)
+    model = parallel.build(ctx, shape, dtype)
+    parallel.init_weights(ctx, model, flags.seed)
     model = model.to(ctx.device).train()
     model.gradient_checkpointing = flags.gradient_checkpointing
     full_model = model
@@ -596,7 +592,7 @@ def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> 
         with torch.device("meta"):
             full_model = Transformer(shape, dtype)
     peak_flops = ctx.world_size * measure_peak(ctx.device, dtype)
-    loss = ctx.parallelize(model, flags.compile)
+    loss = parallel.parallelize(ctx, model, flags.compile)
     optimizers = make_optimizers(model, flags, dtype, ctx)
     return Trainer(flags, ctx, model, full_model, loss, optimizers, train_data, val_data, peak_flops)
 
@@ -609,7 +605,7 @@ def find_run(flags: TrainFlags, ctx: ParallelContext) -> bool:
     """
     path = flags.save_path
     # workers that the elastic agent starts again go on where they were, with those of a node that has just come
-    (restarts,) = ctx.all_reduce_max(float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+    (restarts,) = ctx.all_reduce_max(parallel.read_launch().restart_count)
     is_run = False
     with ctx.collective_section():
         names = os.listdir(path) if path is not None and ctx.rank == 0 and path.exists() else []
@@ -626,8 +622,7 @@ def find_run(flags: TrainFlags, ctx: ParallelContext) -> bool:
 
 def print_plan(flags: TrainFlags, shape: ModelArgs) -> None:
     """Prints what each process would hold and send, as --plan asks."""
-    started = os.environ.get("WORLD_SIZE", "1")  # by torchrun
-    flags.world_size = flags.world_size or (int(started) if re.fullmatch(r"[1-9]\d{0,5}", started) else 1)
+    flags.world_size = flags.world_size or parallel.read_launch().world_size
     fp8_ops.gemm_impl = flags.gemm_impl
 
     def n_states(name: str, p: torch.nn.Parameter) -> int:
@@ -649,7 +644,7 @@ def train(argv: list[str] | None) -> int:
         parallel.require_compiler(device)
     ctx = ParallelContext.join(device, flags.model_parallel, flags.fsdp, timeout=timedelta(minutes=flags.timeout))
     # before any other collective; config and data may have other paths on other machines, their content is compared
-    values = {_spelling(name): value for name, value in vars(flags).items() if name not in ("config", "data", "device")}
+    values = {name: value for name, value in vars(flags).items() if name not in ("config", "data", "device")}
     ctx.require_equal(values | shape.to_dict())
     with nullcontext() if flags.save_path is None else Run(flags.save_path, ctx) as kept:
         resumes = find_run(flags, ctx)
