@@ -18,11 +18,11 @@ The folder of a run holds native checkpoints `step-00000500`, each with `state.j
 Commands that take a checkpoint take a run's folder too, and use its best.
 
 Nothing is seen half-written: a checkpoint is written under a temporary name, flushed to disk and renamed; then
-`checkpoints.json` is replaced; only then is an older checkpoint removed. A crash between any two of these leaves a
-`checkpoints.json` that names complete checkpoints, and leftovers that the next save removes. One job writes, a `Run`,
-which holds the folder open and locked. Links out of a folder are refused, and what is read must fit the model.
+`checkpoints.json` is replaced; only then is an older checkpoint removed. A crash leaves a `checkpoints.json` that names
+complete checkpoints, and leftovers that the next save removes. One job at a time writes, through a `Run`.
 """
 
+import math
 import os
 import re
 import shutil
@@ -30,7 +30,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,9 @@ CONFIG_FILE, GENERATION_FILE, INDEX_FILE = "config.json", "generation_config.jso
 STATE_FILE, POINTER_FILE = "state.json", "checkpoints.json"
 CONFIG_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", E4M3: "fp8"}
 WEIGHT_DTYPES = {*CONFIG_DTYPES, torch.float16, torch.float64}
+_Header = dict[str, TensorInfo]  # of a file, by the tensor's name
 _Tensors = dict[str, dict[str, torch.Tensor]]  # of an optimizer, by the parameter's name and a key
-STEP_NAME = re.compile(r"step-([0-9]{8,15})")  # of a run's checkpoint
+STEP_NAME = re.compile(r"step-[0-9]{8,15}")  # of a run's checkpoint
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def collect_tensors(
     folder: Path,
     args: ModelArgs,
     files: list[Path],
-    headers: list[dict[str, TensorInfo]],
+    headers: list[_Header],
     stored_name: Callable[[str], str] = lambda name: name,
     scale_name: Callable[[str], str] = native_scale_name,
     replicas: Iterable[tuple[str, str]] = (),
@@ -168,29 +168,24 @@ def collect_tensors(
         for name, source in tensors.items():
             box = native_slice(name, source.shape, args.n_routed_experts, rank, len(headers))
             if box is not None:
-                _take(source, box, left, file, {source.dtype} if source.shards else WEIGHT_DTYPES, scale_name)
+                dtypes = WEIGHT_DTYPES if name in fp8_layers else WEIGHT_DTYPES - {E4M3}
+                _take(source, box, left, file, {source.dtype} if source.shards else dtypes, scale_name)
         if left:
             raise CheckpointError(f"{next(iter(left.values()))} has no place in the model of {CONFIG_FILE}")
     for name, info in copies:
         if (info.dtype, info.shape) != (tensors[name].dtype, tensors[name].shape):
             raise CheckpointError(f"{info} must be a copy of {tensors[name].name}, but has another shape or dtype")
         tensors[name].replicas.append(ShardSlice(info, tensors[name].box))
-    for name, source in tensors.items():
-        if source.dtype == E4M3 and name not in fp8_layers:
-            raise CheckpointError(f"{source.shards[0].info} is FP8, which it never is here")
     return Checkpoint(folder, args, tensors, fp8_layers)
 
 
 def resolve_run(path: Path, which: str) -> Path:
-    """Returns the folder of a checkpoint: the path itself, or the "last" or "best" of the run there.
-
-    Raises:
-        CheckpointError: There is none, or both a checkpoint and a run.
-    """
+    """Returns the folder of a checkpoint: the path itself, or the "last" or "best" of the run there, never of both."""
     is_checkpoint, is_run = os.path.lexists(path / CONFIG_FILE), has_run(path)
     if is_checkpoint and is_run:
-        both = f"a checkpoint ({CONFIG_FILE}) and a run ({POINTER_FILE}, step-*)"
-        raise CheckpointError(f"{path} holds both {both}; move one of them to a folder of its own")
+        raise CheckpointError(
+            f"{path} holds both a checkpoint ({CONFIG_FILE}) and a run ({POINTER_FILE}); move one away"
+        )
     if is_run:
         name = str(_pointer(path).get(which))
         if not STEP_NAME.fullmatch(name) or not os.path.lexists(inside(path, name) / CONFIG_FILE):
@@ -204,12 +199,7 @@ def resolve_run(path: Path, which: str) -> Path:
 
 
 def _take(
-    source: ShardedTensor,
-    box: Slice2D,
-    left: dict[str, TensorInfo],
-    file: Path,
-    dtypes: Collection[torch.dtype],
-    scale_name: Callable[[str], str] = native_scale_name,
+    source: ShardedTensor, box: Slice2D, left: _Header, file: Path, dtypes: set[torch.dtype], scale_name: Callable
 ) -> None:
     """Moves a rank's slice of a tensor, and its scales, from what is left of a file's header to `source`."""
     name, shape, info = source.name, _file_shape(source.shape, box), left.pop(source.name, None)
@@ -266,8 +256,7 @@ def _native_files(folder: Path, kind: str = "model") -> list[Path]:
         world = max((int(match[1]) for match in matches if match), default=1)
         files[k] = [native_file(rank, world, k) for rank in range(world)]
     if strays := [folder / name for name in found if name not in files["model"] + files["state"]]:
-        count = len(files["model"])
-        raise CheckpointError(f"{strays[0]} is none of the {count} files of this checkpoint; remove it")
+        raise CheckpointError(f"{strays[0]} is none of the {len(files['model'])} files of this checkpoint; remove it")
     return [folder / name for name in files[kind]]
 
 
@@ -275,9 +264,7 @@ def _native_files(folder: Path, kind: str = "model") -> list[Path]:
 
 
 def save_model(model: Transformer, path: str | os.PathLike) -> None:
-    """Writes a model as a native checkpoint; `path` appears when it is complete, or not at all.
-
-    Weights stored in FP8 are written as they are, with their scales.
+    """Writes a model as a native checkpoint, FP8 weights as they are; `path` appears complete, or not at all.
 
     Raises:
         CheckpointError: `path` exists and is no empty folder, or cannot be written.
@@ -288,10 +275,7 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
 
 
 def _native_slices(model: Transformer, ctx: ParallelContext) -> Iterator[tuple[str, Slice2D, torch.Tensor]]:
-    """The slices of a model that a process holds: native names, rectangles of the full tensors, and local tensors.
-
-    Stacked experts come one by one, as views.
-    """
+    """Native names, rectangles of the full tensors, and tensors that a process holds; of stacked experts one by one."""
     shapes = full_shapes(model, ctx)
     for name, tensor in model.state_dict().items():
         box, (local, _) = local_slice(name, tensor, shapes[name], ctx), ctx.local_shard(tensor)
@@ -379,7 +363,7 @@ class Run(AbstractContextManager):
 
     Args:
         path: The folder.
-        ctx: The processes of the job; the first of them has the lock.
+        ctx: The processes of the job; the first of them holds the folder.
 
     Raises:
         CheckpointError: Another job writes there, it is no folder, a checkpoint is in it, or it cannot be written.
@@ -388,10 +372,9 @@ class Run(AbstractContextManager):
     def __init__(self, path: str | os.PathLike, ctx: ParallelContext | None = None):
         self.path, self.ctx = Path(path), ctx or ParallelContext()
         self._held: RunFolder | None = None
-        # until it is made, the nearest folder above: a disk may be unmounted meanwhile
-        nearest = next(folder for folder in (self.path, *self.path.parents) if os.path.lexists(folder))
         with self.ctx.collective_section():
-            self._hold(nearest)
+            if self.ctx.rank == 0:  # until it is made, the nearest folder above: a disk may be unmounted meanwhile
+                self._hold(next(path for path in (self.path, *self.path.parents) if os.path.lexists(path)))
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -405,7 +388,7 @@ class Run(AbstractContextManager):
         try:
             if not os.access(path, os.W_OK | os.X_OK):
                 raise CheckpointError(f"{path} cannot be written; choose another --save-path")
-            if path == self.path and self.ctx.rank == 0:
+            if path == self.path:
                 folder.lock()
             if path == self.path and os.path.lexists(path / CONFIG_FILE):
                 raise CheckpointError(f"{path} holds a checkpoint ({CONFIG_FILE}), no run; choose another --save-path")
@@ -418,14 +401,14 @@ class Run(AbstractContextManager):
         self._held = folder
 
     def folder_fd(self) -> int:
-        """Returns a descriptor of the folder; the first process makes it if there is none yet.
+        """Returns, in the first process, a descriptor of the folder, which is made if there is none yet.
 
         Raises:
             CheckpointError: The path does not lead to the folder any more that was opened: it was moved or unmounted.
         """
         self._held.check()
         if self._held.path != self.path:
-            self._hold(self.path, create=self.ctx.rank == 0)
+            self._hold(self.path, create=True)
         return self._held.fd
 
 
@@ -438,9 +421,8 @@ def _pointer(run: Path) -> dict[str, Any]:
     """The names of a run's last and best checkpoint: the newest, if the pointer was not yet written, or is lost."""
     if os.path.lexists(run / POINTER_FILE):
         return read_json(run / POINTER_FILE, CheckpointError)
-    steps = [STEP_NAME.fullmatch(file.parent.name) for file in run.glob(f"step-*/{STATE_FILE}")]
-    newest = max(filter(None, steps), key=lambda match: int(match[1]), default=None)
-    return {} if newest is None else dict.fromkeys(("last", "best"), newest[0])
+    steps = [file.parent.name for file in run.glob(f"step-*/{STATE_FILE}") if STEP_NAME.fullmatch(file.parent.name)]
+    return dict.fromkeys(("last", "best"), max(steps, key=lambda name: int(name[5:]))) if steps else {}
 
 
 def save_run(run: Run, model: Transformer, optimizer: _Tensors, state: dict[str, Any], is_best: bool) -> Path:
@@ -459,13 +441,10 @@ def save_run(run: Run, model: Transformer, optimizer: _Tensors, state: dict[str,
     Raises:
         CheckpointError: It cannot be written. The checkpoints that were there before are still complete.
     """
-    ctx = run.ctx
-    path = run.path / f"step-{state['step']:08d}"
+    ctx, path = run.ctx, run.path / f"step-{state['step']:08d}"
     with ctx.collective_section():
         if ctx.rank == 0:
             run.folder_fd()
-    with ctx.collective_section():
-        run.folder_fd()
         pointer = _pointer(run.path)
     if path.name not in pointer.values():
         _save_step(path, model, optimizer, state, ctx)
@@ -531,27 +510,25 @@ def load_run(
         ctx: The processes that hold it together; they need not be as many as wrote the checkpoint.
 
     Returns:
-        The state that `save_run` was given, after a function that reads the optimizer's state of a parameter: from its
-        name, the parameter, and the keys that its optimizer has ("step" is a float32 number, all others have the local
-        shape and the dtype of the parameter), to tensors by key. It returns none after step 0, and raises a
-        CheckpointError for one that is missing or of another shape or dtype.
+        A function that reads the optimizer's state of a parameter, from the parameter's name, itself, and the keys of
+        the state ("step" is a float32 number, others have the parameter's local shape and dtype); it raises a
+        CheckpointError unless each is there and fits, and returns nothing after step 0. And the state of `save_run`.
 
     Raises:
         CheckpointError: There is no run, it is damaged, or it is one of another model.
     """
     ctx = ctx or ParallelContext()
     checkpoint = open_native(run, "last")
-    folder = checkpoint.folder
-    ours, theirs = model.args.to_dict(), checkpoint.args.to_dict()
+    folder, ours, theirs = checkpoint.folder, model.args.to_dict(), checkpoint.args.to_dict()
     for key in ours:
         if ours[key] != theirs[key] and key not in ("dtype", "max_batch_size"):
             remedy = "resume with the config it began with, or choose another --save-path"
             raise CheckpointError(f"{folder} was trained with {key} = {theirs[key]}, not {ours[key]}; {remedy}")
     state, names = read_json(folder / STATE_FILE, CheckpointError), dict(model.named_parameters())
     headers = {path: read_header(path) for path in _native_files(folder, "state")}
-    for info in chain.from_iterable(header.values() for header in headers.values()):
-        if info.name.rpartition(".")[0] not in names:
-            raise CheckpointError(f"{info} belongs to no parameter of this model; start a new run")
+    infos = [info for header in headers.values() for info in header.values()]
+    if strays := [info for info in infos if info.name.rpartition(".")[0] not in names]:
+        raise CheckpointError(f"{strays[0]} belongs to no parameter of this model; start a new run")
     load_weights(model, checkpoint, ctx)
     if state.get("step") == 0 and not any(headers.values()):  # no optimizer has taken a step yet
         return lambda *_: {}, state
@@ -560,7 +537,7 @@ def load_run(
 
 @torch.no_grad()
 def _read_state(
-    headers: dict[Path, dict[str, TensorInfo]],
+    headers: dict[Path, _Header],
     shapes: dict[str, tuple[int, ...]],
     ctx: ParallelContext,
     name: str,
@@ -575,10 +552,12 @@ def _read_state(
         source = ShardedTensor(f"{name}.{key}", shape, dtype)
         for rank, (path, header) in enumerate(headers.items()):
             box = source.box if is_number else state_slice(name, shape, rank, len(headers))
-            _take(source, box, dict(header), path, {dtype})
-        box = source.box if is_number else local_slice(name, p, shape, ctx)
-        local_shape = shape if is_number else ctx.local_shard(p)[0].shape
+            _take(source, box, dict(header), path, {dtype}, native_scale_name)
+        box, local_shape = source.box, shape
+        if not is_number:
+            box, local_shape = local_slice(name, p, shape, ctx), ctx.local_shard(p)[0].shape
         found[key] = source.read_bytes(box).view(dtype).view(local_shape)
-        if is_number and found[key] < 1:
-            raise CheckpointError(f"{source.shards[0].info} counts {found[key].item()} steps; start a new run")
+        lowest = {"step": 1, "exp_avg_sq": 0}.get(key, -math.inf)  # AdamW divides by the roots of what they give
+        if (found[key] < lowest).any():
+            raise CheckpointError(f"{source.shards[0].info} has a number below {lowest}; start a new run")
     return found

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import checkpoint
 from checkpoint import Run, has_run, load_run, read_config, save_model, save_run
 from convert import load_model
 from model import ConfigError, ModelArgs, Transformer
-from parallel import ParallelContext
+from parallel import ParallelContext, build
 from safetensors_io import CheckpointError
 
 WEIGHTS = "model0-mp1.safetensors"
@@ -452,6 +454,7 @@ def damages() -> dict[str, Callable[[dict[str, torch.Tensor]], Any]]:
         f"{NORM}.step an integer": put(f"{NORM}.step", torch.Tensor.long),
         f"{NORM}.step 0": put(f"{NORM}.step", torch.zeros_like),
         f"{NORM}.step negative": put(f"{NORM}.step", torch.neg),
+        f"{square} negative": put(square, lambda t: t.index_fill(0, torch.tensor([7]), -1e-3)),
         f"{momentum} a vector": put(momentum, torch.Tensor.flatten),
         f"{momentum} transposed": put(momentum, lambda t: t.mT),
         f"{momentum} float64": put(momentum, torch.Tensor.double),
@@ -503,7 +506,7 @@ def shard_run(source: Path, target: Path, world: int) -> Path:
     """Writes a run's last checkpoint again as so many ranks would: each fills a folder, and these are joined."""
     for rank in range(world):
         ctx = Rank(rank, world)
-        model = ctx.build(ModelArgs.from_dict(TINY), torch.float32)
+        model = build(ctx, ModelArgs.from_dict(TINY), torch.float32)
         read, state = load_run(source, model, ctx)
         found = {name: read(name, p, keys_of(p)) for name, p in model.named_parameters()}
         ctx.rank = 0
@@ -591,21 +594,22 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
 def test_crash_at_every_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was the last thing done to the disk, the run goes on from the old or the new checkpoint."""
     run, kept, resumed = tmp_path / "run", tmp_path / "kept", []
-    save_step(run, 1)
+    small = {"n_layers": 1, "n_mtp_layers": 0}
+    save_step(run, 1, **small)
     shutil.copytree(run, kept)
     for calls in range(100):
         crashed = True
         with monkeypatch.context() as patch, contextlib.suppress(Crash):
             crash_after(patch, calls)
-            save_step(run, 2)
+            save_step(run, 2, **small)
             crashed = False
-        model = tiny(9)
+        model = tiny(9, **small)
         resumed.append(load_run(run, model)[1]["step"])
-        assert torch.equal(model.head.weight, tiny(resumed[-1]).head.weight)
+        assert torch.equal(model.head.weight, tiny(resumed[-1], **small).head.weight)
         assert torch.equal(load_model(run).head.weight, model.head.weight)
         # and the next saves, of that step and another, leave no litter
         for step in range(resumed[-1], 4):
-            save_step(run, step)
+            save_step(run, step, **small)
         assert {path.name for path in run.iterdir()} == {"checkpoints.json", "step-00000003"}
         shutil.rmtree(run)
         shutil.copytree(kept, run)
@@ -739,7 +743,7 @@ def test_a_second_writer_is_refused(tmp_path: Path, is_there: bool) -> None:
                 assert contents(path) == before
         other = ParallelContext()
         other.rank = 1  # of the same job, of which the first process has the lock
-        Run(path, other).folder_fd()
+        Run(path, other)
     save_step(path, 4)
 
 
@@ -830,3 +834,29 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     process.wait()
     process.stdout.close()
     save_step(tmp_path / "run", 1)
+
+
+@pytest.mark.slow
+def test_train_py_holds_its_run(tmp_path: Path) -> None:
+    """Real processes: a second one is refused in a line, and the first ends with another when its folder is moved."""
+    root, path, data = Path(checkpoint.__file__).parent, tmp_path / "run", tmp_path / "data"
+    data.write_bytes(b"any text will do. " * 300)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    flags = ["--config", tmp_path / "config.json", "--data", data, "--steps", 10**6, "--save-path", path]
+    flags += ["--batch-size", 2, "--log-interval", 1, "--device", "cpu", "--dtype", "fp32", "--resume"]
+    command = [sys.executable, root / "train.py", *map(str, flags)]
+    options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **options) as first:
+        try:
+            while not (path / "metrics.jsonl").exists() and first.poll() is None:
+                time.sleep(0.1)
+            second = subprocess.run(command, **options)
+            assert second.returncode == 2 and re.fullmatch(r"train.py: error: .*another process.*\n", second.stderr)
+            assert first.poll() is None
+            path.rename(tmp_path / "elsewhere")
+            _, error = first.communicate()
+        finally:
+            first.kill()
+    assert first.returncode == 2 and re.fullmatch(r"train.py: error: .*renamed.*\n", error), error
+    assert str(path) in error and not path.exists()
+    assert json.loads((tmp_path / "elsewhere" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1

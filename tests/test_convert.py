@@ -286,8 +286,8 @@ def test_number_of_shards_must_divide(
 
 def test_a_run_means_its_best(tmp_path: Path) -> None:
     for step, is_best in ((1, True), (2, False)):
-        with Run(tmp_path / "run") as run:
-            save_run(run, tiny(step), {}, {"step": step}, is_best)
+        with Run(tmp_path / "run") as held:
+            save_run(held, tiny(step), {}, {"step": step}, is_best)
     assert run("--ckpt-path", tmp_path / "run", "--save-path", tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", WEIGHTS]
     best = tmp_path / "run" / "step-00000001" / WEIGHTS
