@@ -63,12 +63,14 @@ from parallel import (
     ParallelContext,
     ParallelError,
     abort,
+    build,
     end,
     is_rank_zero,
     keep_freed_memory,
     pick_device,
     pick_dtype,
     process_group,
+    read_launch,
 )
 
 # Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
@@ -778,7 +780,7 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
     dtype = pick_dtype(torch.device(device).type, arguments.dtype)
     with ctx.collective_section():
-        model = load_model(arguments.ckpt_path, device, dtype, keep_fp8, ctx.build, ctx)
+        model = load_model(arguments.ckpt_path, device, dtype, keep_fp8, partial(build, ctx), ctx)
         if model.args.vocab_size != VOCAB_SIZE:
             raise ValueError(
                 f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
@@ -897,7 +899,7 @@ def make_writer(mark: bytes, terminal_mark: str) -> Writer:
 
 def join(arguments: argparse.Namespace) -> ParallelContext:
     """Joins the processes that torchrun started: each is a part of the model, and must have been told the same."""
-    ctx = ParallelContext.join(pick_device(arguments.device), int(os.environ.get("WORLD_SIZE", "1")))
+    ctx = ParallelContext.join(pick_device(arguments.device), read_launch().world_size)
     ctx.require_equal({name: value for name, value in vars(arguments).items() if name not in HERE})
     return ctx
 
@@ -935,7 +937,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 when another process is gone, 2 for a user's mistake, 130 after Ctrl-C, 141 when nobody
         reads the output any more.
     """
-    with process_group(report):
+    with process_group("generate.py"):
         return command(argv)
 
 

@@ -1,6 +1,6 @@
 """Disturbs a run of several processes again and again, at random moments, and compares it with one undisturbed.
 
-    python tests/soak.py --kills 50 --seed 0 [--processes 2] [--train-flags=--fsdp]
+    python tests/bench/soak.py --kills 50 --seed 0 [--processes 2] [--train-flags=--fsdp]
 
 Killed are a worker, after which torchrun starts the others again; torchrun, whose workers must not go on without it;
 or all at once, as on a machine that fails; at any moment, in a save or in an evaluation. Where torchrun was killed the
@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import has_run, load_run, read_config  # noqa: E402
 from convert import load_model  # noqa: E402
 from model import Transformer  # noqa: E402
+from optim import STATE_KEYS, is_hidden_matrix  # noqa: E402
 from train import METRICS_FILE  # noqa: E402
 
 FULL = os.strerror(errno.ENOSPC)
@@ -205,7 +206,7 @@ class Soak:
         model = Transformer(read_config(self.folder / "config.json")[0])
         read, state = load_run(run, model)
         for name, p in model.named_parameters():
-            read(name, p)
+            read(name, p, STATE_KEYS["Muon" if is_hidden_matrix(name, p) else "AdamW"])
         return state["step"]
 
 

@@ -1,0 +1,143 @@
+"""Muon and the parameter groups: matrices are trained by Muon (or AdamW), all else by AdamW."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import parallel
+from model import Transformer
+from parallel import ParallelContext, is_matrix
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration, and how many of them
+NS_STEPS = 5
+STATE_KEYS = {"Muon": ["momentum_buffer"], "AdamW": ["step", "exp_avg", "exp_avg_sq"]}  # of a parameter
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum whose update is replaced by the nearest orthogonal matrix.
+
+    Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but takes stacks of matrices (..., rows, columns)
+    too and orthogonalises all matrices of a shape in one batch: a model has few shapes and many matrices.
+
+    Args:
+        params: Parameters of two dimensions or more.
+        lr: Learning rate; the update has the size of AdamW's, so that AdamW's rates fit.
+        momentum: Decay of the running mean of gradients; Nesterov's look-ahead is on.
+        weight_decay: Decoupled weight decay.
+        dtype: What to orthogonalise in; bfloat16 is precise enough.
+        ctx: The processes over which the matrices are spread; each is orthogonalised as a whole.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+        ctx: ParallelContext | None = None,
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+        self.ctx = ctx
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Updates all parameters that have a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    update = self._momentum(p, group)
+                    by_shape.setdefault(update.shape[1:], []).append((p, update))
+            for shape, pairs in by_shape.items():
+                updates = orthogonalize(torch.cat([update for _, update in pairs]))
+                lr = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
+                    here = p if self.ctx is None else self.ctx.local_shard(p)[0]
+                    here.mul_(1 - group["lr"] * group["weight_decay"])
+                    update = update if self.ctx is None else parallel.local_part(self.ctx, p, update)
+                    here.add_(update.view_as(here), alpha=-lr)
+
+    def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
+        """Advances the running mean; returns the Nesterov update of whole matrices, (matrices, rows, columns)."""
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(buffer, group["momentum"]).to(self.dtype)
+        return update.view(-1, *p.shape[-2:]) if self.ctx is None else parallel.full_tensor(self.ctx, p, update)
+
+
+def orthogonalize(x: torch.Tensor) -> torch.Tensor:
+    """Pushes the singular values of matrices towards 1 by Newton-Schulz iterations.
+
+    Args:
+        x: Matrices (n, rows, columns).
+
+    Returns:
+        Matrices of the same shape and dtype.
+    """
+    a, b, c = NS_COEFFICIENTS
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(NS_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
+    """Whether a parameter is one of those that `--optimizer` is for."""
+    return is_matrix(name, p.shape) and name not in ("embed.weight", "head.weight")
+
+
+def make_optimizers(
+    model: Transformer, args: argparse.Namespace, dtype: torch.dtype, ctx: ParallelContext | None = None
+) -> list[torch.optim.Optimizer]:
+    """Divides the parameters: hidden matrices by `--optimizer`; embedding, head, router and norms by AdamW.
+
+    Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink.
+    """
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        (matrices if is_hidden_matrix(name, p) else others).append(p)
+    groups = [{"params": others, "lr": args.lr, "weight_decay": 0.0}]
+    optimizers = []
+    if args.optimizer == "muon":
+        optimizers.append(Muon(matrices, args.matrix_lr, args.momentum, args.weight_decay, dtype, ctx))
+    else:
+        groups.append({"params": matrices, "lr": args.matrix_lr, "weight_decay": args.weight_decay})
+    optimizers.append(torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=1e-10, fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def optimizer_tensors(
+    model: Transformer, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns the optimizers' state of each parameter, by the parameter's name."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
+
+
+@torch.no_grad()
+def load_optimizer_tensors(
+    model: Transformer,
+    optimizers: list[torch.optim.Optimizer],
+    read: Callable[[str, nn.Parameter, list[str]], dict[str, torch.Tensor]],
+    ctx: ParallelContext,
+) -> None:
+    """Puts back what `optimizer_tensors` returned, which `read` knows of each parameter; see `checkpoint.load_run`."""
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        for key, tensor in read(name, p, STATE_KEYS[type(owner[p]).__name__]).items():
+            owner[p].state[p][key] = state = torch.zeros_like(p) if tensor.ndim else tensor.to(p.device)
+            ctx.local_shard(state)[0].copy_(tensor)
