@@ -90,7 +90,7 @@ def sharded_dim(name: str) -> int | None:
 
 
 def native_slice(name: str, shape: tuple[int, ...], n_experts: int, rank: int, world: int) -> Slice2D | None:
-    """Returns the rectangle of a full tensor that a rank's file of a native checkpoint has.
+    """Returns the rectangle of a full tensor that a rank's file of a native checkpoint has; None: nothing of it.
 
     Args:
         name: The tensor's native name, where each routed expert has tensors of its own.
@@ -98,9 +98,6 @@ def native_slice(name: str, shape: tuple[int, ...], n_experts: int, rank: int, w
         n_experts: `n_routed_experts`.
         rank: The tensor-parallel rank.
         world: How many there are, a number that `check_model_parallel` accepts.
-
-    Returns:
-        The rectangle, or None if the rank has nothing of it.
     """
     if rank not in ranks_with(name, n_experts, world):
         return None
@@ -119,11 +116,7 @@ def ranks_with(name: str, n_experts: int, world: int) -> range:
 def state_slice(name: str, shape: tuple[int, ...], rank: int, world: int) -> Slice2D:
     """Returns the rectangle of a full tensor of `state_dict`, or of its optimizer's state, that a rank has.
 
-    Args:
-        name: The tensor's name in `state_dict`.
-        shape: Its full shape; the rows of stacked matrices are counted through.
-        rank: The tensor-parallel rank.
-        world: How many there are.
+    The rows of stacked matrices are counted through.
     """
     return _slice(shape, sharded_dim(name), rank, world)
 
@@ -142,7 +135,7 @@ def local_slice(name: str, tensor: torch.Tensor, shape: tuple[int, ...], ctx: Pa
 
     Args:
         name: Its name in `state_dict`.
-        tensor: The tensor in this rank's model, of which `ctx.local_shard` may have some rows.
+        tensor: The tensor in this rank's model.
         shape: Its full shape.
         ctx: The ranks.
     """
@@ -270,13 +263,13 @@ def keep_freed_memory() -> None:
 
 
 class Launch(NamedTuple):
-    """The environment variables of a launcher such as torchrun, under their names there."""
+    """The environment variables of a launcher such as torchrun."""
 
     world_size: int
     rank: int
     local_rank: int
     local_world_size: int
-    restart_count: int  # TORCHELASTIC_RESTART_COUNT: how often torchrun has started these workers again
+    restart_count: int  # how often torchrun has started these workers again
     master_addr: str
     master_port: int
 
@@ -293,8 +286,8 @@ def read_launch() -> Launch:
         if text is None and default is not None:
             return default
         with suppress(ValueError):
-            if low <= int(text or "") <= high:
-                return int(text or "")
+            if low <= (value := int(text or "")) <= high:
+                return value
         found = "but is not set" if text is None else f"got {command.shorten(repr(text), 40)}"
         raise LaunchError(
             f"the environment variable {name} must be an integer from {low} to {high}, {found}; "
@@ -304,14 +297,12 @@ def read_launch() -> Launch:
     world = integer("WORLD_SIZE", 1, MAX_PROCESSES, 1)
     rank = integer("RANK", 0, world - 1, 0 if world == 1 else None)
     here = integer("LOCAL_WORLD_SIZE", 1, world, 1)
-    local_rank = integer("LOCAL_RANK", 0, (here if "LOCAL_WORLD_SIZE" in os.environ else world) - 1, 0)
+    local_rank = integer("LOCAL_RANK", 0, (here if here > 1 else world) - 1, 0)
     restarts = integer("TORCHELASTIC_RESTART_COUNT", 0, 1 << 31, 0)
-    address, port = os.environ.get("MASTER_ADDR", ""), 0
-    if world > 1:
-        port = integer("MASTER_PORT", 1, 65535, None)
-        if not address:
-            raise LaunchError(f"WORLD_SIZE is {world}, but MASTER_ADDR names no host; start with torchrun, or set it")
-    return Launch(world, rank, local_rank, here, restarts, address, port)
+    host, port = os.environ.get("MASTER_ADDR", ""), integer("MASTER_PORT", 1, 65535, None) if world > 1 else 0
+    if world > 1 and not host:
+        raise LaunchError("the environment variable MASTER_ADDR must be the host of process 0; start with torchrun")
+    return Launch(world, rank, local_rank, here, restarts, host, port)
 
 
 def is_rank_zero() -> bool:
@@ -358,8 +349,7 @@ def _report(prog: str, error: BaseException, mistakes: tuple[type[Exception], ..
 
 
 def _first_line(error: Exception) -> str:
-    """The message of an error of torch's, without the frames of C++ that may follow it."""
-    return (str(error).splitlines() or [""])[0]
+    return str(error).partition("\n")[0]  # frames of C++ follow
 
 
 def leave() -> None:
@@ -423,7 +413,7 @@ def _connect(launch: Launch, timeout: timedelta) -> dist.Store:
     Raises:
         LaunchError: It is not there, or something else is at its port.
     """
-    # which is there before its workers: one that does not reach it was left behind by a torchrun that was killed
+    # torchrun's is there before its workers: one that does not reach it was left behind by a torchrun that was killed
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout = min(timeout, STORE_TIMEOUT) if by_torchrun else timeout
     is_server, deadline = launch.rank == 0 and not by_torchrun, time.monotonic() + timeout.total_seconds()

@@ -24,7 +24,7 @@ class Plan:
     """Bytes by their purpose.
 
     Attributes:
-        held: Memory of a process that trains.
+        held: Memory of a process that trains, by purpose.
         cache: Its KV cache if it generated in bfloat16, `max_batch_size` sequences of `max_seq_len`.
         sent: Full tensors of the collectives in a step: a ring of n processes moves 2 (n - 1) / n times the bytes of an
             all-reduce, and (n - 1) / n times those of an all-gather or reduce-scatter.

@@ -92,10 +92,10 @@ def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing
     norm = nn.utils.get_total_norm(list(gradients.values()))
     for name, p in net.named_parameters():
         box = parallel.local_slice(name, p, shapes[name], ctx)
-        part, _ = ctx.local_shard(p.grad)
+        shard, _ = ctx.local_shard(p.grad)
         wanted = gradients[name].reshape(-1, shapes[name][-1])[box.top : box.bottom, box.left : box.right]
         torch.testing.assert_close(
-            part.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-5 * gradients[name].abs().max().item(), msg=name
+            shard.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-5 * gradients[name].abs().max().item(), msg=name
         )
     torch.testing.assert_close(parallel.clip_grad_norm(ctx, net, 0.1), norm, rtol=1e-5, atol=0)
     parallel.leave()
@@ -498,8 +498,8 @@ def test_other_precisions(runs: Runs) -> None:
 
 @pytest.mark.parametrize("ctx", [["--fsdp"], ["--model-parallel", 2]])
 @pytest.mark.slow
-def test_compiled_shares_train_evaluate_and_write_as_plain_ones(runs: Runs, ctx: list[str]) -> None:
-    """Only steps are compiled: an evaluation has a shorter window at its end, a sample a longer one at each byte."""
+def test_compiled_shards_train_evaluate_and_write_as_plain_ones(runs: Runs, ctx: list[str]) -> None:
+    """Only steps are compiled: an evaluation has a shorter sequence at its end, a sample a longer one at each byte."""
     flags = [*ctx, "--eval-interval", 5, "--sample-bytes", 20]
     plain, _ = launch(2, [{"flags": runs.flags(f"eager{ctx[0]}", *flags, steps=10)}])
     compiled, _ = launch(2, [{"flags": runs.flags(f"compiled{ctx[0]}", *flags, "--compile", steps=10)}])
@@ -623,7 +623,7 @@ def test_kills_cost_only_the_steps_since_the_checkpoint(capsys: pytest.CaptureFi
 FAULT = """
 import os, signal, sys
 sys.path[:0] = [{root!r}]
-import torch, train, generate, checkpoint
+import torch, train, generate, checkpoint, model
 calls = [0]
 def spoil(owner, name, at, fault):
     old = getattr(owner, name)
@@ -693,7 +693,9 @@ def run_code(code: str, flags: list[list[str]], hangs: bool = False) -> list[tup
 
 
 @pytest.mark.parametrize("ctx", [[], ["--fsdp"], ["--model-parallel", "2"]])
-@pytest.mark.parametrize("where", ["train, 'windows', 7", "torch.optim.AdamW, 'step', 3", "train, 'evaluate', 1"])
+@pytest.mark.parametrize(
+    "where", ["model.Transformer, 'loss', 7", "torch.optim.AdamW, 'step', 3", "model.Transformer, 'next_byte_loss', 1"]
+)
 @pytest.mark.slow
 def test_a_process_that_fails_ends_the_others(runs: Runs, tmp_path: Path, ctx: list[str], where: str) -> None:
     """It shows its own fault, in full and first; the other tells in a line that it is gone, within seconds."""
@@ -737,7 +739,7 @@ def test_a_process_that_fails_while_writing_text_ends_the_others(runs: Runs, tmp
 def test_a_process_that_hangs_is_given_up(runs: Runs, tmp_path: Path, world: int, ctx: list[str]) -> None:
     """By one that waits for all ranks, and by one that waits for its tensor-parallel group alone."""
     flags = runs.flags(str(tmp_path / "run"), "--timeout", 0.1, *ctx, steps=20)
-    first, *_ = run_spoilt("spoil(train, 'windows', 7, hang)", [flags] * world)
+    first, *_ = run_spoilt("spoil(model.Transformer, 'loss', 7, hang)", [flags] * world)
     assert first[0] == 1 and "another process is gone or does not answer" in first[1], first
 
 
@@ -762,14 +764,14 @@ def test_processes_that_were_told_different_things(runs: Runs, differently: list
     assert not (runs.folder / "never-begun").exists()
 
 
-def test_shares_are_disjoint_and_whole() -> None:
-    """Every window of a batch is read by one data-parallel process, whose parts read the same."""
+def test_slices_of_a_batch_cover_it_once() -> None:
+    """Every sequence of a batch is read by one data-parallel rank, the same one throughout a tensor-parallel group."""
     ctx = parallel.ParallelContext("cpu", 8, 0, 2)
-    windows = []
+    sequences = []
     for rank in range(ctx.dp_size):
         ctx.dp_rank = rank
-        windows += range(12)[ctx.data_parallel_slice(12)]
-    assert windows == list(range(12))
+        sequences += range(12)[ctx.data_parallel_slice(12)]
+    assert sequences == list(range(12))
 
 
 @pytest.fixture(scope="module")
@@ -851,8 +853,8 @@ def test_a_machine_leaves_and_comes_back(alone: soak.Soak, networks: list[tuple[
 
 
 @pytest.mark.slow
-def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
-    """From any form of a checkpoint, greedy and sampled; the first process alone speaks."""
+def test_generating_on_several_ranks_writes_the_same(runs: Runs) -> None:
+    """From any form of a checkpoint, greedy and sampled; the first process alone prints."""
     save_model(runs.model(), runs.folder / "mp1")
     convert.convert(runs.folder / "mp1", runs.folder / "cut4", 4)
     convert.convert(runs.folder / "mp1", runs.folder / "hf", is_hf=True)
@@ -876,7 +878,7 @@ def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-def test_parts_that_a_model_cannot_be_cut_into(runs: Runs) -> None:
+def test_numbers_of_ranks_that_do_not_divide_a_model(runs: Runs) -> None:
     """The first process alone names the numbers of processes that can be, and a mistake in the flags."""
     save_model(runs.model(), runs.folder / "uncut")
     flags = ["--ckpt-path", str(runs.folder / "uncut"), "--device", "cpu", "--prompt", "7"]
@@ -938,7 +940,7 @@ def test_interrupted_by_the_user(runs: Runs, tmp_path: Path, name: str, by_torch
 
 
 @pytest.mark.slow
-def test_only_the_first_speaks(runs: Runs) -> None:
+def test_only_the_first_prints(runs: Runs) -> None:
     first, second = launch(2, [{"flags": runs.flags("quiet", "--sample-bytes", 20, steps=2)}])
     assert "2 data-parallel" in first and "val_loss" in first and re.sub(r"(?m)^\[Gloo\].*\n", "", second) == ""
 
