@@ -693,7 +693,7 @@ def run_code(code: str, flags: list[list[str]], hangs: bool = False) -> list[tup
 
 
 @pytest.mark.parametrize("ctx", [[], ["--fsdp"], ["--model-parallel", "2"]])
-@pytest.mark.parametrize("where", ["train, 'windows', 7", "torch.optim.AdamW, 'step', 3", "train, 'evaluate', 1"])
+@pytest.mark.parametrize("where", ["train, 'read_batch', 7", "torch.optim.AdamW, 'step', 3", "train, 'evaluate', 1"])
 @pytest.mark.slow
 def test_a_process_that_fails_ends_the_others(runs: Runs, tmp_path: Path, ctx: list[str], where: str) -> None:
     """It shows its own fault, in full and first; the other tells in a line that it is gone, within seconds."""
@@ -737,7 +737,7 @@ def test_a_process_that_fails_while_writing_text_ends_the_others(runs: Runs, tmp
 def test_a_process_that_hangs_is_given_up(runs: Runs, tmp_path: Path, world: int, ctx: list[str]) -> None:
     """By one that waits for all ranks, and by one that waits for its tensor-parallel group alone."""
     flags = runs.flags(str(tmp_path / "run"), "--timeout", 0.1, *ctx, steps=20)
-    first, *_ = run_spoilt("spoil(train, 'windows', 7, hang)", [flags] * world)
+    first, *_ = run_spoilt("spoil(train, 'read_batch', 7, hang)", [flags] * world)
     assert first[0] == 1 and "another process is gone or does not answer" in first[1], first
 
 
