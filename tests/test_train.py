@@ -10,8 +10,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -948,6 +950,57 @@ def test_interrupted_by_the_user(here: Here, processes: Processes) -> None:
     assert f"resumed {here.run} at step {step}\n" in log and "Traceback" not in log
     assert f"stopped by SIGTERM after step {later}: model in {here.run}" in log
     assert [row["step"] for row in lines(here.run)] == list(range(1, later + 1)) and later > step
+
+
+def two_processes(first: list[str], second: list[str]) -> list[tuple[int, str]]:
+    """Runs the command in two processes that share a batch; returns their exit codes and what they wrote to stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, TRAIN_PY, *argv],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, argv in enumerate((first, second))
+    ]
+    errors = [process.communicate(timeout=250)[1] for process in started]
+    return [(process.returncode, error) for process, error in zip(started, errors, strict=True)]
+
+
+@pytest.mark.slow
+def test_processes_with_different_flags_are_refused(here: Here) -> None:
+    """Before they wait for each other: also where one of them alone would save."""
+    (code, err), (other_code, other) = two_processes(here.flags("--steps", 2), here.flags("--steps", 2, save=False))
+    assert code == other_code == 2 and not here.run.exists()
+    assert f"train.py: error: process 0 has save_path = {here.run}, process 1 has None" in err
+    assert err.count("\n") == 1 and other == ""
+
+
+@pytest.mark.slow
+def test_data_of_one_process_that_shrinks(here: Here) -> None:
+    """All end with what the last step has made, as the first names the file."""
+    short = here.path / "copy.txt"
+    short.write_bytes(here.data.read_bytes())
+    flags = ["--steps", 100_000, "--eval-interval", 10**6, "--save-interval", 10**6]
+    metrics_file = here.run / "metrics.jsonl"
+
+    def shrink() -> None:
+        while not metrics_file.exists() or metrics_file.read_text().count("\n") < 3:
+            time.sleep(0.02)
+        os.truncate(short, 10)
+
+    thread = threading.Thread(target=shrink, daemon=True)
+    thread.start()
+    (code, err), (other_code, other) = two_processes(here.flags(*flags), here.flags(*flags, data=short))
+    assert code == other_code == 2 and other == ""
+    assert err.count("\n") == 1 and str(short) in err and str(here.run) in err
+    step = json.loads((checkpoint(here.run) / "state.json").read_text())["step"]
+    assert step >= 3 and step == lines(here.run)[-1]["step"]
 
 
 def test_signal_before_the_first_step_and_twice(
