@@ -79,7 +79,6 @@ from safetensors_io import (
 )
 
 MAX_FILE_BYTES = 5 * 10**9  # of a Hugging Face checkpoint's files
-MAX_SHARDS = 9999
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 SINGLE_FILE = "model.safetensors"  # of a Hugging Face checkpoint without index
 
@@ -109,6 +108,10 @@ HF_ROPE_KEYS = {  # field of ModelArgs: field of rope_scaling
 }
 HF_ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": 0.0, "mscale_all_dim": 0.0, "attention_factor": None}
 HF_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+HF_ROUTING = {  # score_func: fields of the classes that have it
+    "sigmoid": {"scoring_func": "sigmoid", "norm_topk_prob": True},
+    "softmax": {"scoring_func": "softmax", "norm_topk_prob": False},
+}
 HF_FIXED = {  # fields that would change the mathematics, and the value that they have in every model here
     "attention_bias": False, "attention_dropout": 0.0, "ep_size": 1, "is_causal": True, "is_encoder_decoder": False,
     "mlp_bias": False, "moe_layer_freq": 1, "output_router_logits": False, "partial_rotary_factor": 1.0,
@@ -181,7 +184,7 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
     Raises:
         ConfigError: A field is missing, or there is no counterpart for it here; the message names it.
     """
-    derived, extra = _derive(config), as_object("bytegpt", config.get("bytegpt", {}))
+    derived, extra = _derive(config), shown_dict("bytegpt", config.get("bytegpt", {}))
     if derived["use_yarn"]:  # of a model exported without YaRN, to which somebody added it: it replaces these
         extra = {key: value for key, value in extra.items() if key not in HF_ROPE_KEYS}
     with _in_hf_names(extra):
@@ -206,21 +209,16 @@ def _derive(config: dict[str, Any]) -> dict[str, Any]:
         if theirs not in left:
             raise ConfigError(f"{theirs} is missing")
         value = left.pop(theirs)
-        with _in_hf_names():
-            values[ours] = check_field(ours, HF_NULLS.get(ours) if value is None else value)
+        values[ours] = _check_hf_field(ours, HF_NULLS.get(ours) if value is None else value)
     if not _is_activation_of_hf(values["hidden_act"]):
         raise ConfigError(f"hidden_act {values['hidden_act']} is not computed here as transformers does")
     values["n_mtp_layers"] = _agreed(0, left, "num_nextn_predict_layers", "num_mtp_layers")
     values |= _derive_layout(left, values["n_layers"]) | _derive_rope(left, values["max_seq_len"])
     values |= _derive_routing(left, kind)
     values["scale_fmt"] = check_quantization(left.pop("quantization_config", None))
-    sizes = {
-        "num_key_value_heads": values["n_heads"],
-        "head_dim": values["qk_rope_head_dim"],
-        "qk_head_dim": values["qk_nope_head_dim"] + values["qk_rope_head_dim"],
-        "num_experts": values["n_routed_experts"],
-        "num_local_experts": values["n_routed_experts"],
-    }
+    sizes = {"num_key_value_heads": values["n_heads"], "head_dim": values["qk_rope_head_dim"]}
+    sizes |= dict.fromkeys(("num_experts", "num_local_experts"), values["n_routed_experts"])
+    sizes["qk_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
     _check_fixed(left, HF_FIXED | sizes)
     return values
 
@@ -232,16 +230,11 @@ def _derive_routing(left: dict[str, Any], kind: str) -> dict[str, Any]:
     methods = (None, "greedy", "group_limited_greedy") if kind == "deepseek_v2" else (None, "noaux_tc")
     if method not in methods:
         raise ConfigError(f"topk_method {shorten(method)} has no counterpart here with model_type {kind}")
-    fixed = _routing_fields(score_func)
-    _check_fixed({key: left.pop(key) for key in fixed if key in left}, fixed)
+    _check_fixed({key: left.pop(key) for key in HF_ROUTING[score_func] if key in left}, HF_ROUTING[score_func])
     values: dict[str, Any] = {"score_func": score_func}
     if score_func == "softmax" and method != "group_limited_greedy":  # there may be groups, which "greedy" ignores
         values |= {"n_expert_groups": 1, "n_limited_groups": 1}
     return values
-
-
-def _routing_fields(score_func: str) -> dict[str, Any]:
-    return {"scoring_func": score_func, "norm_topk_prob": score_func == "sigmoid"}
 
 
 def _derive_layout(left: dict[str, Any], n_layers: int) -> dict[str, Any]:
@@ -250,8 +243,7 @@ def _derive_layout(left: dict[str, Any], n_layers: int) -> dict[str, Any]:
     if n_dense is None and types is None:
         raise ConfigError("first_k_dense_replace is missing")
     if n_dense is not None:
-        with _in_hf_names():
-            check_field("n_dense_layers", n_dense)
+        _check_hf_field("n_dense_layers", n_dense)
     if types is None:
         return {"n_dense_layers": n_dense, "moe_layer_freq": 1}
     if not isinstance(types, list) or len(types) != n_layers or not all(kind in ("dense", "sparse") for kind in types):
@@ -280,9 +272,8 @@ def _derive_rope(left: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
     values = {ours: rope.pop(theirs) for ours, theirs in HF_ROPE_KEYS.items()}
     for ours, value in values.items():
         if type(getattr(ModelArgs, ours)) is int and isinstance(value, float) and value.is_integer():
-            values[ours] = int(value)  # some configs have 32.0
-        with _in_hf_names():
-            check_field(ours, values[ours])
+            value = int(value)  # some configs have 32.0
+        values[ours] = _check_hf_field(ours, value)
     mscale, attention = rope.pop("mscale"), rope.pop("attention_factor")
     if attention != 1 and (attention is not None or not mscale or mscale != values["mscale"]):
         raise ConfigError("rope_scaling.mscale must equal mscale_all_dim, or attention_factor be 1")
@@ -295,7 +286,7 @@ def _take_rope(left: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     thetas, found = {"rope_theta": left.pop("rope_theta", None)}, []
     for place in ("rope_parameters", "rope_scaling"):
         if (value := left.pop(place, None)) is not None:
-            found.append(rope := as_object(place, value))
+            found.append(rope := shown_dict(place, value))
             thetas[f"{place}.rope_theta"] = rope.pop("rope_theta", None)
             rope["type"] = _agreed("default", rope, "rope_type", "type")
     if len(found) == 2 and found[0] != found[1]:
@@ -312,7 +303,7 @@ def check_quantization(quantization: Any) -> str | None:
     Raises:
         ConfigError: It is another; the message names the field.
     """
-    left = as_object("quantization_config", HF_FP8 if quantization is None else quantization)
+    left = shown_dict("quantization_config", HF_FP8 if quantization is None else quantization)
     for key in ("modules_to_not_convert", "ignored_layers", "dequantize"):  # the tensors' dtypes show that
         left.pop(key, None)
     scale_fmt = left.pop("scale_fmt", None)
@@ -343,7 +334,7 @@ def _agreed(default: Any, left: dict[str, Any], *names: str) -> Any:
     return first
 
 
-def as_object(name: str, value: Any) -> dict[str, Any]:
+def shown_dict(name: str, value: Any) -> dict[str, Any]:
     """Returns a copy of an object of a config, or raises a ConfigError if it is none."""
     if not isinstance(value, dict):
         raise ConfigError(f"{name} must be an object, got {shorten(value)}")
@@ -361,6 +352,11 @@ def _in_hf_names(kept: Set[str] | dict[str, Any] = frozenset()) -> Iterator[None
     except ConfigError as error:
         text = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(error))
         raise ConfigError(text) from None
+
+
+def _check_hf_field(ours: str, value: Any) -> Any:
+    with _in_hf_names():
+        return check_field(ours, value)
 
 
 def _is_activation_of_hf(name: str) -> bool:
@@ -392,25 +388,14 @@ def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, An
         raise ConfigError(f"this model cannot be exported: no class of transformers has {obstacles[0]}")
     groups = _n_groups(args)
     config: dict[str, Any] = {theirs: getattr(args, ours) for ours, theirs in HF_KEYS.items()}
-    config |= {
-        "architectures": [HF_CLASSES[kind]],
-        "model_type": kind,
-        "q_lora_rank": args.q_lora_rank or None,
-        "num_key_value_heads": args.n_heads,
-        "n_group": groups,
-        "topk_group": min(groups, args.n_limited_groups),
-        "topk_method": "noaux_tc",
-        "num_nextn_predict_layers": args.n_mtp_layers,
-        "aux_loss_alpha": args.aux_loss_alpha,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "rope_theta": args.rope_theta,
-        "rope_scaling": _rope_scaling(args) if args.use_yarn else None,
-    }
-    config |= _routing_fields("softmax" if kind == "deepseek_v2" else "sigmoid")
+    config |= {"architectures": [HF_CLASSES[kind]], "model_type": kind}
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config |= {"q_lora_rank": args.q_lora_rank or None, "num_key_value_heads": args.n_heads, "n_group": groups}
+    config |= {"topk_group": min(groups, args.n_limited_groups), "topk_method": "noaux_tc"}
+    config |= {"num_nextn_predict_layers": args.n_mtp_layers, "aux_loss_alpha": args.aux_loss_alpha}
+    config |= {"attention_bias": False, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0}
+    config |= {"rope_theta": args.rope_theta, "rope_scaling": _rope_scaling(args) if args.use_yarn else None}
+    config |= HF_ROUTING["softmax" if kind == "deepseek_v2" else "sigmoid"]
     if kind == "deepseek_v2":
         config["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
     if kind == "glm4_moe_lite":
@@ -433,13 +418,7 @@ def _n_groups(args: ModelArgs) -> int:
 
 
 def _obstacles(args: ModelArgs, is_v2: bool, is_contiguous: bool) -> list[str]:
-    """Lists what keeps a model from being one of transformers' classes.
-
-    Args:
-        args: The model's shape.
-        is_v2: Whether the class is DeepSeek-V2's.
-        is_contiguous: Whether all layers after the first MoE layer are MoE too.
-    """
+    """Lists what keeps a model from being one of transformers' classes; contiguous MoE layers go on to the last."""
     has_moe, per_group = _has_moe(args), args.n_routed_experts // max(1, _n_groups(args))
     reasons = {
         "kv_lora_rank = 0, plain attention": args.kv_lora_rank == 0,
@@ -487,24 +466,11 @@ def tokenizer_files(max_seq_len: int) -> dict[str, dict[str, Any]]:
     end = {"id": 0, "content": "\0", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     vocab = {letters[byte] if byte else "\0": byte for byte in range(256)}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [end | {"special": True}],
-        "normalizer": None,
-        "pre_tokenizer": level,
-        "post_processor": None,
-        "decoder": level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "\0",
-        "pad_token": "\0",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_seq_len,
-    }
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end | {"special": True}]}
+    tokenizer |= {"normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level}
+    tokenizer |= {"model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "\0", "pad_token": "\0"}
+    config |= {"clean_up_tokenization_spaces": False, "model_max_length": max_seq_len}
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
 
@@ -661,13 +627,7 @@ class Job:
 def make_plan(
     checkpoint: Checkpoint, world: int = 1, is_hf: bool = False, dtype: str | None = None
 ) -> tuple[list[SafetensorsWriter], list[Job], dict[str, dict[str, Any]]]:
-    """Lays out a conversion, for which no tensor need be read.
-
-    Args:
-        checkpoint: What to convert.
-        world: Number of shards, for the native format.
-        is_hf: Into Hugging Face's format, which has no shards.
-        dtype: Dtype of the linear layers: "fp32", "bf16", "fp8", or None: as they are.
+    """Lays out a conversion, for which no tensor need be read; arguments as of `convert`.
 
     Returns:
         The files of tensors, what goes into them, and the JSON files beside them.
@@ -880,13 +840,7 @@ class _Transfer:
 
 
 def _check_finite(source: ShardedTensor, band: Slice2D, data: torch.Tensor) -> None:
-    """Refuses a band that has NaN or infinity, or would have in its new dtype.
-
-    Args:
-        source: The tensor.
-        band: What was read of it.
-        data: The numbers in their new dtype; of those that became FP8, their scales.
-    """
+    """Refuses a band with NaN or infinity in its new dtype (of those that became FP8, in their scales)."""
     if _is_finite(data):
         return
     if source.dtype != E4M3 and not _is_finite(source.read_bytes(band).view(source.dtype)):
@@ -973,7 +927,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--ckpt-path", type=Path, required=True, metavar="SRC", help="a checkpoint's or a run's folder")
     parser.add_argument("--save-path", type=Path, required=True, metavar="DST", help="the folder to make")
-    shards = command.integer(1, MAX_SHARDS)
+    shards = command.integer(1, 9999)
     parser.add_argument("--model-parallel", type=shards, default=1, metavar="N", help="number of shards (default: 1)")
     parser.add_argument("--format", choices=("native", "hf"), default="native", help="(default: native)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp8"), help="of linear layers (default: as they are)")

@@ -54,40 +54,20 @@ _CHOICES = {
 }
 # The lowest and the highest value of each number. The highest are beyond any model that was ever published, and such
 # that no weight has 2^63 bytes.
+# fmt: off
 _BOUNDS: dict[str, tuple[float, float]] = {
-    "max_batch_size": (1, 1 << 20),
-    "max_seq_len": (1, 1 << 30),
-    "vocab_size": (1, 1 << 24),
-    "dim": (1, 1 << 20),
-    "inter_dim": (0, 1 << 20),
-    "moe_inter_dim": (0, 1 << 20),
-    "n_layers": (1, 1 << 12),
-    "n_dense_layers": (0, 1 << 12),
-    "moe_layer_freq": (1, 1 << 12),
-    "n_heads": (1, 1 << 14),
-    "n_routed_experts": (0, 1 << 16),
-    "n_shared_experts": (0, 1 << 10),
-    "n_activated_experts": (0, 1 << 16),
-    "n_expert_groups": (0, 1 << 16),
-    "n_limited_groups": (0, 1 << 16),
-    "route_scale": (-1e6, 1e6),
-    "bias_update_speed": (0, 1e6),
-    "aux_loss_alpha": (0, 1e6),
-    "q_lora_rank": (0, 1 << 20),
-    "kv_lora_rank": (0, 1 << 20),
-    "qk_nope_head_dim": (0, 1 << 14),
-    "qk_rope_head_dim": (0, 1 << 14),
-    "v_head_dim": (1, 1 << 14),
-    "original_seq_len": (1, 1 << 30),
-    "rope_theta": (1, 1e15),
-    "rope_factor": (1, 1e6),
-    "beta_fast": (1, 1 << 20),
-    "beta_slow": (1, 1 << 20),
-    "mscale": (0, 1e6),
-    "norm_eps": (1e-30, 1),
-    "n_mtp_layers": (0, 1 << 12),
+    "max_batch_size": (1, 1 << 20), "max_seq_len": (1, 1 << 30), "vocab_size": (1, 1 << 24), "dim": (1, 1 << 20),
+    "inter_dim": (0, 1 << 20), "moe_inter_dim": (0, 1 << 20), "n_layers": (1, 1 << 12), "n_dense_layers": (0, 1 << 12),
+    "moe_layer_freq": (1, 1 << 12), "n_heads": (1, 1 << 14), "n_routed_experts": (0, 1 << 16),
+    "n_shared_experts": (0, 1 << 10), "n_activated_experts": (0, 1 << 16), "n_expert_groups": (0, 1 << 16),
+    "n_limited_groups": (0, 1 << 16), "route_scale": (-1e6, 1e6), "bias_update_speed": (0, 1e6),
+    "aux_loss_alpha": (0, 1e6), "q_lora_rank": (0, 1 << 20), "kv_lora_rank": (0, 1 << 20),
+    "qk_nope_head_dim": (0, 1 << 14), "qk_rope_head_dim": (0, 1 << 14), "v_head_dim": (1, 1 << 14),
+    "original_seq_len": (1, 1 << 30), "rope_theta": (1, 1e15), "rope_factor": (1, 1e6), "beta_fast": (1, 1 << 20),
+    "beta_slow": (1, 1 << 20), "mscale": (0, 1e6), "norm_eps": (1e-30, 1), "n_mtp_layers": (0, 1 << 12),
     "mtp_loss_weight": (0, 1e6),
 }
+# fmt: on
 
 
 class ConfigError(ValueError):

@@ -109,7 +109,7 @@ def test_round_trip(tmp_path: Path, changes: dict[str, object]) -> None:
         assert torch.equal(ours[name], theirs[name]), name
     with torch.no_grad():
         assert torch.equal(model(tokens), loaded(tokens))
-    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
@@ -764,9 +764,7 @@ def test_logits_of_transformers(tmp_path_factory: pytest.TempPathFactory, kind: 
     with torch.no_grad():
         expected = model(TOKENS)
         torch.testing.assert_close(theirs(TOKENS).logits, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max()))
-    theirs.save_pretrained(tmp / "theirs")  # and back, as transformers itself writes it, which knows no MTP
-    config = json.loads((tmp / "theirs" / "config.json").read_text())
-    (tmp / "theirs" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    theirs.save_pretrained(tmp / "theirs")  # and back, as transformers itself writes it, which drops MTP modules
     torch.testing.assert_close(logits(tmp / "theirs"), expected, rtol=0, atol=1e-5 * max(1, expected.abs().max()))
     shutil.rmtree(tmp)
 
