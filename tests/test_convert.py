@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import checkpoint as checkpoints
 import convert
+import parallel
 import safetensors_io
 from checkpoint import load_run, read_config, save_model, save_run
 from convert import load_model, open_checkpoint
@@ -979,17 +980,49 @@ def test_flags(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ["--model-parallel", "9" * 5000],
         ["--format", "gguf"],
         ["--dtype", "int4"],
+        ["--dtype"],
+        ["--world", "2"],
         ["--format", "hf", "--model-parallel", "2"],
     ):
         with pytest.raises(SystemExit) as error:
             run(*base, *flags)
         assert error.value.code == 2 and not (tmp_path / "out").exists()
-    capsys.readouterr()
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 1 and errors[0].startswith("convert.py: error: ") and flags[0] in errors[0]
     assert run("--ckpt-path", tmp_path / "none", "--save-path", tmp_path / "out") == 2
     assert str(tmp_path / "none") in capsys.readouterr().err
 
 
 BIG = {"dim": 512, "inter_dim": 2048, "n_layers": 6, "n_dense_layers": 6, "n_routed_experts": 0, "n_mtp_layers": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
+def test_streams_that_are_closed_or_full(saved: Path, tmp_path: Path, streams: str) -> None:
+    """They hinder no conversion, and what is opened meanwhile does not become one of them."""
+    script = Path(convert.__file__).resolve()
+    line = f'exec "{sys.executable}" "{script}" --ckpt-path "{saved}" --save-path "{tmp_path / "out"}" {streams}'
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and not done.stdout and not done.stderr
+    assert_same(saved, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_interrupted_while_torch_is_imported(tmp_path: Path) -> None:
+    """As after Ctrl-C at any other moment: no traceback."""
+    script = Path(convert.__file__).resolve()
+    code = (
+        f"import runpy, sys, signal; sys.argv = ['convert.py'];\n"
+        f"class Raise:\n"
+        f"    def find_spec(self, name, *_):\n"
+        f"        if name == 'torch':\n"
+        f"            signal.raise_signal(signal.SIGINT)\n"
+        f"sys.meta_path.insert(0, Raise()); sys.path.insert(0, {str(script.parent)!r})\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def command(*flags: object, before: str = "") -> subprocess.Popen:
@@ -1003,6 +1036,7 @@ def command(*flags: object, before: str = "") -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """The target is there and whole, or not there; the source is as it was; the next run succeeds."""
     save_model(tiny(**BIG), tmp_path / "a")
@@ -1037,6 +1071,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_disk_full(tmp_path: Path) -> None:
     save_model(tiny(**BIG), tmp_path / "a")
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -1069,6 +1104,7 @@ def test_file_that_shrinks_meanwhile(saved: Path, tmp_path: Path) -> None:
     one_line(error, saved / WEIGHTS, "truncated")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_is_that_of_a_band(tmp_path: Path) -> None:
     """A checkpoint of 250 MB, all holes, takes no more memory than a small one does."""
@@ -1118,6 +1154,7 @@ def test_two_conversions_to_the_same_folder(saved: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saved"]
 
 
+@pytest.mark.slow
 def test_two_processes_and_the_same_folder(tmp_path: Path) -> None:
     """The second is refused while the first lives, and succeeds when it was killed."""
     save_model(tiny(**BIG), tmp_path / "a")
@@ -1169,6 +1206,7 @@ def test_parents_made_in_vain_are_removed(saved: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.slow
 def test_sigterm_cleans_up(tmp_path: Path) -> None:
     save_model(tiny(**BIG), tmp_path / "a")
     slow = "import time; from safetensors_io import ShardedTensor; f = ShardedTensor.read_bytes\n"
@@ -1249,11 +1287,11 @@ def test_giant_config(saved: Path) -> None:
 
 
 def test_model_too_large_for_memory(saved: Path) -> None:
-    values = json.loads((saved / "config.json").read_text())
-    values |= {"max_seq_len": 1 << 45, "original_seq_len": 1 << 45}
-    (saved / "config.json").write_text(json.dumps(values))
+    def no_memory(*_: object, **__: object) -> Transformer:
+        raise MemoryError
+
     with pytest.raises(CheckpointError) as error:
-        load_model(saved)
+        load_model(saved, build=no_memory)
     one_line(error, saved / "config.json", "too large")
 
 
@@ -1351,6 +1389,68 @@ def test_numbers_too_large_for_bfloat16(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         convert.convert(saved, tmp_path / "out", dtype="bf16")
     one_line(error, saved / WEIGHTS, "head.weight", "infinity")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["layers.1.ffn.gate.bias", "layers.0.attn.kv_norm.weight", "embed.weight"])
+def test_no_number_that_is_none_is_passed_on(saved: Path, tmp_path: Path, name: str, bad: float) -> None:
+    """Whichever way a checkpoint is read, and whether its dtype changes or not."""
+    change(saved / WEIGHTS, lambda tensors: tensors[name].view(-1).__setitem__(-1, bad))
+    for attempt in (
+        lambda: convert.convert(saved, tmp_path / "same"),
+        lambda: convert.convert(saved, tmp_path / "hf", is_hf=True),
+        lambda: convert.convert(saved, tmp_path / "fp8", dtype="fp8"),
+        lambda: load_model(saved),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            attempt()
+        one_line(error, saved / WEIGHTS, name, "not finite")
+
+
+def test_loaded_model_can_be_trained_on(saved: Path) -> None:
+    model = load_model(saved).train()
+    tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(5):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:]).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    before = load_file(saved / WEIGHTS)["layers.0.attn.wq.weight"]
+    assert not torch.equal(model.layers[0].attn.wq.weight, before)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_dense_layers": 0, "moe_layer_freq": 1}, {"n_routed_experts": 0}])
+def test_what_a_checkpoint_must_have_is_found_from_two_layers(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]
+) -> None:
+    """However many layers a config names, no model of that many is built to see what is missing."""
+    built = []
+
+    class Counted(Transformer):
+        def __init__(self, args: ModelArgs, *rest: Any, **more: Any):
+            built.append(args.n_layers + args.n_mtp_layers)
+            super().__init__(args, *rest, **more)
+
+    monkeypatch.setattr(checkpoints, "Transformer", Counted)
+    args = ModelArgs.from_dict(TINY | {"n_layers": 300, "n_mtp_layers": 2, "vocab_size": 3} | changes)
+    header = {f"layers.{i}.attn_norm.weight": torch.zeros(0) for i in range(3000)}
+    save_file(header, saved / WEIGHTS)
+    (saved / "config.json").write_text(json.dumps(args.to_dict()))
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(saved)
+    one_line(error, saved / WEIGHTS, "missing")
+    assert built and max(built) <= 3
+    shapes, fp8_layers = checkpoints._weights_of(args, saved, 3000)
+    monkeypatch.undo()
+    with torch.device("meta"):
+        whole = Transformer(args, fp8_weights=True)
+    parts = {name: t for name, _, t in checkpoints._native_parts(whole, parallel.ParallelContext())}
+    assert shapes == {name: tuple(t.shape) for name, t in parts.items() if not name.endswith(".scale")}
+    assert fp8_layers == {name for name, t in parts.items() if t.dtype == torch.float8_e4m3fn}
 
 
 def test_all_files_of_a_foreign_tokenizer(tmp_path: Path) -> None:
