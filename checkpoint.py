@@ -239,14 +239,15 @@ def _weights_of(args: ModelArgs, folder: Path, count: int) -> tuple[dict[str, tu
         raise too_large(folder, error) from None
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for name, _, tensor in _native_parts(prototype, ParallelContext()):
-        prefix = re.match(r"layers\.\d+\.|mtp\.0\.(block\.)?|", name)[0]
+        prefix = re.match(r"layers\.\d+\.|mtp\.0\.(block\.)?|\w+\.", name)[0]
         if not name.endswith(".scale"):
             groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
 
     def block(layer: int) -> dict[str, torch.Tensor]:
         return groups["layers.1." if args.is_moe(layer) else "layers.0."]
 
-    parts = [("", groups[""])] + [(f"layers.{i}.", block(i)) for i in range(args.n_layers)]
+    parts = [("embed.", groups["embed."])] + [(f"layers.{i}.", block(i)) for i in range(args.n_layers)]
+    parts += [(prefix, groups[prefix]) for prefix in ("norm.", "head.")]
     for k in range(args.n_mtp_layers):
         parts += [(f"mtp.{k}.", groups["mtp.0."]), (f"mtp.{k}.block.", block(args.n_layers + k))]
     tensors = {prefix + leaf: tensor for prefix, group in parts for leaf, tensor in group.items()}

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_convert import TINY, TOKENS, assert_same, change, divisible, draws, logits, one_line, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.activations import ACT2FN
 
 import checkpoint as checkpoints
 import convert
 import generate
+import model as models
 import parallel
 from checkpoint import save_model
 from convert import args_from_hf, hf_config, load_model, open_checkpoint
@@ -547,3 +550,279 @@ def test_contradictions_and_worse_in_a_config(saved: Path, tmp_path: Path, chang
         open_checkpoint(tmp_path / "hf")
     one_line(error, file, part)
     assert len(str(error.value)) < 1000
+
+
+def exported(tmp_path: Path, **changes: Any) -> Path:
+    """A checkpoint in Hugging Face's format, without MTP modules unless they are asked for."""
+    save_model(tiny(**({"n_mtp_layers": 0} | changes)), tmp_path / "native")
+    convert.convert(tmp_path / "native", tmp_path / "hf", is_hf=True)
+    return tmp_path / "hf"
+
+
+def edit_config(folder: Path, changes: dict[str, Any]) -> Path:
+    """Changes fields of its config, in place."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return file
+
+
+def assert_same_logits_as_transformers(folder: Path) -> torch.Tensor:
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+    ours = logits(folder)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max()))
+    return ours
+
+
+# --- YaRN ------------------------------------------------------------------------------------------------------------
+
+YARNS = [
+    {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0},
+    {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 12, "attention_factor": 1.0},
+    YARN | {"factor": 8, "beta_fast": 4.0, "beta_slow": None, "mscale": 0.707, "mscale_all_dim": 0.707},
+]
+
+
+@pytest.mark.parametrize("context", [12, 16, 64, 65, 500])
+@pytest.mark.parametrize("yarn", YARNS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_yarn_whatever_the_context(tmp_path: Path, kind: str, yarn: dict[str, Any], context: int) -> None:
+    """A config with YaRN computes the same with any `max_position_embeddings`: what transformers computes."""
+    hf = exported(tmp_path, dim=32, **KINDS[kind])
+    plain = logits(hf)
+    edit_config(hf, {"rope_scaling": yarn, "max_position_embeddings": context})
+    ours = assert_same_logits_as_transformers(hf)
+    assert (ours - plain).abs().max() > 1e-3
+    convert.convert(hf, tmp_path / "again", is_hf=True)
+    convert.convert(hf, tmp_path / "back")
+    assert open_checkpoint(tmp_path / "again").args == open_checkpoint(hf).args
+    assert torch.equal(logits(tmp_path / "again"), ours) and torch.equal(logits(tmp_path / "back"), ours)
+    edit_config(tmp_path / "back", {"max_seq_len": 13})  # of the native form, too
+    assert torch.equal(logits(tmp_path / "back"), ours)
+
+
+def test_native_configs_of_before_keep_their_meaning(tmp_path: Path) -> None:
+    """Without `use_yarn`, the context decides, as in DeepSeek's code: what is saved then says so."""
+    shape = {"max_seq_len": 96, "original_seq_len": 24, "rope_factor": 4.0}
+    save_model(tiny(**shape), tmp_path / "a")
+    values = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert values.pop("use_yarn") is True
+    stretched = logits(tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values))
+    assert torch.equal(logits(tmp_path / "a"), stretched)
+    convert.convert(tmp_path / "a", tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["use_yarn"] is True
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values | {"max_seq_len": 24}))
+    assert not torch.equal(logits(tmp_path / "a"), stretched)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bytegpt": {"use_yarn": True}}, {"bytegpt": {"use_yarn": False}, "rope_scaling": YARN}]
+)
+def test_bytegpt_cannot_contradict_the_rotary_fields(tmp_path: Path, changes: dict[str, Any]) -> None:
+    hf = exported(tmp_path)
+    file = edit_config(hf, changes)
+    with pytest.raises(ConfigError) as error:
+        open_checkpoint(hf)
+    one_line(error, file, "bytegpt")
+
+
+# --- Fields that change nothing --------------------------------------------------------------------------------------
+
+# What `PretrainedConfig` of transformers 4 wrote of its own into the config of any model.
+DUMP = {
+    **{"_name_or_path": "x/y", "add_cross_attention": False, "architectures": None, "bad_words_ids": None},
+    **{"begin_suppress_tokens": None, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None},
+    **{"decoder_start_token_id": None, "diversity_penalty": 0.0, "do_sample": True, "early_stopping": False},
+    **{"encoder_no_repeat_ngram_size": 0, "exponential_decay_length_penalty": None, "finetuning_task": "x"},
+    **{"forced_bos_token_id": None, "forced_eos_token_id": 2, "id2label": {"0": "A"}, "is_decoder": False},
+    **{"is_encoder_decoder": False, "label2id": {"A": 0}, "length_penalty": 0.9, "max_length": 77, "min_length": 3},
+    **{"no_repeat_ngram_size": 2, "num_beam_groups": 1, "num_beams": 4, "num_return_sequences": 1},
+    **{"output_attentions": False, "output_hidden_states": True, "output_scores": False, "pad_token_id": 1},
+    **{"prefix": None, "problem_type": None, "pruned_heads": {}, "remove_invalid_values": False},
+    **{"repetition_penalty": 1.3, "return_dict": True, "return_dict_in_generate": True, "sep_token_id": None},
+    **{"suppress_tokens": [1], "task_specific_params": {"a": 1}, "temperature": 0.3, "tf_legacy_loss": False},
+    **{"tie_encoder_decoder": False, "tokenizer_class": "LlamaTokenizer", "top_k": 40, "top_p": 0.95, "typical_p": 0.5},
+    **{"torchscript": True, "use_bfloat16": True, "use_cache": False, "_attn_implementation": "sdpa"},
+    **{"resid_pdrop": 0.0, "sliding_window": None, "layer_types": [], "unheard_of": "", "some_option": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fields_that_change_nothing(tmp_path: Path, kind: str) -> None:
+    hf = exported(tmp_path, dim=32, **KINDS[kind])
+    before = logits(hf)
+    for key, value in DUMP.items():
+        edit_config(hf, {key: value})
+        assert args_from_hf(json.loads((hf / "config.json").read_text())).dim == 32, key
+    assert torch.equal(logits(hf), before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_interleave", None),
+        ("norm_topk_prob", None),
+        ("norm_topk_prob", 0),
+        ("is_causal", False),
+        ("mlp_bias", True),
+        ("pruned_heads", {"0": [1]}),
+        ("add_cross_attention", True),
+        ("partial_rotary_factor", 0.5),
+        ("num_key_value_heads", 4),
+        ("head_dim", 8),
+        ("logit_softcapping", 30.0),
+        ("layer_types", ["sliding_attention"] * 3),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+        ("rope_scaling", YARN | {"truncate": False}),
+        ("rope_scaling", YARN | {"truncate": None}),
+        ("rope_scaling", YARN | {"attention_factor": 1.2}),
+        ("rope_scaling", YARN | {"factor": None}),
+    ],
+)
+def test_fields_that_change_the_mathematics(tmp_path: Path, key: str, value: Any) -> None:
+    hf = exported(tmp_path)
+    file = edit_config(hf, {key: value})
+    with pytest.raises(ConfigError) as error:
+        open_checkpoint(hf)
+    one_line(error, file, "rope_scaling" if key == "rope_parameters" else key)
+
+
+@pytest.mark.parametrize("value", [1 << 64, 10**4200, -(1 << 70), True, 1e300])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_routed_experts", "first_k_dense_replace", "v_head_dim"])
+def test_numbers_out_of_bounds_are_named_as_in_the_file(tmp_path: Path, key: str, value: Any) -> None:
+    hf = exported(tmp_path)
+    file = edit_config(hf, {key: value, "mlp_layer_types": None})
+    with pytest.raises(ConfigError) as error:
+        open_checkpoint(hf)
+    one_line(error, f"{file}: {key} must be")
+    assert len(str(error.value)) < 500
+
+
+# --- Activations -----------------------------------------------------------------------------------------------------
+
+
+def test_activations_are_those_of_transformers() -> None:
+    x = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    for name, function in convert.HF_ACTIVATIONS.items():
+        torch.testing.assert_close(function(x), ACT2FN[name](x), rtol=1e-12, atol=1e-15)
+    for name, function in models.ACTIVATIONS.items():
+        torch.testing.assert_close(function(x), ACT2FN[name](x), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "is_exported"),
+    [
+        ("softsign", F.softsign, False),
+        ("quick_gelu", lambda x: x * torch.sigmoid(1.7 * x), False),
+        ("gelu", lambda x: F.gelu(x, approximate="tanh"), False),
+        ("relu2", F.relu, False),
+        ("silu", lambda x: x * torch.sigmoid(1.01 * x), False),
+        ("mish", F.mish, True),
+        ("gelu_pytorch_tanh", lambda x: F.gelu(x, approximate="tanh"), True),
+    ],
+)
+def test_activations_added_to_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, function: Any, is_exported: bool
+) -> None:
+    """Only what transformers computes in the same way under the same name is exported, and read from an export."""
+    hf = exported(tmp_path)
+    monkeypatch.setitem(models.ACTIVATIONS, name, function)
+    save_model(tiny(hidden_act=name), tmp_path / "a")
+    if is_exported:
+        convert.convert(tmp_path / "a", tmp_path / "out", is_hf=True)
+        assert_same_logits_as_transformers(tmp_path / "out")
+        return
+    file = edit_config(hf, {"hidden_act": name})
+    for attempt in (
+        lambda: convert.convert(tmp_path / "a", tmp_path / "out", is_hf=True),
+        lambda: open_checkpoint(hf),
+    ):
+        with pytest.raises(ConfigError) as error:
+            attempt()
+        one_line(error, "hidden_act", name)
+    assert str(file) in str(error.value) and not (tmp_path / "out").exists()
+
+
+# --- Tensors that are not where they should be -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_modules", [1, 2])
+def test_mtp_modules_that_transformers_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], n_modules: int
+) -> None:
+    hf = exported(tmp_path, n_mtp_layers=n_modules, moe_layer_freq=1, mtp_loss_weight=0.1)
+    AutoModelForCausalLM.from_pretrained(hf).save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["num_nextn_predict_layers"] == n_modules
+    capsys.readouterr()
+    found = open_checkpoint(tmp_path / "theirs")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "num_nextn_predict_layers" in line and str(tmp_path / "theirs") in line
+    assert found.args.n_mtp_layers == 0 and found.args.mtp_loss_weight == 0.1
+    assert torch.equal(logits(tmp_path / "theirs"), logits(hf))
+    convert.convert(tmp_path / "theirs", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["n_mtp_layers"] == 0
+    assert torch.equal(logits(tmp_path / "back"), logits(hf))
+
+
+@pytest.mark.parametrize("gone", ["model.layers.4.", "model.layers.3.", "model.layers.4.mlp.gate.weight", ".eh_proj."])
+def test_mtp_modules_that_are_there_in_part(tmp_path: Path, gone: str) -> None:
+    hf = exported(tmp_path, n_mtp_layers=2, moe_layer_freq=1)
+    (file,) = hf.glob("*.safetensors")
+
+    def remove(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if gone in name]:
+            del tensors[name]
+
+    change(file, remove)
+    (hf / "model.safetensors.index.json").unlink()
+    file.rename(hf / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(hf)
+    one_line(error, hf / "model.safetensors", "num_nextn_predict_layers = 2", gone, "missing")
+
+
+@pytest.mark.parametrize("stray", ["._model.safetensors", "adapter_model.safetensors", "zz.safetensors"])
+@pytest.mark.parametrize("is_single", [True, False])
+def test_file_that_does_not_belong_is_named(tmp_path: Path, stray: str, is_single: bool) -> None:
+    hf = exported(tmp_path)
+    (file,) = hf.glob("*.safetensors")
+    (hf / stray).write_bytes(b"\0" * 163)
+    if is_single:
+        (hf / "model.safetensors.index.json").unlink()
+        file.rename(hf / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(hf)
+    one_line(error, hf / stray, "remove it")
+
+
+def test_index_that_has_a_tensor_in_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "MAX_FILE_BYTES", 40_000)
+    hf = exported(tmp_path)
+    index = hf / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    assert len(set(where.values())) > 1
+    name, wrong = "model.embed_tokens.weight", where["lm_head.weight"]
+    assert where[name] != wrong
+    index.write_text(json.dumps({"weight_map": where | {name: wrong}}))
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(hf)
+    one_line(error, hf / where[name], name, f"has it in {wrong}")
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.experts.2.up_proj.weight"])
+@pytest.mark.parametrize("is_single", [True, False])
+def test_missing_tensor_is_said_of_a_file_that_exists(tmp_path: Path, name: str, is_single: bool) -> None:
+    hf = exported(tmp_path)
+    (file,), index = hf.glob("*.safetensors"), hf / "model.safetensors.index.json"
+    change(file, lambda tensors: tensors.pop(name))
+    where = json.loads(index.read_text())["weight_map"]
+    del where[name]
+    index.write_text(json.dumps({"weight_map": where}))
+    if is_single:
+        index.unlink()
+        file.rename(hf / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(hf)
+    one_line(error, hf / "model.safetensors" if is_single else index, name, "missing")
