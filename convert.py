@@ -546,7 +546,7 @@ def read_hf_headers(folder: Path) -> dict[str, TensorInfo]:
             if name not in where:
                 raise CheckpointError(f"{info} is in it, but not in {INDEX_FILE}")
             if where[name] != file:
-                raise CheckpointError(f"{info} is in it, but {INDEX_FILE} has it in {where[name]}")
+                raise CheckpointError(f"{info} is in it, but {INDEX_FILE} has it in {shorten(where[name])}")
             infos[name] = info
     if lost := sorted(where.keys() - infos.keys()):
         file = folder / where[lost[0]]
@@ -561,9 +561,8 @@ def _read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} has no weight_map that names a file for each tensor")
     for name, file in where.items():
         if file != Path(file).name or not file.endswith(".safetensors") or not file.isprintable():
-            raise CheckpointError(
-                f"{index}: tensor {shorten(name)} is in {shorten(file)}, which is no file of the folder"
-            )
+            place = f"{shorten(file)}, which is no file of the folder"
+            raise CheckpointError(f"{index}: tensor {shorten(name)} is in {place}")
     return where
 
 

@@ -91,7 +91,7 @@ class ModelArgs:
         moe_inter_dim: Hidden width of one expert.
         n_layers: Number of blocks.
         n_dense_layers: How many of the first blocks are dense.
-        moe_layer_freq: Of the blocks after those, every how manieth is MoE: 1 all of them, 2 every other one.
+        moe_layer_freq: Distance between MoE blocks after those: 1 makes all of them MoE, 2 every other one.
         n_heads: Number of attention heads.
         n_routed_experts: Experts to choose from. With 0, every layer is dense.
         n_shared_experts: Experts that every position visits, computed as one MLP.
