@@ -28,7 +28,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -228,14 +228,29 @@ def _weights_of(args: ModelArgs, folder: Path, count: int) -> tuple[dict[str, tu
     moe = sum(args.is_moe(i) for i in range(min(args.n_layers + args.n_mtp_layers, count)))
     if args.n_layers + args.n_mtp_layers + moe * args.n_routed_experts > count:
         raise CheckpointError(f"{folder / CONFIG_FILE} wants more than the {count} tensors here: tensors are missing")
+    # blocks of a kind are alike: a dense one, an MoE one and an MTP module stand for all, however many there are
+    two = replace(args, n_layers=2, n_dense_layers=1, moe_layer_freq=1, n_mtp_layers=1, inter_dim=args.inter_dim or 1)
     try:
         with torch.device("meta"):
-            whole = Transformer(args, fp8_weights=True)
+            prototype = Transformer(two, fp8_weights=True)
     except (RuntimeError, OverflowError) as error:
         raise too_large(folder, error) from None
-    tensors = {name: tensor for name, _, tensor in _native_slices(whole, ParallelContext())}
-    shapes = {name: tuple(t.shape) for name, t in tensors.items() if not name.endswith(".scale")}
-    return shapes, {name for name in shapes if tensors[name].dtype == E4M3}
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, _, tensor in _native_slices(prototype, ParallelContext()):
+        prefix = re.match(r"layers\.\d+\.|mtp\.0\.(block\.)?|\w+\.", name)[0]
+        if not name.endswith(".scale"):
+            groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
+
+    def block(layer: int) -> dict[str, torch.Tensor]:
+        return groups["layers.1." if args.is_moe(layer) else "layers.0."]
+
+    parts = [("embed.", groups["embed."])] + [(f"layers.{i}.", block(i)) for i in range(args.n_layers)]
+    parts += [(prefix, groups[prefix]) for prefix in ("norm.", "head.")]
+    for k in range(args.n_mtp_layers):
+        parts += [(f"mtp.{k}.", groups["mtp.0."]), (f"mtp.{k}.block.", block(args.n_layers + k))]
+    tensors = {prefix + leaf: tensor for prefix, group in parts for leaf, tensor in group.items()}
+    fp8_layers = {name for name, tensor in tensors.items() if tensor.dtype == E4M3}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, fp8_layers
 
 
 def too_large(folder: Path, error: Exception) -> CheckpointError:

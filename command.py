@@ -24,6 +24,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import signal
 import stat
 import sys
@@ -247,7 +248,7 @@ def integer(low: int, high: int = 10**12) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         with suppress(ValueError):
-            if low <= (value := int(text)) <= high:
+            if re.fullmatch("0|-?[1-9][0-9]*", text) and low <= (value := int(text)) <= high:
                 return value
         wanted = f"an integer from {low} to {high}" if high < 10**12 else f"an integer, {low} or more"
         raise argparse.ArgumentTypeError(f"must be {wanted}, got {shorten(text, 40)!r}")

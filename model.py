@@ -50,8 +50,24 @@ _CHOICES = {
     "dtype": ("fp32", "bf16", "fp8"),
     "scale_fmt": (None, "ue8m0"),
     "score_func": ("softmax", "sigmoid"),
-    "hidden_act": tuple(ACTIVATIONS),
+    "hidden_act": ACTIVATIONS,
 }
+# The lowest and the highest value of each number. The highest are beyond any model that was ever published, and such
+# that no weight has 2^63 bytes.
+# fmt: off
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "max_batch_size": (1, 1 << 20), "max_seq_len": (1, 1 << 30), "vocab_size": (1, 1 << 24), "dim": (1, 1 << 20),
+    "inter_dim": (0, 1 << 20), "moe_inter_dim": (0, 1 << 20), "n_layers": (1, 1 << 12), "n_dense_layers": (0, 1 << 12),
+    "moe_layer_freq": (1, 1 << 12), "n_heads": (1, 1 << 14), "n_routed_experts": (0, 1 << 16),
+    "n_shared_experts": (0, 1 << 10), "n_activated_experts": (0, 1 << 16), "n_expert_groups": (0, 1 << 16),
+    "n_limited_groups": (0, 1 << 16), "route_scale": (-1e6, 1e6), "bias_update_speed": (0, 1e6),
+    "aux_loss_alpha": (0, 1e6), "q_lora_rank": (0, 1 << 20), "kv_lora_rank": (0, 1 << 20),
+    "qk_nope_head_dim": (0, 1 << 14), "qk_rope_head_dim": (0, 1 << 14), "v_head_dim": (1, 1 << 14),
+    "original_seq_len": (1, 1 << 30), "rope_theta": (1, 1e15), "rope_factor": (1, 1e6), "beta_fast": (1, 1 << 20),
+    "beta_slow": (1, 1 << 20), "mscale": (0, 1e6), "norm_eps": (1e-30, 1), "n_mtp_layers": (0, 1 << 12),
+    "mtp_loss_weight": (0, 1e6),
+}
+# fmt: on
 
 
 class ConfigError(ValueError):
@@ -66,7 +82,7 @@ class ModelArgs:
 
     Attributes:
         max_batch_size: Sequences that generation decodes at a time.
-        max_seq_len: Context in positions. Above `original_seq_len`, YaRN stretches the rotary frequencies.
+        max_seq_len: Context in positions.
         dtype: What the linear layers' weights are stored in. Training keeps its master weights in float32 anyway.
         scale_fmt: "ue8m0" rounds FP8 scales up to powers of two.
         vocab_size: Number of token ids; 256 for bytes.
@@ -75,7 +91,7 @@ class ModelArgs:
         moe_inter_dim: Hidden width of one expert.
         n_layers: Number of blocks.
         n_dense_layers: How many of the first blocks are dense.
-        moe_layer_freq: Of the blocks after those, every how manieth is MoE: 1 all of them, 2 every other one.
+        moe_layer_freq: Distance between MoE blocks after those: 1 makes all of them MoE, 2 every other one.
         n_heads: Number of attention heads.
         n_routed_experts: Experts to choose from. With 0, every layer is dense.
         n_shared_experts: Experts that every position visits, computed as one MLP.
@@ -94,6 +110,8 @@ class ModelArgs:
         qk_rope_head_dim: Width of their rotary part.
         v_head_dim: Width of a head's value.
         original_seq_len: Context that the rotary frequencies are made for.
+        use_yarn: Whether YaRN stretches them for a longer one. None, as in DeepSeek's files: if `max_seq_len` is above
+            `original_seq_len`. The answer belongs to the weights: it is saved, and stays when `max_seq_len` changes.
         rope_theta: Base of the rotary frequencies.
         rope_factor: How far YaRN stretches them.
         beta_fast: Rotations over `original_seq_len` above which YaRN leaves a frequency as it is.
@@ -136,6 +154,7 @@ class ModelArgs:
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     original_seq_len: int = 4096
+    use_yarn: bool | None = None
     rope_theta: float = 10000.0
     rope_factor: float = 40.0
     beta_fast: int = 32
@@ -158,51 +177,23 @@ class ModelArgs:
         return asdict(self)
 
     def __post_init__(self) -> None:
-        self._check_types()
+        for field in fields(self):
+            setattr(self, field.name, check_field(field.name, getattr(self, field.name)))
         if self.gate_bias is None:
             self.gate_bias = self.score_func == "sigmoid"
-        self._check_ranges()
+        if self.use_yarn is None:
+            self.use_yarn = self.max_seq_len > self.original_seq_len
         self._check_fit()
 
-    def _check_types(self) -> None:
-        for field in fields(self):
-            value, wanted = getattr(self, field.name), field.type
-            if wanted is float and type(value) is int and abs(value) < 1 << 63:
-                setattr(self, field.name, value := float(value))
-            # bool is a subclass of int, and `true` is no number of layers
-            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted in (int, float)):
-                name = getattr(wanted, "__name__", str(wanted))
-                raise ConfigError(f"{field.name} must be of type {name}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{field.name} must be finite, got {value!r}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
-
-    def _check_ranges(self) -> None:
-        sizes = ["max_batch_size", "max_seq_len", "vocab_size", "dim", "n_layers", "moe_layer_freq", "n_heads"]
-        yarn = ["original_seq_len", "beta_fast", "beta_slow"]
-        counts = ["inter_dim", "n_dense_layers", "n_routed_experts", "n_shared_experts", "n_mtp_layers"]
-        ranks = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"]
-        weights = ["mscale", "bias_update_speed", "aux_loss_alpha", "mtp_loss_weight"]
-        for name in [*sizes, *yarn, "v_head_dim", "norm_eps"]:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        for name in [*counts, *ranks, *weights]:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.rope_factor < 1:
-            raise ConfigError(f"rope_factor must be 1 or more, since YaRN stretches, got {self.rope_factor}")
+    def _check_fit(self) -> None:
         if self.beta_fast < self.beta_slow:
             raise ConfigError(f"beta_fast must be at least beta_slow ({self.beta_slow}), got {self.beta_fast}")
-        if self.rope_theta <= 1:
-            raise ConfigError(f"rope_theta must be greater than 1, got {self.rope_theta}")
+        if self.rope_theta == 1:
+            raise ConfigError("rope_theta must be greater than 1, got 1.0")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"qk_rope_head_dim must be even (rotary pairs), got {self.qk_rope_head_dim}")
         if self.qk_nope_head_dim + self.qk_rope_head_dim == 0:
             raise ConfigError("qk_nope_head_dim and qk_rope_head_dim cannot both be 0")
-
-    def _check_fit(self) -> None:
         if any(not self.is_moe(i) for i in range(self.n_layers + self.n_mtp_layers)) and self.inter_dim == 0:
             raise ConfigError("inter_dim must be greater than 0, since the model has dense layers")
         if self.n_routed_experts == 0:
@@ -237,6 +228,31 @@ class ModelArgs:
         plain = self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
         latent = self.kv_lora_rank + self.qk_rope_head_dim if self.kv_lora_rank else plain
         return self.n_layers * latent, self.n_layers * plain
+
+
+def check_field(name: str, value: Any) -> Any:
+    """Checks a value of a field of `ModelArgs` by itself: its type, its bounds, the choices that there are.
+
+    Returns:
+        The value; an integer as a float where the field is one.
+
+    Raises:
+        ConfigError: The message names the field.
+    """
+    wanted = ModelArgs.__dataclass_fields__[name].type
+    shown = f"{value!r:.100}" if type(value) is not int or value.bit_length() < 100 else "a number of many digits"
+    if type(value) is int and wanted is float and value.bit_length() < 64:
+        value = float(value)
+    # bool is a subclass of int, and `true` is no number of layers
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted in (int, float)):
+        raise ConfigError(f"{name} must be of type {getattr(wanted, '__name__', wanted)}, got {shown}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, got {shown}")
+    if name in _BOUNDS and not _BOUNDS[name][0] <= value <= _BOUNDS[name][1]:
+        raise ConfigError(f"{name} must be from {_BOUNDS[name][0]} to {_BOUNDS[name][1]}, got {shown}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, _CHOICES[name]))}, got {shown}")
+    return value
 
 
 class KVCache:
@@ -453,7 +469,7 @@ def rope_frequencies(args: ModelArgs) -> torch.Tensor:
     """
     half = args.qk_rope_head_dim // 2
     freqs = args.rope_theta ** (-torch.arange(half, dtype=torch.float32) / max(half, 1))
-    if args.max_seq_len <= args.original_seq_len or not half:
+    if not args.use_yarn or not half:
         return freqs
 
     def index_of(rotations: float) -> float:
@@ -462,7 +478,8 @@ def rope_frequencies(args: ModelArgs) -> torch.Tensor:
 
     low = max(math.floor(index_of(args.beta_fast)), 0)
     high = min(math.ceil(index_of(args.beta_slow)), args.qk_rope_head_dim - 1)
-    ramp = ((torch.arange(half, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    width = high - low or 0.001  # negative where the clamps above cross, which DeepSeek's code lets pass
+    ramp = ((torch.arange(half, dtype=torch.float32) - low) / width).clamp(0, 1)
     return freqs / args.rope_factor * ramp + freqs * (1 - ramp)
 
 
@@ -545,7 +562,7 @@ class MLA(nn.Module):
             self.wkv_b = Linear(args, args.kv_lora_rank, args.n_heads * (args.qk_nope_head_dim + args.v_head_dim))
         self.wo = Linear(args, args.n_heads * args.v_head_dim, args.dim)
         self.softmax_scale = self.qk_head_dim**-0.5
-        if args.max_seq_len > args.original_seq_len:
+        if args.use_yarn:
             mscale = 0.1 * args.mscale * math.log(args.rope_factor) + 1.0
             self.softmax_scale *= mscale * mscale
 

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -108,7 +108,10 @@ def shapes(draw: st.DrawFn, **fixed: Any) -> ModelArgs:
             "rope_factor": draw(st.sampled_from([2.0, 40.0])),
             "beta_fast": integers(2, 32),
             "mscale": draw(st.sampled_from([0.707, 1.0])),
+            "use_yarn": draw(st.sampled_from([None, True, False])),
         }
+        if draw(st.booleans()):  # a context that YaRN is not needed for
+            values["max_seq_len"] = min(64, original)
     values |= fixed
     if values["qk_rope_head_dim"] == 0:
         values["qk_nope_head_dim"] = max(1, values["qk_nope_head_dim"])
@@ -242,7 +245,7 @@ def to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 def reference(net: Transformer, kind: str) -> PreTrainedModel:
     """The same model in transformers, with the same weights."""
     args = net.args
-    yarn = args.max_seq_len > args.original_seq_len
+    yarn = args.use_yarn
     rope: dict[str, Any] = {"rope_type": "yarn" if yarn else "default", "rope_theta": args.rope_theta}
     if yarn:
         rope |= {"factor": args.rope_factor, "original_max_position_embeddings": args.original_seq_len}
@@ -348,6 +351,34 @@ def test_yarn_frequencies_at_deepseeks_size() -> None:
     theirs = DeepseekV3RotaryEmbedding(config)
     torch.testing.assert_close(model.rope_frequencies(args), theirs.inv_freq, rtol=1e-6, atol=0)
     assert theirs.attention_scaling == 1
+
+
+@pytest.mark.parametrize("theta", [2.0, 100.0, 1e7])
+@pytest.mark.parametrize("original", [2, 5, 37, 4096, 1 << 20])
+@pytest.mark.parametrize(("fast", "slow"), [(32, 1), (1, 1), (700, 3)])
+def test_yarn_frequencies_where_its_range_is_cut(original: int, theta: float, fast: int, slow: int) -> None:
+    """The frequencies between which it ramps may lie outside of those that there are, on either side."""
+    rope = {"rope_type": "yarn", "rope_theta": theta, "factor": 7.0, "original_max_position_embeddings": original}
+    rope |= {"beta_fast": fast, "beta_slow": slow, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config = DeepseekV3Config(rope_parameters=rope, max_position_embeddings=32, qk_rope_head_dim=12)
+    args = ModelArgs(max_seq_len=32, original_seq_len=original, use_yarn=True, rope_theta=theta, rope_factor=7.0)
+    args = replace(args, beta_fast=fast, beta_slow=slow, qk_rope_head_dim=12)
+    ours, theirs = model.rope_frequencies(args), DeepseekV3RotaryEmbedding(config).inv_freq
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+def test_yarn_belongs_to_the_weights() -> None:
+    """As in DeepSeek's code, the context decides whether it is used; but once, when a model is made."""
+    assert ModelArgs().use_yarn and ModelArgs(max_seq_len=4097).use_yarn
+    assert not ModelArgs(max_seq_len=4096).use_yarn and not ModelArgs(max_seq_len=9, original_seq_len=9).use_yarn
+    args = small(max_seq_len=64, original_seq_len=16, rope_factor=40.0)
+    net, tokens = build(args), random_tokens(1, 12)
+    for length in (12, 16, 17, 400):
+        other = build(ModelArgs.from_dict(args.to_dict() | {"max_seq_len": length}))
+        assert torch.equal(other(tokens), net(tokens))
+    plain = small(max_seq_len=16, original_seq_len=16, rope_factor=40.0)
+    assert torch.equal(build(plain)(tokens), build(replace(plain, max_seq_len=64))(tokens))
+    assert not torch.equal(build(plain)(tokens), net(tokens))
 
 
 # --- multi-token prediction ------------------------------------------------------------------------------------------
@@ -1124,6 +1155,28 @@ NOT_NEGATIVE = "inter_dim n_dense_layers n_routed_experts n_shared_experts n_mtp
 def test_impossible_configuration(key: str, values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"\b{key}\b"):
         ModelArgs.from_dict(values)
+
+
+@pytest.mark.parametrize("key", [key for key, wanted in OF_TYPE.items() if wanted in (int, float)])
+def test_numbers_that_no_model_has(key: str) -> None:
+    """Refused by name before anything is computed from them, however many digits they have."""
+    for value in (1 << 63, 1 << 64, 10**22 + 1, 10**400, 10**5000, -(1 << 64)):
+        with pytest.raises(ConfigError, match=rf"^{key} must be .{{,200}}$"):
+            ModelArgs.from_dict({key: value})
+    if OF_TYPE[key] is float:
+        for value in (1.7e308, -1e30):
+            with pytest.raises(ConfigError, match=rf"^{key} must be"):
+                ModelArgs.from_dict({key: value})
+
+
+def test_weights_within_the_bounds_can_be_counted() -> None:
+    """No product of sizes overflows torch's 63 bits, so that only memory is a limit."""
+    high = {key: int(high) for key, (_, high) in model._BOUNDS.items() if OF_TYPE[key] is int}
+    high |= {"n_layers": 1, "n_dense_layers": 0, "moe_layer_freq": 1, "n_mtp_layers": 1, "max_seq_len": 1 << 20}
+    for dense in (0, 1):
+        with torch.device("meta"):
+            net = Transformer(ModelArgs.from_dict(high | {"n_dense_layers": dense}))
+        assert all(0 < p.numel() * p.itemsize < 1 << 63 for p in net.parameters())
 
 
 @pytest.mark.parametrize(
