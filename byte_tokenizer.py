@@ -1,15 +1,15 @@
 """Text to bytes and back: the whole tokenizer of a model whose vocabulary is the 256 bytes.
 
-A byte-level model has nothing to train and nothing to look up: the id of a token is the value of a byte, and text
+A byte-level tokenizer has nothing to train and no table: the id of a token is the value of a byte, and text
 becomes ids by being written as UTF-8. A Python `bytes` object already is an immutable sequence of integers from 0 to
 255, so it is the token sequence, and `torch.frombuffer` or `numpy.frombuffer` reads it without a copy.
 
-Two things are left to do with care:
+Two things remain:
 
-* One character is one to four bytes, and a model emits one byte at a time, in any order it likes. `StreamDecoder` holds
-  back the start of a character until the rest of it arrives, so that text can be shown while it is generated.
-* One id has to mean "the document ends here". Byte 0 hardly ever occurs in text, so it is that id (`EOS_ID`): it
-  stands between the documents of a corpus and ends a generation.
+* One character is one to four bytes, and a model emits one byte at a time, in any order. `StreamDecoder` holds back the
+  start of a character until the rest of it arrives, so that text can be shown while it is generated.
+* One id has to mean the end of a document. Byte 0 hardly ever occurs in text, so it is that id (`EOS_ID`): it stands
+  between the documents of a corpus and ends a generation.
 """
 
 import codecs
@@ -61,9 +61,9 @@ def decode(ids: Iterable[int] | bytes, errors: str = "replace") -> str:
 
 
 class StreamDecoder:
-    """Decodes ids as they arrive, never showing half a character and never losing a byte.
+    """Decodes ids as they arrive, whole characters only.
 
-    However the ids are cut into pieces, the outputs of `feed` and the final `flush` concatenate to `decode` of all ids.
+    The outputs of `feed` and the final `flush` concatenate to `decode` of all ids, however these were divided.
 
     Example:
         >>> stream = StreamDecoder()
@@ -115,17 +115,19 @@ def _to_bytes(ids: Iterable[int] | bytes) -> bytes:
 
 
 def visible(text: str) -> str:
-    r"""Replaces what a terminal would obey by what can be read: ESC becomes `\x1b`.
+    r"""Escapes the characters that would control a terminal or stay invisible: ESC becomes `\x1b`.
 
-    These are the control characters but newline and tab, and the invisible format characters, with which text can be
-    made to run backwards (Unicode categories Cc and Cf).
+    These are the control characters except newline and tab, the format characters, which can reverse the direction of
+    text, and Unicode's line and paragraph separators (categories Cc, Cf, Zl and Zp).
     """
     return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode("ascii")
+        c.encode("unicode_escape").decode("ascii")
+        if c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")
+        else c
         for c in text
     )
 
 
 def one_line(text: str) -> str:
-    """`visible` for a message that is one line whatever it quotes: a file's name may have a newline."""
+    """Escapes like `visible`, and replaces newlines and tabs by spaces: a file's name that is quoted may hold them."""
     return visible(text).replace("\n", " ").replace("\t", " ")

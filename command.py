@@ -116,7 +116,9 @@ def run(prog: str, body: Callable[[], int | None], mistakes: tuple[type[Exceptio
         code = body() or 0
         return _flush(prog) or code
     except BaseException as error:  # noqa: BLE001 - each kind has its exit code
-        if isinstance(error, SystemExit):
+        if isinstance(error, SystemExit):  # of the parser; what it printed may not have been written
+            if code := _flush(prog):
+                return code
             raise
         code, message = explain(error, mistakes)
         if message is not None:
@@ -248,6 +250,9 @@ class Parser(argparse.ArgumentParser):
         if is_local_rank_zero():  # all processes of a machine were given the same flags
             complain(self.prog, shorten(message, 500))
         self.exit(2)
+
+    def print_help(self, file: Any = None) -> None:
+        say(self.format_help().rstrip())
 
 
 def integer(low: int, high: int = 10**12) -> Callable[[str], int]:

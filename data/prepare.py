@@ -1,132 +1,115 @@
-"""Corpora by name, file or folder, as one file of raw bytes on disk.
-
-A byte-level model reads a corpus as it lies on disk: no tokenization, no vocabulary, no shards. All there is to prepare
-is *one file of bytes*, which training maps into memory with `open_bytes`. `resolve` finds or makes that file:
+"""Corpora by name, file or folder, as one file of raw bytes.
 
     python data/prepare.py stdlib                     # this Python's own library: about 12 MB, no download
     python data/prepare.py shakespeare                # downloads 1 MB
     python data/prepare.py enwik8 --from enwik8.zip   # downloaded before, by other means
-    python data/prepare.py notes.txt                  # any file: used as it is
+    python data/prepare.py notes.txt                  # any file that is not compressed: used as it is
     python data/prepare.py ~/src/project              # any folder: its text files, joined
 
 A name wins over a file of the same name: `shakespeare` is the corpus, `./shakespeare` the file.
 
-Documents
-    Where a corpus is joined from many files, byte 0 stands between two documents, never before the first or after the
-    last. The model learns it as "the end" (`EOS_ID` in byte_tokenizer.py). A single file is taken as it is; whoever
-    wants documents in it puts the zeros there.
+The text files of a folder are joined in the order of their names, with byte 0 (`EOS_ID`) between two of them. Text is a
+regular, non-empty file without a byte 0, not compressed, whose first 64 KiB are UTF-8 or else, in an older 8-bit
+encoding, have at most one control character in a hundred bytes. Names that start with a dot, links to folders, what
+was prepared in this data folder, and the folders of training runs are skipped: a corpus never feeds on itself.
 
-Which files of a folder are text
-    A document is a regular, non-empty file without a single byte 0 whose first 64 KiB are UTF-8. Where they are not,
-    they may still be text in an older 8-bit encoding such as Latin-1: then at most one in a hundred of those bytes may
-    be a control character (of random or compressed bytes, ten are). The bytes are never recoded. UTF-16 is full of
-    zeros, so it is not text here. Files and folders whose name starts with a dot are skipped. A link to a file is
-    followed, a link to a folder is not, which rules out loops. If the folder contains this data folder, then what was
-    prepared there (`*.bin`, `*.zip`, `*.part`) is skipped, and so are the folders of training runs, so that a corpus
-    never feeds on itself.
-
-What a crash leaves behind
-    A file gets its final name in one step, after its last byte is safely on disk: whatever has the name is complete.
-    Until then it has a temporary name, under a lock that the kernel drops however the process ends. That is how a later
-    run tells the leftovers of a dead process, which it removes, from the work of a living one, which it leaves alone.
-    A download is kept as `.part`, to be resumed.
+A file in the data folder gets its name when its last byte is on disk; a download is a `.part` until then, to be
+resumed. Temporary files that a crash left are removed after a day.
 """
 
-import argparse
+if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    import command
+
+    command.start()
+
 import codecs
 import contextlib
+import copy
+import fcntl
 import hashlib
 import os
 import platform
 import re
 import secrets
+import shutil
 import stat
 import sys
 import sysconfig
+import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
+from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows, where an open file can be neither removed nor renamed: that is lock enough there
-    fcntl = None
+import command
+from byte_tokenizer import EOS_ID, one_line
 
 DATA_DIR = Path(__file__).resolve().parent
 CACHE_NAME = ".cache"  # the folder in the data folder that holds the joined folders
-RUN_FILE = "checkpoints.json"  # what a folder of checkpoints and metrics has
-SEPARATOR = b"\0"  # byte_tokenizer.EOS_ID, which cannot be imported when this file runs as a script
+RUN_FILE = "checkpoints.json"  # marks the folder of a training run
 TIMEOUT_S = 30.0  # for each wait on the network, not for a download as a whole
 
 _CHUNK = 1 << 20  # bytes in memory at a time
 _HEAD = 1 << 16  # leading bytes of a file by which its encoding is judged
 _CONTROLS = bytes(set(range(32)) - set(b"\b\t\n\v\f\r\x1b")) + b"\x7f"
-_PRODUCT_SUFFIXES = (".bin", ".zip", ".part")
-_TEMPORARY_GLOB = ".*." + "[0-9a-f]" * 16 + ".tmp"
-_RECIPE = b"1"  # part of every cache name; raise it when the rules for joining a folder change
-_RESUME = "; run again (what has arrived is kept), or get the file by other means and pass it with --from FILE"
+_RECIPE = b"2"  # part of every cache name; raise it when the rules for joining a folder change
+_COMPRESSED = {  # how the files of each format begin
+    "gzip": rb"\x1f\x8b\x08",
+    "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    "xz": rb"\xfd7zXZ\x00",
+    "LZMA": rb"\x5d\x00\x00..(\xff{8}|.{5}\x00{3})",
+    "Zstandard": rb"[\x1e-\x28]\xb5/\xfd|[\x50-\x5f]\*M\x18",
+    "LZ4": rb"\x04\x22M\x18|\x02\x21L\x18",
+    "zip": rb"PK(\x03\x04|\x05\x06|\x07\x08)",
+    "7z": rb"7z\xbc\xaf\x27\x1c",
+    "RAR": rb"Rar!\x1a\x07",
+    "lzip": rb"LZIP[\x00\x01]",
+    "lzop": rb"\x89LZO\x00",
+    "Snappy": rb"\xff\x06\x00\x00sNaPpY",
+    "compress": rb"\x1f[\x9d\xa0]",
+}
 
 
 class DataError(ValueError):
-    """A user's mistake or the outside world's, in one line that names the thing and, where there is one, the remedy."""
+    """A mistake of the user or a failure outside this program, in one line that names the thing and the remedy."""
 
 
-@dataclass(frozen=True)
-class Blob:
-    """A file whose content is known beforehand.
+class Blob(NamedTuple):
+    """A file whose content is known beforehand."""
 
-    Attributes:
-        file: Its name in the data folder.
-        size: In bytes.
-        sha256: Of the content, as 64 lower-case hexadecimal digits.
-    """
-
-    file: str
-    size: int
-    sha256: str
+    file: str  # its name in the data folder
+    size: int  # in bytes
+    sha256: str  # in lower-case hexadecimal digits
 
     def __str__(self) -> str:
         return f"{self.size:,} bytes, sha256 {self.sha256}"
 
 
-@dataclass(frozen=True)
-class Download:
-    """A corpus that lies on a server.
-
-    Attributes:
-        url: Where.
-        raw: The corpus itself.
-        zipped: What the server sends, if that is a zip file with the corpus as its only member; else None.
-    """
+class Download(NamedTuple):
+    """A corpus on a server."""
 
     url: str
-    raw: Blob
-    zipped: Blob | None = None
+    raw: Blob  # the corpus
+    zipped: Blob | None = None  # what the server sends, if that is a zip file with the corpus as its only member
 
 
-@dataclass(frozen=True)
-class Tree:
-    """A corpus that is joined from the text files of a folder on this machine.
+class Tree(NamedTuple):
+    """A corpus that is joined from the text files of a folder on this machine."""
 
-    Attributes:
-        file: Its name in the data folder. A file of that name is never rebuilt, so what changes belongs in the name.
-        root: The folder.
-        suffix: How the names of its documents end.
-        skip: Names of the subfolders to leave out, at any depth.
-    """
-
-    file: str
+    file: str  # its name in the data folder; such a file is never rebuilt, so what changes belongs in the name
     root: Path
-    suffix: str
-    skip: frozenset[str]
+    suffix: str  # how the names of its documents end
+    skip: frozenset[str]  # names of the subfolders to leave out, at any depth
 
 
 CORPORA: dict[str, Download | Tree] = {
@@ -148,6 +131,76 @@ CORPORA: dict[str, Download | Tree] = {
 }
 
 
+class ByteFile:
+    """A regular, non-empty file of bytes that is read on demand: memory does not grow with it. DataError if it is none.
+
+    It is not mapped into memory: an access to a mapped file that another program has shortened ends the process.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+        self._file = _open(path)  # views share it; it is closed with the last of them
+        self._first, self._len = 0, os.fstat(self._file.fileno()).st_size
+        if not self._len:
+            raise DataError(f"{_quote(path)} is empty; there is nothing to learn from it")
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        """Reads `data[start:stop]` into memory, uint8; DataError as `read`."""
+        if not isinstance(key, slice) or key.step not in (None, 1):
+            raise TypeError("a ByteFile takes slices without a step, such as data[10:20]")
+        start, stop, _ = key.indices(self._len)
+        return self.read(np.array([start]), max(stop - start, 0))[0]
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Reads sequences of `length` bytes from the offsets `starts`, integers (n,); returns uint8 (n, length).
+
+        Raises:
+            DataError: The file became shorter since it was opened, or cannot be read any more.
+            IndexError: A sequence is not within the data.
+        """
+        offsets = starts.tolist()
+        if offsets and not 0 <= min(offsets) <= max(offsets) <= self._len - length:
+            raise IndexError(f"{length} bytes from offset {min(offsets)} to {max(offsets)}, of {self._len} bytes")
+        with _data_error("read", self.path):
+            rows = [self._pread(self._first + offset, length) for offset in offsets]
+        return np.frombuffer(bytearray().join(rows), dtype=np.uint8).reshape(len(rows), length)
+
+    def split(self, at: int) -> tuple["ByteFile", "ByteFile"]:
+        """Returns views of the bytes before offset `at` and of those from there on; nothing is read."""
+        head, tail = copy.copy(self), copy.copy(self)
+        head._len, tail._first, tail._len = at, self._first + at, self._len - at
+        return head, tail
+
+    def _pread(self, offset: int, length: int) -> bytes:
+        data = os.pread(self._file.fileno(), length, offset)
+        while len(data) < length:  # one call returns 2 GiB at most
+            more = os.pread(self._file.fileno(), length - len(data), offset + len(data))
+            if not more:
+                raise DataError(f"{_quote(self.path)} became shorter while it was being read; restore it and run again")
+            data += more
+        return data
+
+
+def open_bytes(path: str | os.PathLike) -> ByteFile:
+    """Opens a file, for instance the result of `resolve`, to read sequences from it; errors as `ByteFile`."""
+    return ByteFile(path)
+
+
+def read_sequences(data: ByteFile | np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """Reads sequences of a corpus, a file or an array, as `ByteFile.read` does."""
+    if isinstance(data, ByteFile):
+        return data.read(starts, length)
+    return data[starts.astype(np.int64)[:, None] + np.arange(length)]
+
+
+def compressed_format(head: bytes) -> str | None:
+    """Names the compressed format of a file by its first bytes, of which 16 suffice; None if it is not compressed."""
+    return next((name for name, magic in _COMPRESSED.items() if re.match(magic, head, re.DOTALL)), None)
+
+
 def resolve(
     source: str | os.PathLike = "stdlib",
     *,
@@ -157,60 +210,40 @@ def resolve(
 ) -> Path:
     """Finds the file of raw bytes behind a name, a file or a folder, and makes it first if need be.
 
-    What is there already is used at once: a download is hashed when it arrives, afterwards only its size is compared; a
-    folder is read again only if the path, size or modification time of one of its files changed.
+    What was made is used again: a download if its size is right, a joined folder until the path, size or modification
+    time of one of its files changes.
 
     Args:
-        source: A name in `CORPORA`, a file (returned as it is, however large) or a folder (joined into a cache file).
-            Only a `str` can be a name; a `Path` always is a path, since `Path("./stdlib")` forgets its "./".
+        source: A name in `CORPORA` (a `str`: a `Path` is always a path), a file, which is used as it is, or a folder.
         from_file: A local copy to take instead of downloading `source`. A zipped corpus may come zipped or unpacked.
         data_dir: Where to put what is made; created if missing.
-        progress: Show progress bars, in bytes, if stderr is a terminal.
-
-    Returns:
-        The path of a regular, non-empty file. What `resolve` made lies in `data_dir`.
+        progress: Show progress bars if stderr is a terminal.
 
     Raises:
-        DataError: There is no such source, it cannot be read, it is not what it should be, it holds no text, or the
-            result cannot be written.
+        DataError: The source is missing, unreadable, compressed, without text or not what it should be, or the result
+            cannot be written.
     """
     data_dir = Path(data_dir)
     corpus = CORPORA.get(source) if isinstance(source, str) else None
     if isinstance(corpus, Download):
-        _remove_dead_temporaries(data_dir)
         return _resolve_download(corpus, source, from_file, data_dir, progress)
     if from_file is not None:
         names = ", ".join(name for name, entry in CORPORA.items() if isinstance(entry, Download))
         raise DataError(f"--from replaces a download, and {_quote(source)} is none; it goes with: {names}")
     if isinstance(corpus, Tree):
-        _remove_dead_temporaries(data_dir)
-        return _resolve_tree(corpus, data_dir, progress)
-    path = _existing(source)
+        target = data_dir / corpus.file
+        if not _is_made(target):
+            root = corpus.root.resolve()
+            _join(_list_documents(root, data_dir, corpus.suffix, corpus.skip), root, target, progress)
+        return target
+    path = Path(os.fsdecode(source))
+    if not os.fspath(source) or not os.path.lexists(path):
+        raise DataError(f"no file, folder or corpus {_quote(source)}; the corpora are: {', '.join(CORPORA)}")
     if path.is_dir():
-        _remove_dead_temporaries(data_dir)
-        return _resolve_folder(path, data_dir, progress)
-    _check_file(path)
+        return _resolve_folder(path.resolve(), data_dir, progress)
+    if name := compressed_format(open_bytes(path)[:16].tobytes()):
+        raise DataError(f"{_quote(path)} is compressed ({name}); unpack it first, and name the unpacked file")
     return path
-
-
-def open_bytes(path: str | os.PathLike) -> np.memmap:
-    """Maps a file into memory, so that reading a slice of it costs that slice, whatever the size of the file.
-
-    Args:
-        path: A file, for instance the result of `resolve`.
-
-    Returns:
-        A read-only array, shape (bytes in the file,), dtype uint8.
-
-    Raises:
-        DataError: It is missing, unreadable, empty, or no regular file.
-    """
-    _check_file(Path(path))
-    with _blame("read", path):
-        return np.memmap(path, dtype=np.uint8, mode="r")
-
-
-# --- Downloads --------------------------------------------------------------------------------------------------------
 
 
 def _resolve_download(
@@ -219,220 +252,120 @@ def _resolve_download(
     """`resolve` for a corpus with a server: takes it from the data folder, a given file or the network."""
     target = data_dir / corpus.raw.file
     if from_file is not None:
-        _import(Path(from_file), corpus, name, target, progress)
-    elif _has_size(target, corpus.raw):
-        pass
-    elif corpus.zipped is None:
-        _download(corpus.url, corpus.raw, target, progress)
-    else:
-        packed = data_dir / corpus.zipped.file
-        if not _is_blob(packed, corpus.zipped):
-            _download(corpus.url, corpus.zipped, packed, progress)
-        _write_blob(_unpack(packed), corpus.raw, target, packed, progress)
+        _import(Path(from_file), corpus, name, target)
+    elif not _is_made(target, corpus.raw.size):
+        sent = corpus.zipped or corpus.raw
+        arrived = data_dir / sent.file
+        if not _is_blob(arrived, sent):
+            _download(corpus.url, sent, arrived, progress)
+        if corpus.zipped:
+            _import(arrived, corpus, name, target)
     return target
 
 
-def _import(given: Path, corpus: Download, name: str, target: Path, progress: bool) -> None:
-    """Makes `target` from a file that the user says is the corpus, or is its zip file; refuses any other."""
-    _check_file(given)
-    if corpus.zipped is not None and _is_blob(given, corpus.zipped):
-        _write_blob(_unpack(given), corpus.raw, target, given, progress)
-        return
-    if _is_blob(given, corpus.raw):
-        _write_blob(_chunks(given), corpus.raw, target, given, progress)
-        return
-    blobs = [blob for blob in (corpus.raw, corpus.zipped) if blob is not None]
-    expected = " or ".join(map(str, blobs))
-    size = given.stat().st_size
-    # Hashing takes its time, and a wrong size says enough.
-    digest = f", sha256 {_sha256(given)}" if size in {blob.size for blob in blobs} else ""
-    raise DataError(f"{_quote(given)} is not {name}: expected {expected}; found {size:,} bytes{digest}")
+def _import(given: Path, corpus: Download, name: str, target: Path) -> None:
+    """Makes `target` from a file that should be the corpus or its zip file; DataError if it is neither."""
+    blobs = [blob for blob in (corpus.raw, corpus.zipped) if blob]
+    with _open(given) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = _sha256(given) if size in [blob.size for blob in blobs] else ""  # else the size says enough
+        if digest not in [blob.sha256 for blob in blobs]:
+            expected, found = " or ".join(map(str, blobs)), f"{size:,} bytes" + (f", sha256 {digest}" if digest else "")
+            raise DataError(f"{_quote(given)} is not {name}: expected {expected}; found {found}")
+        with _replacing(target) as out:
+            if digest == corpus.raw.sha256:
+                shutil.copyfileobj(file, out, _CHUNK)
+            else:
+                with zipfile.ZipFile(file) as archive, archive.open(archive.namelist()[0]) as member:
+                    shutil.copyfileobj(member, out, _CHUNK)
 
 
 def _download(url: str, blob: Blob, target: Path, progress: bool) -> None:
-    """Downloads into `<target>.part`, resuming what is there, checks it, and renames it to `target`.
-
-    The lock on the part makes a second process wait for the first, and then find the work done. A network that fails
-    leaves the part to resume from; a part that is complete but wrong is removed.
-    """
+    """Downloads into `<target>.part`, resuming what is there, and renames that to `target` if it is `blob`."""
     part = target.with_name(target.name + ".part")
-    with _blame("write", part):
+    with _data_error("write", part):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _open_locked(part) as out:
+        with contextlib.suppress(FileNotFoundError):
+            info = part.lstat()
+            if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # what lies elsewhere is not written
+                part.unlink()
+        with _open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) as out:
+            with contextlib.suppress(OSError):  # there are file systems without locks
+                fcntl.flock(out, fcntl.LOCK_EX)  # waits for another process that downloads the same
+            if not os.fstat(out.fileno()).st_nlink:  # and that removed the part in the end
+                return _download(url, blob, target, progress)
             try:
                 if not _is_blob(target, blob):
-                    _receive(url, blob, out, progress)
+                    _receive(url, blob, out, part, progress)
                     _check_part(url, blob, out, part)
                     _publish(out, part, target)
             finally:
-                if not out.closed and out.seek(0, os.SEEK_END) == 0:
-                    _discard(out, part)
-
-
-def _receive(url: str, blob: Blob, out: BinaryIO, progress: bool) -> None:
-    """Appends the bytes still missing from `out`, or begins again where the server does not resume."""
-    size = out.seek(0, os.SEEK_END)
-    if size >= blob.size:
-        return
-    with _blame("download", url, _RESUME):
-        response, size = _request(url, size)
-    out.seek(size)
-    out.truncate()
-    with _bar(blob.file, blob.size, progress, done=size) as bar:
-        for chunk in _body(response, url):
-            size += out.write(chunk)
-            bar.update(len(chunk))
-            if size > blob.size:  # wrong already; an endless answer must not fill the disk
-                break
-    out.flush()
-
-
-def _request(url: str, start: int) -> tuple[HTTPResponse, int]:
-    """Asks a server for what follows the first `start` bytes.
-
-    Returns:
-        The response, and the offset in bytes where its body begins: `start`, or 0 if the server does not resume.
-    """
-    headers = {"User-Agent": "ByteGPT"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if start and error.code == 416:  # "range not satisfiable": the file there is no longer than ours
-            return _request(url, 0)
-        raise
-    if start and response.status == 206:
-        if response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            return response, start
-        response.close()
-        return _request(url, 0)
-    return response, 0
-
-
-def _body(response: HTTPResponse, url: str) -> Iterator[bytes]:
-    """Yields the body of a response as it arrives; DataError if it ends before the length that was announced."""
-    announced, received = response.length, 0
-    with response, _blame("download", url, _RESUME):
-        while chunk := response.read1(_CHUNK):
-            received += len(chunk)
-            yield chunk
-        if announced is not None and received < announced:
-            raise ConnectionError(f"the connection broke after {received:,} of {announced:,} bytes")
+                if not out.seek(0, os.SEEK_END):
+                    part.unlink(missing_ok=True)
 
 
 def _check_part(url: str, blob: Blob, out: BinaryIO, part: Path) -> None:
-    """Removes a finished download that is not `blob`, with a DataError; `out` is `part`, open and flushed."""
-    size = part.stat().st_size
-    digest = _sha256(part) if size == blob.size else None
-    if digest == blob.sha256:
+    """Empties a finished download that is not `blob`, with a DataError."""
+    out.flush()
+    size, digest = part.stat().st_size, _sha256(part)
+    if digest != blob.sha256:
+        out.truncate(0)
+        found = "more than that" if size > blob.size else f"{size:,} bytes, sha256 {digest}"
+        raise DataError(f"{url} did not send {blob.file}: expected {blob}; found {found}; run again to retry")
+
+
+def _receive(url: str, blob: Blob, out: BinaryIO, part: Path, progress: bool) -> None:
+    """Appends the bytes that `out` lacks, or begins again where the server does not resume."""
+    size = out.seek(0, os.SEEK_END)
+    if size >= blob.size:
         return
-    _discard(out, part)
-    more = "more than that" if size > blob.size else f"{size:,} bytes" + (f", sha256 {digest}" if digest else "")
-    raise DataError(f"{url} did not send {blob.file}: expected {blob}; found {more}; removed it, run again to retry")
+    headers = {"User-Agent": "ByteGPT"} | ({"Range": f"bytes={size}-"} if size else {})
+    remedy = "; run again (what has arrived is kept), or get the file by other means and pass it with --from FILE"
+    with (
+        _data_error("download", url, remedy),
+        urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as response,
+    ):
+        resumed = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        size = out.seek(min(size, int(resumed[1])) if resumed else 0)
+        out.truncate()
+        hide = None if progress else True  # None: unless stderr is a terminal
+        options = {"initial": size, "leave": False, "unit": "B", "unit_scale": True, "disable": hide}
+        with tqdm(desc=blob.file, total=blob.size, **options) as bar:
+            while size <= blob.size and (chunk := response.read1(_CHUNK)):  # an endless answer must not fill the disk
+                with _data_error("write", part):
+                    size += out.write(chunk)
+                bar.update(len(chunk))
+        if size < blob.size:
+            raise ConnectionError(f"the connection ended after {size:,} of {blob.size:,} bytes")
 
 
-def _unpack(path: Path) -> Iterator[bytes]:
-    """Yields the only member of a zip file in chunks."""
-    with _blame("unpack", path), zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as member:
-        while chunk := member.read(_CHUNK):
-            yield chunk
-
-
-def _write_blob(chunks: Iterable[bytes], blob: Blob, target: Path, origin: Path, progress: bool) -> None:
-    """Writes `blob` to `target`; a DataError, and nothing written, if the chunks from `origin` are not `blob`."""
-    digest = hashlib.sha256()
-    with _replacing(target) as out, _bar(blob.file, blob.size, progress) as bar:
-        for chunk in chunks:
-            digest.update(chunk)
-            out.write(chunk)
-            bar.update(len(chunk))
-        if digest.hexdigest() != blob.sha256:
-            found = f"{out.tell():,} bytes, sha256 {digest.hexdigest()}"
-            raise DataError(f"{_quote(origin)} does not hold {blob.file}: expected {blob}; found {found}")
-
-
-def _has_size(path: Path, blob: Blob) -> bool:
-    return os.path.isfile(path) and os.path.getsize(path) == blob.size
-
-
-def _is_blob(path: Path, blob: Blob) -> bool:
-    return _has_size(path, blob) and _sha256(path) == blob.sha256
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-# --- Folders ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Document:
-    """A file that may turn out to be a document.
-
-    Attributes:
-        name: Its path relative to the folder, with forward slashes; the order of documents is the order of names.
-        path: Its path on this machine.
-        size: In bytes, at least 1.
-        mtime_ns: When it was last changed, in nanoseconds.
-    """
-
-    name: str
-    path: Path
-    size: int
-    mtime_ns: int
-
-
-def _resolve_tree(corpus: Tree, data_dir: Path, progress: bool) -> Path:
-    """`resolve` for a corpus in a known folder."""
-    target = data_dir / corpus.file
-    if not os.path.isfile(target):
-        root = corpus.root.resolve()
-        _build(_list_documents(root, data_dir, corpus.suffix, corpus.skip), root, target, progress)
-    return target
-
-
-def _resolve_folder(folder: Path, data_dir: Path, progress: bool) -> Path:
+def _resolve_folder(root: Path, data_dir: Path, progress: bool) -> Path:
     """`resolve` for a user's folder: its cache file, whose name changes with whatever changes in the folder."""
-    root = folder.resolve()
     documents = _list_documents(root, data_dir)
     stem = re.sub(r"[^\w.-]", "_", root.name, flags=re.ASCII).lstrip(".")[:40] or "folder"
     family = f"{stem}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
-    target = data_dir / CACHE_NAME / f"{family}-{_fingerprint(documents)}.bin"
-    if not os.path.isfile(target):
-        _build(documents, root, target, progress)
+    listing = os.fsencode("".join(f"{name}\0{size}\0{mtime_ns}\0" for name, size, mtime_ns in documents))
+    target = data_dir / CACHE_NAME / f"{family}-{hashlib.sha256(_RECIPE + listing).hexdigest()[:16]}.bin"
+    if not _is_made(target):
+        _join(documents, root, target, progress)
     for other in target.parent.glob(f"{family}-*.bin"):
         if other != target:
-            with contextlib.suppress(OSError):  # in use on Windows, or removed by a process like this one
+            with contextlib.suppress(OSError):  # removed by a process like this one
                 other.unlink()
     return target
 
 
 def _list_documents(
     root: Path, data_dir: Path, suffix: str = "", skip: frozenset[str] = frozenset()
-) -> list[_Document]:
-    """Lists the files below a folder that may be documents, by their names and metadata alone.
+) -> list[tuple[str, int, int]]:
+    """Lists the files below `root` that may be text, as (relative path, bytes, modification time in ns), sorted."""
 
-    Args:
-        root: The folder, without links in its path.
-        data_dir: The data folder, to know what was made there.
-        suffix: How their names end.
-        skip: Names of subfolders to leave out.
+    def fail(error: OSError) -> None:
+        raise DataError(f"cannot read {_quote(error.filename)}: {error.strerror}") from error
 
-    Returns:
-        The documents, sorted by name.
-
-    Raises:
-        DataError: A folder is unreadable.
-    """
-    own_folders = {data_dir.resolve(), (data_dir / CACHE_NAME).resolve()}
+    made_in = {data_dir.resolve(), (data_dir / CACHE_NAME).resolve()}
     documents = []
-    for folder, subfolders, files in _walk(root):
+    for folder, subfolders, files in os.walk(root, onerror=fail):
         if RUN_FILE in files:  # a run that trains on this folder would change what it trains on
             subfolders.clear()
             continue
@@ -442,78 +375,48 @@ def _list_documents(
             if file.startswith(".") or not file.endswith(suffix) or not os.path.isfile(path):
                 continue
             real = path.resolve() if path.is_symlink() else path
-            if real.parent in own_folders and real.name.endswith(_PRODUCT_SUFFIXES):
+            if real.parent in made_in and real.suffix in (".bin", ".zip", ".part"):
                 continue
-            with _blame("read", path):
+            with _data_error("read", path):
                 info = path.stat()
             if info.st_size:
-                name = path.relative_to(root).as_posix()
-                documents.append(_Document(name, path, info.st_size, info.st_mtime_ns))
-    return sorted(documents, key=lambda document: document.name)
+                documents.append((path.relative_to(root).as_posix(), info.st_size, info.st_mtime_ns))
+    return sorted(documents)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` that complains about an unreadable folder instead of leaving it out in silence."""
-
-    def complain(error: OSError) -> None:
-        with _blame("read", error.filename):
-            raise error
-
-    return os.walk(root, onerror=complain)
-
-
-def _fingerprint(documents: list[_Document]) -> str:
-    """Hashes what tells that a folder changed, without reading its files."""
-    digest = hashlib.sha256(_RECIPE)
-    for document in documents:
-        digest.update(os.fsencode(f"{document.name}\0{document.size}\0{document.mtime_ns}\0"))
-    return digest.hexdigest()[:16]
-
-
-def _build(documents: list[_Document], root: Path, target: Path, progress: bool) -> None:
+def _join(documents: list[tuple[str, int, int]], root: Path, target: Path, progress: bool) -> None:
     """Joins those documents that are text into `target`; DataError if none is."""
     with _replacing(target) as out:
-        _join(documents, out, _bar(root.name, sum(document.size for document in documents), progress))
+        hide = None if progress else True  # None: unless stderr is a terminal
+        for name, _, _ in tqdm(documents, one_line(root.name), leave=False, unit=" files", disable=hide):
+            start = out.tell()
+            if start:
+                out.write(bytes([EOS_ID]))
+            if not _append_text(root / name, out):
+                out.seek(start)
+                out.truncate()
         if not out.tell():
             raise DataError(
                 f"folder {_quote(root)} holds no text: none of its {len(documents)} non-empty files (hidden ones apart)"
-                " is free of zero bytes and UTF-8 or an 8-bit encoding; name another folder"
+                " is uncompressed, free of zero bytes, and UTF-8 or an 8-bit encoding; name another folder"
             )
 
 
-def _join(documents: list[_Document], out: BinaryIO, bar: tqdm) -> None:
-    """Appends the documents that are text to the empty file `out`, with separators between them."""
-    with bar:
-        listed = 0
-        for document in documents:
-            start = out.tell()
-            if start:
-                out.write(SEPARATOR)
-            if not _append_text(document.path, out, bar):
-                out.seek(start)
-                out.truncate()
-            listed += document.size
-            bar.update(listed - bar.n)  # a file that is no text was not read to its end
-
-
-def _append_text(path: Path, out: BinaryIO, bar: tqdm) -> bool:
-    """Copies a file until it proves to be no text.
-
-    Returns:
-        Whether it is text. If not, the caller takes back what was written: one pass over a huge file is enough then.
-    """
-    first = True
+def _append_text(path: Path, out: BinaryIO) -> bool:
+    """Copies a file until it proves to be no text; returns whether it is: if not, the caller removes the copy."""
+    empty = True
     for chunk in _chunks(path):
-        if SEPARATOR in chunk or (first and not _looks_like_text(chunk[:_HEAD])):
+        if EOS_ID in chunk or (empty and not _looks_like_text(chunk[:_HEAD])):
             return False
         out.write(chunk)
-        bar.update(len(chunk))
-        first = False
-    return not first  # emptied since it was listed
+        empty = False
+    return not empty
 
 
 def _looks_like_text(head: bytes) -> bool:
     """Judges the first bytes of a file, without zeros; the module's docstring has the rule."""
+    if compressed_format(head):
+        return False
     try:
         # An incremental decoder, not told that this is the end, does not mind a character cut off there.
         codecs.getincrementaldecoder("utf-8")().decode(head)
@@ -523,123 +426,71 @@ def _looks_like_text(head: bytes) -> bool:
         return controls * 100 <= len(head)
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
+def _open(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
+    """Opens a regular file; any other kind is a DataError, and no pipe makes it wait."""
+    with _data_error("write" if flags & os.O_RDWR else "read", path):
+        if os.path.isfile(path) or not os.path.exists(path):  # to open a device may have effects
+            fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            if stat.S_ISREG(os.fstat(fd).st_mode):  # not replaced since
+                return open(fd, "r+b" if flags & os.O_RDWR else "rb")
+            os.close(fd)
+    raise DataError(f"{_quote(path)} is not a regular file; save the bytes to a file first")
+
+
+def _is_made(path: Path, size: int | None = None) -> bool:
+    """Whether there is a file of this name and size; a link, a pipe or a device is none that was made here."""
+    with contextlib.suppress(OSError):
+        info = path.lstat()
+        return stat.S_ISREG(info.st_mode) and size in (None, info.st_size)
+    return False
+
+
+def _is_blob(path: Path, blob: Blob) -> bool:
+    return _is_made(path, blob.size) and _sha256(path) == blob.sha256
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with _data_error("read", path), _open(path) as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
 
 
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file that becomes `target` when the block ends well, and vanishes when it does not."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")  # must match _TEMPORARY_GLOB
-    with _blame("write", target):
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    with _data_error("write", target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _open_locked(temporary) as out:
-            try:
+        for left in target.parent.glob(f".*.{'[0-9a-f]' * 16}.tmp"):  # by a process that was killed
+            with contextlib.suppress(OSError):
+                if left.lstat().st_mtime < time.time() - 86_400:
+                    left.unlink()
+        try:
+            with open(temporary, "xb") as out:
                 yield out
                 _publish(out, temporary, target)
-            except BaseException:  # Ctrl-C as well
-                _discard(out, temporary)
-                raise
-
-
-def _open_locked(path: Path) -> BinaryIO:
-    """Opens a file for appending, created if missing, under an exclusive lock that ends with the file or the process.
-
-    Waits while another process holds the lock. That one may then have renamed or removed the file, so the name is
-    opened again until it leads to the file that is locked.
-    """
-    while True:
-        file = open(path, "ab")  # noqa: SIM115 - the caller closes it
-        try:
-            _lock(file, path)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return file
-        except BaseException:
-            file.close()
+        except BaseException:  # Ctrl-C as well
+            temporary.unlink(missing_ok=True)
             raise
-        file.close()
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Locks an open file; says so if it has to wait. Does without where the system has no locks."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting for another process to finish {path}", file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks: temporary names are unique anyway, and downloads are hashed
-        pass
 
 
 def _publish(out: BinaryIO, path: Path, target: Path) -> None:
     """Gives the open file at `path` its final name, once its bytes are on disk for certain."""
     out.flush()
     os.fsync(out.fileno())
-    if fcntl is None:
-        out.close()
     os.replace(path, target)
 
 
-def _discard(out: BinaryIO, path: Path) -> None:
-    """Removes the open file at `path`."""
-    if fcntl is None:
-        out.close()
-    path.unlink(missing_ok=True)
-
-
-def _remove_dead_temporaries(data_dir: Path) -> None:
-    """Removes the temporary files whose process is gone: those whose lock is free."""
-    for folder in (data_dir, data_dir / CACHE_NAME):
-        for path in folder.glob(_TEMPORARY_GLOB):
-            with contextlib.suppress(OSError):  # BlockingIOError is an OSError: locked, so its process lives
-                if fcntl is None:
-                    path.unlink()
-                else:
-                    with open(path, "r+b") as file:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        path.unlink()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """Yields the content of a file in chunks of bounded size."""
-    with _blame("read", path), open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
-
-
-def _existing(source: str | os.PathLike) -> Path:
-    """Returns the path of a file or folder that exists; else the DataError that lists what would have been possible."""
-    path = Path(os.fsdecode(source))
-    try:
-        if os.fspath(source):  # the empty path would be the current folder
-            with _blame("read", path):
-                path.stat()
-            return path
-    except DataError as error:
-        if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
-            raise
-    except ValueError:  # a zero in the path
-        pass
-    raise DataError(f"no file, folder or corpus {_quote(source)}; the corpora are: {', '.join(CORPORA)}")
-
-
-def _check_file(path: Path) -> None:
-    """Makes sure that a path leads to a regular, readable, non-empty file."""
-    with _blame("read", path):
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # asked before it is opened: opening a pipe would wait for its other end
-            raise DataError(f"{_quote(path)} is not a regular file; save the bytes to a file first")
-        with open(path, "rb"):
-            pass
-    if info.st_size == 0:
-        raise DataError(f"{_quote(path)} is empty; there is nothing to learn from it")
-
-
 @contextlib.contextmanager
-def _blame(action: str, thing: str | os.PathLike, remedy: str = "") -> Iterator[None]:
-    """Turns a failure of the outside world into a DataError that says what could not be done, to what, and why."""
+def _data_error(action: str, thing: str | os.PathLike, remedy: str = "") -> Iterator[None]:
+    """Turns a failure outside this program into a DataError: what could not be done, to what, and why."""
     try:
         yield
     except (OSError, HTTPException) as error:
@@ -648,53 +499,26 @@ def _blame(action: str, thing: str | os.PathLike, remedy: str = "") -> Iterator[
 
 
 def _quote(thing: str | os.PathLike) -> str:
-    """Quotes a path for a message, which thereby stays one printable line whatever the path holds."""
+    """Quotes a path for a message, which stays one printable line whatever the path holds."""
     text = os.fsdecode(thing)
+    text = text if len(text) <= 1000 else text[:1000] + "…"
     return f"'{text}'" if text.isprintable() else ascii(text)
 
 
-def _bar(title: str, total: int, progress: bool, done: int = 0) -> tqdm:
-    """A progress bar in bytes that is shown on terminals only and leaves no trace."""
-    return tqdm(
-        desc=title,
-        total=total,
-        initial=done,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=None if progress else True,  # None: unless stderr is a terminal
-    )
-
-
-# --- Command ----------------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command.
+    """Runs the command with the given arguments, or those of the process; returns the exit code (see `command.run`)."""
 
-    Args:
-        argv: The arguments; those of the process if None.
-
-    Returns:
-        The exit code: 0, 2 for a user's mistake, 130 after Ctrl-C.
-    """
-    parser = argparse.ArgumentParser(
-        prog="prepare.py", description="Find or make a file of raw bytes to train on, and print its path and size."
-    )
-    parser.add_argument("source", metavar="SOURCE", help=f"a corpus ({', '.join(CORPORA)}), a file or a folder")
-    parser.add_argument("--from", dest="from_file", metavar="FILE", help="a local copy, to be used as the download")
-    arguments = parser.parse_args(argv)
-    try:
+    def run() -> None:
+        parser = command.Parser(
+            "prepare.py", description="Find or make a file of raw bytes to train on, and print its path and size."
+        )
+        parser.add_argument("source", metavar="SOURCE", help=f"a corpus ({', '.join(CORPORA)}), a file or a folder")
+        parser.add_argument("--from", dest="from_file", metavar="FILE", help="a local copy, to be used as the download")
+        arguments = parser.parse_args(argv)
         path = resolve(arguments.source, from_file=arguments.from_file, data_dir=DATA_DIR)
-        line = f"{path}: {len(open_bytes(path)):,} bytes"
-    except DataError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding))  # the name of a file may be no text
-    return 0
+        command.say(one_line(f"{path}: {len(open_bytes(path)):,} bytes"))
+
+    return command.run("prepare.py", run, mistakes=(DataError,))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import doctest
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import byte_tokenizer
-from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, decode, encode
+from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, decode, encode, one_line, visible
 
 ALL_BYTES = bytes(range(256))
 # Well-formed, cut, overlong, too large, surrogate and stray sequences: what a decoder can trip over.
@@ -174,3 +175,13 @@ def test_the_examples_in_the_documentation() -> None:
     result = doctest.testmod(byte_tokenizer)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@given(ANY_TEXT)
+@example("a\x1b[31m\x07\x9b\u202eb\u2028\u2029\u200b\r\n\tc\x7f\U000e0041")
+def test_no_character_that_controls_a_terminal_is_visible(text: str) -> None:
+    kinds = {c: unicodedata.category(c) for c in visible(text)}
+    assert not [c for c, kind in kinds.items() if kind in ("Cc", "Cf", "Zl", "Zp") and c not in "\n\t"]
+    assert len(one_line(text).splitlines()) <= 1
+    plain = "".join(c for c in text if c == " " or c.isprintable())
+    assert visible(plain) == one_line(plain) == plain
