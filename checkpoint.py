@@ -389,7 +389,7 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, ctx: ParallelContex
         else:
             rows = target.view(box.shape)
             for band in source.bands(box, BLOCK):
-                rows[band.top - box.top : band.bottom - box.top] = source.read(band, target.dtype)
+                rows[band.within(box)] = source.read(band, target.dtype)
 
 
 # --- Runs ------------------------------------------------------------------------------------------------------------

@@ -254,6 +254,9 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         say(self.format_help().rstrip())
 
+    def exit(self, status: int = 0, message: str | None = None) -> Any:
+        super().exit(_flush(self.prog) or status, message)
+
 
 def integer(low: int, high: int = 10**12) -> Callable[[str], int]:
     """Makes an argparse type: an integer from `low` to `high`, ends included."""

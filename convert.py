@@ -681,13 +681,14 @@ class _Transfer:
         # blocks are counted over the whole tensor if they can be cut, else over each part
         whole = not quantises or all(is_block_aligned(part.box) for part in job.parts)
         for region in [source.box] if whole else dict.fromkeys(part.box for part in job.parts):
-            found = []
+            found = torch.empty([-(-n // BLOCK) for n in region.shape] if quantises else 0)
             for band in source.bands(region, 1 if job.dtype == source.dtype else BLOCK):
                 if self.stop.is_set():
                     return
                 if quantises:
                     data, s = source.read_fp8(band, self.scale_fmt)
-                    found.append(s)
+                    rows, cols = band.within(region)
+                    found[rows.start // BLOCK :, cols.start // BLOCK :][: s.shape[0], : s.shape[1]] = s
                 elif job.dtype == source.dtype:
                     data = source.read_bytes(band)
                 else:
@@ -695,7 +696,7 @@ class _Transfer:
                     _check_finite(source, band, data)
                 self._place(job, band, data.view(torch.uint8))
             if quantises:
-                scales.append((region, torch.cat(found)))
+                scales.append((region, found))
                 if not scales[-1][1].isfinite().all():
                     raise CheckpointError(f"{source.shards[0].info} holds NaN or infinity")
         if job.dtype == E4M3:
@@ -709,8 +710,10 @@ class _Transfer:
         for part in job.parts:
             if (shared := part.box.meet(band)) is not None:
                 rows, cols = shared.within(band)
-                start = (shared.top - part.box.top) * part.box.shape[1] * size
-                self._write(part.info, start, data[rows, cols.start * size : cols.stop * size])
+                piece, width = data[rows, cols.start * size : cols.stop * size], part.box.shape[1]
+                start = (shared.top - part.box.top) * width + shared.left - part.box.left
+                for i, lines in enumerate([piece] if shared.shape[1] == width else piece):
+                    self._write(part.info, (start + i * width) * size, lines)
 
     def _write(self, info: TensorInfo, offset: int, data: torch.Tensor) -> None:
         with open(self.folder / info.path, "r+b", buffering=0) as file:

@@ -16,19 +16,22 @@ beside it, which the system releases however a process ends, keeps a second proc
 a dead one left there is known by it.
 """
 
+import errno
 import json
 import math
 import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 try:
     import fcntl
@@ -41,6 +44,8 @@ from model import ConfigError
 
 BAND_BYTES = 1 << 20  # read of a tensor at a time: much for a disk, little for a cache and for malloc
 MAX_JSON_BYTES = 64 << 20  # of a config or an index; that of a trillion parameters has 20
+MAX_JSON_DEPTH = 50  # far below what Python can print or walk through by recursion
+MAX_DIMS = 8
 MAX_HEADER_BYTES = 32 << 20  # a trillion parameters in 400 experts a layer, all in one file, need half of it
 # The dtypes of safetensors, in its own order: a file's tensors lie in the opposite one.
 DTYPES = {
@@ -50,6 +55,11 @@ DTYPES = {
     **{"I64": torch.int64, "U64": torch.uint64},
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)  # all widen to float32 exactly
+_NONBLOCK, _NOFOLLOW = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
+_HAS_DIR_FD = os.open in os.supports_dir_fd
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there, or choose another place")
+_REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to")
 
 
 class CheckpointError(ValueError):
@@ -144,15 +154,42 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """Reads the whole tensor."""
+        """Reads the whole tensor, whose numbers must be finite."""
         out = torch.empty(self.nbytes, dtype=torch.uint8)
-        with _opened(self.path) as file:
+        with open_regular(self.path) as file:
             _fill(file, self.offset, out)
-        return out.view(self.dtype).view(self.shape)
+        out = out.view(self.dtype).view(self.shape)
+        check_finite(out, self)
+        return out
+
+
+def check_finite(data: torch.Tensor, info: TensorInfo) -> None:
+    """Refuses numbers that a checkpoint cannot mean.
+
+    Args:
+        data: A part of a tensor, of any dtype.
+        info: The tensor, for the message.
+
+    Raises:
+        CheckpointError: It holds NaN or infinity.
+    """
+    if not _is_finite(data):
+        raise CheckpointError(f"{info} holds numbers that are not finite, NaN or infinity; take an intact checkpoint")
+
+
+def _is_finite(data: torch.Tensor) -> bool:
+    """Whether all numbers are finite, at a small part of what reading them costs."""
+    if not data.numel() or not data.dtype.is_floating_point:
+        return True
+    if data.dtype == E4M3:  # it has no infinity, and NaN is 0x7f or 0xff
+        return bool(data.view(torch.uint8).max() < 0xFF and data.view(torch.int8).max() < 0x7F)
+    if data.itemsize == 1:
+        data = data.float()
+    return bool(data.sum().isfinite() or data.isfinite().all())  # a sum costs a tenth of `isfinite`, but may overflow
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Reads the header of a safetensors file and checks all that it says.
+    """Reads the header of a safetensors file.
 
     Args:
         path: The file.
@@ -163,60 +200,41 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: The file is missing, truncated or no safetensors, or the header contradicts itself or the file.
     """
-    header, start, size = _read_raw_header(path)
+    header, start = _read_raw_header(path)
     header.pop("__metadata__", None)
-    infos, offsets = {}, []
+    infos = {}
     for name, value in header.items():
-        what = f"{path}: tensor {shorten(name)}"
-        if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-            raise CheckpointError(f"{what} needs dtype, shape and data_offsets in the header")
-        dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{what} is of the unknown dtype {shorten(dtype)}")
-        if not _is_sizes(shape) or not _is_sizes(place) or len(place) != 2:
-            raise CheckpointError(f"{what} has impossible shape {shorten(shape)} or data_offsets {shorten(place)}")
-        infos[name] = info = TensorInfo(path, name, DTYPES[dtype], tuple(shape), start + place[0])
-        if place[1] - place[0] != info.nbytes:
-            raise CheckpointError(f"{what}: {dtype} {shape} takes {info.nbytes} bytes, data_offsets say {place}")
-        offsets.append((info.offset, info.nbytes, name))
-    end = start
-    for offset, n_bytes, name in sorted(offsets):
-        if offset != end:
-            raise CheckpointError(f"{path}: tensor {shorten(name)} must start at byte {end}, the header says {offset}")
-        end += n_bytes
-    if end != size:
-        raise CheckpointError(f"{path} is truncated or damaged: it has {size} bytes, its header speaks of {end}")
+        what, (begin, end) = f"{path}: tensor {shorten(name)}", value["data_offsets"]
+        if value["dtype"] not in DTYPES:
+            raise CheckpointError(f"{what} is {shorten(value['dtype'])}, a dtype that torch does not have")
+        if len(value["shape"]) > MAX_DIMS:
+            raise CheckpointError(f"{what} has {len(value['shape'])} dimensions, more than {MAX_DIMS}")
+        infos[name] = TensorInfo(path, name, DTYPES[value["dtype"]], tuple(value["shape"]), start + begin)
+        if end - begin != infos[name].nbytes:
+            raise CheckpointError(f"{what} takes {infos[name].nbytes} bytes, the header says {end - begin}")
     return infos
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads what a safetensors file says about itself, by which library it is meant for, say."""
-    found = _read_raw_header(path)[0].get("__metadata__", {})
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise CheckpointError(f"{path}: __metadata__ in the header must be an object of texts")
-    return found
+    """Reads the metadata in the header of a safetensors file: the library that it is meant for, say."""
+    return _read_raw_header(path)[0].get("__metadata__") or {}
 
 
-def _read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The JSON object at the start of a safetensors file, the byte at which it ends, and the file's size."""
-    with _opened(path) as file:
+def _read_raw_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON object at the start of a safetensors file, which safetensors has checked, and the byte where it ends."""
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        start = 8 + length
-        if start > size or length > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} cannot be read as safetensors: {size} bytes with a header of {length}")
+        if 8 + length > size or length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} is truncated or no safetensors file: {size} bytes, a header of {length}")
         text = file.read(length)
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError(type(header).__name__)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors, its header is no JSON object: {error}") from None
-    return header, start, size
-
-
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and len(value) < 9 and all(type(x) is int and 0 <= x < 1 << 62 for x in value)
+        with safe_open(path, "numpy"):  # refuses all else that is wrong: types, overflows, gaps, lone surrogates
+            pass
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {shorten(error, 300)}") from None
+    return header, 8 + length
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -227,20 +245,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"{shorten(key)} is in it twice")
     "".join(found).encode()
     return found
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Opens a file to read; what goes wrong with it becomes a CheckpointError that names it."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path} is no file")  # a named pipe would have its reader wait for ever
-        with open(path, "rb", buffering=0) as file:
-            yield file
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _fill(file: Any, offset: int, out: torch.Tensor) -> None:
@@ -257,8 +261,11 @@ def _fill(file: Any, offset: int, out: torch.Tensor) -> None:
 def write_all(file: Any, tensor: torch.Tensor) -> None:
     """Writes a tensor's bytes to an unbuffered file, which may take some of them at a time."""
     view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    while view:
-        view = view[file.write(view) :]
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError as error:  # which does not know of what file
+        raise OSError(error.errno, error.strerror, file.name) from None
 
 
 class SafetensorsWriter:
@@ -314,18 +321,28 @@ class ShardSlice(NamedTuple):
         size = self.info.dtype.itemsize
         rows, cols = part.within(self.box)
         stride = self.box.shape[1] * size
-        with _opened(self.info.path) as file:
+        with open_regular(self.info.path) as file:
             if out.is_contiguous() and out.shape[1] == stride:
                 _fill(file, self.info.offset + rows.start * stride, out)
             else:  # only what is asked for of each row, to where it belongs
                 for i, row in enumerate(out, rows.start):
                     _fill(file, self.info.offset + i * stride + cols.start * size, row)
 
-    def read_scales(self) -> torch.Tensor:
-        """Reads the scales and checks them."""
-        s = self.scale.read()
-        if not (s.isfinite() & (s >= 0)).all():
+    def read_scales(self, around: Slice2D) -> torch.Tensor:
+        """Reads and checks the scales of a band: whole rows, from where a row of blocks begins to where one ends."""
+        rows = around.within(self.box)[0]
+        first, last = rows.start // BLOCK, -(-rows.stop // BLOCK)
+        cols = self.scale.shape[1]
+        offset = self.scale.offset + first * cols * self.scale.dtype.itemsize
+        s = self.scale._replace(shape=(last - first, cols), offset=offset).read().float()
+        if (s < 0).any():
             raise CheckpointError(f"{self.scale} has scales that are not all finite and positive")
+        for i in (s == 0).any(1).nonzero().flatten().tolist():  # no writer means that, except of blocks of zeros
+            top = around.top + i * BLOCK
+            band = around._replace(top=top, bottom=min(top + BLOCK, around.bottom))
+            self.read(band, q := torch.empty(band.shape, dtype=torch.uint8))
+            if ((q & 0x7F != 0) & (s[i] == 0).repeat_interleave(BLOCK)[: band.shape[1]]).any():
+                raise CheckpointError(f"{self.scale} has a scale of zero for weights that are not zero")
         return s
 
 
@@ -339,8 +356,8 @@ def shard_slice(info: TensorInfo, box: Slice2D, scale: TensorInfo | None) -> Sha
         wanted = tuple(-(-n // BLOCK) for n in box.shape)
         if scale is None:
             raise CheckpointError(f"{info} is FP8, but its scale is missing")
-        if (scale.dtype, scale.shape) != (torch.float32, wanted):
-            got = f"{DTYPE_NAMES[scale.dtype]} {list(scale.shape)}, not F32 {list(wanted)}"
+        if scale.dtype not in SCALE_DTYPES or scale.shape != wanted:
+            got = f"{DTYPE_NAMES[scale.dtype]} {list(scale.shape)}, not F32 (or BF16, F8_E8M0) {list(wanted)}"
             raise CheckpointError(f"{scale}, the scale of a weight {list(info.shape)}, is {got}")
     return ShardSlice(info, box, scale)
 
@@ -369,59 +386,102 @@ class ShardedTensor:
         return Slice2D(0, math.prod(shape[:-1]), 0, shape[-1])
 
     def bands(self, box: Slice2D, step: int = 1) -> Iterator[Slice2D]:
-        """Cuts a rectangle into bands of rows to be read at a time, of a multiple of `step` rows each."""
+        """Cuts a rectangle into bands to be read at a time: of whole rows, a multiple of `step`, where a row is short.
+
+        A row longer than BAND_BYTES, as a large vector is, is cut too, after a multiple of 128 columns.
+        """
         if 0 in box.shape:
             return
-        height = BAND_BYTES // max(1, box.shape[1] * self.dtype.itemsize)
-        height = max(step, height - height % step)
+        row_bytes = box.shape[1] * self.dtype.itemsize
+        height = max(step, BAND_BYTES // row_bytes // step * step)
+        width = box.shape[1]
+        if row_bytes > BAND_BYTES:
+            width = BAND_BYTES // (min(height, box.shape[0]) * self.dtype.itemsize)
+            width = max(BLOCK, width // BLOCK * BLOCK)
         for top in range(box.top, box.bottom, height):
-            yield box._replace(top=top, bottom=min(top + height, box.bottom))
+            for left in range(box.left, box.right, width):
+                yield Slice2D(top, min(top + height, box.bottom), left, min(left + width, box.right))
 
     def read_bytes(self, box: Slice2D) -> torch.Tensor:
-        """Reads a rectangle as it is stored: uint8 (rows, bytes of a row). Compares the copies, if there are any."""
+        """Reads a rectangle as it is stored: uint8 (rows, bytes of a row).
+
+        Raises:
+            CheckpointError: It holds NaN or infinity, or the copies, if there are any, differ.
+        """
         size = self.dtype.itemsize
         out = torch.empty(box.shape[0], box.shape[1] * size, dtype=torch.uint8)
         for piece in self.shards:
             if (part := piece.box.meet(box)) is not None:
                 rows, cols = part.within(box)
                 piece.read(part, out[rows, cols.start * size : cols.stop * size])
+        numbers = out.view(self.dtype)
+        if not _is_finite(numbers):
+            for piece in self.shards:
+                if (part := piece.box.meet(box)) is not None:
+                    check_finite(numbers[part.within(box)], piece.info)
         for copy in self.replicas:
             copy.read(box, other := torch.empty_like(out))
             if not torch.equal(other, out):
                 raise self._differs(copy.info, self.shards[0].info)
         return out
 
-    def read_scales(self) -> list[tuple[Slice2D, torch.Tensor]]:
-        """Reads the scales of each piece of FP8 weights. Compares those of the copies, if there are any."""
-        found = [(piece.box, piece.read_scales()) for piece in self.shards]
-        for copy in self.replicas:
-            if not torch.equal(copy.read_scales(), found[0][1]):
-                raise self._differs(copy.scale, self.shards[0].scale)
+    def read_scales(self, box: Slice2D | None = None) -> list[tuple[Slice2D, torch.Tensor]]:
+        """Reads the scales of FP8 weights.
+
+        Args:
+            box: A rectangle of the tensor; by default all of it.
+
+        Returns:
+            For each shard that has some of it: the rows of whole blocks around that, and their scales.
+
+        Raises:
+            CheckpointError: They are not finite and positive, or the copies, if there are any, differ.
+        """
+        found = []
+        for piece in self.shards:
+            if (part := piece.box.meet(box or self.box)) is None:
+                continue
+            rows = part.within(piece.box)[0]
+            top = piece.box.top + rows.start // BLOCK * BLOCK
+            bottom = min(piece.box.top + -(-rows.stop // BLOCK) * BLOCK, piece.box.bottom)
+            around = piece.box._replace(top=top, bottom=bottom)
+            found.append((around, piece.read_scales(around)))
+            for copy in self.replicas:
+                if not torch.equal(copy.read_scales(around), found[-1][1]):
+                    raise self._differs(copy.scale, piece.scale)
         return found
 
     def _differs(self, copy: TensorInfo, first: TensorInfo) -> CheckpointError:
         return CheckpointError(f"{copy} differs from {shorten(first.name)} in {first.path.name}: two models")
 
     def read(self, box: Slice2D, dtype: torch.dtype) -> torch.Tensor:
-        """Reads a rectangle as numbers of `dtype`: FP8 is dequantised."""
+        """Reads a rectangle as numbers of `dtype`: FP8 is dequantised.
+
+        Raises:
+            CheckpointError: As by `read_bytes` and `read_scales`, or a number is too large for `dtype`.
+        """
         if self.dtype != E4M3:
-            return self.read_bytes(box).view(self.dtype).to(dtype)
-        out = torch.empty(box.shape, dtype=dtype)
-        for whole, s in self.read_scales():
-            if (part := whole.meet(box)) is not None:
+            out = self.read_bytes(box).view(self.dtype).to(dtype)
+        else:
+            out = torch.empty(box.shape, dtype=dtype)
+            for whole, s in self.read_scales(box):
+                part = whole.meet(box)
                 rows, cols = part.within(whole)
-                top, left = rows.start // BLOCK, cols.start // BLOCK  # from where its first block begins
-                around = part._replace(top=whole.top + top * BLOCK, left=whole.left + left * BLOCK)
-                s = s[top : -(-rows.stop // BLOCK), left : -(-cols.stop // BLOCK)]
+                left = cols.start // BLOCK  # from where its first block begins
+                around = whole._replace(left=whole.left + left * BLOCK, right=part.right)
                 q = self.read_bytes(around).view(E4M3)
-                out[part.within(box)] = weight_dequant(q, s, dtype=dtype)[part.within(around)]
+                values = weight_dequant(q, s[:, left : -(-cols.stop // BLOCK)], dtype=dtype)
+                out[part.within(box)] = values[part.within(around)]
+        if dtype != self.dtype and not _is_finite(out):
+            name = str(dtype).removeprefix("torch.")
+            raise CheckpointError(f"{self.shards[0].info} has numbers that are too large for {name}")
         return out
 
     def read_fp8(self, box: Slice2D, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads a rectangle as FP8 and its scales: as it is stored, or else quantised now."""
         if self.dtype != E4M3:
             return weight_quant(self.read(box, torch.float32), scale_fmt=scale_fmt)
-        return self.read_bytes(box).view(E4M3), self.scales(self.read_scales(), box)
+        return self.read_bytes(box).view(E4M3), self.scales(self.read_scales(box), box)
 
     def scales(self, parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> torch.Tensor:
         """`slice_scales`, or an error in its place."""
@@ -432,6 +492,192 @@ class ShardedTensor:
                 f" of {BLOCK}×{BLOCK} would need two scales; take another --model-parallel, or --dtype bf16"
             )
         return found
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_regular(
+    path: Path, error_type: type[ValueError] = CheckpointError, max_bytes: int | None = None, follow: bool = False
+) -> Iterator[FileIO]:
+    """Opens a file to read, unbuffered; whatever is read is opened here.
+
+    Args:
+        path: The file.
+        error_type: What is raised if it cannot be read, also in the body.
+        max_bytes: How large it may be.
+        follow: Whether it may be a link to anywhere, as a path may that the user gave. One that came with a checkpoint
+            may not, see `inside`.
+
+    Raises:
+        error_type: It is missing, no regular file (a pipe would block, a device may have no end), or too large.
+        CheckpointError: It is a link that leads out of its folder.
+    """
+    path = Path(path)
+    if not follow and path.is_symlink():
+        inside(path.parent, path.name)
+    try:
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | _NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise error_type(f"{path} is no regular file")
+            if max_bytes is not None and status.st_size > max_bytes:
+                raise error_type(f"{path} has more than {max_bytes >> 20} MB")
+            yield file
+    except FileNotFoundError:
+        raise error_type(f"{path}: no such file") from None
+    except OSError as error:
+        raise error_type(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_regular(
+    path: Path, max_bytes: int, error_type: type[ValueError] = CheckpointError, follow: bool = False
+) -> bytes:
+    """Reads a whole file; arguments and errors are those of `open_regular`."""
+    with open_regular(path, error_type, max_bytes, follow) as file:
+        data = BufferedReader(file).read(max_bytes + 1) or b""  # /proc has files of size 0 with something in them
+    if len(data) > max_bytes:
+        raise error_type(f"{path} has more than {max_bytes >> 20} MB")
+    return data
+
+
+def open_append(path: Path, folder_fd: int | None = None) -> FileIO:
+    """Opens a file to append to, unbuffered, and makes it if there is none; a link is not followed.
+
+    Args:
+        path: The file.
+        folder_fd: A descriptor of its folder, if that is held open; see `RunFolder`.
+
+    Raises:
+        CheckpointError: It is no regular file, or cannot be written.
+    """
+    opener = lambda name, flags: os.open(name, flags | _NOFOLLOW | _NONBLOCK, 0o666, dir_fd=folder_fd)  # noqa: E731
+    with reporting(path):
+        try:
+            file = open(path if folder_fd is None else path.name, "ab", buffering=0, opener=opener)  # noqa: SIM115
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a pipe or socket, a folder
+                raise CheckpointError(f"{path} is no regular file; move it elsewhere") from None
+            raise
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise CheckpointError(f"{path} is no regular file; move it elsewhere")
+    return file
+
+
+def replace_file(path: Path, data: bytes, folder_fd: int | None = None) -> None:
+    """Writes a file so that a crash leaves the old one or the new one; links under its names are not followed.
+
+    Args:
+        path: The file.
+        data: What will be in it.
+        folder_fd: A descriptor of its folder, if that is held open; see `RunFolder`.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    with reporting(path), ExitStack() as stack:
+        if folder_fd is None and _HAS_DIR_FD:
+            folder_fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, folder_fd)
+        temporary, final = path.with_name(f".{path.name}.tmp"), path
+        if folder_fd is not None:
+            temporary, final = Path(temporary.name), Path(path.name)
+        with suppress(FileNotFoundError):  # a leftover, or what somebody put there
+            os.unlink(temporary, dir_fd=folder_fd)
+        try:
+            opener = lambda name, flags: os.open(name, flags | _NOFOLLOW, 0o666, dir_fd=folder_fd)  # noqa: E731
+            with open(temporary, "xb", opener=opener) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, final, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=folder_fd)
+            raise
+        if folder_fd is not None:
+            os.fsync(folder_fd)
+
+
+class RunFolder:
+    """A folder into which a process writes for hours: opened once, held, and written by one process at a time.
+
+    Args:
+        path: The folder.
+        create: Whether to make it, and those above it, where there is none.
+
+    Attributes:
+        path: The folder.
+        fd: Its descriptor, for `replace_file` and `open_append`; None on Windows, which has none of folders.
+
+    Raises:
+        CheckpointError: It is no folder, or cannot be made or opened.
+    """
+
+    def __init__(self, path: Path, create: bool = False):
+        self.path, self.fd = path, None
+        with reporting(path):
+            self._is_new = create and not os.path.lexists(path)
+            if create:
+                path.mkdir(parents=True, exist_ok=True)
+            if _HAS_DIR_FD:
+                self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def lock(self) -> None:
+        """Keeps other processes from locking it until this one closes it or ends, however it ends.
+
+        Raises:
+            CheckpointError: Another process has locked it.
+        """
+        if self.fd is not None and not _flock(self.fd):
+            raise CheckpointError(f"{self.path} is being written by another process; wait for it, or end it")
+
+    def check(self) -> None:
+        """Checks that the path still leads to the folder that was opened.
+
+        Raises:
+            CheckpointError: It does not: what is written now would not be found with the rest.
+        """
+        try:
+            found = os.stat(self.path)
+            is_same = stat.S_ISDIR(found.st_mode) if self.fd is None else os.path.samestat(found, os.fstat(self.fd))
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise CheckpointError(
+                f"{self.path} is not the folder any more in which this run began: it was renamed, removed or "
+                "unmounted; put it back and go on with --resume"
+            )
+
+    def close(self) -> None:
+        """Releases it; a folder that was made and never filled is removed."""
+        if self._is_new:
+            with suppress(OSError, CheckpointError):
+                self.check()
+                self.path.rmdir()
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _flock(descriptor: int) -> bool:
+    """Takes the lock of an open file, which the system releases when the process ends; False: another has it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # not all network filesystems have locks
+            pass
+    return True
 
 
 # --- Folders and JSON ------------------------------------------------------------------------------------------------
@@ -449,11 +695,14 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def reporting(path: Path) -> Iterator[None]:
-    """Turns a failing write into a CheckpointError that names `path`."""
+    """Turns a failing write into a CheckpointError: `path`, the file in it if that is known, and a remedy."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from None
+        name = "" if error.filename is None or str(error.filename) == str(path) else f" ({shorten(error.filename)})"
+        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+        reason = error.strerror or str(error) or type(error).__name__
+        raise CheckpointError(f"cannot write {path}: {reason}{name}{remedy}") from None
 
 
 def temporary_path(path: Path) -> Path:
@@ -532,18 +781,17 @@ def _locked(path: Path) -> Iterator[bool]:
     lock = path.with_name(f".{path.name}.lock")
     while True:
         is_left = os.path.lexists(lock)
-        with open(lock, "ab") as file:
-            if os.fstat(file.fileno()).st_size:
+        with open_append(lock) as file:
+            held = os.fstat(file.fileno())
+            if held.st_size:
                 raise CheckpointError(f"{lock} is in the way of making {path}; move it elsewhere")
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise CheckpointError(f"{path} is being written by another process; wait for it") from None
-                except OSError:  # not all network filesystems have locks
-                    pass
-            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                continue  # the one who had it has just finished, and removed it
+            if not _flock(file.fileno()):
+                raise CheckpointError(f"{path} is being written by another process; wait for it")
+            try:
+                if not os.path.samestat(held, os.stat(lock, follow_symlinks=False)):
+                    continue
+            except FileNotFoundError:  # the process that had it has just finished, and removed it
+                continue
             try:
                 yield is_left
             finally:
@@ -577,42 +825,43 @@ def inside(folder: Path, name: str) -> Path:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes an object as a JSON file."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_bytes(_json(value))
 
 
-def replace_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_json(temporary, value)
-    fsync(temporary)
-    temporary.replace(path)
-    fsync(path.parent)
+def replace_json(path: Path, value: dict[str, Any], folder_fd: int | None = None) -> None:
+    """Writes a JSON file with `replace_file`."""
+    replace_file(path, _json(value), folder_fd)
 
 
-def read_json(path: Path, error_type: type[ValueError]) -> dict[str, Any]:
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def read_json(path: Path, error_type: type[ValueError], follow: bool = False) -> dict[str, Any]:
     """Reads a JSON file that holds an object, in which no key is twice and all numbers are finite.
 
     Raises:
         error_type: It is none; the message names the file.
+        CheckpointError: It is a link that leads out of its folder, and `follow` is not set.
     """
+    data = read_regular(path, MAX_JSON_BYTES, error_type, follow)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
-            raise error_type(f"{path} is no file of at most {MAX_JSON_BYTES >> 20} MB")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise error_type(f"{path}: no such file") from None
-    except OSError as error:
-        raise error_type(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise error_type(f"{path} is not readable as JSON: {error}") from None
-    try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise error_type(f"{path} is not readable as JSON: {error}") from None
+        raise error_type(f"{path} is not readable as JSON: {shorten(error)}") from None
     if not isinstance(value, dict):
         raise error_type(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [x for outer in level for x in _members(outer)]
+        if not level:
+            return value
+    raise error_type(f"{path} has objects or lists in each other, more than {MAX_JSON_DEPTH} deep")
+
+
+def _members(value: Any) -> Iterable[Any]:
+    """What is directly in an object or list of JSON; nothing in anything else."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _finite(text: str) -> float:

@@ -51,9 +51,9 @@ def run(code: str, *flags: object) -> tuple[float, float]:
     ready = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, convert, torch
+import checkpoint, convert, parallel, torch
 torch.set_num_threads(1)
-checkpoint.keep_freed_memory()
+parallel.keep_freed_memory()
 torch.empty(2, device="meta").normal_()  # torch loads what the meta device needs
 begin = time.perf_counter()
 """

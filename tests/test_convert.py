@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, pipeline
 
@@ -562,43 +562,6 @@ def test_float16_must_be_converted(saved: Path, tmp_path: Path) -> None:
 # --- FP8 --------------------------------------------------------------------------------------------------------------
 
 
-def expand(s: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """A scale for each number of a rectangle."""
-    return s.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
-
-
-@settings(draws, max_examples=300)
-@given(st.data())
-def test_scales_are_cut_exactly_or_not_at_all(data: st.DataObject) -> None:
-    """Against a scale for each number: what is found says the same, and where nothing is found there is nothing."""
-    size = st.sampled_from([1, 32, 64, 96, 128, 192, 256, 300])
-    across, heights = data.draw(st.integers(0, 1)), data.draw(st.lists(size, min_size=1, max_size=3))
-    other, few = data.draw(size), data.draw(st.booleans())
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-    parts, full, at = [], [], 0
-    for n in heights:
-        rows, cols = (other, n) if across else (n, other)
-        shape = -(-rows // 128), -(-cols // 128)
-        s = torch.randint(1, 3 if few else 4, shape, generator=generator).float()
-        box = safetensors_io.Slice2D(*((0, rows, at, at + n) if across else (at, at + n, 0, cols)))
-        parts.append((box, s))
-        full.append(expand(s, rows, cols))
-        at += n
-    whole = torch.cat(full, dim=across)
-    top, left = data.draw(st.integers(0, whole.shape[0] - 1)), data.draw(st.integers(0, whole.shape[1] - 1))
-    box = safetensors_io.Slice2D(
-        top, data.draw(st.integers(top + 1, whole.shape[0])), left, data.draw(st.integers(left + 1, whole.shape[1]))
-    )
-    wanted = whole[box.top : box.bottom, box.left : box.right]
-    blocks = [[b for b in row.split(128, 1)] for row in wanted.split(128, 0)]
-    found = safetensors_io.slice_scales(parts, box)
-    if all((b == b[0, 0]).all() for row in blocks for b in row):
-        assert found is not None and torch.equal(expand(found, *wanted.shape), wanted)
-        assert found.shape == (len(blocks), len(blocks[0]))
-    else:
-        assert found is None
-
-
 FP8_SHAPE = {"dim": 256, "inter_dim": 512, "moe_inter_dim": 256, "n_heads": 4, "kv_lora_rank": 139, "q_lora_rank": 131}
 FP8_SHAPE |= {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
@@ -721,7 +684,7 @@ def test_wrong_scale(tmp_path: Path, what: str) -> None:
     edits = {
         "missing": lambda t: t.pop(name + "scale"),
         "shape": lambda t: t.update({name + "scale": torch.ones(7, 1)}),
-        "dtype": lambda t: t.update({name + "scale": scale.bfloat16()}),
+        "dtype": lambda t: t.update({name + "scale": scale.half()}),
         "without weight": lambda t: t.update({name + "weight": t[name + "weight"].bfloat16()}),
         "high": lambda t: t.update({"embed.weight": t["embed.weight"].to(E4M3), "embed.scale": torch.ones(2, 2)}),
     }
@@ -1187,101 +1150,6 @@ def test_other_published_models(tmp_path: Path, config: dict[str, Any]) -> None:
 # --- Hostile files ----------------------------------------------------------------------------------------------------
 
 
-def pack(header: bytes, data: bytes = b"") -> bytes:
-    return len(header).to_bytes(8, "little") + header + data
-
-
-def info(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> bytes:
-    return json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets} | more}).encode()
-
-
-LIES = {
-    "no JSON": pack(b"{"),
-    "a list": pack(b"[]"),
-    "not UTF-8": pack(b"\xff\xfe"),
-    "deep": pack(b'{"x":' + b"[" * 100_000),
-    "huge number": pack(b'{"x":' + b"9" * 10_000 + b"}"),
-    "a longer header": pack(b"{}")[:9],
-    "2^63 bytes of header": (1 << 63).to_bytes(8, "little") + b"{}",
-    "twice": pack(b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},' + info()[1:], b"8 bytes!"),
-    "number for a tensor": pack(b'{"x":3}'),
-    "null for a tensor": pack(b'{"x":null}'),
-    "dtype": pack(info(dtype="F5"), b"8 bytes!"),
-    "dtype that is a list": pack(info(dtype=["F32"]), b"8 bytes!"),
-    "shape of text": pack(info(shape="2"), b"8 bytes!"),
-    "negative shape": pack(info(shape=[-2, -1]), b"8 bytes!"),
-    "true shape": pack(info(shape=[True, 2]), b"8 bytes!"),
-    "overflowing shape": pack(info(shape=[1 << 33, 1 << 33]), b"8 bytes!"),
-    "fraction": pack(info(shape=[2.0]), b"8 bytes!"),
-    "too many dimensions": pack(info(shape=[1] * 1000 + [2]), b"8 bytes!"),
-    "offsets backwards": pack(info(offsets=[8, 0]), b"8 bytes!"),
-    "offsets outside": pack(info(offsets=[8, 16]), b"8 bytes!"),
-    "one offset": pack(info(offsets=[8]), b"8 bytes!"),
-    "offsets of another shape": pack(info(shape=[3]), b"8 bytes!"),
-    "unknown field": pack(json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "y": 1}}).encode()),
-    "overlap": pack(info(y={"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}), b"12 bytes of it"[:12]),
-    "gap": pack(info(y={"dtype": "F32", "shape": [1], "data_offsets": [12, 16]}), b"16 bytes of data"),
-    "data missing": pack(info(), b"7 bytes"),
-    "data left over": pack(info(), b"9 bytes!!"),
-    "lone surrogate": pack(b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"8 bytes!"),
-}
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_header_that_lies(tmp_path: Path, lie: str) -> None:
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(LIES[lie])
-    with pytest.raises(CheckpointError) as error:
-        safetensors_io.read_header(file)
-    one_line(error, file)
-    assert str(error.value).isprintable() and len(str(error.value)) < 600
-
-
-def test_header_of_100_mb_is_not_even_parsed(tmp_path: Path) -> None:
-    with open(tmp_path / "x", "wb") as file:
-        file.write((100 << 20).to_bytes(8, "little"))
-        file.truncate(101 << 20)
-    begin = time.process_time()
-    with pytest.raises(CheckpointError):
-        safetensors_io.read_header(tmp_path / "x")
-    assert time.process_time() - begin < 0.1
-
-
-@settings(draws, max_examples=400)
-@given(st.data())
-def test_fuzzed_headers(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Whatever is read is what safetensors reads; what it refuses is refused; and nothing is a traceback."""
-    file = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
-    tensors = {"a": torch.arange(6).view(2, 3), "b.c": torch.ones(3, dtype=torch.bfloat16), "z": torch.zeros(0, 4)}
-    save_file(tensors, file)
-    content = bytearray(file.read_bytes())
-    for _ in range(data.draw(st.integers(0, 3))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        match data.draw(st.integers(0, 3)):
-            case 0:
-                content[at] = data.draw(st.integers(0, 255))
-            case 1:
-                del content[at : at + data.draw(st.integers(1, 9))]
-            case 2:
-                content[at:at] = data.draw(st.sampled_from([b"0", b"9", b"-", b",", b'"', b"[", b"{", b"\0", b" "]))
-            case 3:
-                content[at] ^= 1
-    file.write_bytes(content)
-    try:
-        ours = {name: info.read() for name, info in safetensors_io.read_header(file).items()}
-    except CheckpointError as error:
-        assert str(error).isprintable()
-        return
-    try:
-        theirs = load_file(file)
-    except SafetensorError:
-        pytest.fail("safetensors refuses what was accepted here")
-    assert ours.keys() == theirs.keys()
-    assert all(
-        torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in ours if name != "z"
-    )
-
-
 def refused(capsys: pytest.CaptureFixture[str], source: Path, *parts: object, flags: tuple[object, ...] = ()) -> None:
     """The command says one line with all parts in it, returns 2 and leaves nothing; the source is as it was."""
     target = source.parent / "refused"
@@ -1584,20 +1452,6 @@ def test_two_processes_and_the_same_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out"]
 
 
-def test_folder_of_a_user_under_the_temporary_name(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "precious").write_text("mine")
-    with pytest.raises(CheckpointError) as error:
-        convert.convert(saved, tmp_path / "out")
-    one_line(error, tmp_path / ".out.tmp", "not ours")
-    assert (tmp_path / ".out.tmp" / "precious").read_text() == "mine" and not (tmp_path / ".out.lock").exists()
-    (tmp_path / ".b.lock").write_text("mine too")
-    with pytest.raises(CheckpointError) as error:
-        convert.convert(saved, tmp_path / "b")
-    one_line(error, tmp_path / ".b.lock")
-    assert (tmp_path / ".b.lock").read_text() == "mine too"
-
-
 def test_a_save_sweeps_nothing_of_the_user(tmp_path: Path) -> None:
     save_run(tmp_path, tiny(), {}, {"step": 1}, False)
     kept = ["step-00000001-hf", "step-1", "step-notes", ".step-00000001-hf.tmp"]
@@ -1832,20 +1686,6 @@ def test_source_of_impossible_shards(saved: Path) -> None:
     one_line(error, saved / "model0-mp3.safetensors", "into 3")
 
 
-def test_a_key_twice_is_found_in_linear_time(tmp_path: Path) -> None:
-    header = ",".join(f'"{i:07d}":0' for i in range(200_000)) + ',"0199999":0'
-    (tmp_path / "x").write_bytes(pack(f"{{{header}}}".encode()))
-    begin = time.process_time()
-    with pytest.raises(CheckpointError) as error:
-        safetensors_io.read_header(tmp_path / "x")
-    one_line(error, "0199999", "twice")
-    assert time.process_time() - begin < 3
-
-
-def test_no_bands_of_nothing() -> None:
-    assert list(safetensors_io.ShardedTensor("x", (1 << 40, 0)).bands(safetensors_io.Slice2D(0, 1 << 40, 0, 0))) == []
-
-
 # --- What would be lost silently -------------------------------------------------------------------------------------
 
 
@@ -1865,9 +1705,10 @@ def test_numbers_too_large_for_bfloat16(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         convert.convert(saved, tmp_path / "out", dtype="bf16")
     one_line(error, saved / WEIGHTS, "head.weight", "bfloat16")
-    edit(float("inf"))  # which stays visible
-    convert.convert(saved, tmp_path / "out", dtype="bf16")
-    assert load_file(tmp_path / "out" / WEIGHTS)["head.weight"].isinf().sum() == 1
+    edit(float("inf"))
+    with pytest.raises(CheckpointError) as error:
+        convert.convert(saved, tmp_path / "out", dtype="bf16")
+    one_line(error, saved / WEIGHTS, "head.weight", "infinity")
 
 
 def test_all_files_of_a_foreign_tokenizer(tmp_path: Path) -> None:
