@@ -52,7 +52,6 @@ import torch
 
 import decode
 import fp8_ops
-import graphs
 import model as model_module
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, one_line, visible
 from command import is_local_rank_zero
@@ -789,15 +788,9 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
-    if fp8_ops.gemm_impl != "bf16":
-        return model
-    if graphs.suits(model):
-        model.decoder = graphs.Recorder(model)
-    elif model_module.attn_impl in decode.Decoder.attn_impls and decode.suits(model):
-        decode.attach(model)
-        if model.decoder is None:
-            advice = "install one, or name it in CC"
-            print(f"generate.py: warning: no C compiler that works, so decoding is slower; {advice}", file=sys.stderr)
+    warning = decode.attach(model, keep_attn_impl=arguments.attn_impl is not None)
+    if warning is not None:
+        print(f"generate.py: warning: {warning}", file=sys.stderr)
     return model
 
 
