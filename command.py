@@ -25,12 +25,15 @@ import errno
 import math
 import os
 import signal
+import stat
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import one_line, visible
@@ -287,3 +290,53 @@ def real(low: float, high: float = math.inf, open_low: bool = False, open_high: 
         raise argparse.ArgumentTypeError(f"must be a number {ends}, got {shorten(text, 40)!r}")
 
     return parse
+
+
+# --- Folders for what runs as code ------------------------------------------------------------------------------------
+
+
+def private_cache_folder() -> Path:
+    """Returns a folder for compiled code, which nobody but this user (and root) can write to.
+
+    It is `bytegpt` in `$XDG_CACHE_HOME` or `~/.cache`, made if needed; or `private_temporary_folder()` where that
+    cannot be written, belongs to somebody else, or stands where others could put another in its place.
+
+    Raises:
+        OSError: Not even a temporary folder can be made.
+    """
+    with suppress(OSError, RuntimeError, ValueError):  # RuntimeError: no home
+        named = os.environ.get("XDG_CACHE_HOME", "")
+        # a relative path would follow the working folder, so its standard has it ignored
+        base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+        if base.is_absolute():
+            base.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder = base.resolve() / "bytegpt"
+            if all(map(_is_guarded, (base, *base.parents, *folder.parents))):
+                folder.mkdir(mode=0o700, exist_ok=True)
+                if is_private(folder.lstat()) and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+                    return folder
+    return private_temporary_folder()
+
+
+@cache
+def private_temporary_folder() -> Path:
+    """Returns a new folder of this user alone, the same at each call, which is removed when the process ends."""
+    import atexit  # these take longer than all that `start` needs
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="bytegpt-")).resolve()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def is_private(info: os.stat_result) -> bool:
+    """Whether a file or folder belongs to this user, is no link, and can be written by nobody else."""
+    return info.st_uid == os.geteuid() and not stat.S_ISLNK(info.st_mode) and not info.st_mode & 0o022
+
+
+def _is_guarded(path: Path) -> bool:
+    """Whether nobody but root and this user can replace what is in a folder; a sticky one guards it (`/tmp`)."""
+    info = path.lstat()
+    is_fixed = stat.S_ISLNK(info.st_mode) or not info.st_mode & 0o022 or bool(info.st_mode & stat.S_ISVTX)
+    return info.st_uid in (0, os.geteuid()) and is_fixed

@@ -789,8 +789,8 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
-    warning = decode.attach(model)
-    if isinstance(warning, str):
+    warning = decode.attach(model, keep_attn_impl=arguments.attn_impl is not None)
+    if warning is not None:
         command.warn("generate.py", warning)
     return model
 

@@ -80,7 +80,13 @@ def tiny(**changes: int) -> Transformer:
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * (1.0 if p.ndim == 1 else 2 * p.shape[-1] ** -0.5))
         model.head.weight[0] = 0  # else it ends too soon
-    decode.attach(model.eval().requires_grad_(False))
+    return with_decoder(model.eval().requires_grad_(False))
+
+
+def with_decoder(model: Transformer) -> Transformer:
+    """The same model, which decodes in C wherever `model.attn_impl` is "absorb"."""
+    if decode.CDecoder.suits(model) and decode.library() is not None:
+        model.decoder = decode.CDecoder(model)
     return model
 
 
@@ -463,8 +469,7 @@ def guessing(seed: int, **changes: int) -> Transformer:
                 p.copy_(torch.randn(p.shape, generator=generator) * 2 * p.shape[-1] ** -0.5)
         a, b = torch.randn(2, model.args.dim, generator=generator)
         model.head.weight.zero_()[torch.tensor(list(b"abcd"))] = torch.stack([a, -a, b / 2, -b / 2])
-    decode.attach(model)
-    return model
+    return with_decoder(model)
 
 
 @st.composite
