@@ -67,6 +67,9 @@ def start() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the life of the process
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a model writes characters that a terminal may not have
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with suppress(OSError):  # many functions of torch, optimizers for one, open its compiler's folder, used or not
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_cache_folder() / "torchinductor")
 
 
 def _set_handlers(handler: Any) -> None:

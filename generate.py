@@ -46,23 +46,21 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import copy
+import errno
 import hashlib
 import math
-import os
 import secrets
 import signal
-import stat
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import command
 import decode
@@ -74,7 +72,7 @@ from byte_tokenizer import decode as decode_text
 from convert import load_model
 from model import ConfigError, KVCache, ModelArgs, Transformer
 from parallel import ParallelContext, is_rank_zero
-from safetensors_io import CheckpointError
+from safetensors_io import CheckpointError, read_regular
 
 # Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
 PREFILL_POSITIONS = 4096
@@ -96,20 +94,19 @@ output:
   depend on the other lines.
 
 --interactive:
-  Each line is added to the text so far, which is then continued; an empty line just goes on. /clear forgets the text,
-  /exit or Ctrl-D ends, Ctrl-C stops the reply.
+  Each line is added to the text so far, which is then continued; an empty line just goes on. On a terminal, the line
+  begins on a line of its own. /clear forgets the text, /exit or Ctrl-D ends, Ctrl-C stops the reply.
 
 context:
   A text longer than the model's context is seen from the first multiple of half a context on from which it fits."""
 WELCOME = "Each line is added to the text and continued. /clear forgets the text, /exit or Ctrl-D ends, Ctrl-C stops."
 
 
-class GenerationError(ValueError):
-    """The model cannot generate: the message is one line."""
+class GenerationError(parallel.CollectiveError):
+    """The model cannot generate, in any of the processes that have a part of it: the message is one line."""
 
 
-MISTAKES = (GenerationError, CheckpointError, ConfigError)
-MISTAKES += (parallel.DeviceError, parallel.ParallelError, parallel.CollectiveError)
+MISTAKES = (CheckpointError, ConfigError, parallel.DeviceError, parallel.ParallelError, parallel.CollectiveError)
 
 
 @dataclass(frozen=True)
@@ -137,17 +134,12 @@ class Sampling:
 
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
-    """Computes the probabilities that bytes are drawn with.
+    """Computes the probabilities that bytes are drawn with, float64 (B, V), from logits, float (B, V), on any device.
 
-    Args:
-        logits: Of the next byte, float (B, V), on any device.
-        sampling: Temperature, top-k and top-p.
-
-    Returns:
-        Probabilities, float64 (B, V); rows sum to 1. Temperature 0 gives a single 1 a row.
+    At temperature 0, the likeliest byte has probability 1.
 
     Raises:
-        GenerationError: A row of logits without a finite maximum.
+        GenerationError: A row of logits has no finite maximum.
     """
     numbers = logits.detach().cpu().double().numpy()  # for so few, torch takes longer to begin than to compute
     best = numbers.max(axis=-1, keepdims=True)
@@ -182,14 +174,9 @@ Generators = Sequence[torch.Generator | None]
 
 
 def draw(probs: np.ndarray, generators: Generators) -> list[int]:
-    """Draws a byte for each row, on the CPU: equal probabilities give equal bytes on every device.
+    """Draws a byte for each row of probabilities, float64 (B, V); without a generator, the row gets its likeliest byte.
 
-    Args:
-        probs: Probabilities, float64 (B, V).
-        generators: A CPU generator for each row, which gives one number; None takes the likeliest byte.
-
-    Returns:
-        B ids.
+    This is done on the CPU: equal probabilities give equal bytes on every device.
     """
     if not any(generators):
         return probs.argmax(axis=-1).tolist()
@@ -207,16 +194,16 @@ def uniform(generator: torch.Generator | None) -> float:
 def accept(
     p: np.ndarray, q: np.ndarray, drafts: Sequence[int], generator: torch.Generator | None
 ) -> tuple[int, np.ndarray]:
-    """Decides how many of a row's drafted bytes stay (Leviathan et al. 2023, algorithm 1).
+    """Decides how many of a row's drafts are accepted (Leviathan et al. 2023, algorithm 1).
 
     Args:
         p: The model's probabilities of each drafted byte, and of the one after, float64 (n + 1 or more, V).
         q: Those that the drafts were drawn with, float64 (n or more, V).
         drafts: The n bytes drafted.
-        generator: Gives one number for each draft up to the first that does not stay.
+        generator: Gives one number for each draft up to the first that is rejected.
 
     Returns:
-        The number of drafts that stay, and the distribution (V,) of the byte after them.
+        The number of accepted drafts, and the distribution (V,) of the byte after them.
     """
     for i, byte in enumerate(drafts):
         if uniform(generator) * q[i, byte] >= p[i, byte]:
@@ -306,12 +293,12 @@ class Drafter:
 
     def limits(self, left: Sequence[int]) -> list[int]:
         """Returns how many drafts each row can take, for rows that can get `left` more bytes."""
-        context, lengths = self.batch.model.args.max_seq_len, [len(self.batch.context(row)) for row in range(len(left))]
-        return [
+        context, limits = self.batch.model.args.max_seq_len, []
+        for row, most in enumerate(left):
+            length = len(self.batch.context(row))
             # accepted bytes must not move the context, and the last byte of a text is no draft
-            min(self.batch.n_drafts, context - length, most - 1) if length > self.depth else 0
-            for length, most in zip(lengths, left, strict=True)
-        ]
+            limits.append(min(self.batch.n_drafts, context - length, most - 1) if length > self.depth else 0)
+        return limits
 
     def draft(
         self, sampling: Sampling, generators: Generators, limits: Sequence[int]
@@ -382,15 +369,16 @@ class Drafter:
 def fill_stale(batch: Batch, drafter: Drafter) -> None:
     """Fills the cache of the stale rows, the modules' as well, with all but the last byte of their contexts."""
     rows, batch.stale = batch.stale, []
-    for row in rows:
-        for k, lengths in enumerate(drafter.lengths):
-            lengths[row] = max(len(batch.context(row)) - 1 - k, 0)
+    contexts = {row: batch.context(row) for row in rows}
+    for k, lengths in enumerate(drafter.lengths):
+        for row, context in contexts.items():
+            lengths[row] = max(len(context) - 1 - k, 0)
     if len(rows) == len(batch.texts):
-        return prefill(batch.model, [batch.context(row) for row in rows], batch.cache, drafter.hidden)
+        return prefill(batch.model, list(contexts.values()), batch.cache, drafter.hidden)
     for row in rows:
         view = copy.copy(batch.cache)  # one row of it
         view.layers = [[tensor[row : row + 1] for tensor in layer] for layer in batch.cache.layers]
-        prefill(batch.model, [batch.context(row)], view, drafter.hidden[:, row : row + 1])
+        prefill(batch.model, [contexts[row]], view, drafter.hidden[:, row : row + 1])
         batch.cache.lengths[row] = view.lengths[0]
 
 
@@ -404,7 +392,7 @@ def step(
         batch: The batch. Its cache gets the accepted drafts, its texts do not.
         drafter: Its drafter.
         sampling: How to choose.
-        generators: For each row, as for `draw`.
+        generators: For each row, a CPU generator; None takes the likeliest byte.
         limits: How many drafts each row can take.
 
     Returns:
@@ -434,11 +422,7 @@ def prefill(
     This goes by a bounded number of positions at a time. Shorter rows are padded on the right: the padding comes after
     what it could disturb, and is forgotten at the end.
 
-    Args:
-        model: The model.
-        texts: The rows' texts.
-        cache: The cache, with room for them.
-        hidden: What MTP modules read at the last positions, to be filled: see `Drafter`. None: no modules run.
+    `hidden` has what MTP modules read at the last positions, to be filled: see `Drafter`. Without it, no modules run.
     """
     depth, ring = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[2])
     longest = max(map(len, texts))
@@ -461,19 +445,12 @@ def prefill(
 
 
 class Row:
-    """One text of a batch: how it is drawn, and where it ends.
-
-    Attributes:
-        number: That of the prompt.
-        generator: Its random generator; None at temperature 0.
-        left: How many bytes it can still get.
-        ended: Whether it is over.
-    """
+    """One text of a batch: how it is drawn, and where it ends."""
 
     def __init__(self, number: int, sampling: Sampling):
-        self.number = number
+        self.number = number  # that of the prompt
         self.generator = row_generator(sampling.seed, number) if sampling.temperature > 0 else None
-        self.left = sampling.max_new_tokens
+        self.left = sampling.max_new_tokens  # bytes that it can still get
         self.ended = False
         self._stop = sampling.stop
         self._held = b""  # what may be the beginning of the stop string
@@ -515,19 +492,14 @@ class Tally:
             self.seconds += time.perf_counter() - start
 
     def __str__(self) -> str:
-        speed = self.written / max(self.seconds, 1e-9)
-        text = f"{self.written:,} bytes in {self.seconds:.1f} s: {speed:,.1f} bytes/s"
-        return text + (
-            f", {self.accepted / self.drafted:.0%} of {self.drafted:,} drafts accepted" if self.drafted else ""
-        )
+        text = f"{self.written:,} bytes in {self.seconds:.1f} s: {self.written / max(self.seconds, 1e-9):,.1f} bytes/s"
+        if not self.drafted:
+            return text
+        return f"{text}, {self.accepted / self.drafted:.0%} of {self.drafted:,} drafts accepted"
 
 
 def choose_attn_impl(args: ModelArgs, wanted: str | None = None) -> str:
-    """Returns how attention is computed: as wanted, else through the latent ("absorb") where there is one.
-
-    Raises:
-        GenerationError: "absorb" for a model that has no latent.
-    """
+    """Returns how attention is computed: as wanted, else through the latent ("absorb") where there is one."""
     if wanted == "absorb" and args.kv_lora_rank == 0:
         raise GenerationError("--attn-impl absorb needs a model with a latent, this one has kv_lora_rank 0; use naive")
     return wanted or ("absorb" if args.kv_lora_rank else "naive")
@@ -616,10 +588,7 @@ def _generate_batch(
 def complete(model: Transformer, prompt: str | bytes, sampling: Sampling | None = None) -> Any:
     """Returns what follows a prompt, without the prompt: str for str (U+FFFD for what is no UTF-8), bytes for bytes.
 
-    Args:
-        model: The model, as `load_model` returns it.
-        prompt: The text to continue; empty: the beginning of a document.
-        sampling: How to choose, and when to end; None: `Sampling()`, whose seed is 0.
+    Without `sampling` it is that of `Sampling()`, whose seed is 0. An empty prompt is the beginning of a document.
     """
     if isinstance(prompt, str):
         return decode_text(complete(model, encode(prompt), sampling))
@@ -632,9 +601,7 @@ def complete(model: Transformer, prompt: str | bytes, sampling: Sampling | None 
 class Writer:
     """Writes texts to stdout: every byte as it is in a pipe; whole and visible characters on a terminal.
 
-    Args:
-        mark: What follows each text in a pipe.
-        rule: What follows it on a terminal, on a line of its own.
+    After each text comes `mark` in a pipe, or `rule` on a terminal, on a line of its own.
     """
 
     def __init__(self, mark: bytes = b"", rule: str = ""):
@@ -717,9 +684,9 @@ def keyboard_line() -> bytes | None:
     """Asks for a line on the terminal; None after Ctrl-D or Ctrl-C."""
     try:
         return encode(input("> "))
-    except (EOFError, KeyboardInterrupt) as end_of_input:
-        if isinstance(end_of_input, command.Terminated):
-            raise
+    except command.Terminated:
+        raise
+    except (EOFError, KeyboardInterrupt):
         command.write(b"\n")
         return None
 
@@ -729,38 +696,25 @@ def piped_line() -> bytes | None:
     try:
         line = sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1)
     except OSError as error:
-        raise GenerationError(f"cannot read standard input: {error.strerror}") from None
+        raise OSError(error.errno, error.strerror, "standard input") from None
     if len(line) > MAX_PROMPT_BYTES:
-        raise GenerationError(f"a line of standard input is longer than {MAX_PROMPT_BYTES:,} bytes; divide it")
+        raise OSError(errno.EFBIG, f"a line of more than {MAX_PROMPT_BYTES:,} bytes; divide it", "standard input")
     return line.removesuffix(b"\n").removesuffix(b"\r") if line else None
 
 
 def read_prompts(path: str) -> list[bytes]:
-    """Reads a file of prompts, one a line, at least one.
-
-    Raises:
-        GenerationError: The file cannot be read, is none, is too large, or is empty.
-    """
-    name = f"--input-file {path}"
+    """Reads a file of prompts, one a line, at least one; raises a GenerationError if it cannot."""
     try:
-        # a pipe without a writer must not be waited for
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise GenerationError(f"{name} is no regular file; write the prompts to one, one a line")
-            data = file.read(MAX_PROMPT_BYTES + 1)
-    except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
-        if isinstance(error, GenerationError):
-            raise
-        raise GenerationError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > MAX_PROMPT_BYTES:
-        raise GenerationError(f"{name} is larger than {MAX_PROMPT_BYTES:,} bytes; divide it")
+        data = read_regular(Path(path), MAX_PROMPT_BYTES, GenerationError, follow=True)
+    except ValueError as error:  # also of a path that cannot be one
+        raise GenerationError(f"--input-file: {error}; write the prompts to a file, one a line") from None
     if not data:
-        raise GenerationError(f"{name} is empty; write one prompt a line (an empty line is an empty prompt)")
+        raise GenerationError(f"--input-file {path} is empty; write one prompt a line (an empty line: an empty prompt)")
     return [line.removesuffix(b"\r") for line in data.removesuffix(b"\n").split(b"\n")]
 
 
 def choose_speculate(args: ModelArgs, wanted: int | None, n_prompts: int) -> int:
-    """Returns how many bytes are drafted at a time: as wanted, else what is fast; raises a GenerationError."""
+    """Returns how many bytes are drafted at a time: as wanted, else what is fast."""
     if wanted and args.n_mtp_layers == 0:
         raise GenerationError(f"--speculate {wanted} needs a model with MTP modules, this one has none; leave it out")
     if wanted is not None:
@@ -777,13 +731,12 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     fast = fp8_ops.multiplies_fp8(torch.device(ctx.device))
     keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
     dtype = parallel.pick_dtype(torch.device(ctx.device).type, arguments.dtype)
-    with ctx.collective_section():
-        model = load_model(arguments.ckpt_path, ctx.device, dtype, keep_fp8, ctx.build, ctx)
-        if model.args.vocab_size != VOCAB_SIZE:
-            raise GenerationError(
-                f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
-                f"take one with {VOCAB_SIZE}, as train.py makes them"
-            )
+    model = load_model(arguments.ckpt_path, ctx.device, dtype, keep_fp8, ctx.build, ctx)
+    if model.args.vocab_size != VOCAB_SIZE:
+        raise GenerationError(
+            f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
+            f"take one with {VOCAB_SIZE}, as train.py makes them"
+        )
     stored = any(layer.scale is not None for layer in model.fp8_layers())
     fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored else "bf16")
     if fp8_ops.gemm_impl == "fp8" and not stored:
@@ -800,23 +753,18 @@ def warn_if_too_long(prompts: Sequence[bytes], max_seq_len: int) -> bool:
     long = [(i, len(prompt)) for i, prompt in enumerate(prompts, 1) if len(prompt) > max_seq_len]
     if long and is_rank_zero():
         number, length = long[0]
-        in_context = length - context_start(length, max_seq_len)
-        others = f"; {len(long) - 1:,} more are too long as well" if len(long) > 1 else ""
-        command.warn(
-            "generate.py",
-            f"prompt {number} is longer than the context of {max_seq_len:,} bytes: "
-            f"the model sees only the last {in_context:,} of its {length:,} bytes{others}",
-        )
+        message = f"prompt {number} is longer than the context of {max_seq_len:,} bytes: the model sees only the last "
+        message += f"{length - context_start(length, max_seq_len):,} of its {length:,} bytes"
+        message += f"; {len(long) - 1:,} more are too long as well" if len(long) > 1 else ""
+        command.warn("generate.py", message)
     return bool(long)
 
 
 def make_parser() -> command.Parser:
     """Makes the parser of the command line."""
-    integer, real = command.integer, command.real
-    form = argparse.RawDescriptionHelpFormatter
-    parser = command.Parser(
-        "generate.py", description="Continue text with a trained model.", epilog=EPILOG, formatter_class=form
-    )
+    integer, real, form = command.integer, command.real, argparse.RawDescriptionHelpFormatter
+    about = "Continue text with a trained model."
+    parser = command.Parser("generate.py", description=about, epilog=EPILOG, formatter_class=form)
     parser.add_argument("--ckpt-path", required=True, metavar="DIR", help="a checkpoint, or the folder of a run")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--prompt", metavar="TEXT", help="the text to continue; empty: the beginning of a document")
@@ -861,26 +809,6 @@ def converse(model: Transformer, sampling: Sampling, tally: Tally, ctx: Parallel
     interact(model, sampling, Writer(b"\0"), tally, partial(ctx.broadcast_bytes, read_line))
 
 
-@contextlib.contextmanager
-def process_group(prog: str, mistakes: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Leaves the processes that this one has joined; when it fails, ends it before they notice."""
-    try:
-        yield
-    except BaseException as error:
-        code, message = command.explain(error, mistakes)
-        is_shared = isinstance(error, (parallel.CollectiveError, parallel.ParallelError))
-        if not is_shared and dist.is_initialized():
-            if message is not None:
-                command.complain(prog, message)
-            elif code == 1:
-                traceback.print_exc()
-            parallel.abort(code)
-        if is_shared and not command.is_local_rank_zero():
-            sys.exit(2)
-        raise
-    parallel.leave()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command, by default with the process's arguments; returns the exit code: see `command.run`."""
     return command.run("generate.py", lambda: run(argv), MISTAKES)
@@ -889,7 +817,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None) -> None:
     """Parses the flags, loads the model, writes the texts, and reports the speed on stderr."""
     arguments = make_parser().parse_args(argv)
-    with process_group("generate.py", MISTAKES):
+    with parallel.process_group("generate.py", MISTAKES):
         prompts = []
         if arguments.input_file is not None:
             prompts = read_prompts(arguments.input_file)
@@ -897,14 +825,15 @@ def run(argv: Sequence[str] | None) -> None:
             prompts = [encode(arguments.prompt)]
         parallel.keep_freed_memory()
         # each process that torchrun starts is a part of the model, and must have been told the same
-        ctx = ParallelContext.join(parallel.pick_device(arguments.device), int(os.environ.get("WORLD_SIZE", "1")))
+        ctx = ParallelContext.join(parallel.pick_device(arguments.device), parallel.read_launch().world_size)
         ctx.require_equal({name: value for name, value in vars(arguments).items() if name not in LOCAL_FLAGS})
         ctx.require_equal({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})
         seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
         seed = int(ctx.broadcast_bytes(lambda: str(seed).encode()))
-        model, tally = load(arguments, ctx), Tally()
+        with ctx.collective_section():
+            model, tally = load(arguments, ctx), Tally()
+            speculate = choose_speculate(model.args, arguments.speculate, len(prompts))
         given = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
-        speculate = choose_speculate(model.args, arguments.speculate, len(prompts))
         sampling = Sampling(**given | {"seed": seed, "speculate": speculate})
         if arguments.interactive:
             converse(model, sampling, tally, ctx)

@@ -1,27 +1,28 @@
-"""Many processes: how a model and its batches are spread over them. `model.py` knows nothing of it.
+"""Many processes: how a model and its batches are sharded over them. `model.py` knows nothing of it.
 
-`torchrun` starts N = data-parallel × model-parallel processes; process r is number r // M of the data-parallel ones and
-part r % M of a model. With M = 2 and one block:
+`torchrun` starts N = data-parallel × tensor-parallel processes (ranks). With `--model-parallel M`, each M consecutive
+ranks are a tensor-parallel group, which holds one model; ranks with the same number in their groups hold copies of one
+shard and are a data-parallel group. With M = 2, the two ranks of a tensor-parallel group hold of a block:
 
-                     part 0                     part 1
-    embed            bytes 0-127                bytes 128-255           each looks up what it has; the sum is whole
-    attn_norm        whole                      whole
-    attn   wq, wkv_b heads of the first half    of the second
-           wkv_a, …  whole                      whole
-           wo        its heads' inputs          its heads' inputs       the sum over parts is the output
-    ffn    w1, w3    first half of the columns  second half
-           w2        its inputs                 its inputs              the sum is the output
-           experts   the first half of them     the second              the sum is the output
-           gate      whole                      whole
-    head             logits of bytes 0-127      of bytes 128-255        put side by side
+                     rank 0                     rank 1
+    embed            bytes 0-127                bytes 128-255           each looks up its own, then all-reduce
+    attn_norm        replicated                 replicated
+    attn   wq, wkv_b heads of the first half    of the second           column-parallel
+           wkv_a, …  replicated                 replicated
+           wo        inputs from its heads      inputs from its heads   row-parallel: all-reduce of the outputs
+    ffn    w1, w3    first half of the outputs  second half             column-parallel
+           w2        its inputs                 its inputs              row-parallel: all-reduce of the outputs
+           experts   the first half of them     the second              all-reduce of the outputs
+           gate      replicated                 replicated
+    head             logits of bytes 0-127      of bytes 128-255        concatenated
 
-So a block has two sums forward, at the ends of `attn` and `ffn`, and two backward, at their beginnings, where every
-part has only its share of the input's gradient (Megatron-LM, Shoeybi et al. 2019, section 3, calls these g and f).
-Between the two, what is whole computes the same everywhere but gets a share of its gradient:
-`all_reduce_replicated_grads` adds these up. `native_slice` has the sharding rules, those of a native checkpoint.
+So a block has two all-reduces forward, at the ends of `attn` and `ffn`, and two backward, at their beginnings, where
+each rank has only the gradient through its own shard (Megatron-LM, Shoeybi et al. 2019, section 3, calls these g and
+f). A replicated weight between the two computes the same everywhere, but gets only a term of its gradient on each rank:
+`all_reduce_replicated_grads` adds these up. `SHARDED_DIM` has the rules, which are those of a native checkpoint.
 
-Data-parallel processes take their share of every batch. Gradients are averaged by DDP, or parameters, gradients and
-optimizer state are sharded by FSDP2. Nothing that is computed depends on the layout but for the rounding of sums.
+Each data-parallel rank takes its slice of every batch. DDP averages their gradients, or FSDP2 shards parameters,
+gradients and optimizer state over them. How many ranks there are changes results by the rounding of sums alone.
 """
 
 from __future__ import annotations
@@ -32,76 +33,82 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
-from torch.distributed.rendezvous import rendezvous
 
-from command import is_local_rank_zero
+import command
 from model import Losses, ModelArgs, Transformer, draw_weight
 from safetensors_io import CheckpointError, Slice2D
 
-STORE_TIMEOUT = timedelta(minutes=1)  # of reaching the store of torchrun
-TIMEOUT = timedelta(minutes=10)  # of whatever one process waits for; a step or a saved checkpoint takes less
-FAILED = "failed process"  # in the store: which one
+STORE_TIMEOUT = timedelta(minutes=1)  # for a connection to the store of a torchrun, which is there before its workers
+TIMEOUT = timedelta(minutes=10)  # for any other rank; a step or the saving of a checkpoint takes less
+MAX_PROCESSES = 1 << 20
+FAILED = "failed rank"  # key in the store: the first rank that failed
 
 
 class ParallelError(ValueError):
-    """A number of processes that cannot share the work so; the message has the numbers that can."""
+    """Numbers of processes or settings that do not fit together: the same error on all ranks."""
+
+
+class LaunchError(ParallelError):
+    """Processes that were not started properly: an error that each rank may have for itself."""
 
 
 class CollectiveError(ValueError):
-    """What went wrong in some process, raised in all of them; the first one tells it."""
+    """An error of some rank, raised on all of them."""
 
 
 # --- Sharding rules --------------------------------------------------------------------------------------------------
 
-_COLUMN_PARALLEL = {"wq", "wq_b", "wkv_b", "wk", "wv", "w1", "w3", "embed", "head"}
-_ROW_PARALLEL = {"wo", "w2"}
+# The dimension of a layer's weight (outputs, inputs) that is divided among tensor-parallel ranks: "column-parallel"
+# layers by outputs, "row-parallel" ones by inputs. Routed experts are dealt out whole. All else is replicated.
+SHARDED_DIM = {
+    **dict.fromkeys(("wq", "wq_b", "wkv_b", "wk", "wv", "w1", "w3", "embed", "head"), 0),
+    **dict.fromkeys(("wo", "w2"), 1),
+}
+
+
+def sharded_dim(name: str) -> int | None:
+    """Returns the dimension of a tensor of `state_dict` that is divided among tensor-parallel ranks; None: replicated.
+
+    In `state_dict`, routed experts are stacked along dimension 0.
+    """
+    return 0 if ".experts." in name else SHARDED_DIM.get(name.rsplit(".", 2)[-2])
 
 
 def native_slice(name: str, shape: tuple[int, ...], n_experts: int, rank: int, world: int) -> Slice2D | None:
-    """Says what a rank holds of a tensor: the one place that knows how native checkpoints are sharded.
-
-    "Column-parallel" layers are split by outputs, the rows of a weight as it is stored, "row-parallel" ones by inputs.
-    Routed experts stay whole and are dealt out by number. Everything else is held by every rank.
+    """Returns the rectangle of a full tensor that a rank's file of a native checkpoint has.
 
     Args:
-        name: The tensor's native name.
-        shape: Its whole shape; a vector counts as one row.
+        name: The tensor's native name, where each routed expert has tensors of its own.
+        shape: Its full shape; a vector counts as one row.
         n_experts: `n_routed_experts`.
-        rank: Which part, from 0 on.
-        world: Of how many, a number that `check_model_parallel` accepts.
+        rank: The tensor-parallel rank.
+        world: How many there are, a number that `check_model_parallel` accepts.
 
     Returns:
-        The rectangle, or None if the rank holds nothing of it.
+        The rectangle, or None if the rank has nothing of it.
     """
-    rows, cols = (1, *shape)[-2:]
-    parts = name.split(".")
     if rank not in ranks_with(name, n_experts, world):
         return None
-    if ".experts." in name:
-        return Slice2D(0, rows, 0, cols)
-    if parts[-2] in _COLUMN_PARALLEL:
-        return Slice2D(rows * rank // world, rows * (rank + 1) // world, 0, cols)
-    if parts[-2] in _ROW_PARALLEL:
-        return Slice2D(0, rows, cols * rank // world, cols * (rank + 1) // world)
-    return Slice2D(0, rows, 0, cols)
+    return _slice(shape, None if ".experts." in name else sharded_dim(name), rank, world)
 
 
 def ranks_with(name: str, n_experts: int, world: int) -> range:
-    """The ranks that hold something of a tensor: one for a routed expert's, else all."""
+    """Returns the tensor-parallel ranks that have something of a native tensor: one for a routed expert's, else all."""
     _, is_routed, rest = name.partition(".experts.")
     if not is_routed:
         return range(world)
@@ -109,21 +116,70 @@ def ranks_with(name: str, n_experts: int, world: int) -> range:
     return range(owner, owner + 1)
 
 
+def state_slice(name: str, shape: tuple[int, ...], rank: int, world: int) -> Slice2D:
+    """Returns the rectangle of a full tensor of `state_dict`, or of its optimizer's state, that a rank has.
+
+    Args:
+        name: The tensor's name in `state_dict`.
+        shape: Its full shape; the rows of stacked matrices are counted through.
+        rank: The tensor-parallel rank.
+        world: How many there are.
+    """
+    return _slice(shape, sharded_dim(name), rank, world)
+
+
+def _slice(shape: tuple[int, ...], dim: int | None, rank: int, world: int) -> Slice2D:
+    rows, cols = math.prod(shape[:-1]), shape[-1]
+    if dim == 0:
+        return Slice2D(rows * rank // world, rows * (rank + 1) // world, 0, cols)
+    if dim == 1:
+        return Slice2D(0, rows, cols * rank // world, cols * (rank + 1) // world)
+    return Slice2D(0, rows, 0, cols)
+
+
+def local_slice(name: str, tensor: torch.Tensor, shape: tuple[int, ...], ctx: ParallelContext) -> Slice2D:
+    """Returns the rectangle of a full tensor that this process has: of its `state_slice`, the rows that FSDP leaves.
+
+    Args:
+        name: Its name in `state_dict`.
+        tensor: The tensor in this rank's model, of which `ctx.local_shard` may have some rows.
+        shape: Its full shape.
+        ctx: The ranks.
+    """
+    box = state_slice(name, shape, ctx.mp_rank, ctx.mp_size)
+    shard, first = ctx.local_shard(tensor)
+    if first is None:
+        return box
+    last = first + len(shard)
+    if len(shape) == 1:
+        return box._replace(left=box.left + first, right=box.left + last)
+    rows = math.prod(tensor.shape[1:-1])  # of one matrix of a stack
+    return box._replace(top=box.top + first * rows, bottom=box.top + last * rows)
+
+
+def full_shapes(model: Transformer, ctx: ParallelContext) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the full model's parameters and buffers, by their names in its `state_dict`."""
+    if ctx.mp_size > 1:
+        with torch.device("meta"):
+            model = Transformer(model.args, fp8_weights=True)
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is one of those in the dtype that the model computes in: norms and the router have their own."""
     return len(shape) > 1 and not name.endswith("gate.weight")
 
 
-def check_model_parallel(args: ModelArgs, world: int, what: str = "--model-parallel") -> None:
-    """Refuses a number of shards that a model cannot be cut into.
+def check_model_parallel(args: ModelArgs, world: int, flag: str = "--model-parallel") -> None:
+    """Refuses a number of shards that does not divide a model.
 
     Args:
         args: The model's shape.
         world: The number of shards.
-        what: Whence that number comes, for the message.
+        flag: Where that number comes from, for the message.
 
     Raises:
-        CheckpointError: It does not divide some size of the model; the message has those that do.
+        CheckpointError: It does not divide some size of the model; the message has the numbers that do.
     """
     sizes = {"vocab_size": args.vocab_size, "n_heads": args.n_heads}
     layers = [args.is_moe(i) for i in range(args.n_layers + args.n_mtp_layers)]
@@ -135,51 +191,13 @@ def check_model_parallel(args: ModelArgs, world: int, what: str = "--model-paral
     common = math.gcd(*sizes.values())
     for key, size in sizes.items():
         if size % world:
-            works = ", ".join(str(n) for n in range(1, min(common, 1024) + 1) if common % n == 0)
-            raise CheckpointError(f"{key} = {size} cannot be cut into {world}; {what} can be {works}")
+            works = ", ".join(str(n) for n in _divisors(common) if n <= 1024)
+            raise CheckpointError(f"{key} = {size} cannot be cut into {world}; {flag} can be {works}")
 
 
-def full_shapes(model: Transformer, ctx: ParallelContext) -> dict[str, tuple[int, ...]]:
-    """The shapes of the whole model's parameters and buffers, by their names in its `state_dict`."""
-    if ctx.mp_size > 1:
-        with torch.device("meta"):
-            model = Transformer(model.args, fp8_weights=True)
-    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
-
-
-def state_slice(name: str, shape: tuple[int, ...], rank: int, world: int) -> Slice2D:
-    """Says which rectangle of a whole tensor of `state_dict`, or of its optimizer's state, one part of a model has.
-
-    Args:
-        name: The tensor's name in `state_dict`, where routed experts are stacked.
-        shape: Its whole shape; rows of stacked matrices count one after the other.
-        rank: Which part.
-        world: Of how many.
-    """
-    if ".experts." in name:
-        rows = math.prod(shape[:-1])
-        return Slice2D(rows * rank // world, rows * (rank + 1) // world, 0, shape[-1])
-    return native_slice(name, shape, 0, rank, world)
-
-
-def local_slice(name: str, tensor: torch.Tensor, shape: tuple[int, ...], ctx: ParallelContext) -> Slice2D:
-    """Says which rectangle of a whole tensor a process holds: of its `state_slice`, what FSDP leaves to it.
-
-    Args:
-        name: Its name in `state_dict`.
-        tensor: Its tensor in this process's part of the model, of which `ctx.local_shard` may hold some rows.
-        shape: Its whole shape.
-        ctx: The processes.
-    """
-    box = state_slice(name, shape, ctx.mp_rank, ctx.mp_size)
-    part, first = ctx.local_shard(tensor)
-    if first is None:
-        return box
-    last = first + len(part)
-    if len(shape) == 1:
-        return box._replace(left=box.left + first, right=box.left + last)
-    rows = math.prod(tensor.shape[1:-1])  # of one matrix of a stack
-    return box._replace(top=box.top + first * rows, bottom=box.top + last * rows)
+def _divisors(n: int) -> list[int]:
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
 
 
 # --- The machine ------------------------------------------------------------------------------------------------------
@@ -248,37 +266,141 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, two_gib)
 
 
-# --- Processes -------------------------------------------------------------------------------------------------------
+# --- Launching and ending processes ----------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """The environment variables of a launcher such as torchrun, under their names there."""
+
+    world_size: int
+    rank: int
+    local_rank: int
+    local_world_size: int
+    restart_count: int  # TORCHELASTIC_RESTART_COUNT: how often torchrun has started these workers again
+    master_addr: str
+    master_port: int
+
+
+def read_launch() -> Launch:
+    """Reads and checks the environment variables of a launcher; without them, this is one process alone.
+
+    Raises:
+        LaunchError: One of them is missing or makes no sense; the message names it.
+    """
+
+    def integer(name: str, low: int, high: int, default: int | None) -> int:
+        text = os.environ.get(name)
+        if text is None and default is not None:
+            return default
+        with suppress(ValueError):
+            if low <= int(text or "") <= high:
+                return int(text or "")
+        found = "but is not set" if text is None else f"got {command.shorten(repr(text), 40)}"
+        raise LaunchError(
+            f"the environment variable {name} must be an integer from {low} to {high}, {found}; "
+            "start several processes with torchrun, or unset WORLD_SIZE and RANK to start one"
+        )
+
+    world = integer("WORLD_SIZE", 1, MAX_PROCESSES, 1)
+    rank = integer("RANK", 0, world - 1, 0 if world == 1 else None)
+    here = integer("LOCAL_WORLD_SIZE", 1, world, 1)
+    local_rank = integer("LOCAL_RANK", 0, (here if "LOCAL_WORLD_SIZE" in os.environ else world) - 1, 0)
+    restarts = integer("TORCHELASTIC_RESTART_COUNT", 0, 1 << 31, 0)
+    address, port = os.environ.get("MASTER_ADDR", ""), 0
+    if world > 1:
+        port = integer("MASTER_PORT", 1, 65535, None)
+        if not address:
+            raise LaunchError(f"WORLD_SIZE is {world}, but MASTER_ADDR names no host; start with torchrun, or set it")
+    return Launch(world, rank, local_rank, here, restarts, address, port)
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that speaks."""
+    """Whether this process is the one that prints results."""
     return os.environ.get("RANK", "0") == "0"
 
 
+@contextmanager
+def process_group(prog: str, mistakes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Around the body of a command that may join a process group: destroys the group at the end.
+
+    An error of this rank alone ends its process here and at once, reported as `command.run` would: the other ranks get
+    an error when its connections break. An error that all ranks have (CollectiveError, ParallelError, and a mistake
+    before there is a group) is reported by one process a machine. Without a group, exceptions go on to `command.run`.
+
+    Args:
+        prog: Name of the script, for messages.
+        mistakes: Exception classes that mean a user's mistake, as for `command.run`.
+    """
+    try:
+        yield
+        leave()
+    except BaseException as error:  # noqa: BLE001 - each kind has its exit code
+        is_shared = isinstance(error, (CollectiveError, ParallelError))
+        if dist.is_initialized() and not is_shared:
+            abort(_report(prog, error, mistakes))
+        leave()
+        is_shared = (is_shared or isinstance(error, mistakes)) and not isinstance(error, LaunchError)
+        if is_shared and not command.is_local_rank_zero():
+            sys.exit(2)
+        raise
+
+
+def _report(prog: str, error: BaseException, mistakes: tuple[type[Exception], ...]) -> int:
+    """Reports an error of this rank; returns the exit code."""
+    code, message = command.explain(error, mistakes)
+    if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's errors have no class of their own
+        code, message = 1, f"another process is gone or does not answer: {_first_line(error)}"
+    if message is not None:
+        command.complain(prog, message)
+    elif code == 1:
+        traceback.print_exc()
+    return code
+
+
+def _first_line(error: Exception) -> str:
+    """The message of an error of torch's, without the frames of C++ that may follow it."""
+    return (str(error).splitlines() or [""])[0]
+
+
 def leave() -> None:
-    """Leaves the other processes, if this one has joined them."""
+    """Destroys the process group, if this process has joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def abort(code: int) -> None:
-    """Ends this process at once if it has joined others, who get an error at once when its connections break.
+    """Ends this process at once if it has joined others, who get an error when its connections break.
 
-    To leave in good order, or the way that Python ends, would be to wait for threads that wait for the others.
+    Destroying the group, or Python's own way to end, would wait for threads that wait for the other ranks.
     """
     if dist.is_initialized():
         with suppress(dist.DistError):
-            _get_default_store().compare_set(FAILED, "", os.environ["RANK"])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+            _get_default_store().compare_set(FAILED, "", str(dist.get_rank()))
+        _exit(code)
 
 
-def _watch(store: dist.Store) -> None:
-    """Ends this process when another has failed, for which it may be waiting in NCCL, whose kernels notice nothing.
+def end(code: int) -> NoReturn:
+    """Ends a command that is over; one of several processes does so without Python's clean-up.
 
-    Python heeds no signal then either: torchrun would wait for half a minute before it kills.
+    A thread of gloo may outlive its group by a moment. C++ aborts a process that drops such a thread, and torchrun
+    would take a run that is over for one that failed.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _exit(code)
+    sys.exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _watch(store: dist.Store, rank: int) -> None:
+    """Ends this process when another rank has failed: it may be waiting in a kernel of NCCL, which notices nothing.
+
+    Python handles no signal then either, so torchrun would wait for half a minute before it kills.
     """
     try:
         while not store.check([FAILED]):
@@ -286,90 +408,108 @@ def _watch(store: dist.Store) -> None:
             if not dist.is_initialized():
                 return
         failed = store.get(FAILED).decode()
-    except dist.DistError:  # gone with the first process, which may have ended well, a moment before this one does
+    except dist.DistError:  # gone with rank 0, which may have ended well, a moment before this one does
         time.sleep(5)
         failed = "0"
-    if dist.is_initialized() and failed != os.environ["RANK"]:
-        if is_local_rank_zero():
-            print(f"error: another process is gone: number {failed} has failed", file=sys.__stderr__, flush=True)
+    if dist.is_initialized() and failed != str(rank):
+        if command.is_local_rank_zero():
+            command.note(f"error: another process is gone: number {failed} has failed")
         os._exit(1)
 
 
-def end(code: int) -> NoReturn:
-    """Ends a command that is over; one of several processes does so without what Python tidies up at its end.
+def _connect(launch: Launch, timeout: timedelta) -> dist.Store:
+    """Connects to the key-value store of rank 0, or of torchrun.
 
-    A thread of gloo may outlive its group by a moment. C++ aborts a process that drops such a thread, and torchrun
-    would take a run that is over for one that failed.
+    Raises:
+        LaunchError: It is not there, or something else is at its port.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    # which is there before its workers: one that does not reach it was left behind by a torchrun that was killed
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    timeout = min(timeout, STORE_TIMEOUT) if by_torchrun else timeout
+    is_server, deadline = launch.rank == 0 and not by_torchrun, time.monotonic() + timeout.total_seconds()
+    result: list[Any] = [TimeoutError(f"no answer within {timeout}")]
 
+    def connect() -> None:
+        try:
+            while not is_server and not _accepts(launch):  # torch would wait as well, and write a page of warnings
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.1)
+            address = (launch.master_addr, launch.master_port, None, is_server)
+            result[0] = dist.TCPStore(*address, timeout=timeout, wait_for_workers=False)
+        except (RuntimeError, ValueError) as error:
+            result[0] = error
 
-@contextmanager
-def process_group(tell: Callable[[str], Any]) -> Iterator[None]:
-    """Around a command: the processes that it has joined are left when it ends, abandoned when it fails.
-
-    Args:
-        tell: Prints what went wrong, in a line, where that was another process: it has told more. A fault of this one
-            is shown in full, and before the others notice.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not dist.is_initialized():
-            raise
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's errors have no class of their own
-            tell(f"another process is gone or does not answer: {error}")
-        else:
-            traceback.print_exc()
-        abort(1)
-    leave()
-
-
-def _rendezvous(rank: int, world: int, timeout: timedelta) -> dist.Store:
-    """Where the processes leave their addresses for each other, in a corner of its own for each start.
-
-    The elastic agent gives all starts the same store. There a quick process would find the address that another had
-    before it was killed, and call nobody. Nothing that the agents tell counts the starts for all nodes alike: one that
-    comes back counts from 0. So the first process invents a name for the corner, and tells each of the others under the
-    name by which that one asks; who asked before a kill is answered as well, and does not confirm.
-    """
-    # torchrun's own store is there before its workers are: who does not reach it was left behind by a torchrun killed
-    is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store, _, _ = next(rendezvous("env://", timeout=min(timeout, STORE_TIMEOUT) if is_there else timeout))
+    # in a thread: a signal would have to wait for it, and a stranger at the port might never answer
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + 1)
+    store = result[0]
+    if isinstance(store, Exception):
+        where = f"MASTER_ADDR {command.shorten(launch.master_addr)}, MASTER_PORT {launch.master_port}"
+        doing = "cannot be process 0" if is_server else f"process {launch.rank} does not reach process 0"
+        raise LaunchError(f"{doing} at {where}: {_first_line(store)}; start all processes, with a free port")
     store.set_timeout(timeout)
-    name = secrets.token_hex(8)
-    if rank:
-        store.set(f"asks {rank}", name)
-        name = store.get(f"answer to {name}").decode()
-        store.set(f"{name} known to {rank}", "")
-    absent, deadline = set(range(1, world)) if rank == 0 else set(), time.monotonic() + timeout.total_seconds()
-    while absent:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{len(absent)} of {world} processes have not come within {timeout}")
-        for other in sorted(absent):
-            if store.check([f"{name} known to {other}"]):
-                absent.remove(other)
-            elif store.check([f"asks {other}"]):
-                store.set(f"answer to {store.get(f'asks {other}').decode()}", name)
-        time.sleep(0.01)
-    return dist.PrefixStore(name, store)
+    return store
+
+
+def _accepts(launch: Launch) -> bool:
+    """Whether something accepts connections at the launcher's address."""
+    with suppress(OSError, UnicodeError), socket.create_connection((launch.master_addr, launch.master_port), 5):
+        return True
+    return False
+
+
+def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
+    """Waits for all ranks; returns the store in which they leave their addresses, under a prefix of this start alone.
+
+    torchrun keeps one store for all starts of its workers: there, a rank that is quicker than others would find the
+    addresses of processes that were killed. Its count of restarts is no prefix, as it differs between nodes. So rank 0
+    draws one and sends it to each rank in answer to a key of that rank's process, which confirms it: a request that is
+    left from a process before is answered in vain.
+
+    Raises:
+        LaunchError: Some ranks have not come within the time-out.
+    """
+    store, key, deadline = _connect(launch, timeout), secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, launch.world_size)) if launch.rank == 0 else {0}
+    if launch.rank != 0:
+        store.set(f"request of {launch.rank}", key)
+    try:
+        while missing:
+            if time.monotonic() > deadline:
+                names = command.shorten(", ".join(map(str, sorted(missing))), 60)
+                raise LaunchError(
+                    f"process {names} of {launch.world_size} has not come within {timeout}; start all of them"
+                )
+            for other in sorted(missing):
+                if launch.rank == 0 and store.check([f"{key} known to {other}"]):
+                    missing.remove(other)
+                elif launch.rank == 0 and store.check([f"request of {other}"]):
+                    store.set(f"answer to {store.get(f'request of {other}').decode()}", key)
+                elif launch.rank != 0 and store.check([f"answer to {key}"]):
+                    key, missing = store.get(f"answer to {key}").decode(), set()
+                    store.set(f"{key} known to {launch.rank}", "")
+            time.sleep(0.01)
+    except dist.DistError as error:
+        raise ParallelError(f"process 0 has ended before all processes had come: {_first_line(error)}") from None
+    return dist.PrefixStore(key, store)
+
+
+# --- Ranks and collectives -------------------------------------------------------------------------------------------
 
 
 class ParallelContext:
-    """The place of this process among all, and the collectives between them.
+    """The ranks of this process, and the collectives between all of them.
 
-    Made by itself it communicates with nobody: one process alone, or with a `world_size` the plan of a layout, which
-    counts the bytes that would be sent. `join` makes the one of a torchrun job.
+    Constructed directly it communicates with nobody: one process alone, or with a `world_size` the plan of a run, which
+    counts the bytes that would be sent. `join` is for the processes of torchrun.
 
     Args:
         device: Where this process computes.
         world_size: Number of processes.
         rank: Number of this process.
-        model_parallel: Number of tensor-parallel ranks that share one model.
+        model_parallel: Number of tensor-parallel ranks that hold one model.
         fsdp: Whether FSDP shards parameters over the data-parallel ranks.
 
     Attributes:
@@ -379,14 +519,16 @@ class ParallelContext:
         counted: Bytes that tensor-parallel ranks would have sent, where there are no groups.
 
     Raises:
-        ParallelError: The number of processes is no multiple of `model_parallel`.
+        ParallelError: The number of processes is no multiple of `model_parallel`, or too large.
     """
 
     def __init__(
         self, device: str = "cpu", world_size: int = 1, rank: int = 0, model_parallel: int = 1, fsdp: bool = False
     ):
+        if world_size > MAX_PROCESSES:
+            raise ParallelError(f"{world_size} processes are too many: at most {MAX_PROCESSES} are possible")
         if world_size % model_parallel:
-            works = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+            works = ", ".join(map(str, _divisors(world_size)))
             raise ParallelError(
                 f"{world_size} processes are no multiple of --model-parallel {model_parallel}, which can be {works}"
             )
@@ -395,8 +537,6 @@ class ParallelContext:
         self.mp_rank, self.dp_rank = rank % self.mp_size, rank // self.mp_size
         self.fsdp = fsdp and self.dp_size > 1
         self.writes_replicated = self.dp_rank == 0
-        self._cuts: dict[nn.Parameter, int] = {}  # the dimension in which a parameter is sharded over ranks
-        self._shares: list[nn.Parameter] = []  # replicated parameters whose gradients must be summed over ranks
         self._n_texts = 0
         self.counted, self.dp_mesh, self.dp_group, self.mp_group = 0, None, None, None
 
@@ -413,54 +553,53 @@ class ParallelContext:
             timeout: How long a process waits for another.
 
         Raises:
-            ParallelError: The environment makes no sense, the device cannot be shared, or a process has other flags.
+            ParallelError: The environment makes no sense, the device cannot be shared, processes do not come, or one of
+                them has other flags.
         """
-        world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        if world_size > 1 and device == "mps":
+        launch, gpus = read_launch(), torch.cuda.device_count()
+        if launch.world_size > 1 and device == "mps":
             raise ParallelError("several processes cannot share an mps device; add --device cpu, or start one process")
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        here = max(launch.local_world_size, launch.local_rank + 1)
         if device == "cuda" and here > gpus:
             raise ParallelError(f"{here} processes cannot share {gpus} GPUs; start at most {gpus} on this machine")
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # no orphans, which would go on beside those that are started next
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # else workers outlive a torchrun that is killed, beside its next ones
             torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
-        ctx = cls(device, world_size, rank, model_parallel, fsdp)
-        if world_size > 1:
-            ctx._init_groups(timeout)
+        ctx = cls(device, launch.world_size, launch.rank, model_parallel, fsdp)
+        if launch.world_size > 1:
+            ctx._init_groups(launch, timeout)
         return ctx
 
-    def _init_groups(self, timeout: timedelta) -> None:
-        """Makes the process groups, and compares the layout with that of the other processes."""
+    def _init_groups(self, launch: Launch, timeout: timedelta) -> None:
+        """Makes the process groups, after a comparison of what they follow from."""
         device = self.device
         if device == "cuda":
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            self.device = f"cuda:{launch.local_rank}"
             torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        self._store = _rendezvous(self.rank, self.world_size, timeout)
+        self._store = _rendezvous(launch, timeout)
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         if device == "cuda":
-            threading.Thread(target=_watch, args=[_get_default_store()], daemon=True).start()
+            threading.Thread(target=_watch, args=(_get_default_store(), self.rank), daemon=True).start()
         self.require_equal({"--device": device, "--model-parallel": self.mp_size, "--fsdp": self.fsdp})
         mesh = dist.init_device_mesh(device, (self.dp_size, self.mp_size), mesh_dim_names=("dp", "mp"))
         self.dp_mesh, self.dp_group, self.mp_group = mesh["dp"], mesh["dp"].get_group(), mesh["mp"].get_group()
         for group in (self.dp_group, self.mp_group):  # which a mesh gives half an hour
             _set_pg_timeout(timeout, group)
 
-    # --- Collectives --------------------------------------------------------------------------------------------------
-
     def raise_if_any_failed(self, error: Exception | None = None) -> None:
-        """Waits for all; if one of them comes with an error, each raises an `CollectiveError` with its words."""
+        """Waits for all ranks; if one of them comes with an error, each raises a CollectiveError with its message."""
         if self.world_size == 1:
             if error is not None:
                 raise error
             return
         if self.all_reduce_max(float(error is not None))[0]:
             errors: list[str | None] = [None] * self.world_size
-            dist.all_gather_object(errors, None if error is None else str(error))
+            dist.all_gather_object(errors, error and command.explain(error, (ValueError,))[1])
             raise CollectiveError(next(text for text in errors if text is not None)) from error
 
     @contextmanager
     def collective_section(self) -> Iterator[None]:
-        """Work of each process, at whose end an error of one of them is raised in all."""
+        """Work of each rank, at whose end an error of one of them is raised on all."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -469,7 +608,7 @@ class ParallelContext:
             self.raise_if_any_failed()
 
     def all_reduce_max(self, *values: float) -> list[float]:
-        """The largest of each value among all processes."""
+        """Returns the largest of each value over all ranks."""
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -477,7 +616,7 @@ class ParallelContext:
         return tensor.tolist()
 
     def broadcast(self, *values: float) -> list[float]:
-        """The first process's values: what it has measured or decided."""
+        """Returns rank 0's values: what it has measured or decided."""
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -485,7 +624,7 @@ class ParallelContext:
         return tensor.tolist()
 
     def broadcast_bytes(self, read: Callable[[], bytes | None]) -> bytes | None:
-        """What `read` returns in the first process, where somebody types: for that, others wait as long as it takes."""
+        """Returns what `read` returns on rank 0, where a user may be typing: the others wait as long as it takes."""
         if self.world_size == 1:
             return read()
         texts = [read() if self.rank == 0 else None]
@@ -498,40 +637,44 @@ class ParallelContext:
         return texts[0]
 
     def require_equal(self, settings: dict[str, Any]) -> None:
-        """Compares what every process was told, on a machine and by a command of its own.
+        """Compares settings that all ranks must have the same, though each has a command and files of its own.
 
         Raises:
-            ParallelError: In all processes, if one was told something else.
+            ParallelError: On all ranks, if one differs.
         """
         if self.world_size == 1:
             return
-        everybodys: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everybodys, {name: str(value) for name, value in settings.items()})
-        for rank, others in enumerate(everybodys):
-            for name, value in everybodys[0].items():
-                if others.get(name) != value:
-                    raise ParallelError(f"process 0 has {name} = {value}, process {rank} has {others.get(name)}")
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, {name: str(value) for name, value in settings.items()})
+        for rank, others in enumerate(gathered):
+            for name in gathered[0] | others:
+                first, other = gathered[0].get(name), others.get(name)
+                if first != other:
+                    raise ParallelError(
+                        f"process 0 has {name} = {command.shorten(first)}, "
+                        f"process {rank} has {command.shorten(other)}; give all the same"
+                    )
 
     def all_reduce_dp(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the data-parallel processes."""
+        """Sums a tensor over the data-parallel ranks, in place; returns it."""
         if self.dp_size > 1:
             dist.all_reduce(tensor, group=self.dp_group)
         return tensor
 
     def data_parallel_slice(self, count: int) -> slice:
-        """This process's share of a batch of `count` windows, which `check` has found to divide."""
+        """Returns this rank's slice of a batch of `count` sequences, a number that `check_divisible` accepts."""
         each = count // self.dp_size
         return slice(self.dp_rank * each, (self.dp_rank + 1) * each)
 
     def check_divisible(self, args: ModelArgs, batch_size: int | None = None) -> None:
-        """Refuses what cannot be shared out.
+        """Refuses a model or a batch that cannot be divided among the ranks.
 
         Args:
             args: The model's shape.
-            batch_size: Windows at a time, of all data-parallel processes.
+            batch_size: Sequences at a time, of all data-parallel ranks.
 
         Raises:
-            ParallelError: With what does not divide, and what would.
+            ParallelError: With what does not divide, and numbers that would.
         """
         try:
             check_model_parallel(args, self.mp_size)
@@ -542,176 +685,122 @@ class ParallelContext:
             works = " or ".join(str(n) for n in (near, near + self.dp_size) if n)
             raise ParallelError(f"--batch-size {batch_size} cannot be shared by {self.dp_size} processes; take {works}")
 
-    # --- Spreading a model --------------------------------------------------------------------------------------------
-
-    def build(self, args: ModelArgs, compute_dtype: torch.dtype, fp8_weights: bool = False) -> Transformer:
-        """Makes this process's part of a model, its weights undefined; memory is touched for the part only."""
-        if self.mp_size == 1:
-            return Transformer(args, compute_dtype, fp8_weights)
-        model = Transformer(args, compute_dtype)
-        for name, p in model.named_parameters():
-            box = state_slice(name, p.shape, self.mp_rank, self.mp_size)
-            if box.shape != _flat_shape(p.shape):
-                p.data = torch.empty_like(_take(p.data, box), memory_format=torch.contiguous_format)
-        for layer in model.fp8_layers() if fp8_weights else []:
-            layer.store_fp8()
-        self._connect(model)
-        return model
-
-    def init_weights(self, model: Transformer, seed: int) -> None:
-        """`Transformer.init_weights` of the whole model, of which each process keeps its part."""
-        if self.mp_size == 1:
-            return model.init_weights(seed)
-        shapes = full_shapes(model, self)
-        with torch.no_grad():
-            for i, (name, p) in enumerate(model.named_parameters()):
-                box = state_slice(name, shapes[name], self.mp_rank, self.mp_size)
-                p.copy_(_take(draw_weight(name, i, shapes[name], seed), box))
-            for gate in model.gates():
-                if gate.bias is not None:
-                    gate.bias.zero_()
-        return None
-
-    def _connect(self, model: Transformer) -> None:
-        """Puts the sums and copies between the parts into a model that was cut."""
-        blocks = [*model.layers, *(module.block for module in model.mtp)]
-
-        def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return _Copy.apply(inputs[0], self), *inputs[1:]
-
-        def leave(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
-            if isinstance(output, torch.Tensor):
-                return _Sum.apply(output, self)
-            y, routing = output
-            share = routing.balance_loss / self.mp_size  # each part computes all of it, and its gradients are added up
-            balance_loss = share + (routing.balance_loss - share).detach()
-            return _Sum.apply(y, self), routing._replace(balance_loss=balance_loss)
-
-        for block in blocks:
-            block.attn.n_heads //= self.mp_size
-            for half in (block.attn, block.ffn):
-                half.register_forward_pre_hook(enter)
-                half.register_forward_hook(leave)
-            if hasattr(block.ffn, "experts"):
-                block.ffn.experts.first_expert = self.mp_rank * (model.args.n_routed_experts // self.mp_size)
-        model.embed = _Embedding(model.embed.weight, self)
-        model.head.register_forward_pre_hook(enter)
-        model.head.register_forward_hook(self._side_by_side)
-
-    def _side_by_side(self, _module: nn.Module, _inputs: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
-        width = logits.shape[-1]
-        before, after = self.mp_rank * width, (self.mp_size - 1 - self.mp_rank) * width
-        return _Sum.apply(F.pad(logits, (before, after)), self)
-
-    def parallelize(self, model: Transformer, compiles: bool) -> Callable[[torch.Tensor, torch.Tensor], Losses]:
-        """Lets the data-parallel processes share their gradients; returns the function that computes the loss.
-
-        Args:
-            model: This process's part of the model; FSDP shards it here.
-            compiles: Whether to use torch.compile.
-        """
-        if self.fsdp:
-            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-            for layer in [*model.layers, *model.mtp]:
-                if compiles:
-                    _compile_training(layer)
-                fully_shard(layer, mesh=self.dp_mesh)
-            fully_shard(model, mesh=self.dp_mesh, reshard_after_forward=True)  # for whoever looks at its parameters
-            register_fsdp_forward_method(model, "loss")
-            register_fsdp_forward_method(model, "next_byte_loss")
-            loss = model.loss
-        else:
-            loss = torch.compile(model.loss, fullgraph=True) if compiles else model.loss
-        self.register_sharded_parameters(model)
-        if self.dp_size == 1 or self.fsdp:
-            return loss
-        return nn.parallel.DistributedDataParallel(
-            _LossModule(model, loss), process_group=self.dp_group, gradient_as_bucket_view=True
-        )
-
-    def register_sharded_parameters(self, model: Transformer) -> None:
-        """Finds the parameters that are cut among the parts, and those whose gradients the parts share."""
-        if self.mp_size == 1:
-            return
-        shapes = full_shapes(model, self)
-        for name, p in model.named_parameters():
-            box, (rows, cols) = state_slice(name, shapes[name], self.mp_rank, self.mp_size), _flat_shape(shapes[name])
-            if box.shape != (rows, cols):
-                self._cuts[p] = int(box.shape[0] == rows)
-            elif ".attn." in name or ".ffn." in name:
-                self._shares.append(p)
-
     def no_sync(self, loss: Any, is_last: bool) -> Any:
-        """A context in which DDP leaves averaging to the last of several batches that make one step."""
+        """Returns a context in which DDP leaves averaging to the last of several batches that make one step."""
         return nullcontext() if is_last or self.dp_size == 1 or self.fsdp else loss.no_sync()
 
     def local_shard(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int | None]:
-        """This process's shard of a tensor, and from which row on; the tensor and None if FSDP has not cut it."""
+        """Returns this rank's FSDP shard of a tensor and its first row, or the tensor and None without."""
         if not self.fsdp or not hasattr(tensor, "device_mesh"):
             return tensor, None
-        chunk = -(-tensor.shape[0] // self.dp_size)  # as torch.chunk and FSDP cut
+        chunk = -(-tensor.shape[0] // self.dp_size)  # as torch.chunk and FSDP divide
         return tensor.to_local(), min(tensor.shape[0], chunk * self.dp_rank)
 
-    # --- Gradients and updates ----------------------------------------------------------------------------------------
 
-    def all_reduce_replicated_grads(self) -> None:
-        """Adds up the gradients of which each part of the model has a share."""
-        grads = [self.local_shard(p.grad)[0] for p in self._shares]
-        if grads:
-            flat = torch.cat([g.flatten() for g in grads])
-            dist.all_reduce(flat, group=self.mp_group)
-            for g, new in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                g.copy_(new.view_as(g))
+# --- A sharded model -------------------------------------------------------------------------------------------------
 
-    def replicated_numel(self) -> int:
-        """How many numbers `all_reduce_replicated_grads` sends."""
-        return sum(self.local_numel(p) for p in self._shares)
 
-    def local_numel(self, p: nn.Parameter) -> int:
-        """How many numbers of a parameter of this part a process holds: FSDP cuts along the first dimension."""
-        return -(-len(p) // self.dp_size) * p[0].numel() if self.fsdp else p.numel()
+def build(ctx: ParallelContext, args: ModelArgs, dtype: torch.dtype, fp8_weights: bool = False) -> Transformer:
+    """Builds this rank's shard of a model, its weights undefined; only the shard's memory is touched.
 
-    def gathered_numel(self, matrices: Iterable[nn.Parameter]) -> int:
-        """How many numbers `whole` gathers of parameters: the shards of a part, then the parts of a matrix."""
-        matrices = [p for p in matrices if p.ndim == 2]
-        return sum(p.numel() * (self.fsdp + self.mp_size * (p in self._cuts)) for p in matrices)
+    Args:
+        ctx: The ranks.
+        args: The model's shape, which `check_divisible` accepts.
+        dtype: Dtype of the activations.
+        fp8_weights: Make room for weights stored in FP8.
+    """
+    if ctx.mp_size == 1:
+        return Transformer(args, dtype, fp8_weights)
+    model = Transformer(args, dtype)
+    for name, p in model.named_parameters():
+        p.data = torch.empty_like(_shard(name, p.data, ctx), memory_format=torch.contiguous_format)
+    for layer in model.fp8_layers() if fp8_weights else []:
+        layer.store_fp8()
+    _add_collectives(ctx, model)
+    return model
 
-    def clip_grad_norm(self, model: Transformer, max_norm: float) -> torch.Tensor:
-        """`nn.utils.clip_grad_norm_` of the whole model; returns the norm before."""
-        parameters = list(model.parameters())
-        if self.world_size == 1:
-            return nn.utils.clip_grad_norm_(parameters, max_norm)
-        grads = [self.local_shard(p.grad)[0] for p in parameters]
-        squares = torch.stack(torch._foreach_norm(grads)).double().square()
-        copies = [(1 if p in self._cuts else self.mp_size) * (1 if self.fsdp else self.dp_size) for p in parameters]
-        total = (squares / torch.tensor(copies, device=squares.device)).sum()
-        dist.all_reduce(total)
-        norm = total.sqrt().float()
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
 
-    def full_tensor(self, p: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
-        """Gathers what has the layout of a parameter: matrices (n, rows, columns), none of them cut."""
-        if self.fsdp and p.ndim == 2:
-            update = update.full_tensor()
-        elif self.fsdp:  # whole experts
-            update = update.to_local()
-        if (dim := self._cuts.get(p)) is not None and p.ndim == 2:
-            parts = [torch.empty_like(update) for _ in range(self.mp_size)]
-            dist.all_gather(parts, update.contiguous(), group=self.mp_group)
-            update = torch.cat(parts, dim=dim)
-        return update.reshape(-1, *update.shape[-2:])
+def init_weights(ctx: ParallelContext, model: Transformer, seed: int) -> None:
+    """Draws the weights of the full model as `Transformer.init_weights` does; each rank keeps its shard."""
+    if ctx.mp_size == 1:
+        return model.init_weights(seed)
+    shapes = full_shapes(model, ctx)
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            p.copy_(_shard(name, draw_weight(name, i, shapes[name], seed), ctx))
+        for gate in model.gates():
+            if gate.bias is not None:
+                gate.bias.zero_()
+    return None
 
-    def local_part(self, p: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
-        """The part of what `whole` gathered that this process holds."""
-        if p.ndim > 2:
-            return update
-        update = update.squeeze(0)
-        if (dim := self._cuts.get(p)) is not None:
-            update = update.chunk(self.mp_size, dim)[self.mp_rank]
-        held_here, first = self.local_shard(p)
-        return update if first is None else update[first : first + len(held_here)]
+
+def _shard(name: str, full: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
+    """Returns a view of the shard of a full parameter that a tensor-parallel rank holds."""
+    dim = sharded_dim(name)
+    return full if dim is None else full.chunk(ctx.mp_size, dim)[ctx.mp_rank]
+
+
+def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
+    """Puts the collectives between tensor-parallel ranks at the ends of `attn`, `ffn`, `embed` and `head`."""
+
+    def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _Copy.apply(inputs[0], ctx), *inputs[1:]
+
+    def leave(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return _Sum.apply(output, ctx)
+        y, routing = output
+        term = routing.balance_loss / ctx.mp_size  # each rank computes all of it, and its gradients are added up
+        balance_loss = term + (routing.balance_loss - term).detach()
+        return _Sum.apply(y, ctx), routing._replace(balance_loss=balance_loss)
+
+    def concatenate(_module: nn.Module, _inputs: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
+        width = logits.shape[-1]
+        before, after = ctx.mp_rank * width, (ctx.mp_size - 1 - ctx.mp_rank) * width
+        return _Sum.apply(F.pad(logits, (before, after)), ctx)
+
+    for block in [*model.layers, *(module.block for module in model.mtp)]:
+        block.attn.n_heads //= ctx.mp_size
+        for half in (block.attn, block.ffn):
+            half.register_forward_pre_hook(enter)
+            half.register_forward_hook(leave)
+        if hasattr(block.ffn, "experts"):
+            block.ffn.experts.first_expert = ctx.mp_rank * (model.args.n_routed_experts // ctx.mp_size)
+    model.embed = _Embedding(model.embed.weight, ctx)
+    model.head.register_forward_pre_hook(enter)
+    model.head.register_forward_hook(concatenate)
+
+
+def parallelize(
+    ctx: ParallelContext, model: Transformer, compiles: bool
+) -> Callable[[torch.Tensor, torch.Tensor], Losses]:
+    """Connects the data-parallel ranks, by DDP or FSDP; returns the function that computes the loss.
+
+    Args:
+        ctx: The ranks.
+        model: This rank's shard of the model; FSDP shards it further here.
+        compiles: Whether to use torch.compile.
+    """
+    if ctx.fsdp:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        for layer in [*model.layers, *model.mtp]:
+            if compiles:
+                _compile_training(layer)
+            fully_shard(layer, mesh=ctx.dp_mesh)
+        fully_shard(model, mesh=ctx.dp_mesh, reshard_after_forward=True)  # so that all parameters stay sharded between
+        register_fsdp_forward_method(model, "loss")
+        register_fsdp_forward_method(model, "next_byte_loss")
+        loss = model.loss
+    else:
+        loss = torch.compile(model.loss, fullgraph=True) if compiles else model.loss
+    for name, p in model.named_parameters():  # which FSDP has replaced
+        p.sharded_dim = sharded_dim(name) if ctx.mp_size > 1 else None
+    if ctx.fsdp or ctx.dp_size == 1:
+        return loss
+    return nn.parallel.DistributedDataParallel(
+        _LossModule(model, loss), process_group=ctx.dp_group, gradient_as_bucket_view=True
+    )
 
 
 def _compile_training(layer: nn.Module) -> None:
@@ -720,79 +809,127 @@ def _compile_training(layer: nn.Module) -> None:
     layer.forward = lambda *inputs: (compiled if layer.training else plain)(*inputs)
 
 
-def _flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    return (1, *shape)[-2:] if len(shape) < 3 else (shape[0] * shape[1], shape[2])
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(_flat_shape(tensor.shape))
-
-
-def _take(whole: torch.Tensor, box: Slice2D) -> torch.Tensor:
-    """Cuts a rectangle, as `checkpoint.state_slice` gives it, out of a whole parameter."""
-    part = _flat(whole)[box.top : box.bottom, box.left : box.right]
-    return part.reshape(-1, *whole.shape[1:]) if whole.ndim == 3 else part.reshape(part.shape[2 - whole.ndim :])
-
-
-def _all_reduce(x: torch.Tensor, layout: ParallelContext) -> torch.Tensor:
-    """The sum over the parts of a model."""
-    if layout.mp_group is None:
-        layout.counted += x.numel() * x.element_size()
+def _all_reduce(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
+    """Returns the sum of a tensor over the tensor-parallel ranks."""
+    if ctx.mp_group is None:
+        ctx.counted += x.numel() * x.element_size()
         return x.clone()
     import torch.distributed._functional_collectives as functional
 
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", layout.mp_group))
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", ctx.mp_group))
 
 
 class _Copy(torch.autograd.Function):
-    """Where parts begin to differ: the same forward; backward, the sum of the parts' gradients."""
+    """Megatron's f, before column-parallel layers: forward the same tensor, backward the sum over the ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layout: ParallelContext) -> torch.Tensor:
-        ctx.layout = layout
+    def forward(node: Any, x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
+        node.ctx = ctx
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _all_reduce(grad, ctx.layout), None
+    def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_reduce(grad, node.ctx), None
 
 
 class _Sum(torch.autograd.Function):
-    """Where parts meet again: the sum forward; the same gradient for all of them backward."""
+    """Megatron's g, after row-parallel layers: forward the sum over the ranks, backward the same gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layout: ParallelContext) -> torch.Tensor:
-        return _all_reduce(x, layout)
+    def forward(_node: Any, x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
+        return _all_reduce(x, ctx)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(_node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
 
 
 class _Embedding(nn.Module):
-    """The rows of an embedding that this part holds; those of other parts come in with the sum."""
+    """The rows of an embedding that this rank holds; those of other ranks come in with the sum."""
 
-    def __init__(self, weight: nn.Parameter, layout: ParallelContext):
+    def __init__(self, weight: nn.Parameter, ctx: ParallelContext):
         super().__init__()
         self.weight = weight
-        self.layout = layout
+        self.ctx = ctx
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        index = tokens - self.layout.mp_rank * len(self.weight)
+        index = tokens - self.ctx.mp_rank * len(self.weight)
         is_here = (index >= 0) & (index < len(self.weight))
         rows = F.embedding(index.where(is_here, 0), self.weight)
-        return _Sum.apply(rows.where(is_here.unsqueeze(-1), 0), self.layout)
+        return _Sum.apply(rows.where(is_here.unsqueeze(-1), 0), self.ctx)
 
 
 class _LossModule(nn.Module):
-    """The model as DDP wants it: a module whose forward is what is trained."""
+    """The model as DDP wants it: a module whose forward computes the loss."""
 
     def __init__(self, model: Transformer, loss: Callable[[torch.Tensor, torch.Tensor], Losses]):
         super().__init__()
         self.model = model
         self.loss = loss
-        # equal everywhere without being sent with every batch
+        # equal on all ranks without a broadcast in each batch
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> Losses:
         return self.loss(tokens, targets)
+
+
+# --- Gradients and updates -------------------------------------------------------------------------------------------
+
+
+def replicated_parameters(ctx: ParallelContext, model: Transformer) -> list[nn.Parameter]:
+    """Returns the parameters of which each tensor-parallel rank has a copy and only a term of the gradient."""
+    if ctx.mp_size == 1:
+        return []
+    inside = [(name, p) for name, p in model.named_parameters() if ".attn." in name or ".ffn." in name]
+    return [p for name, p in inside if sharded_dim(name) is None]
+
+
+def all_reduce_replicated_grads(ctx: ParallelContext, model: Transformer) -> None:
+    """Sums the gradients of replicated parameters over the tensor-parallel ranks."""
+    grads = [ctx.local_shard(p.grad)[0] for p in replicated_parameters(ctx, model)]
+    if grads:
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat, group=ctx.mp_group)
+        for g, new in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(new.view_as(g))
+
+
+def clip_grad_norm(ctx: ParallelContext, model: Transformer, max_norm: float) -> torch.Tensor:
+    """Does what `nn.utils.clip_grad_norm_` does for the full model; returns the norm before."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    if ctx.world_size == 1:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    grads = [ctx.local_shard(p.grad)[0] for p in parameters]
+    squares = torch.stack(torch._foreach_norm(grads)).double().square()
+    copies = [(ctx.mp_size if sharded_dim(name) is None else 1) * (1 if ctx.fsdp else ctx.dp_size) for name in names]
+    total = (squares / torch.tensor(copies, device=squares.device)).sum()
+    dist.all_reduce(total)
+    norm = total.sqrt().float()
+    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def full_tensor(ctx: ParallelContext, p: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
+    """Gathers the full matrices of an update that is sharded as its parameter is.
+
+    Returns:
+        Full matrices (n, rows, columns); of a stack of experts, those that this rank holds.
+    """
+    if ctx.fsdp:
+        update = update.full_tensor() if p.ndim == 2 else update.to_local()
+    if p.ndim == 2 and p.sharded_dim is not None:
+        shards = [torch.empty_like(update) for _ in range(ctx.mp_size)]
+        dist.all_gather(shards, update.contiguous(), group=ctx.mp_group)
+        update = torch.cat(shards, dim=p.sharded_dim)
+    return update.reshape(-1, *update.shape[-2:])
+
+
+def local_part(ctx: ParallelContext, p: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's shard of the full matrices (n, rows, columns) that `full_tensor` gathered."""
+    if p.ndim > 2:
+        return update
+    update = update.squeeze(0)
+    if p.sharded_dim is not None:
+        update = update.chunk(ctx.mp_size, p.sharded_dim)[ctx.mp_rank]
+    shard, first = ctx.local_shard(p)
+    return update if first is None else update[first : first + len(shard)]

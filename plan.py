@@ -1,70 +1,110 @@
-"""What a ctx would hold and send, without building anything: the model is made, run forward and backward once, on
-torch's meta device, where tensors have shapes and no memory.
+"""What each process of a training run would keep in memory and send, without training: a model is built and run
+forward and backward once on torch's meta device, where tensors have shapes and no memory.
 
     python train.py --config configs/base.json --plan --world-size 8 --fsdp --device-memory 80
 
 So nothing here is a formula that could forget a layer: the sizes are those of the tensors that a process would have,
-the activations are what autograd saves for the backward pass, and the sums between model-parallel processes are counted
-where they would be sent. What a kernel needs besides for a moment is not in it, nor what the allocator wastes.
+the activations are the tensors that autograd saves for the backward pass, and all-reduces between tensor-parallel ranks
+are counted where they would be sent. Temporary memory of kernels is not in it, nor the allocator's waste.
 """
 
-import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from model import ModelArgs, Transformer
-from parallel import ParallelContext
+from parallel import ParallelContext, build, replicated_parameters, sharded_dim
 
 
 @dataclass
 class Plan:
-    """Bytes by what they are for.
+    """Bytes by their purpose.
 
     Attributes:
-        held: What a process holds while it trains.
-        cache: What it would hold beside bfloat16 weights to generate, `max_batch_size` sequences of `max_seq_len`.
-        sent: What it sends in a step, counted once: a ring of n processes moves 2 (n - 1) / n times the bytes of a sum,
-            and (n - 1) / n times those that are gathered or scattered.
+        held: Memory of a process that trains.
+        cache: Its KV cache if it generated in bfloat16, `max_batch_size` sequences of `max_seq_len`.
+        sent: Full tensors of the collectives in a step: a ring of n processes moves 2 (n - 1) / n times the bytes of an
+            all-reduce, and (n - 1) / n times those of an all-gather or reduce-scatter.
+        n_params: Numbers of parameters of the full model: all, and those that one position goes through.
     """
 
     held: dict[str, int] = field(default_factory=dict)
     cache: int = 0
     sent: dict[str, int] = field(default_factory=dict)
+    n_params: tuple[int, int] = (0, 0)
 
     @property
     def total(self) -> int:
-        """Bytes held in all."""
+        """All memory, in bytes."""
         return sum(self.held.values())
 
 
-def make_plan(
-    args: ModelArgs, flags: argparse.Namespace, dtype: torch.dtype, n_states: Callable[[str, nn.Parameter], int]
-) -> Plan:
-    """Works out what each process of a ctx would hold and send.
+def make_plan(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: Callable[[str, nn.Parameter], int]) -> Plan:
+    """Computes the memory and traffic of each process.
+
+    All of it is linear in the number of leading dense layers, and in how often the pattern of the layers after them
+    repeats. So no more than two of each are measured, however many there are.
 
     Args:
         args: The model's shape.
-        flags: train.py's flags: of the ctx, the batch and the precision.
+        flags: train.py's flags, of which those of the processes, the batch and the precision count.
         dtype: Dtype of the activations.
-        n_states: Says how many numbers the optimizer keeps for each of a parameter, by its name and the parameter.
+        n_states: Returns how many numbers the optimizer keeps per number of a parameter, from its name and itself.
 
     Raises:
-        ParallelError: The ctx cannot be.
+        ParallelError: The model or the batch cannot be divided among these processes.
     """
     ctx = ParallelContext("cpu", flags.world_size, 0, flags.model_parallel, flags.fsdp)
     ctx.check_divisible(args, flags.batch_size)
+    n_dense = min(args.n_dense_layers, args.n_layers)
+    n_repeats, rest = divmod(args.n_layers - n_dense, args.moe_layer_freq)
+
+    def measure(dense: int, repeats: int) -> Plan:
+        n_layers = dense + repeats * args.moe_layer_freq + rest
+        n_dense_layers = args.n_dense_layers - n_dense + dense  # MTP modules, which come after, keep their kind
+        return _measure(replace(args, n_layers=n_layers, n_dense_layers=n_dense_layers), flags, dtype, n_states, ctx)
+
+    if n_dense <= 2 and n_repeats <= 2:
+        plan = measure(n_dense, n_repeats)
+    else:
+        dense, repeats = min(n_dense, 1), min(n_repeats, 1)
+        terms = [(1 - (n_dense - dense) - (n_repeats - repeats), measure(dense, repeats))]
+        terms += [(n_dense - 1, measure(2, repeats))] if n_dense > 1 else []
+        terms += [(n_repeats - 1, measure(dense, 2))] if n_repeats > 1 else []
+        plan = _weighted_sum(terms)
+    numbers = args.cache_numbers_per_position()[0] // (ctx.mp_size if args.kv_lora_rank == 0 else 1)
+    plan.cache = numbers * args.max_seq_len * args.max_batch_size * 2
+    return plan
+
+
+def _weighted_sum(terms: list[tuple[int, Plan]]) -> Plan:
+    def add(values: Callable[[Plan], dict[Any, int]]) -> dict[Any, int]:
+        return {key: sum(n * values(plan)[key] for n, plan in terms) for key in values(terms[0][1])}
+
+    n_params = add(lambda plan: dict(enumerate(plan.n_params)))
+    return Plan(add(lambda plan: plan.held), sent=add(lambda plan: plan.sent), n_params=(n_params[0], n_params[1]))
+
+
+def _measure(
+    args: ModelArgs,
+    flags: Any,
+    dtype: torch.dtype,
+    n_states: Callable[[str, nn.Parameter], int],
+    ctx: ParallelContext,
+) -> Plan:
+    """Does what `make_plan` does, but for the cache, with every layer there is."""
     with torch.device("meta"):
-        model = ctx.build(args, dtype).train()
+        n_params = Transformer(args).n_params()
+        model = build(ctx, args, dtype).train()
         model.gradient_checkpointing = flags.gradient_checkpointing
-        ctx.register_sharded_parameters(model)
         tokens = torch.zeros(flags.batch_size // ctx.dp_size, args.max_seq_len, dtype=torch.int64)
         activations = run_once(model, tokens, ctx)
-    plan, per_batch = Plan(), ctx.counted
-    sizes = {name: ctx.local_numel(p) for name, p in model.named_parameters()}
+    plan, per_batch = Plan(n_params=n_params), ctx.counted
     parameters = dict(model.named_parameters())
+    sizes = {name: _local_numel(ctx, p) for name, p in parameters.items()}
     plan.held["parameters"] = 4 * sum(sizes.values())
     plan.held["gradients"] = 4 * sum(sizes.values())
     plan.held["optimizer state"] = sum(4 * n * n_states(name, parameters[name]) for name, n in sizes.items())
@@ -72,17 +112,20 @@ def make_plan(
         plan.held["FP8 copies of the weights"] = sum(2 * layer.weight.numel() for layer in model.fp8_layers())
     if ctx.fsdp:
         blocks = [sum(p.numel() for p in block.parameters()) for block in [*model.layers, *model.mtp]]
-        plan.held["a block, gathered"] = 4 * max(blocks)
+        plan.held["a block, all-gathered"] = 4 * max(blocks)
     plan.held["activations"] = activations
-    numbers = args.cache_numbers_per_position()[0] // (ctx.mp_size if args.kv_lora_rank == 0 else 1)
-    plan.cache = numbers * args.max_seq_len * args.max_batch_size * 2
-    by_muon = [p for name, p in parameters.items() if n_states(name, p) == 1]
+    by_muon = {name: p for name, p in parameters.items() if n_states(name, p) == 1}
     plan.sent = _sent(model, ctx, flags, per_batch, by_muon)
     return plan
 
 
+def _local_numel(ctx: ParallelContext, p: nn.Parameter) -> int:
+    """How many numbers of a parameter a process has, in the largest shard: FSDP divides the first dimension."""
+    return -(-len(p) // ctx.dp_size) * p[0].numel() if ctx.fsdp else p.numel()
+
+
 def run_once(model: Transformer, tokens: torch.Tensor, ctx: ParallelContext) -> int:
-    """Runs a batch forward and backward; returns the bytes that are saved in between."""
+    """Runs a batch forward and backward; returns the bytes of the tensors that are saved in between."""
     weights = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -107,24 +150,31 @@ def run_once(model: Transformer, tokens: torch.Tensor, ctx: ParallelContext) -> 
 
 
 def _sent(
-    model: Transformer, ctx: ParallelContext, flags: argparse.Namespace, per_batch: int, by_muon: list[nn.Parameter]
+    model: Transformer, ctx: ParallelContext, flags: Any, per_batch: int, by_muon: dict[str, nn.Parameter]
 ) -> dict[str, int]:
+    """Returns the bytes of a step's collectives; `per_batch` are those of activations, `by_muon` Muon's parameters."""
     sent = {}
     size = sum(p.numel() for p in model.parameters()) * 4
     if ctx.mp_size > 1:
-        sent["sums of activations between parts"] = per_batch * flags.accumulation
-        sent["gradients that parts share"] = ctx.replicated_numel() * 4
+        sent["activations, all-reduced"] = per_batch * flags.accumulation
+        sent["replicated gradients, all-reduced"] = 4 * sum(
+            _local_numel(ctx, p) for p in replicated_parameters(ctx, model)
+        )
     if ctx.fsdp:
-        sent["parameters gathered for each batch"] = 2 * size * flags.accumulation
-        sent["gradients scattered"] = size * flags.accumulation
+        sent["parameters, all-gathered"] = 2 * size * flags.accumulation
+        sent["gradients, reduce-scattered"] = size * flags.accumulation
     elif ctx.dp_size > 1:
-        sent["gradients averaged"] = size
-    sent["matrices gathered for Muon"] = ctx.gathered_numel(by_muon) * model.compute_dtype.itemsize
+        sent["gradients, all-reduced"] = size
+    matrices = {name: p.numel() for name, p in by_muon.items() if p.ndim == 2}  # stacks of experts stay where they are
+    gathered = sum(matrices.values()) if ctx.fsdp else 0
+    if ctx.mp_size > 1:
+        gathered += sum(ctx.mp_size * n for name, n in matrices.items() if sharded_dim(name) is not None)
+    sent["matrices for Muon, all-gathered"] = gathered * model.compute_dtype.itemsize
     return {name: n for name, n in sent.items() if n}
 
 
-def show(plan: Plan, args: ModelArgs, flags: argparse.Namespace, device_memory: float | None) -> str:
-    """The plan as text, and whether it fits.
+def show(plan: Plan, args: ModelArgs, flags: Any, device_memory: float | None) -> str:
+    """Returns the plan as text, and whether it fits.
 
     Args:
         plan: The plan.
@@ -132,20 +182,19 @@ def show(plan: Plan, args: ModelArgs, flags: argparse.Namespace, device_memory: 
         flags: train.py's flags.
         device_memory: GB (10⁹ bytes) of a device, or None.
     """
-    with torch.device("meta"):
-        total, active = Transformer(args).n_params()
+    total, active = plan.n_params
     dp = flags.world_size // flags.model_parallel
-    windows = flags.batch_size // dp
+    sequences = flags.batch_size // dp
     lines = [
         f"{total:,} parameters, {active:,} active per position",
-        f"{flags.world_size} processes: {dp} data-parallel × {flags.model_parallel} model-parallel"
-        f"{', sharded' if flags.fsdp and dp > 1 else ''}, {windows} × {args.max_seq_len} positions at a time in each",
+        f"{flags.world_size} processes: {dp} data-parallel × {flags.model_parallel} tensor-parallel"
+        f"{', sharded' if flags.fsdp and dp > 1 else ''}, {sequences} × {args.max_seq_len} positions at a time in each",
         "",
-        "each process holds, to train:",
+        "memory of each process, to train:",
         *(f"  {name:<36}{_gb(n)}" for name, n in plan.held.items()),
         f"  {'in all':<36}{_gb(plan.total)}",
-        f"to generate, a cache of {args.max_batch_size} × {args.max_seq_len} positions: {_gb(plan.cache).strip()}",
-        *(["", "each process sends in a step:"] if plan.sent else []),
+        f"KV cache to generate, of {args.max_batch_size} × {args.max_seq_len} positions: {_gb(plan.cache).strip()}",
+        *(["", "collectives of each process in a step:"] if plan.sent else []),
         *(f"  {name:<36}{_gb(n)}" for name, n in plan.sent.items()),
     ]
     if device_memory is not None:

@@ -38,11 +38,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import command
 import fp8_ops
+import parallel
 import plan
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, one_line, visible
 from checkpoint import has_run, load_run, read_config, save_run
-from command import is_local_rank_zero
 from data.prepare import DataError, open_bytes, resolve
 from model import ConfigError, Losses, ModelArgs, Transformer
 from parallel import (
@@ -51,7 +52,6 @@ from parallel import (
     DeviceError,
     ParallelContext,
     ParallelError,
-    abort,
     end,
     is_matrix,
     is_rank_zero,
@@ -59,11 +59,13 @@ from parallel import (
     pick_device,
     pick_dtype,
     process_group,
+    read_launch,
     require_compiler,
 )
 from safetensors_io import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
+MISTAKES = (CheckpointError, CollectiveError, ConfigError, DataError, DeviceError, ParallelError)
 VAL_FRACTION = 0.1
 SHORT_UNTIL = 0.5  # which part of a run --short-seq-len is for
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration, and how many of them
@@ -189,7 +191,7 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
                     here = p if self.ctx is None else self.ctx.local_shard(p)[0]
                     here.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = update if self.ctx is None else self.ctx.local_part(p, update)
+                    update = update if self.ctx is None else parallel.local_part(self.ctx, p, update)
                     here.add_(update.view_as(here), alpha=-lr)
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
@@ -199,7 +201,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
         update = p.grad.lerp(buffer, group["momentum"]).to(self.dtype)
-        return update.view(-1, *p.shape[-2:]) if self.ctx is None else self.ctx.full_tensor(p, update)
+        return update.view(-1, *p.shape[-2:]) if self.ctx is None else parallel.full_tensor(self.ctx, p, update)
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
@@ -537,9 +539,9 @@ class Trainer:
                 (losses.total / args.accumulation).backward()
             parts = parts + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / args.accumulation
             load = load + losses.load
-        ctx.all_reduce_replicated_grads()
+        parallel.all_reduce_replicated_grads(ctx, model)
         parts, load = ctx.all_reduce_dp(parts / ctx.dp_size), ctx.all_reduce_dp(load)
-        grad_norm = ctx.clip_grad_norm(model, args.grad_clip or math.inf)
+        grad_norm = parallel.clip_grad_norm(ctx, model, args.grad_clip or math.inf)
         next_byte, mtp, balance, norm = torch.cat([parts, grad_norm.view(1)]).tolist()
         if not math.isfinite(next_byte + mtp + balance + norm):
             raise NotFinite(f"step {self.step + 1}: the loss is {next_byte}, the gradient's norm {norm}")
@@ -765,7 +767,9 @@ class Parser(argparse.ArgumentParser):
     source = ""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {self.source}{one_line(message)}\n" if is_local_rank_zero() else None)
+        self.exit(
+            2, f"{self.prog}: error: {self.source}{one_line(message)}\n" if command.is_local_rank_zero() else None
+        )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -897,7 +901,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, ModelArgs]:
     args = parser.parse_args(config_argv + (sys.argv[1:] if argv is None else argv))
     args.gemm_impl = args.gemm_impl or ("fp8" if shape.dtype == "fp8" else "bf16")
     if args.plan:
-        args.world_size = args.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        args.world_size = args.world_size or read_launch().world_size
         return args, shape
     if args.world_size is not None or args.device_memory is not None:
         parser.error("--world-size and --device-memory are for --plan; torchrun says how many processes there are")
@@ -925,8 +929,8 @@ def build_trainer(args: argparse.Namespace, shape: ModelArgs, ctx: ParallelConte
     names = ["steps", "minutes", "log_interval", "eval_interval", "save_interval", "sample_bytes", "compile"]
     told = {name: getattr(args, name) for name in [*names, "gradient_checkpointing", "resume"]}
     ctx.require_equal(shape.to_dict() | {"the dtype": dtype} | told | resume_settings(args, train_data))
-    model = ctx.build(shape, dtype)
-    ctx.init_weights(model, args.seed)
+    model = parallel.build(ctx, shape, dtype)
+    parallel.init_weights(ctx, model, args.seed)
     model = model.to(ctx.device).train()
     model.gradient_checkpointing = args.gradient_checkpointing
     whole = model
@@ -935,7 +939,7 @@ def build_trainer(args: argparse.Namespace, shape: ModelArgs, ctx: ParallelConte
             whole = Transformer(shape, dtype)
     peak = ctx.world_size * measure_peak(ctx.device, dtype)
     describe(whole, args, ctx, peak, train_data, val_data)
-    loss = ctx.parallelize(model, args.compile)
+    loss = parallel.parallelize(ctx, model, args.compile)
     return Trainer(
         args=args,
         model=model,
@@ -1007,7 +1011,7 @@ def train_in(ctx: ParallelContext, args: argparse.Namespace, shape: ModelArgs) -
     """Trains in one of the processes; returns its exit code."""
     path = args.save_path
     # workers that the elastic agent starts again go on where they were, with those of a node that has just come
-    (restarts,) = ctx.all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    (restarts,) = ctx.all_reduce_max(read_launch().restart_count)
     resumes = args.resume or path is not None and restarts > 0
     with ctx.collective_section():
         if path is not None and path.exists() and not resumes and (not path.is_dir() or any(path.iterdir())):
@@ -1042,38 +1046,17 @@ def train_in(ctx: ParallelContext, args: argparse.Namespace, shape: ModelArgs) -
     return 0
 
 
-def report(error: str) -> None:
-    """Prints an error in one line."""
-    print(f"train.py: error: {one_line(error)}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command, with a user's mistake told in one line."""
+    """Runs the command; returns its exit code."""
+
+    def body() -> int:
+        with process_group("train.py", MISTAKES):
+            return train(argv)
+
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes characters that a terminal may not have
-    with (
-        open(os.devnull, "w") as nowhere,
-        redirect_stdout(sys.stdout if is_rank_zero() else nowhere),
-        process_group(report),
-    ):
-        try:
-            return train(argv)
-        except (ConfigError, DataError, CheckpointError, DeviceError, ParallelError, OSError, MemoryError) as error:
-            is_everybodys = isinstance(error, (CollectiveError, ConfigError, ParallelError))
-            if is_local_rank_zero() or not is_everybodys:  # else the first of this machine tells it
-                report(str(error))
-            if not is_everybodys:
-                abort(2)
-            return 2
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            report("the memory is too small; lower --batch-size, add --gradient-checkpointing, or take a smaller model")
-            abort(2)
-            return 2
-        except KeyboardInterrupt:
-            abort(130)
-            return 130
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_rank_zero() else nowhere):
+        return command.run("train.py", body, MISTAKES)
 
 
 if __name__ == "__main__":

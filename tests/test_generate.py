@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -359,6 +360,7 @@ def test_a_prompt_may_be_text_and_needs_nothing_else(
         next(generate.generate(models["plain"], [b"a"], GREEDY, attn_impl="absorb"))
 
 
+@pytest.mark.slow
 def test_what_the_readme_shows_works_in_a_fresh_python(folder: Path) -> None:
     code = "from generate import complete, load_model; print(complete(load_model(PATH), 'ab'))"
     done = subprocess.run(
@@ -640,6 +642,7 @@ def test_a_pipe_gets_the_bytes_as_they_are(folder: Path, capfdbinary: pytest.Cap
     assert err.startswith(b"%d bytes in " % (len(HOSTILE) - 1))
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_what_a_pipe_gets(folder: Path) -> None:
     with terminal(folder, "parrot", "--prompt", "\x1b]0;title\x07S", "--temperature", "0") as child:
         assert child.everything() == rf"\x1b]0;title\x07{SHOWN}" + "\r\n"
@@ -1010,6 +1013,7 @@ def terminal(folder: Path, checkpoint: str, *arguments: str) -> Iterator[Termina
         os.close(child.master)
 
 
+@pytest.mark.slow
 def test_a_conversation_on_a_terminal(folder: Path) -> None:
     with terminal(folder, "parrot", "--interactive", "--temperature", "0", "--max-new-tokens", "100000000") as child:
         child.until(lambda seen: seen.endswith(b"> "))
@@ -1020,10 +1024,11 @@ def test_a_conversation_on_a_terminal(folder: Path) -> None:
         child.until(lambda seen: seen.endswith(b"/clear\r\n> "))
         child.type("\x10\x10\n")  # the history: two lines up
         child.until(lambda seen: seen.count(b"!\r\n> ") == 2)
-        child.type("a\n")
-        child.until(lambda seen: seen.endswith(b"bcabcabc"))
-        child.type("\x03")  # Ctrl-C
-        child.until(lambda seen: seen.endswith(b"\r\n> "))
+        for _ in range(2):  # a second Ctrl-C does what the first did
+            child.type("a\n")
+            child.until(lambda seen: seen.endswith(b"bcabcabc"))
+            child.type("\x03")  # Ctrl-C
+            child.until(lambda seen: seen.endswith(b"\r\n> "))
         child.type("S\n")
         child.until(lambda seen: seen.count(b"!\r\n> ") == 3)
         child.type("\x04")  # Ctrl-D
@@ -1054,6 +1059,7 @@ def start(folder: Path, *arguments: str, stdout: int = subprocess.PIPE) -> subpr
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_an_unread_generation_end_quietly(folder: Path) -> None:
     full = os.open("/dev/full", os.O_WRONLY) if os.path.exists("/dev/full") else None
     interrupted, unread = start(folder), start(folder)
@@ -1069,9 +1075,95 @@ def test_an_interrupted_and_an_unread_generation_end_quietly(folder: Path) -> No
     if unwritable is not None:
         os.close(full)
         assert unwritable.wait(60) == 2
-        assert unwritable.stderr.read() == b"generate.py: error: cannot write the output: No space left on device\n"
+        assert (
+            unwritable.stderr.read()
+            == b"generate.py: error: cannot write to standard output: No space left on device\n"
+        )
 
 
+def is_prepared(pid: int) -> bool:
+    """Whether a process has set its handler of SIGTERM: from then on, no signal may leave a traceback."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_moment_ends_quietly(folder: Path, signum: int) -> None:
+    for delay in (0, 0.1, 0.3, 0.6, 1, 1.5, 2.5, 4):
+        with start(folder, stdout=subprocess.DEVNULL) as process:
+            while not is_prepared(process.pid):
+                assert process.poll() is None
+                time.sleep(0.002)
+            time.sleep(delay)
+            for _ in range(3):
+                process.send_signal(signum)
+            assert (process.wait(60), process.stderr.read()) == (130, b""), delay
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_conversation_in_a_pipe(folder: Path, signum: int) -> None:
+    flags = flags_for(folder, "parrot", "--interactive", "--temperature", "0", "--max-new-tokens", "1000000000")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "generate.py", *flags], cwd=FOLDER, **pipes) as process:
+        process.stdin.write(b"a\n")
+        process.stdin.flush()
+        assert process.stdout.read(3) == b"bca"
+        process.send_signal(signum)
+        process.stdout.read()
+        assert (process.wait(60), process.stderr.read()) == (130, b"")
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_conversation_with_a_human(folder: Path) -> None:
+    with terminal(folder, "parrot", "--interactive", "--temperature", "0") as child:
+        child.until(lambda seen: seen.endswith(b"> "))
+        child.process.send_signal(signal.SIGTERM)
+        child.everything()
+        assert child.returncode == 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "redirection", "code", "out", "err"),
+    [
+        ("--prompt S", ">&-", 0, b"", rb"\d+ bytes in .*\n"),
+        ("--prompt S", "2>&-", 0, HOSTILE, b""),
+        ("--prompt S", "2>/dev/full", 0, HOSTILE, b""),
+        ("--prompt S", "<&- >&- 2>&-", 0, b"", b""),
+        ("--input-file one", ">/dev/full", 2, b"", rb"generate.py: error: cannot write to standard output: No .*\n"),
+        ("--input-file one", "<&-", 0, HOSTILE + b"\0", rb"\d+ bytes in .*\n"),
+        ("--input-file -", "2>&-", 2, b"", b""),
+        ("--interactive", "<&-", 0, b"", rb"0 bytes in .*\n"),
+        ("--interactive", "<.", 2, b"", rb"generate.py: error: Is a directory: standard input\n"),
+        ("--interactive", "</dev/full >/dev/full", 2, b"", rb"generate.py: error: [^\n]+\n"),
+        ("--interactive", "<one >/dev/full", 2, b"", rb"generate.py: error: cannot write to standard output: No .*\n"),
+        ("--help", ">/dev/full", 2, b"", rb"generate.py: error: cannot write to standard output: No .*\n"),
+        ("--foo", ">&- 2>&-", 2, b"", b""),
+    ],
+)
+def test_standard_streams_may_be_closed_or_full(
+    folder: Path, source: str, redirection: str, code: int, out: bytes, err: bytes
+) -> None:
+    (folder / "one").write_text("S\n")
+    script = f'exec "$0" "$@" {source} {redirection}'
+    flags = [*flags_for(folder, "parrot", "--temperature", "0"), "--max-new-tokens", "200"]
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable, FOLDER / "generate.py", *flags],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (code, out), done.stderr
+    assert re.fullmatch(err, done.stderr), done.stderr
+
+
+@pytest.mark.slow
 def test_bfloat16_on_a_cpu_without_its_products(folder: Path) -> None:
     """As on one whose widest registers are AVX2's, where oneDNN packs no bfloat16 weights."""
     flags = [sys.executable, "generate.py", "--ckpt-path", folder / "tiny", "--prompt", "a", "--dtype", "bf16"]

@@ -1,8 +1,10 @@
-"""Training over several processes, on gloo: each ctx must do what one process does.
+"""Training over several processes, on gloo: whatever their layout, they must compute what one process does.
 
 Run as a script, this file is one of the processes: it goes through a list of scenarios, one after the other.
 """
 
+import getpass
+import importlib
 import json
 import os
 import random
@@ -14,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -23,35 +24,27 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
 
 import soak  # noqa: E402
 
+import command  # noqa: E402
 import convert  # noqa: E402
 import generate  # noqa: E402
 import model as model_module  # noqa: E402
 import parallel  # noqa: E402
-import plan  # noqa: E402
 import train  # noqa: E402
 from checkpoint import save_model  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
-from parallel import local_slice  # noqa: E402
+from safetensors_io import CheckpointError  # noqa: E402
 
 CONFIG = {
     **{"dim": 32, "inter_dim": 64, "moe_inter_dim": 32, "n_layers": 3, "n_dense_layers": 1, "moe_layer_freq": 1},
     **{"n_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_activated_experts": 2, "score_func": "sigmoid"},
     **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
     **{"n_mtp_layers": 1, "max_seq_len": 32, "original_seq_len": 32, "aux_loss_alpha": 0.01},
-}
-V3 = {  # DeepSeek's configs/config_671B.json
-    **{"vocab_size": 129280, "dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61},
-    **{"n_dense_layers": 3, "n_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "n_activated_experts": 8},
-    **{"n_expert_groups": 8, "n_limited_groups": 4, "route_scale": 2.5, "score_func": "sigmoid", "q_lora_rank": 1536},
-    **{"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "dtype": "fp8"},
 }
 PLAIN = CONFIG | {"q_lora_rank": 0, "kv_lora_rank": 0, "n_routed_experts": 0, "n_mtp_layers": 0}
 STEPS = 100
@@ -77,19 +70,19 @@ def reference_gradients(args: ModelArgs, tokens: torch.Tensor, targets: torch.Te
 
 
 def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing: bool) -> None:
-    """Compares this process's gradients, and the clipped norm, with the parts of the whole ones that they are."""
+    """Compares this rank's gradients, and the clipped norm, with their slices of the full model's."""
     args = ModelArgs.from_dict(config)
     batch = torch.randint(256, (8, 33), generator=torch.Generator().manual_seed(5))
     ctx = parallel.ParallelContext.join("cpu", mp, shards)
     whole, expected = reference_gradients(args, batch[:, :-1], batch[:, 1:])
-    net = ctx.build(args, torch.float32)
-    ctx.init_weights(net, 0)
+    net = parallel.build(ctx, args, torch.float32)
+    parallel.init_weights(ctx, net, 0)
     net.train().gradient_checkpointing = checkpointing
-    compute = ctx.parallelize(net, compiles=False)
+    compute = parallel.parallelize(ctx, net, compiles=False)
     mine = batch[ctx.data_parallel_slice(8)]
     losses = compute(mine[:, :-1], mine[:, 1:])
     losses.total.backward()
-    ctx.all_reduce_replicated_grads()
+    parallel.all_reduce_replicated_grads(ctx, net)
     load = ctx.all_reduce_dp(losses.load.clone())
     assert torch.equal(load, expected.load)
     balance = ctx.all_reduce_dp(losses.balance / ctx.dp_size)
@@ -98,116 +91,88 @@ def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing
     gradients = {name: p.grad for name, p in whole.named_parameters()}
     norm = nn.utils.get_total_norm(list(gradients.values()))
     for name, p in net.named_parameters():
-        box = local_slice(name, p, shapes[name], ctx)
+        box = parallel.local_slice(name, p, shapes[name], ctx)
         part, _ = ctx.local_shard(p.grad)
         wanted = gradients[name].reshape(-1, shapes[name][-1])[box.top : box.bottom, box.left : box.right]
         torch.testing.assert_close(
             part.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-5 * gradients[name].abs().max().item(), msg=name
         )
-    torch.testing.assert_close(ctx.clip_grad_norm(net, 0.1), norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(parallel.clip_grad_norm(ctx, net, 0.1), norm, rtol=1e-5, atol=0)
     parallel.leave()
 
 
-OPERATORS = {
-    "c10d::allreduce_": "sum",
-    "_c10d_functional::all_reduce": "functional sum",
-    "c10d::_allgather_base_": "gather",
-    "c10d::_reduce_scatter_base_": "scatter",
-    "c10d::allgather_": "Muon",
-    "_c10d_functional::all_gather_into_tensor": "Muon",
-}
-SUMS, SHARED = "sums of activations between parts", "gradients that parts share"
-GATHERED, SCATTERED = "parameters gathered for each batch", "gradients scattered"
-MUON = "matrices gathered for Muon"
-
-
-class Traffic(TorchDispatchMode):
-    """Counts what this process sends to others: bytes by operator, those of the whole that is gathered or scattered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if (what := OPERATORS.get(func._schema.name)) is not None:
-            sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            if func._schema.name == "c10d::allgather_":  # has a list of parts, and this process's own
-                self.sent[what] += sum(sizes) - sizes[-1]
-            elif func._schema.name == "_c10d_functional::all_gather_into_tensor":
-                self.sent[what] += result.nbytes
-            else:
-                self.sent[what] += max(sizes)
-        return result
-
-
-class Saved:
-    """Counts the bytes that autograd saves in the last forward pass of a trainer's loss, but for the weights."""
-
-    def __init__(self, trainer: train.Trainer):
-        self.loss, self.storages, self.weights = trainer.loss, {}, list(trainer.model.state_dict().values())
-        trainer.loss = self
-        if hasattr(self.loss, "no_sync"):
-            self.no_sync = self.loss.no_sync
-
-    def __call__(self, *inputs: torch.Tensor) -> Any:
-        self.storages.clear()
-        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor):
-            return self.loss(*inputs)
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        self.storages[storage._cdata] = storage  # kept, so that no other is taken for it
-        return tensor
-
-    @property
-    def size(self) -> int:
-        weights = {t.untyped_storage().data_ptr() for t in self.weights}
-        return sum(s.nbytes() for s in self.storages.values() if s.data_ptr() not in weights)
-
-
-def check_plan(flags: list[str]) -> None:
-    """What the plan says of this ctx is what a step of it holds and sends."""
-    args, shape = train.parse_args(flags)
-    world = int(os.environ["WORLD_SIZE"])
-    planned_args, _ = train.parse_args([*flags, "--plan", "--world-size", str(world)])
-    states = lambda name, p: 1 if args.optimizer == "muon" and train.is_hidden_matrix(name, p) else 2  # noqa: E731
-    planned = plan.make_plan(shape, planned_args, torch.float32, states)
-    ctx = parallel.ParallelContext.join("cpu", args.model_parallel, args.fsdp)
-    trainer = train.build_trainer(args, shape, ctx)
-    traffic, saved = Traffic(), Saved(trainer)
-    with traffic:
-        trainer.train_step(0.5)
-    figures = traffic.sent["sum"] - sum(planned.sent.get(name, 0) for name in ("gradients averaged", SHARED))
-    assert 0 <= figures < 200, figures  # the losses, the norm and the load of each expert
-    for what, name in (("functional sum", SUMS), ("gather", GATHERED), ("scatter", SCATTERED), ("Muon", MUON)):
-        assert traffic.sent[what] == planned.sent.get(name, 0), (what, traffic.sent, planned.sent)
-    if not args.fsdp and not args.gradient_checkpointing:  # else not all is saved in the forward pass
-        assert saved.size == pytest.approx(planned.held["activations"], rel=2e-3)
-    here = sum(ctx.local_shard(p)[0].numel() for p in trainer.model.parameters())
-    most = max(ctx.all_reduce_max(here))
-    assert 4 * most == planned.held["parameters"] == planned.held["gradients"]
-    kept = train.optimizer_tensors(trainer.model, trainer.optimizers)
-    numbers = sum(ctx.local_shard(t)[0].numel() for state in kept.values() for t in state.values() if t.ndim)
-    assert 4 * max(ctx.all_reduce_max(numbers)) == planned.held["optimizer state"]
+def check_optimizer_updates() -> None:
+    """What is gathered for an update is the full matrix, and what is kept of it is this rank's."""
+    ctx = parallel.ParallelContext.join("cpu", 2)
+    net = parallel.build(ctx, ModelArgs.from_dict(CONFIG), torch.float32)
+    parallel.init_weights(ctx, net, 0)
+    parallel.parallelize(ctx, net, compiles=False)
+    full, _ = reference_gradients(ModelArgs.from_dict(CONFIG), torch.zeros(1, 4).long(), torch.zeros(1, 4).long())
+    matrices = dict(full.named_parameters())
+    for name, p in net.named_parameters():
+        if p.ndim == 2:
+            update = parallel.full_tensor(ctx, p, p.detach())
+            assert torch.equal(update, matrices[name].unsqueeze(0)), name
+            assert torch.equal(parallel.local_part(ctx, p, update), p), name
     parallel.leave()
+
+
+def check_collectives() -> None:
+    """An error or a setting of one rank is an error of both, with its message, and then they go on."""
+    ctx = parallel.ParallelContext.join("cpu")
+    with pytest.raises(parallel.CollectiveError, match="^Is a directory: some/file$"), ctx.collective_section():
+        if ctx.rank == 1:
+            raise IsADirectoryError(21, "Is a directory", "some/file")
+    with pytest.raises(parallel.CollectiveError, match="^ValueError$"), ctx.collective_section():
+        raise ValueError
+    ctx.require_equal({"lr": 0.1, "save_path": None})
+    told = {"lr": 0.1} | ({"save_path": Path("there")} if ctx.rank else {"save_path": None})
+    with pytest.raises(parallel.ParallelError, match="process 0 has save_path = None, process 1 has there"):
+        ctx.require_equal(told)
+    with pytest.raises(parallel.ParallelError, match="process 0 has only = None, process 1 has here"):
+        ctx.require_equal({"only": "here"} if ctx.rank else {})
+    assert ctx.broadcast_bytes(lambda: None if ctx.rank else b"typed") == b"typed"
+    assert ctx.all_reduce_max(ctx.rank, -ctx.rank) == [1, 0] and ctx.broadcast(ctx.rank + 5) == [5]
+    assert ctx.all_reduce_dp(torch.tensor([2.0])).item() == 4
+    parallel.leave()
+
+
+def check_rendezvous() -> None:
+    """In a store that has the keys of starts before, each start gets a prefix of its own: no rank takes an old one."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    launch = parallel.read_launch()
+    kept = parallel._connect(launch, parallel.STORE_TIMEOUT)  # rank 0 serves it, as torchrun would
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    kept.set("request of 1", "left by a process that was killed")
+    for start in range(3):
+        store = parallel._rendezvous(launch, parallel.STORE_TIMEOUT)
+        store.set(f"address of {launch.rank}", str(start))
+        assert store.get(f"address of {1 - launch.rank}").decode() == str(start)  # not of the start before
+    kept.set(f"done {launch.rank}", "")
+    kept.wait([f"done {1 - launch.rank}"])
+    time.sleep(0.5 * (launch.rank == 0))  # the store goes with rank 0
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def work(scenarios: list[dict[str, Any]]) -> None:
-    """Goes through the scenarios; each has a port of its own to meet at."""
+    """Goes through the scenarios; each has a port of its own for the rendezvous."""
     model_module.draw_weight = parallel.draw_weight = noisy
     streams = sys.stdout, sys.stderr
     for scenario in scenarios:
-        sys.stdout, sys.stderr = streams  # of a process that does not speak, generate.py closes them
+        sys.stdout, sys.stderr = streams  # of a process that prints nothing, generate.py closes them
         os.environ["MASTER_PORT"] = str(scenario["port"])
         torch.manual_seed(0)
-        if "check" in scenario:
-            check_gradients(**scenario["check"])
-        elif "plan" in scenario:
-            check_plan(scenario["plan"])
+        if "call" in scenario:
+            module, _, function = scenario["call"].rpartition(".")
+            owner = importlib.import_module(module) if module else sys.modules[__name__]
+            getattr(owner, function)(**scenario.get("args", {}))
         else:
-            command = train.main if scenario.get("command", "train") == "train" else generate.main
-            assert command(scenario["flags"]) == scenario.get("code", 0), scenario
+            main = train.main if scenario.get("command", "train") == "train" else generate.main
+            try:
+                code = main(scenario["flags"])
+            except SystemExit as error:
+                code = error.code
+            assert code == scenario.get("code", 0), (code, scenario)
     parallel.end(0)
 
 
@@ -310,22 +275,151 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return made
 
 
-def grads(*layouts: tuple[int, bool, bool]) -> list[dict[str, Any]]:
+def grads(*layouts: tuple[int, bool, bool], configs: int = 3) -> list[dict[str, Any]]:
+    shapes = [CONFIG, PLAIN | {"kv_lora_rank": 16}, PLAIN | {"n_routed_experts": 4, "score_func": "softmax"}][:configs]
     return [
-        {"check": {"config": config, "mp": mp, "shards": shards, "checkpointing": checkpointing}}
-        for mp, shards, checkpointing in layouts
-        for config in (CONFIG, PLAIN | {"kv_lora_rank": 16}, PLAIN | {"n_routed_experts": 4, "score_func": "softmax"})
+        {"call": "check_gradients", "args": {"config": config, "mp": mp, "shards": shards, "checkpointing": saves}}
+        for mp, shards, saves in layouts
+        for config in shapes
     ]
 
 
+def test_two_ranks() -> None:
+    """The basic functions, in two processes that are started once."""
+    checks = [{"call": name} for name in ("check_rendezvous", "check_collectives", "check_optimizer_updates")]
+    launch(2, checks + grads((1, False, False), (1, True, False), (2, False, True), configs=1))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shards_cover_each_tensor_once(world: int) -> None:
+    """By a mark on each number: those that ranks share are replicated, and all else is on one rank."""
+    args = ModelArgs.from_dict(CONFIG)
+    for name, tensor in Transformer(args).state_dict().items():
+        count = torch.zeros_like(tensor).reshape(-1, tensor.shape[-1])
+        for rank in range(world):
+            box = parallel.state_slice(name, tuple(tensor.shape), rank, world)
+            count[box.top : box.bottom, box.left : box.right] += 1
+        replicated = re.search(r"norm|gate|wq_a|wkv_a|eh_proj", name) is not None
+        assert count.unique().tolist() == [world if replicated else 1], name
+
+
+def test_shards_of_native_tensors() -> None:
+    """As DeepSeek's convert.py writes them: dimension 0 or 1 of a matrix in equal chunks, experts whole by number."""
+    full = torch.arange(48).view(8, 6)
+    for rank in range(2):
+        for name, wanted in (("layers.0.attn.wq_b.weight", full.chunk(2, 0)), ("a.w2.scale", full.chunk(2, 1))):
+            box = parallel.native_slice(name, (8, 6), 4, rank, 2)
+            assert torch.equal(full[box.top : box.bottom, box.left : box.right], wanted[rank])
+        assert parallel.native_slice("layers.0.attn_norm.weight", (6,), 4, rank, 2) == (0, 1, 0, 6)
+        for expert in range(4):
+            box = parallel.native_slice(f"layers.1.ffn.experts.{expert}.w2.weight", (8, 6), 4, rank, 2)
+            assert box == ((0, 8, 0, 6) if expert // 2 == rank else None)
+
+
+def test_numbers_of_processes_that_cannot_be() -> None:
+    began = time.process_time()
+    for world, mp, message in (
+        (3, 2, "3 processes are no multiple of --model-parallel 2, which can be 1, 3"),
+        (10**12, 7, "at most 1048576"),
+        (3**40, 1, "at most 1048576"),
+        (720720, 7**9, "can be 1, 2, 3, 4, 5, 6, 7"),
+    ):
+        with pytest.raises(parallel.ParallelError, match=message):
+            parallel.ParallelContext("cpu", world, 0, mp)
+    with pytest.raises(
+        CheckpointError, match=r"vocab_size = 256 cannot be cut into \d+; --model-parallel can be 1, 2, 4$"
+    ):
+        parallel.check_model_parallel(ModelArgs.from_dict(CONFIG), 5**20)
+    assert time.process_time() - began < 5  # of processor time: no loop over numbers of processes
+
+
+TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a.host"}
+TORCHRUN |= {"MASTER_PORT": "29500", "TORCHELASTIC_RESTART_COUNT": "7"}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_the_environment_of_a_launcher(environment: pytest.MonkeyPatch) -> None:
+    assert parallel.read_launch()[:5] == (1, 0, 0, 1, 0)
+    for name, value in TORCHRUN.items():
+        environment.setenv(name, value)
+    assert parallel.read_launch() == (4, 3, 1, 2, 7, "a.host", 29500)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("WORLD_SIZE", ["", "-4", "four", "4.0", "1" * 5000, str(1 << 40)]),
+        ("RANK", [None, "", "4", "-1", "x"]),
+        ("LOCAL_RANK", ["2", "x", "-1"]),
+        ("LOCAL_WORLD_SIZE", ["", "0", "5", "two"]),
+        ("MASTER_ADDR", [None, ""]),
+        ("MASTER_PORT", [None, "", "0", "65536", "http", "1" * 5000]),
+        ("TORCHELASTIC_RESTART_COUNT", ["", "-1", "often"]),
+    ],
+)
+def test_environments_that_make_no_sense(environment: pytest.MonkeyPatch, name: str, values: list[str | None]) -> None:
+    for value in values:
+        for each, usual in TORCHRUN.items():
+            environment.setenv(each, usual)
+        environment.setenv(name, value) if value is not None else environment.delenv(name)
+        with pytest.raises(parallel.LaunchError) as caught:
+            parallel.ParallelContext.join("cpu")
+        assert name in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "code", "lines"),
+    [
+        (parallel.ParallelError("no multiple"), "0", 2, 1),
+        (parallel.ParallelError("no multiple"), "1", 2, 0),
+        (parallel.CollectiveError("of all"), "1", 2, 0),
+        (CheckpointError("damaged"), "0", 2, 1),
+        (CheckpointError("damaged"), "1", 2, 0),
+        (parallel.LaunchError("RANK"), "1", 2, 1),
+        (KeyboardInterrupt(), "1", 130, 0),
+        (OSError(5, "Input/output error"), "1", 2, 1),
+    ],
+)
+def test_an_error_without_a_group(
+    environment: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    rank: str,
+    code: int,
+    lines: int,
+) -> None:
+    """Of what all processes find, one of a machine has a line; an error of one is reported by that one."""
+    environment.setenv("LOCAL_RANK", rank)
+    mistakes = (CheckpointError, parallel.CollectiveError, parallel.ParallelError)
+
+    def body() -> None:
+        with parallel.process_group("some.py", mistakes):
+            raise error
+
+    try:
+        ended = command.run("some.py", body, mistakes)
+    except SystemExit as left:
+        ended = left.code
+    assert (ended, capsys.readouterr().err.count("\n")) == (code, lines)
+
+
+@pytest.mark.slow
 def test_gradients_of_two_processes() -> None:
     launch(2, grads((1, False, False), (1, True, False), (2, False, True)))
 
 
+@pytest.mark.slow
 def test_gradients_of_four_processes() -> None:
     launch(4, grads((4, False, False), (2, True, True), (2, False, False), (1, True, False)))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(runs: Runs) -> None:
     adamw = ["--optimizer", "adamw"]
     launch(
@@ -347,6 +441,7 @@ def test_two_processes_train_as_one(runs: Runs) -> None:
     runs.assert_same("mp2-plain", "one-plain")
 
 
+@pytest.mark.slow
 def test_four_processes_train_as_one(runs: Runs) -> None:
     layouts = {
         "dp2mp2": ["--model-parallel", 2],
@@ -371,6 +466,7 @@ def resume_flags(runs: Runs, run: str, steps: int, *extra: object) -> dict[str, 
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.slow
 def test_a_run_moves_between_layouts(runs: Runs, optimizer: str) -> None:
     """One process, two, four, two and one again, 5 steps each, are one run of 25 steps."""
     run, flags = f"moved-{optimizer}", ["--optimizer", optimizer]
@@ -385,6 +481,7 @@ def test_a_run_moves_between_layouts(runs: Runs, optimizer: str) -> None:
     runs.assert_same(run, f"whole-{optimizer}")
 
 
+@pytest.mark.slow
 def test_other_precisions(runs: Runs) -> None:
     """BF16 and FP8 round differently in every ctx, but nearly train the same."""
     kinds = {"bf16": ["--dtype", "bf16"], "fp8": ["--gemm-impl", "fp8"]}
@@ -400,6 +497,7 @@ def test_other_precisions(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("ctx", [["--fsdp"], ["--model-parallel", 2]])
+@pytest.mark.slow
 def test_compiled_shares_train_evaluate_and_write_as_plain_ones(runs: Runs, ctx: list[str]) -> None:
     """Only steps are compiled: an evaluation has a shorter window at its end, a sample a longer one at each byte."""
     flags = [*ctx, "--eval-interval", 5, "--sample-bytes", 20]
@@ -418,6 +516,7 @@ def test_compiled_shares_train_evaluate_and_write_as_plain_ones(runs: Runs, ctx:
         (3, ["--model-parallel", "3"], ["vocab_size = 256", "can be 1, 2, 4"]),
     ],
 )
+@pytest.mark.slow
 def test_layouts_that_cannot_be(runs: Runs, world: int, flags: list[str], parts: list[str]) -> None:
     before = sorted(runs.folder.iterdir())
     outputs = launch(world, [{"flags": runs.flags("never", *flags), "code": 2}])
@@ -426,29 +525,94 @@ def test_layouts_that_cannot_be(runs: Runs, world: int, flags: list[str], parts:
     assert sorted(runs.folder.iterdir()) == before
 
 
-def test_what_is_planned_is_what_is_held_and_sent(runs: Runs) -> None:
-    layouts = [[], ["--fsdp"], ["--model-parallel", 2], ["--model-parallel", 2, "--gradient-checkpointing"]]
-    layouts += [["--fsdp", "--optimizer", "adamw", "--accumulation", 2], ["--accumulation", 2]]
-    launch(2, [{"plan": runs.flags("planned", *flags, steps=2)} for flags in layouts])
-    layouts = [["--model-parallel", 2, "--fsdp"], ["--model-parallel", 2]]
-    launch(4, [{"plan": runs.flags("planned", *flags, steps=2)} for flags in layouts])
+STARTS = """
+import os, command
+command.start()
+import torch
+torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # imports torch._dynamo
+print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+"""
 
 
-def test_plan_of_the_671b_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each of 16 parts has a sixteenth of nearly all 682.6 billion numbers, and FSDP shares that out."""
-    (tmp_path / "v3.json").write_text(json.dumps(V3 | {"n_mtp_layers": 1, "max_seq_len": 4096}))
-    flags = ["--config", str(tmp_path / "v3.json"), "--plan", "--world-size", "2048", "--model-parallel", "16"]
-    flags += ["--batch-size", "128", "--gradient-checkpointing", "--device-memory", "80"]
-    assert train.main([*flags, "--fsdp"]) == 0
-    text = capsys.readouterr().out
-    held = {m[1].strip(): float(m[2].replace(",", "")) for m in re.finditer(r"(?m)^  (.{36}) *([\d.,]+) GB$", text)}
-    assert "682,6" in text and "128 data-parallel × 16 model-parallel" in text and "\nfits in 80 GB" in text
-    experts = 59 * 16 * 3 * 7168 * 2048 * 4 / 1e9  # of a part; of 16 in a layer no more than one is anybody's
-    assert experts / 16 < held["parameters"] < experts / 16 + 0.05 * experts
-    assert train.main(flags) == 0
-    assert "does not fit in 80 GB" in capsys.readouterr().out
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["link", "file", "folder", "named"])
+def test_the_compilers_folder_in_tmp_is_not_touched(tmp_path: Path, kind: str) -> None:
+    """Whatever others have put there under the name that torch uses."""
+    planted = tmp_path / f"torchinductor_{getpass.getuser()}"
+    if kind == "link":
+        planted.symlink_to(tmp_path / "elsewhere" / "deep")
+    elif kind == "file":
+        planted.write_text("")
+    else:
+        planted.mkdir(mode=0o777)
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    environment = os.environ | {"TMPDIR": str(tmp_path), "HOME": str(home), "PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in environment.items() if k not in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")}
+    if kind == "named":
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "mine")
+    done = subprocess.run([sys.executable, "-c", STARTS], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    assert folder == (tmp_path / "mine" if kind == "named" else home / ".cache" / "bytegpt" / "torchinductor")
+    assert folder.is_dir() and not list(planted.glob("*")) and not (tmp_path / "elsewhere").exists()
 
 
+def run_alone(environment: dict[str, str], *flags: str) -> tuple[int, str]:
+    """Runs one process with an environment of several; returns its exit code and stderr."""
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nimport train; sys.exit(train.main())"
+    common = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        env=common | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    return process.returncode, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["first", "second", "taken", "stranger", "no host"])
+def test_a_process_that_finds_no_others(tmp_path: Path, kind: str) -> None:
+    """It ends within its time-out, in a line that names what to look at."""
+    port = free_port()
+    place = {"WORLD_SIZE": "2", "RANK": "0" if kind in ("first", "taken") else "1", "MASTER_PORT": str(port)}
+    place["MASTER_ADDR"] = "no-such-host.invalid" if kind == "no host" else "127.0.0.1"
+    with socket.socket() as stranger:
+        if kind in ("taken", "stranger"):  # which accepts connections and never answers
+            stranger.bind(("127.0.0.1", port))
+            stranger.listen(8)
+        code, errors = run_alone(place, *Runs(tmp_path).flags("never", "--timeout", 0.05, steps=1))
+    assert code == 2 and errors.count("\n") == 1, errors
+    assert ("process 1 of 2 has not come" if kind == "first" else f"MASTER_PORT {port}") in errors
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_torchrun(tmp_path: Path) -> None:
+    made = soak.Soak(tmp_path, 2, 100_000, [], 0)
+    agent = made.start(tmp_path / "run", 2)
+    assert made.wait(agent, lambda: (tmp_path / "run" / "metrics.jsonl").exists()), made.log(tmp_path / "run")
+    workers = soak.descendants(agent.pid)
+    agent.kill()
+    agent.wait()
+    until = time.monotonic() + 20  # a bound for a hang alone
+    while any(is_running(worker) for worker in workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not any(map(is_running, workers))
+
+
+def is_running(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+@pytest.mark.slow
 def test_kills_cost_only_the_steps_since_the_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     """The beginning of what soak.py does at length."""
     soak.main(["--kills", "3", "--steps", "60", "--seed", "1", "--train-flags=--fsdp"])
@@ -487,7 +651,8 @@ import os, sys, threading, time
 sys.path[:0] = [{root!r}]
 import parallel
 parallel.ParallelContext.join("cpu")
-threading.Thread(target=parallel._watch, args=[parallel._get_default_store()], daemon=True).start()
+store, rank = parallel._get_default_store(), int(os.environ["RANK"])
+threading.Thread(target=parallel._watch, args=(store, rank), daemon=True).start()
 if os.environ["RANK"] == sys.argv[1]:
     parallel.abort(2)
 time.sleep(60)
@@ -529,6 +694,7 @@ def run_code(code: str, flags: list[list[str]], hangs: bool = False) -> list[tup
 
 @pytest.mark.parametrize("ctx", [[], ["--fsdp"], ["--model-parallel", "2"]])
 @pytest.mark.parametrize("where", ["train, 'windows', 7", "torch.optim.AdamW, 'step', 3", "train, 'evaluate', 1"])
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others(runs: Runs, tmp_path: Path, ctx: list[str], where: str) -> None:
     """It shows its own fault, in full and first; the other tells in a line that it is gone, within seconds."""
     flags = runs.flags(str(tmp_path / "run"), "--save-interval", 5, *ctx, steps=20)
@@ -539,6 +705,7 @@ def test_a_process_that_fails_ends_the_others(runs: Runs, tmp_path: Path, ctx: l
 
 
 @pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.slow
 def test_a_process_that_notices_nothing_is_ended(failing: int) -> None:
     """Also where it is the first that fails, which has the store that would tell; the one that fails keeps its code."""
     ended = run_code(WAITING.format(root=str(ROOT)), [[str(failing)]] * 2)
@@ -547,6 +714,7 @@ def test_a_process_that_notices_nothing_is_ended(failing: int) -> None:
     assert ended[1 - failing][2] < ended[failing][2] + 10
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_to_load_ends_the_others(runs: Runs, tmp_path: Path) -> None:
     flags = runs.flags(str(tmp_path / "run"), "--resume", "--model-parallel", 2, steps=5)
     launch(2, [{"flags": flags}])
@@ -556,6 +724,7 @@ def test_a_process_that_fails_to_load_ends_the_others(runs: Runs, tmp_path: Path
     assert first[0] == second[0] == 2 and "Input/output error" in first[1] + second[1]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_while_writing_text_ends_the_others(runs: Runs, tmp_path: Path) -> None:
     save_model(runs.model(), tmp_path / "model")
     flags = ["--ckpt-path", str(tmp_path / "model"), "--prompt", "7", "--max-new-tokens", "50", "--device", "cpu"]
@@ -564,8 +733,9 @@ def test_a_process_that_fails_while_writing_text_ends_the_others(runs: Runs, tmp
 
 
 @pytest.mark.parametrize(("world", "ctx"), [(2, ["--fsdp"]), (4, ["--model-parallel", "2"])])
+@pytest.mark.slow
 def test_a_process_that_hangs_is_given_up(runs: Runs, tmp_path: Path, world: int, ctx: list[str]) -> None:
-    """By one that waits for all, and by one that waits for those alone with whom it shares a model."""
+    """By one that waits for all ranks, and by one that waits for its tensor-parallel group alone."""
     flags = runs.flags(str(tmp_path / "run"), "--timeout", 0.1, *ctx, steps=20)
     first, *_ = run_spoilt("spoil(train, 'windows', 7, hang)", [flags] * world)
     assert first[0] == 1 and "another process is gone or does not answer" in first[1], first
@@ -580,6 +750,7 @@ def test_a_process_that_hangs_is_given_up(runs: Runs, tmp_path: Path, world: int
         (["--config", "plain"], "process 0 has n_routed_experts = 4, process 1 has 0"),
     ],
 )
+@pytest.mark.slow
 def test_processes_that_were_told_different_things(runs: Runs, differently: list[str], told: str) -> None:
     """As where each machine has a command, a config and a disk of its own."""
     flags = runs.flags("never-begun", steps=5)
@@ -669,14 +840,17 @@ def leave_and_come_back(made: soak.Soak, run: Path, networks: list[tuple[str, st
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_node_leaves_and_comes_back(alone: soak.Soak) -> None:
     leave_and_come_back(alone, alone.folder / "here", [])
 
 
+@pytest.mark.slow
 def test_a_machine_leaves_and_comes_back(alone: soak.Soak, networks: list[tuple[str, str, str]]) -> None:
     leave_and_come_back(alone, alone.folder / "elsewhere", networks)
 
 
+@pytest.mark.slow
 def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
     """From any form of a checkpoint, greedy and sampled; the first process alone speaks."""
     save_model(runs.model(), runs.folder / "mp1")
@@ -701,6 +875,7 @@ def test_generating_in_parts_writes_the_same(runs: Runs) -> None:
     assert others == [""] * 3
 
 
+@pytest.mark.slow
 def test_parts_that_a_model_cannot_be_cut_into(runs: Runs) -> None:
     """The first process alone names the numbers of processes that can be, and a mistake in the flags."""
     save_model(runs.model(), runs.folder / "uncut")
@@ -714,6 +889,7 @@ def test_parts_that_a_model_cannot_be_cut_into(runs: Runs) -> None:
 
 @pytest.mark.parametrize("by_torchrun", [True, False])
 @pytest.mark.parametrize("name", ["train", "generate", "interactive"])
+@pytest.mark.slow
 def test_interrupted_by_the_user(runs: Runs, tmp_path: Path, name: str, by_torchrun: bool) -> None:
     """Ctrl-C, to torchrun or to each process: all end in seconds without a traceback, and a run is saved."""
     run = runs.folder / f"interrupted-{by_torchrun}"
@@ -761,11 +937,13 @@ def test_interrupted_by_the_user(runs: Runs, tmp_path: Path, name: str, by_torch
         assert max(runs.metrics(run.name)) == step
 
 
+@pytest.mark.slow
 def test_only_the_first_speaks(runs: Runs) -> None:
     first, second = launch(2, [{"flags": runs.flags("quiet", "--sample-bytes", 20, steps=2)}])
     assert "2 data-parallel" in first and "val_loss" in first and re.sub(r"(?m)^\[Gloo\].*\n", "", second) == ""
 
 
+@pytest.mark.slow
 def test_an_error_of_one_is_everybodys_and_the_run_stays(runs: Runs) -> None:
     """A file that cannot be written by the second process: the first tells, and the checkpoint before is whole."""
     launch(2, [resume_flags(runs, "full", 5, "--model-parallel", 2)])

@@ -1,6 +1,6 @@
 """What a second process brings: training speed, memory and waiting of one process and two, each on one thread.
 
-    python tests/bench_scaling.py [--config configs/shakespeare.json] [--steps 10] [--repeat 3]
+    python tests/bench/bench_scaling.py [--config configs/shakespeare.json] [--steps 10] [--repeat 3]
 
 The batch is the same in each ctx, so two processes have half of it each, or half of the model. Layouts take turns,
 in processes of their own, and each number is the median of their runs; the first steps do not count.
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402

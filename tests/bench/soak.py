@@ -1,6 +1,6 @@
 """Disturbs a run of several processes again and again, at random moments, and compares it with one undisturbed.
 
-    python tests/soak.py --kills 50 --seed 0 [--processes 2] [--train-flags=--fsdp]
+    python tests/bench/soak.py --kills 50 --seed 0 [--processes 2] [--train-flags=--fsdp]
 
 Killed are a worker, after which torchrun starts the others again; torchrun, whose workers must not go on without it;
 or all at once, as on a machine that fails; at any moment, in a save or in an evaluation. Where torchrun was killed the
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import has_run, load_run, read_config  # noqa: E402
