@@ -731,7 +731,7 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     fast = fp8_ops.multiplies_fp8(torch.device(ctx.device))
     keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
     dtype = parallel.pick_dtype(torch.device(ctx.device).type, arguments.dtype)
-    model = load_model(arguments.ckpt_path, ctx.device, dtype, keep_fp8, ctx.build, ctx)
+    model = load_model(arguments.ckpt_path, ctx.device, dtype, keep_fp8, partial(parallel.build, ctx), ctx)
     if model.args.vocab_size != VOCAB_SIZE:
         raise GenerationError(
             f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
