@@ -78,10 +78,14 @@ def _set_handlers(handler: Any) -> None:
         signal.signal(signum, handler)
 
 
-def _interrupt(*_: Any) -> None:
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a command even where Ctrl-C only stops a part of it."""
+
+
+def _interrupt(signum: int, _frame: Any) -> None:
     """Signal handler: unwinds the stack once; further signals do not disturb the clean-up."""
     _set_handlers(signal.SIG_IGN)
-    raise KeyboardInterrupt
+    raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
 def _unraisable(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -188,6 +192,22 @@ def say(text: str) -> None:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
         _drop_stdout(error)
+
+
+def write(data: bytes) -> None:
+    """Writes bytes to stdout as they are, at once.
+
+    Raises:
+        OSError: Stdout cannot be written, so the command is to end; `run` reports it.
+    """
+    global _write_error
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        _drop_stdout(error)
+        failure, _write_error = _write_error, None
+        raise OSError(failure.errno, f"cannot write to standard output: {failure.strerror}") from None
 
 
 def warn(prog: str, message: str) -> None:

@@ -4,80 +4,82 @@
     python generate.py --ckpt-path runs/mine --input-file prompts.txt --max-new-tokens 100 > results
     python generate.py --ckpt-path runs/mine --interactive
 
+In Python:
+
+    from generate import complete, load_model
+    print(complete(load_model("runs/mine"), "To be"))
+
 A language model gives the probabilities of the next byte after some bytes. Generation asks for them, draws one byte,
 appends it and asks again, until byte 0 ends the document. Five ideas make that useful:
 
-The cache. What attention computed for earlier positions stays valid, so each step runs the model on one new byte.
+The KV cache. What attention computed for earlier positions stays valid, so each step runs the model on one new byte.
     `Batch` keeps this: texts of different lengths that advance together, one product for all of them.
 
-The window. A text may outgrow the context. The model then sees the text from the first multiple of half a context from
-    which it fits: more than half a context, always. When that start moves, the cache of the row is filled anew. The
-    start depends on nothing but the length of the text, so that continuing a text in two calls or in one is the same.
+The context. Of a text that outgrows it, the model sees what follows the first multiple of half a context from which
+    the text fits: more than half a context, always. When that start moves, the cache of the row is filled anew. The
+    start depends on the length of the text alone: continuing a text in two calls is continuing it in one.
 
 Sampling. Temperature sharpens or flattens the probabilities, top-k keeps the k likeliest bytes, and top-p (nucleus,
     Holtzman et al. 2019) then keeps the fewest of these that together reach p. Each row draws from a random generator
     of its own, seeded by the seed and the row's number: what else is in the batch changes nothing but the rounding of
     the model's numbers, and equal prompts in different rows get different texts.
 
-Speculation (Leviathan et al. 2023; DeepSeek-V3 report, section 5.4.3). The multi-token prediction modules draft the
-    next bytes, one each, as they were trained to: a module takes the states of the one before it, and the byte that
-    this one drafted. Past the last module, that one goes on from its own states. The model reads the drafts in one
-    call, not much slower than for one byte, and keeps what it could have drawn itself: a byte x drafted with
-    probability q(x) stays with min(1, p(x) / q(x)), and the first that does not is drawn anew from max(p - q, 0),
-    normalised. That gives the model's own p exactly.
+Speculation (Leviathan et al. 2023; DeepSeek-V3 report, section 5.4.3). The multi-token prediction (MTP) modules draft
+    the next bytes, one each, as they were trained to: a module reads the hidden states of the one before it and the
+    byte that this one drafted. Past the last module, that one goes on from its own hidden states. The model verifies
+    the drafts in one forward pass, not much slower than for one byte: a byte x drafted with probability q(x) is
+    accepted with min(1, p(x) / q(x)), and the first that is not is drawn anew from max(p - q, 0), normalised. That
+    gives the model's own p exactly. `step` is all of it; `Drafter` is the modules' side.
 
-The stop string. It ends a text without being part of it, so that bytes which may be its beginning are held back until
-    the next ones tell. It counts in what the model writes, not in the prompt.
+The stop string. It ends a text without being part of it, so bytes which may be its beginning are held back until it is
+    certain. It counts in what the model writes, not in the prompt.
 
 The first half of this file is the engine: bytes in, bytes out. The second half is the command, which deals with
 terminals: what a model writes is shown there, never obeyed.
 """
 
+if __name__ == "__main__":
+    import command
+
+    command.start()  # before torch is imported, which takes seconds
+
 import argparse
 import contextlib
+import copy
+import errno
 import hashlib
 import math
-import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 
+import command
 import decode
 import fp8_ops
-import graphs
 import model as model_module
-from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, one_line, visible
-from command import is_local_rank_zero
+import parallel
+from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
+from byte_tokenizer import decode as decode_text
 from convert import load_model
-from model import KVCache, ModelArgs, Transformer
-from parallel import (
-    CollectiveError,
-    ParallelContext,
-    ParallelError,
-    abort,
-    build,
-    end,
-    is_rank_zero,
-    keep_freed_memory,
-    pick_device,
-    pick_dtype,
-    process_group,
-    read_launch,
-)
+from model import ConfigError, KVCache, ModelArgs, Transformer
+from parallel import ParallelContext, is_rank_zero
+from safetensors_io import CheckpointError, read_regular
 
 # Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
 PREFILL_POSITIONS = 4096
 ONE_THREAD = 1 << 22  # numbers that a step of decoding multiplies, up to which one thread does it
-RULE = "-" * 40
-HERE = ("ckpt_path", "input_file", "seed")  # flags in which processes may differ; the seed is the first one's
+MAX_PROMPT_BYTES = 1 << 28  # of a file of prompts, and of a line that is piped in
+MAX_DRAFTS = 256
+LOCAL_FLAGS = ("ckpt_path", "input_file", "seed")  # in which processes may differ; the seed is the first one's
 EPILOG = """\
 output:
   The prompt and what follows it go to standard output, the speed to standard error. A text ends at byte 0, before the
@@ -92,42 +94,33 @@ output:
   depend on the other lines.
 
 --interactive:
-  Each line is added to the text so far, which is then continued; an empty line just goes on. /clear forgets the text,
-  /exit or Ctrl-D ends, Ctrl-C stops the reply.
+  Each line is added to the text so far, which is then continued; an empty line just goes on. On a terminal, the line
+  begins on a line of its own. /clear forgets the text, /exit or Ctrl-D ends, Ctrl-C stops the reply.
 
 context:
   A text longer than the model's context is seen from the first multiple of half a context on from which it fits."""
 WELCOME = "Each line is added to the text and continued. /clear forgets the text, /exit or Ctrl-D ends, Ctrl-C stops."
 
 
-class GenerationError(ValueError):
-    """The model cannot generate: the message is one line."""
+class GenerationError(parallel.CollectiveError):
+    """The model cannot generate, in any of the processes that have a part of it: the message is one line."""
+
+
+MISTAKES = (CheckpointError, ConfigError, parallel.DeviceError, parallel.ParallelError, parallel.CollectiveError)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How bytes are chosen, and how many.
+    """How bytes are chosen, and how many. A number out of range raises a ValueError."""
 
-    Attributes:
-        temperature: Divides the logits; 0 always takes the likeliest byte.
-        top_k: How many of the likeliest bytes may be drawn; 0 means all.
-        top_p: Of these, the fewest that together have this probability; 1 means all.
-        seed: Of the random generators. Equal seeds, equal texts.
-        max_new_tokens: Bytes after which a text ends at the latest.
-        stop: Bytes that end a text; empty for none.
-        speculate: Bytes drafted ahead at a time, for a model with MTP modules; 0 for none. They change how fast a text
-            comes and, above temperature 0, which one a seed gives; not how probable it is.
-
-    Raises:
-        ValueError: A number out of range.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 256
-    stop: bytes = b""
+    temperature: float = 0.8  # divides the logits; 0 always takes the likeliest byte
+    top_k: int = 0  # how many of the likeliest bytes may be drawn; 0: all
+    top_p: float = 1.0  # of these, the fewest that together have this probability; 1: all
+    seed: int = 0  # of the random generators: equal seeds, equal texts
+    max_new_tokens: int = 256  # bytes after which a text ends at the latest
+    stop: bytes = b""  # bytes that end a text; empty: none
+    # Bytes that MTP modules draft at a time; 0: none. They change how fast a text comes and, above temperature 0, which
+    # one a seed gives; not how probable it is.
     speculate: int = 0
 
     def __post_init__(self) -> None:
@@ -141,17 +134,12 @@ class Sampling:
 
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
-    """Computes the probabilities that bytes are drawn with.
+    """Computes the probabilities that bytes are drawn with, float64 (B, V), from logits, float (B, V), on any device.
 
-    Args:
-        logits: Of the next byte, float (B, V), on any device.
-        sampling: Temperature, top-k and top-p.
-
-    Returns:
-        Probabilities, float64 (B, V); rows sum to 1. Temperature 0 gives a single 1 a row.
+    At temperature 0, the likeliest byte has probability 1.
 
     Raises:
-        GenerationError: A row of logits without a finite maximum.
+        GenerationError: A row of logits has no finite maximum.
     """
     numbers = logits.detach().cpu().double().numpy()  # for so few, torch takes longer to begin than to compute
     best = numbers.max(axis=-1, keepdims=True)
@@ -186,14 +174,9 @@ Generators = Sequence[torch.Generator | None]
 
 
 def draw(probs: np.ndarray, generators: Generators) -> list[int]:
-    """Draws a byte for each row, on the CPU: equal probabilities give equal bytes on every device.
+    """Draws a byte for each row of probabilities, float64 (B, V); without a generator, the row gets its likeliest byte.
 
-    Args:
-        probs: Probabilities, float64 (B, V).
-        generators: A CPU generator for each row, which gives one number; None takes the likeliest byte.
-
-    Returns:
-        B ids.
+    This is done on the CPU: equal probabilities give equal bytes on every device.
     """
     if not any(generators):
         return probs.argmax(axis=-1).tolist()
@@ -211,16 +194,16 @@ def uniform(generator: torch.Generator | None) -> float:
 def accept(
     p: np.ndarray, q: np.ndarray, drafts: Sequence[int], generator: torch.Generator | None
 ) -> tuple[int, np.ndarray]:
-    """Decides how many of a row's drafted bytes stay (Leviathan et al. 2023, algorithm 1).
+    """Decides how many of a row's drafts are accepted (Leviathan et al. 2023, algorithm 1).
 
     Args:
         p: The model's probabilities of each drafted byte, and of the one after, float64 (n + 1 or more, V).
         q: Those that the drafts were drawn with, float64 (n or more, V).
         drafts: The n bytes drafted.
-        generator: Gives one number for each draft up to the first that does not stay.
+        generator: Gives one number for each draft up to the first that is rejected.
 
     Returns:
-        The number of drafts that stay, and the distribution (V,) of the byte after them.
+        The number of accepted drafts, and the distribution (V,) of the byte after them.
     """
     for i, byte in enumerate(drafts):
         if uniform(generator) * q[i, byte] >= p[i, byte]:
@@ -235,264 +218,322 @@ def row_generator(seed: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def window_start(length: int, context: int) -> int:
-    """Returns where in a text of `length` bytes the model starts to read: see "The window" above."""
-    half = max(context // 2, 1)
-    return max(0, -((context - length) // half)) * half
+def context_start(length: int, max_seq_len: int) -> int:
+    """Returns where in a text of `length` bytes the model's context starts: see "The context" above."""
+    half = max(max_seq_len // 2, 1)
+    return max(0, -((max_seq_len - length) // half)) * half
 
 
 class Batch:
-    """Texts that advance together, any lengths, any number of bytes: the model's view of them.
+    """Texts of any lengths that advance together, and the KV cache of their contexts.
 
     Args:
         model: The model.
         texts: What the rows begin with. An empty one begins with byte 0, as a document does.
-        sampling: How to choose, how many bytes a row can get, and how many are drafted at a time.
+        sampling: How many bytes a row can get, and how many are drafted at a time.
 
     Attributes:
-        texts: The rows' bytes so far, all of them.
-        starts: Where in each text the model starts to read.
-        cache: What it remembers from there on.
-        probs: Probabilities of each row's next byte, float64 (B, V).
-        drafts: Bytes drafted at a time; 0 without an MTP module.
-        drafted: How many of the bytes last drafted could have been accepted, in all rows.
-        depth: How many MTP modules draft.
-        states: The model's states (B, S, dim) of the bytes it read last, the drafts among them.
-        seen: For each row, how many positions the first module has seen: those before the first of `states`. Module k,
-            from 0, needs k bytes more after each, so of the last k it has seen those whose drafts stayed. -1: the
-            modules have to see all positions again.
-        ahead: The last k + 1 states of each module k but the last, one of which is where the module after it goes on:
-            (B, depth - 1, depth - 1, dim).
-        fresh: For each row, how many of the drafts were accepted: the last of `states` to mean anything.
+        texts: All bytes of each row. Between two steps, the cache lacks the last one.
+        cache: The KV cache, of the model and of its MTP modules.
+        stale: Rows whose cache has to be filled before anything is forwarded.
+        n_drafts: How many drafted bytes can follow the last byte of a row in a forward pass.
     """
 
-    @torch.inference_mode()
     def __init__(self, model: Transformer, texts: Sequence[bytes], sampling: Sampling):
         self.model = model
-        self.sampling = sampling
-        self.drafts = min(sampling.speculate, model.args.max_seq_len - 1) if model.args.n_mtp_layers else 0
-        self.depth = min(self.drafts, model.args.n_mtp_layers)
         self.texts = [bytearray(text or [EOS_ID]) for text in texts]
-        self.starts = self._starts()
+        self.n_drafts = min(sampling.speculate, model.args.max_seq_len - 1) if model.args.n_mtp_layers else 0
         capacity = min(model.args.max_seq_len, max(map(len, self.texts)) + sampling.max_new_tokens)
-        self.cache = model.new_cache(len(texts), capacity, self.drafts)
-        self.seen = [len(text) - start - 1 for text, start in zip(self.texts, self.starts, strict=True)]
-        self.fresh = [0] * len(texts)
-        last = self._fill(list(range(len(texts))))[:, 1:]
-        self.ahead = last.unsqueeze(2).repeat(1, 1, last.shape[1], 1)
-        self.probs = self._read([[text[-1]] for text in self.texts])[:, 0]
+        self.cache = model.new_cache(len(texts), capacity, self.n_drafts)
+        self.stale = list(range(len(texts)))
 
-    @torch.inference_mode()
-    def append(self, ids: Sequence[int], generators: Generators, left: Sequence[int]) -> list[list[int]]:
-        """Appends one id to each row, and of the bytes drafted after it those that are accepted, which it returns.
+    def context(self, row: int) -> bytearray:
+        """Returns the bytes of a row that the model sees."""
+        text = self.texts[row]
+        return text[context_start(len(text), self.model.args.max_seq_len) :]
 
-        `generators` are as for `draw`; `left` is how many more bytes each row may get.
-        """
-        for text, i in zip(self.texts, ids, strict=True):
-            text.append(i)
-        before, self.starts = self.starts, self._starts()
-        # each byte is read through the window that it has without drafts; and the last one is never a draft
-        room = [
-            max(0, min(self.drafts, self.model.args.max_seq_len - (len(text) - start), most - 1))
-            for text, start, most in zip(self.texts, self.starts, left, strict=True)
-        ]
-        unseen = [n > 0 and seen < self.depth - 1 for n, seen in zip(room, self.seen, strict=True)]
-        anew = [row for row, start in enumerate(self.starts) if start != before[row] or unseen[row]]
-        if anew:
-            self._fill_anew(anew)
-        ready = [seen >= self.depth - 1 for seen in self.seen]
-        limits = [n if is_ready else 0 for n, is_ready in zip(room, ready, strict=True)]
-        self.drafted = sum(limits)
-        if not any(limits):
-            self.seen, self.fresh = [-1] * len(ids), [0] * len(ids)
-            self.probs = self._read([[i] for i in ids])[:, 0]
-            return [[] for _ in ids]
-        drafts, q = self._draft(generators, limits)
-        lengths = self.cache.lengths
-        p = self._read([[i, *row] for i, row in zip(ids, drafts, strict=True)])
-        drafts = [row[:limit] for row, limit in zip(drafts, limits, strict=True)]
-        kept = [accept(*row) for row in zip(p, q, drafts, generators, strict=True)]
-        self.probs = np.stack([after for _, after in kept])
-        self.fresh = [n for n, _ in kept]
-        self.cache.lengths = [length + 1 + n for length, n in zip(lengths, self.fresh, strict=True)]
-        self.seen = [length if is_ready else -1 for length, is_ready in zip(lengths, ready, strict=True)]
-        accepted = [row[:n] for row, n in zip(drafts, self.fresh, strict=True)]
-        for text, row in zip(self.texts, accepted, strict=True):
-            text += bytes(row)
-        return accepted
+    def append(self, new: Sequence[Sequence[int]]) -> None:
+        """Appends bytes to each row. A row becomes stale when its context starts elsewhere from now on."""
+        for row, ids in enumerate(new):
+            text, context = self.texts[row], self.model.args.max_seq_len
+            if context_start(len(text), context) != context_start(len(text) + len(ids), context):
+                self.stale.append(row)
+            text += bytes(ids)
 
-    @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
         """Drops all rows but these."""
-        for name in ("texts", "starts", "seen", "fresh"):
-            setattr(self, name, [getattr(self, name)[row] for row in rows])
+        self.texts = [self.texts[row] for row in rows]
         self.cache.lengths = [self.cache.lengths[row] for row in rows]
         for layer in self.cache.layers:
             layer[:] = [tensor[rows] for tensor in layer]
-        self.probs, self.ahead = self.probs[rows], self.ahead[rows]
-        self.states = self.states[rows]
 
-    def _starts(self) -> list[int]:
-        return [window_start(len(text), self.model.args.max_seq_len) for text in self.texts]
 
-    def _fill_anew(self, rows: list[int]) -> None:
-        """Fills the cache of some rows, of which the last byte is about to be read and the modules are to go on."""
-        self.seen = list(self.seen)
-        for row in rows:
-            self.seen[row], self.fresh[row] = max(len(self.texts[row]) - self.starts[row] - 2, 0), 0
-        last = self._fill(rows)
-        if self.drafts:
-            self.states[rows, 0], self.ahead[rows] = last[:, 0], last[:, 1:, None]
+class Drafter:
+    """Drafts the next bytes of a batch by the model's MTP modules.
 
-    def _fill(self, rows: list[int]) -> torch.Tensor:
-        """Fills the cache of some rows with their windows, apart from the last byte; returns what `prefill` does."""
-        windows = [self.texts[row][self.starts[row] :] for row in rows]
-        longest = max(map(len, windows)) - 1
-        everything = len(rows) == len(self.texts)
-        cache = self.cache if everything else self.model.new_cache(len(rows), longest)
-        last = prefill(self.model, windows, cache, self.depth, [self.seen[row] for row in rows])
-        if not everything:
-            for ours, theirs in zip(self.cache.layers, cache.layers, strict=True):
-                for tensor, part in zip(ours, theirs, strict=True):
-                    tensor[rows, :longest] = part
-            self.cache.lengths = list(self.cache.lengths)
-            for row, length in zip(rows, cache.lengths, strict=True):
-                self.cache.lengths[row] = length
-        return last
+    At position i, module k (from 0) reads hidden state i of module k-1, or of the model, and byte i+k+1. It gives its
+    own hidden state i and the logits of byte i+k+2. If the last byte of a row is at position n, all modules run up to
+    position n-1, where module k reads the draft of the module before it. What read a draft that is rejected is
+    forwarded again the next time; so the hidden states of the last positions are kept.
 
-    def _read(self, tokens: list[list[int]]) -> np.ndarray:
-        """Runs the model on the next bytes (B, S) and returns the probabilities of those after them, (B, S, V)."""
-        ids = torch.tensor(tokens, device=self.model.head.weight.device)
-        self.states, logits = self.model.forward_with_hidden(ids, self.cache)
-        self.cache.lengths = [length + ids.shape[1] for length in self.cache.lengths]
-        return distribution(logits.flatten(0, 1), self.sampling).reshape(*ids.shape, -1)
+    Attributes:
+        depth: How many MTP modules draft.
+        hidden: The hidden states that each module reads, (depth, B, ring, dim). That of position i is at i % ring.
+        lengths: MTP cache lengths: of each module and row, up to which position its cache is that of the text.
+    """
 
-    def _draft(self, generators: Generators, limits: Sequence[int]) -> tuple[list[list[int]], np.ndarray]:
-        """Drafts the largest limit's number of bytes for each row; by chance, the row's own.
+    def __init__(self, batch: Batch):
+        model, n_rows = batch.model, len(batch.texts)
+        self.batch = batch
+        self.depth = min(batch.n_drafts, model.args.n_mtp_layers)
+        # room for what is drafted, and before it for the positions that read rejected drafts
+        shape = (self.depth, n_rows, batch.n_drafts + self.depth, model.args.dim)
+        self.hidden = torch.zeros(shape, dtype=model.compute_dtype, device=model.head.weight.device)
+        self.lengths = [[0] * n_rows for _ in range(self.depth)]
+
+    def limits(self, left: Sequence[int]) -> list[int]:
+        """Returns how many drafts each row can take, for rows that can get `left` more bytes."""
+        context, limits = self.batch.model.args.max_seq_len, []
+        for row, most in enumerate(left):
+            length = len(self.batch.context(row))
+            # accepted bytes must not move the context, and the last byte of a text is no draft
+            limits.append(min(self.batch.n_drafts, context - length, most - 1) if length > self.depth else 0)
+        return limits
+
+    def draft(
+        self, sampling: Sampling, generators: Generators, limits: Sequence[int]
+    ) -> tuple[list[list[int]], np.ndarray]:
+        """Drafts as many bytes for each row as the largest limit; those beyond a row's own are of no use.
 
         Returns:
             The drafts (B, n), and the probabilities that they were drawn with, float64 (B, n, V).
         """
-        model, cache, lengths = self.model, self.cache, self.cache.lengths
-        rows, ends = torch.arange(len(self.texts)), torch.tensor(self.fresh)
-        width, stayed = max(self.fresh) + 1, min(self.fresh)
-        certain = [list(text[-1 - n :]) for text, n in zip(self.texts, self.fresh, strict=True)]
-        states, drafts, q = self.states[:, :width], [], []
+        model, cache, ends = self.batch.model, self.batch.cache, self.batch.cache.lengths
+        drafts, probs = [[] for _ in limits], []
         for i in range(max(limits)):
             if i < self.depth:
-                # it goes over again what it made of drafts that did not stay in every row
-                over = max(i - stayed, 0)
-                cache.lengths = [max(seen - over, 0) for seen in self.seen]
-                after = [
-                    [*known, *(ids[row] for ids in drafts)][i - over :] + [EOS_ID] * (width - len(known))
-                    for row, known in enumerate(certain)
-                ]
-                new, logits = model.mtp_forward(i, states, torch.tensor(after, device=states.device), cache)
-                h, logits = new[rows, ends + over, None], logits[rows, ends + over]
-                if i < self.depth - 1:
-                    states = new if i < stayed else torch.cat([self.ahead[:, i, stayed, None], new], dim=1)
-                    last = ends[:, None] + torch.arange(over - i, over + 1)
-                    self.ahead[:, i, : i + 1] = new[rows[:, None], last]
-            else:
-                cache.lengths = [length + i - self.depth for length in lengths]
-                after = torch.tensor(drafts[-1], device=h.device)[:, None]
-                h, logits = model.mtp_forward(self.depth - 1, h, after, cache)
-                logits = logits[:, 0]
-            q.append(distribution(logits, self.sampling))
+                h, logits = self._forward_module(i, ends, drafts)
+            else:  # the last module goes on from its own hidden state
+                cache.lengths = [end + i - self.depth for end in ends]
+                last = torch.tensor([row[-1:] for row in drafts], device=h.device)
+                h, logits = model.mtp_forward(self.depth - 1, h, last, cache)
+            probs.append(distribution(logits[:, 0], sampling))
             drawing = [generator if i < limit else None for generator, limit in zip(generators, limits, strict=True)]
-            drafts.append(draw(q[-1], drawing))
-        cache.lengths = lengths
-        return [list(row) for row in zip(*drafts, strict=True)], np.stack(q, axis=1)
+            for row, byte in zip(drafts, draw(probs[-1], drawing), strict=True):
+                row.append(byte)
+        cache.lengths = ends
+        return drafts, np.stack(probs, axis=1) if probs else np.empty((len(limits), 0))
+
+    def _forward_module(
+        self, k: int, ends: Sequence[int], drafts: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs module k up to the positions before `ends`; returns its hidden states and logits there, (B, 1, ...)."""
+        # at least the last position; and a row that takes no drafts may lack more positions than there is room for
+        most = self.batch.n_drafts + 1
+        starts = [max(min(length, end - 1), end - most, 0) for length, end in zip(self.lengths[k], ends, strict=True)]
+        counts = [end - start for start, end in zip(starts, ends, strict=True)]
+        width = max(counts)
+        tokens = []
+        for row, start in enumerate(starts):
+            known = [*self.batch.context(row)[start:], *drafts[row]][k + 1 :]
+            tokens.append(known + [EOS_ID] * (width - len(known)))  # padding comes after what it could disturb
+        slots = self._slots(starts, width)
+        self.batch.cache.lengths = starts
+        ids = torch.tensor(tokens, device=self.hidden.device)
+        h, logits = self.batch.model.mtp_forward(k, self.hidden[k][slots], ids, self.batch.cache)
+        if k + 1 < self.depth:
+            self.hidden[k + 1][slots] = h
+        rows, last = range(len(counts)), [count - 1 for count in counts]
+        return h[rows, last, None], logits[rows, last, None]
+
+    def _slots(self, starts: Sequence[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the rows, and where in `hidden` their `width` positions from `starts` on are."""
+        positions = torch.tensor(starts)[:, None] + torch.arange(width)
+        return torch.arange(len(starts))[:, None], positions % self.hidden.shape[2]
+
+    def update(self, hidden: torch.Tensor, n_drafted: int, n_accepted: Sequence[int]) -> None:
+        """Takes the model's hidden states of the bytes just forwarded, and how many drafts of each row it accepted."""
+        ends = self.batch.cache.lengths
+        if self.depth:
+            self.hidden[0][self._slots(ends, hidden.shape[1])] = hidden
+        for k in range(min(self.depth, n_drafted)):
+            # module k has read k drafts: as many of its last positions are wrong as drafts were rejected
+            self.lengths[k] = [max(end + min(n - k, 0), 0) for end, n in zip(ends, n_accepted, strict=True)]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops all rows but these."""
+        self.hidden = self.hidden[:, rows]
+        self.lengths = [[lengths[row] for row in rows] for lengths in self.lengths]
+
+
+def fill_stale(batch: Batch, drafter: Drafter) -> None:
+    """Fills the cache of the stale rows, the modules' as well, with all but the last byte of their contexts."""
+    rows, batch.stale = batch.stale, []
+    contexts = {row: batch.context(row) for row in rows}
+    for k, lengths in enumerate(drafter.lengths):
+        for row, context in contexts.items():
+            lengths[row] = max(len(context) - 1 - k, 0)
+    if len(rows) == len(batch.texts):
+        return prefill(batch.model, list(contexts.values()), batch.cache, drafter.hidden)
+    for row in rows:
+        view = copy.copy(batch.cache)  # one row of it
+        view.layers = [[tensor[row : row + 1] for tensor in layer] for layer in batch.cache.layers]
+        prefill(batch.model, [contexts[row]], view, drafter.hidden[:, row : row + 1])
+        batch.cache.lengths[row] = view.lengths[0]
+
+
+@torch.inference_mode()
+def step(
+    batch: Batch, drafter: Drafter, sampling: Sampling, generators: Generators, limits: Sequence[int]
+) -> tuple[list[list[int]], np.ndarray]:
+    """Forwards the last byte of each row, and drafts of the bytes after it, in one pass.
+
+    Args:
+        batch: The batch. Its cache gets the accepted drafts, its texts do not.
+        drafter: Its drafter.
+        sampling: How to choose.
+        generators: For each row, a CPU generator; None takes the likeliest byte.
+        limits: How many drafts each row can take.
+
+    Returns:
+        The accepted drafts of each row, and the probabilities of the byte after them, float64 (B, V).
+    """
+    fill_stale(batch, drafter)
+    drafts, q = drafter.draft(sampling, generators, limits)
+    # verify
+    tokens = [[text[-1], *row] for text, row in zip(batch.texts, drafts, strict=True)]
+    hidden, logits = batch.model.forward_with_hidden(torch.tensor(tokens, device=drafter.hidden.device), batch.cache)
+    p = distribution(logits.flatten(0, 1), sampling).reshape(logits.shape)
+    # accept
+    drafts = [row[:limit] for row, limit in zip(drafts, limits, strict=True)]
+    verdicts = [accept(*row) for row in zip(p, q, drafts, generators, strict=True)]
+    n_accepted = [n for n, _ in verdicts]
+    drafter.update(hidden, max(limits), n_accepted)
+    # roll the cache back
+    batch.cache.lengths = [length + 1 + n for length, n in zip(batch.cache.lengths, n_accepted, strict=True)]
+    return [row[:n] for row, n in zip(drafts, n_accepted, strict=True)], np.stack([after for _, after in verdicts])
 
 
 def prefill(
-    model: Transformer, texts: Sequence[bytes | bytearray], cache: KVCache, depth: int = 0, seen: Sequence[int] = ()
-) -> torch.Tensor:
-    """Reads texts, apart from the last byte of each, into the rows of a cache, from its beginning.
+    model: Transformer, texts: Sequence[bytes | bytearray], cache: KVCache, hidden: torch.Tensor | None = None
+) -> None:
+    """Forwards texts, apart from the last byte of each, into the rows of a cache, from its beginning.
 
     This goes by a bounded number of positions at a time. Shorter rows are padded on the right: the padding comes after
     what it could disturb, and is forgotten at the end.
 
-    Args:
-        model: The model.
-        texts: The rows' texts.
-        cache: The cache, with room for them.
-        depth: How many MTP modules read as well.
-        seen: With them, how many positions of each row are behind the first one.
-
-    Returns:
-        States (B, depth, dim): the model's at position `seen`, the first module's at the one before that, and so on;
-        undefined where that was not read.
+    `hidden` has what MTP modules read at the last positions, to be filled: see `Drafter`. Without it, no modules run.
     """
+    depth, ring = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[2])
     longest = max(map(len, texts))
     ids = torch.zeros(len(texts), longest + depth, dtype=torch.int64)  # a module reads that many bytes ahead
     for row, text in enumerate(texts):
         ids[row, : len(text)] = torch.tensor(list(text), dtype=torch.int64)
     ids = ids.to(model.head.weight.device)
     cache.lengths = [0] * len(texts)
-    last = ids.new_zeros(len(texts), depth, model.args.dim, dtype=model.compute_dtype)
     chunk = max(PREFILL_POSITIONS // len(texts), 1)
     for start in range(0, longest - 1, chunk):
         end = min(start + chunk, longest - 1)
         h, _ = model.forward_with_hidden(ids[:, start:end], cache)
-        for i in range(depth):
-            for row, n in enumerate(seen):
-                if start <= n - i < end:
-                    last[row, i] = h[row, n - i - start]
-            h, _ = model.mtp_forward(i, h, ids[:, start + 1 + i : end + 1 + i], cache)
+        for k in range(depth):
+            for row, text in enumerate(texts):
+                if last := range(max(start, len(text) - 1 - ring), min(end, len(text) - 1)):
+                    hidden[k, row, [i % ring for i in last]] = h[row, last.start - start : last.stop - start]
+            h, _ = model.mtp_forward(k, h, ids[:, start + 1 + k : end + 1 + k], cache)
         cache.lengths = [end] * len(texts)
     cache.lengths = [len(text) - 1 for text in texts]
-    return last
 
 
-class HoldBack:
-    """Lets bytes through up to a stop string, holding back those that may be its beginning.
+class Row:
+    """One text of a batch: how it is drawn, and where it ends."""
 
-    Attributes:
-        found: Whether the stop string has come.
-    """
+    def __init__(self, number: int, sampling: Sampling):
+        self.number = number  # that of the prompt
+        self.generator = row_generator(sampling.seed, number) if sampling.temperature > 0 else None
+        self.left = sampling.max_new_tokens  # bytes that it can still get
+        self.ended = False
+        self._stop = sampling.stop
+        self._held = b""  # what may be the beginning of the stop string
 
-    def __init__(self, stop: bytes):
-        self.stop = stop
-        self.held = b""
-        self.found = False
-
-    def feed(self, data: bytes) -> bytes:
-        """Takes the next bytes and returns those that are certainly text."""
-        data = self.held + data
-        end = data.find(self.stop) if self.stop else -1
-        if self.found or end >= 0:
-            text, self.held, self.found = (b"" if self.found else data[:end]), b"", True
-            return text
-        longest = min(len(data), len(self.stop) - 1)
-        held = next((n for n in range(longest, 0, -1) if data.endswith(self.stop[:n])), 0)
-        self.held = data[len(data) - held :]
-        return data[: len(data) - held]
-
-    def flush(self) -> bytes:
-        """Ends the text and returns what was held back."""
-        held, self.held = self.held, b""
-        return held
+    def take(self, ids: Sequence[int]) -> bytes:
+        """Takes the next bytes, up to where the text ends, and returns those that are certainly part of it."""
+        certain = b""
+        for i in ids:
+            self.left -= 1
+            self._held += b"" if i == EOS_ID else bytes([i])
+            is_stopped = bool(self._stop) and self._held.endswith(self._stop)
+            self.ended = is_stopped or i == EOS_ID or self.left == 0
+            if self.ended:
+                return certain + (self._held.removesuffix(self._stop) if is_stopped else self._held)
+            longest = min(len(self._held), len(self._stop) - 1)
+            n = next((n for n in range(longest, 0, -1) if self._held.endswith(self._stop[:n])), 0)
+            n_certain = len(self._held) - n
+            certain, self._held = certain + self._held[:n_certain], self._held[n_certain:]
+        return certain
 
 
 @dataclass
 class Tally:
-    """How many bytes were drafted for rows that could take them, and how many of these were accepted."""
+    """Counts bytes drafted for rows that could take them, those accepted, bytes written, and the time it took."""
 
     drafted: int = 0
     accepted: int = 0
+    written: int = 0
+    seconds: float = 0.0
+
+    def measure(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """Passes on what `generate` yields, and counts the bytes and the time."""
+        start = time.perf_counter()
+        try:
+            for row, piece in pieces:
+                self.written += len(piece)
+                yield row, piece
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def __str__(self) -> str:
+        text = f"{self.written:,} bytes in {self.seconds:.1f} s: {self.written / max(self.seconds, 1e-9):,.1f} bytes/s"
+        if not self.drafted:
+            return text
+        return f"{text}, {self.accepted / self.drafted:.0%} of {self.drafted:,} drafts accepted"
+
+
+def choose_attn_impl(args: ModelArgs, wanted: str | None = None) -> str:
+    """Returns how attention is computed: as wanted, else through the latent ("absorb") where there is one."""
+    if wanted == "absorb" and args.kv_lora_rank == 0:
+        raise GenerationError("--attn-impl absorb needs a model with a latent, this one has kv_lora_rank 0; use naive")
+    return wanted or ("absorb" if args.kv_lora_rank else "naive")
+
+
+@contextlib.contextmanager
+def step_settings(attn_impl: str, n_multiplied: float) -> Iterator[None]:
+    """Sets how attention is computed, and the number of CPU threads, for a step that multiplies so many numbers."""
+    before, threads = model_module.attn_impl, torch.get_num_threads()
+    model_module.attn_impl = attn_impl
+    if n_multiplied <= ONE_THREAD:  # sharing out so few saves little, and on a busy machine costs much
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        model_module.attn_impl = before
+        torch.set_num_threads(threads)
 
 
 def generate(
-    model: Transformer, prompts: Sequence[bytes], sampling: Sampling, tally: Tally | None = None
+    model: Transformer,
+    prompts: Sequence[bytes],
+    sampling: Sampling,
+    tally: Tally | None = None,
+    attn_impl: str | None = None,
 ) -> Iterator[tuple[int, bytes]]:
     """Continues prompts, `max_batch_size` of them at a time.
 
     Args:
-        model: The model. What `model.attn_impl` says while this runs is how it attends.
+        model: The model.
         prompts: Any number of prompts of any length. An empty one stands for the beginning of a document.
         sampling: How to choose, and when to end.
         tally: Counts the drafts.
+        attn_impl: "naive" or "absorb"; None: absorb where there is a latent.
 
     Yields:
         A prompt's number and the bytes that come next in its text, as soon as they are certain. Prompts of a batch take
@@ -504,25 +545,30 @@ def generate(
     if sampling.max_new_tokens == 0:
         yield from ((row, b"") for row in range(len(prompts)))
         return
-    size = model.args.max_batch_size
+    size, attn_impl = model.args.max_batch_size, choose_attn_impl(model.args, attn_impl)
     for first in range(0, len(prompts), size):
-        yield from _generate_batch(model, first, prompts[first : first + size], sampling, tally or Tally())
+        rows = [Row(first + i, sampling) for i in range(len(prompts[first : first + size]))]
+        yield from _generate_batch(model, rows, prompts[first : first + size], sampling, tally or Tally(), attn_impl)
 
 
 def _generate_batch(
-    model: Transformer, first: int, prompts: Sequence[bytes], sampling: Sampling, tally: Tally
+    model: Transformer, rows: list[Row], prompts: Sequence[bytes], sampling: Sampling, tally: Tally, attn_impl: str
 ) -> Iterator[tuple[int, bytes]]:
-    """`generate` for prompts that fit a batch, the first of which has number `first`. Rows leave as they end."""
-    rows = [Row(first + i, sampling) for i in range(len(prompts))]
-    batch = Batch(model, prompts, sampling)
-    numbers = model.n_params()[1] * (1 + batch.drafts)
-    accepted: list[list[int]] = [[] for _ in rows]
+    """`generate` for prompts that fit a batch. Rows leave as they end."""
+    with step_settings(attn_impl, math.inf):  # the cache is made for one way of attention
+        batch = Batch(model, prompts, sampling)
+    drafter, limits = Drafter(batch), [0] * len(rows)  # nothing is drafted before the first byte is drawn
+    active, n_multiplied = model.n_params()[1], math.inf  # in the first step, which forwards the prompts
     while True:
-        drawn = draw(batch.probs, [row.generator for row in rows])
+        generators = [row.generator for row in rows]
+        with step_settings(attn_impl, n_multiplied):
+            accepted, probs = step(batch, drafter, sampling, generators, limits)
+        tally.drafted += sum(limits)
+        tally.accepted += sum(map(len, accepted))
+        new = [[*ids, byte] for ids, byte in zip(accepted, draw(probs, generators), strict=True)]
         going = []  # places in the batch of the rows that go on
         for i, row in enumerate(rows):
-            piece = row.take([*accepted[i], drawn[i]])
-            if piece:
+            if piece := row.take(new[i]):
                 yield row.number, piece
             if row.ended:
                 yield row.number, b""
@@ -531,151 +577,69 @@ def _generate_batch(
         if not going:
             return
         if len(going) < len(rows):
-            rows = [rows[i] for i in going]
+            rows, new = [rows[i] for i in going], [new[i] for i in going]
             batch.keep(going)
-        with threads_for(numbers * len(rows)):
-            accepted = batch.append(
-                [drawn[i] for i in going], [row.generator for row in rows], [row.left for row in rows]
-            )
-        tally.drafted += batch.drafted
-        tally.accepted += sum(map(len, accepted))
+            drafter.keep(going)
+        batch.append(new)
+        limits = drafter.limits([row.left for row in rows])
+        n_multiplied = active * len(rows) * (1 + batch.n_drafts)
 
 
-@contextlib.contextmanager
-def threads_for(numbers: int) -> Iterator[None]:
-    """Stays on one CPU thread for so few numbers whose sharing out saves little, or on a busy machine costs much."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if numbers <= ONE_THREAD else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def complete(model: Transformer, prompt: str | bytes, sampling: Sampling | None = None) -> Any:
+    """Returns what follows a prompt, without the prompt: str for str (U+FFFD for what is no UTF-8), bytes for bytes.
+
+    Without `sampling` it is that of `Sampling()`, whose seed is 0. An empty prompt is the beginning of a document.
+    """
+    if isinstance(prompt, str):
+        return decode_text(complete(model, encode(prompt), sampling))
+    return b"".join(piece for _, piece in generate(model, [prompt], sampling or Sampling()))
 
 
-class Row:
-    """One text of a batch: its random generator (None at temperature 0), how many bytes are left, and where it ends."""
-
-    def __init__(self, number: int, sampling: Sampling):
-        self.number = number
-        self.generator = row_generator(sampling.seed, number) if sampling.temperature > 0 else None
-        self.text = HoldBack(sampling.stop)
-        self.left = sampling.max_new_tokens
-        self.ended = False
-
-    def take(self, ids: Sequence[int]) -> bytes:
-        """Takes the next bytes, up to where the text ends, and returns those that are certain."""
-        piece = b""
-        for i in ids:
-            self.left -= 1
-            piece += b"" if i == EOS_ID else self.text.feed(bytes([i]))
-            self.ended = i == EOS_ID or self.text.found or self.left == 0
-            if self.ended:
-                return piece + self.text.flush()
-        return piece
+# --- The command -----------------------------------------------------------------------------------------------------
 
 
-def complete(model: Transformer, prompt: bytes, sampling: Sampling) -> bytes:
-    """Returns what follows one prompt: all pieces of `generate`, without the prompt."""
-    return b"".join(piece for _, piece in generate(model, [prompt], sampling))
+class Writer:
+    """Writes texts to stdout: every byte as it is in a pipe; whole and visible characters on a terminal.
 
-
-class PipeWriter:
-    """Writes texts to a file or another program: every byte as it is.
-
-    Args:
-        stream: Where to.
-        mark: What follows each text.
+    After each text comes `mark` in a pipe, or `rule` on a terminal, on a line of its own.
     """
 
-    def __init__(self, stream: BinaryIO, mark: bytes):
-        self.stream = stream
+    def __init__(self, mark: bytes = b"", rule: str = ""):
+        self.is_terminal = is_rank_zero() and sys.stdout.isatty()
         self.mark = mark
-
-    def write(self, data: bytes) -> None:
-        """Adds bytes to the text, at once."""
-        self.stream.write(data)
-        self.stream.flush()
-
-    def end(self) -> None:
-        """Ends the text."""
-        self.write(self.mark)
-
-
-class TerminalWriter:
-    """Shows texts to a human: whole characters, as they come, and control characters made visible.
-
-    Args:
-        stream: The terminal.
-        mark: What follows each text, on a line of its own.
-    """
-
-    def __init__(self, stream: TextIO, mark: str):
-        self.stream = stream
-        self.mark = mark
+        self.rule = rule
         self.decoder = StreamDecoder()
         self.line_open = False
 
     def write(self, data: bytes) -> None:
-        """Adds bytes to the text; a character appears with its last byte."""
-        self._show(visible(self.decoder.feed(data)))
+        """Adds bytes to the text; on a terminal, a character appears with its last byte."""
+        if self.is_terminal:
+            self._show(self.decoder.feed(data))
+        elif is_rank_zero():  # the other processes compute their part, and have nothing to write
+            command.write(data)
 
     def end(self) -> None:
-        """Ends the text, and its last line."""
-        self._show(visible(self.decoder.flush()))
-        self._show(("\n" if self.line_open else "") + self.mark)
+        """Ends the text, and on a terminal its last line."""
+        if self.is_terminal:
+            self._show(self.decoder.flush())
+            self._show(("\n" if self.line_open else "") + self.rule)
+        else:
+            self.write(self.mark)
 
     def _show(self, text: str) -> None:
         if text:
-            encoding = self.stream.encoding or "ascii"
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            self.stream.flush()
+            command.write(visible(text).encode(sys.stdout.encoding or "ascii", "backslashreplace"))
             self.line_open = not text.endswith("\n")
 
 
-Writer = PipeWriter | TerminalWriter
-
-
-class Meter:
-    """Counts the bytes that `generate` yields, and the time they take."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.seconds = 0.0
-        self.tally = Tally()
-
-    def measure(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-        """Passes on the pieces."""
-        start = time.perf_counter()
-        try:
-            for row, piece in pieces:
-                self.bytes += len(piece)
-                yield row, piece
-        finally:
-            self.seconds += time.perf_counter() - start
-
-    def __str__(self) -> str:
-        speed = f"{self.bytes:,} bytes in {self.seconds:.1f} s: {self.bytes / max(self.seconds, 1e-9):,.1f} bytes/s"
-        if not self.tally.drafted:
-            return speed
-        return f"{speed}, {self.tally.accepted / self.tally.drafted:.0%} of {self.tally.drafted:,} drafts accepted"
-
-
 def write_results(
-    model: Transformer, prompts: Sequence[bytes], sampling: Sampling, writer: Writer, meter: Meter
+    model: Transformer, prompts: Sequence[bytes], sampling: Sampling, writer: Writer, tally: Tally
 ) -> None:
-    """Writes each prompt and its continuation, in order: the first that is not over as it comes, those after it later.
-
-    Args:
-        model: The model.
-        prompts: The prompts.
-        sampling: How to continue them.
-        writer: Where to.
-        meter: Counts.
-    """
+    """Writes each prompt and its continuation, in order: the first that is not over as it comes, others later."""
     waiting = {row: bytearray(prompt) for row, prompt in enumerate(prompts)}  # not written yet
     over, current = set(), 0
     writer.write(waiting.pop(current))
-    for row, piece in meter.measure(generate(model, prompts, sampling, meter.tally)):
+    for row, piece in tally.measure(generate(model, prompts, sampling, tally, model_module.attn_impl)):
         if not piece:
             over.add(row)
         elif row == current:
@@ -689,81 +653,73 @@ def write_results(
 
 
 def interact(
-    model: Transformer, sampling: Sampling, writer: Writer, meter: Meter, read_line: Callable[[], bytes | None]
+    model: Transformer, sampling: Sampling, writer: Writer, tally: Tally, read_line: Callable[[], bytes | None]
 ) -> None:
-    """Continues what the user types, line by line, as one growing text.
+    """Continues what the user types, line by line, as one growing text, and writes what the model adds.
 
-    Args:
-        model: The model.
-        sampling: How to continue. Each line has a seed of its own.
-        writer: Where to; it gets what the model adds.
-        meter: Counts.
-        read_line: Returns the next line without its end, or None at the end of the input.
+    `read_line` returns the next line without its end, or None at the end of the input. Each line has a seed of its own.
     """
     text, turn, warned = b"", 0, False
-    on_terminal = isinstance(writer, TerminalWriter)
     while (line := read_line()) is not None and line != b"/exit":
         if line == b"/clear":
             text, warned = b"", False
             continue
+        if writer.is_terminal and line and text and not text.endswith(b"\n"):
+            text += b"\n"  # as the terminal shows it: what is typed begins below the reply
         text += line
         warned = warned or warn_if_too_long([text], model.args.max_seq_len)
+        turned = replace(sampling, seed=sampling.seed + turn)
+        turn += 1
         try:
-            turned = replace(sampling, seed=sampling.seed + turn)
-            for _, piece in meter.measure(generate(model, [text], turned, meter.tally)):
+            for _, piece in tally.measure(generate(model, [text], turned, tally, model_module.attn_impl)):
                 text += piece
                 writer.write(piece)
-        except KeyboardInterrupt:
-            if not on_terminal:  # nobody is there to type the next line
+        except KeyboardInterrupt as interrupt:  # Ctrl-C stops the reply, if somebody is there to type the next line
+            if not writer.is_terminal or isinstance(interrupt, command.Terminated):
                 raise
         writer.end()
-        turn += 1
 
 
 def keyboard_line() -> bytes | None:
     """Asks for a line on the terminal; None after Ctrl-D or Ctrl-C."""
     try:
         return encode(input("> "))
+    except command.Terminated:
+        raise
     except (EOFError, KeyboardInterrupt):
-        print()
+        command.write(b"\n")
         return None
 
 
 def piped_line() -> bytes | None:
     """Reads a line of standard input that is no terminal; None at its end."""
-    line = sys.stdin.buffer.readline()
-    return without_newline(line) if line else None
-
-
-def without_newline(line: bytes) -> bytes:
-    """Takes one line ending off, LF or CR LF."""
-    return line.removesuffix(b"\n").removesuffix(b"\r")
+    try:
+        line = sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard input") from None
+    if len(line) > MAX_PROMPT_BYTES:
+        raise OSError(errno.EFBIG, f"a line of more than {MAX_PROMPT_BYTES:,} bytes; divide it", "standard input")
+    return line.removesuffix(b"\n").removesuffix(b"\r") if line else None
 
 
 def read_prompts(path: str) -> list[bytes]:
-    """Reads a file of prompts, one a line, at least one.
-
-    Raises:
-        ValueError: The file cannot be read, or is empty.
-    """
+    """Reads a file of prompts, one a line, at least one; raises a GenerationError if it cannot."""
     try:
-        data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read --input-file {path}: {getattr(error, 'strerror', None) or error}") from None
+        data = read_regular(Path(path), MAX_PROMPT_BYTES, GenerationError, follow=True)
+    except ValueError as error:  # also of a path that cannot be one
+        raise GenerationError(f"--input-file: {error}; write the prompts to a file, one a line") from None
     if not data:
-        raise ValueError(f"--input-file {path} is empty; write one prompt a line (an empty line is an empty prompt)")
-    return [without_newline(line) for line in data.removesuffix(b"\n").split(b"\n")]
+        raise GenerationError(f"--input-file {path} is empty; write one prompt a line (an empty line: an empty prompt)")
+    return [line.removesuffix(b"\r") for line in data.removesuffix(b"\n").split(b"\n")]
 
 
-def choose_attn_impl(args: ModelArgs, wanted: str | None) -> str:
-    """Decides how attention decodes: through the latent if there is one, unless told otherwise.
-
-    Raises:
-        ValueError: "absorb" for a model that has no latent.
-    """
-    if wanted == "absorb" and args.kv_lora_rank == 0:
-        raise ValueError("--attn-impl absorb needs a model with a latent, this one has kv_lora_rank 0; use naive")
-    return wanted or ("absorb" if args.kv_lora_rank else "naive")
+def choose_speculate(args: ModelArgs, wanted: int | None, n_prompts: int) -> int:
+    """Returns how many bytes are drafted at a time: as wanted, else what is fast."""
+    if wanted and args.n_mtp_layers == 0:
+        raise GenerationError(f"--speculate {wanted} needs a model with MTP modules, this one has none; leave it out")
+    if wanted is not None:
+        return wanted
+    return 1 if n_prompts > 1 else args.n_mtp_layers  # several texts are many bytes to forward anyway
 
 
 def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
@@ -771,234 +727,123 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
 
     Weights stored in FP8 stay so where the hardware multiplies them or --gemm-impl fp8 asks for it; else they are
     dequantised once.
-
-    Raises:
-        ValueError: No device, no checkpoint, or none that fits.
     """
-    device = ctx.device
-    fast = fp8_ops.multiplies_fp8(torch.device(device))
+    fast = fp8_ops.multiplies_fp8(torch.device(ctx.device))
     keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
-    dtype = pick_dtype(torch.device(device).type, arguments.dtype)
-    with ctx.collective_section():
-        model = load_model(arguments.ckpt_path, device, dtype, keep_fp8, partial(build, ctx), ctx)
-        if model.args.vocab_size != VOCAB_SIZE:
-            raise ValueError(
-                f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
-                f"take one with {VOCAB_SIZE}, as train.py makes them"
-            )
+    dtype = parallel.pick_dtype(torch.device(ctx.device).type, arguments.dtype)
+    model = load_model(arguments.ckpt_path, ctx.device, dtype, keep_fp8, partial(parallel.build, ctx), ctx)
+    if model.args.vocab_size != VOCAB_SIZE:
+        raise GenerationError(
+            f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
+            f"take one with {VOCAB_SIZE}, as train.py makes them"
+        )
     stored = any(layer.scale is not None for layer in model.fp8_layers())
     fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored else "bf16")
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
-    if fp8_ops.gemm_impl != "bf16":
-        return model
-    if graphs.suits(model):
-        model.decoder = graphs.Recorder(model)
-    elif model_module.attn_impl in decode.Decoder.attn_impls and decode.suits(model):
-        decode.attach(model)
-        if model.decoder is None:
-            advice = "install one, or name it in CC"
-            print(f"generate.py: warning: no C compiler that works, so decoding is slower; {advice}", file=sys.stderr)
+    warning = decode.attach(model, keep_attn_impl=arguments.attn_impl is not None)
+    if warning is not None:
+        command.warn("generate.py", warning)
     return model
 
 
-def warn_if_too_long(prompts: Sequence[bytes], context: int) -> bool:
-    """Says on stderr which prompts the model cannot see whole; returns whether there are any."""
-    long = [(i, len(prompt)) for i, prompt in enumerate(prompts, 1) if len(prompt) > context]
-    if long:
+def warn_if_too_long(prompts: Sequence[bytes], max_seq_len: int) -> bool:
+    """Warns of prompts that are longer than the context; returns whether there are any."""
+    long = [(i, len(prompt)) for i, prompt in enumerate(prompts, 1) if len(prompt) > max_seq_len]
+    if long and is_rank_zero():
         number, length = long[0]
-        seen = length - window_start(length, context)
-        others = f"; {len(long) - 1:,} more are too long as well" if len(long) > 1 else ""
-        print(
-            f"generate.py: warning: prompt {number} is longer than the context of {context:,} bytes: "
-            f"the model sees only the last {seen:,} of its {length:,} bytes{others}",
-            file=sys.stderr,
-        )
+        message = f"prompt {number} is longer than the context of {max_seq_len:,} bytes: the model sees only the last "
+        message += f"{length - context_start(length, max_seq_len):,} of its {length:,} bytes"
+        message += f"; {len(long) - 1:,} more are too long as well" if len(long) > 1 else ""
+        command.warn("generate.py", message)
     return bool(long)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake as a ValueError, which `main` prints in one line like every other."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> command.Parser:
     """Makes the parser of the command line."""
-    parser = _Parser(
-        prog="generate.py",
-        description="Continue text with a trained model.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    integer, real, form = command.integer, command.real, argparse.RawDescriptionHelpFormatter
+    about = "Continue text with a trained model."
+    parser = command.Parser("generate.py", description=about, epilog=EPILOG, formatter_class=form)
     parser.add_argument("--ckpt-path", required=True, metavar="DIR", help="a checkpoint, or the folder of a run")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="the text to continue; empty: the beginning of a document")
-    source.add_argument("--input-file", metavar="FILE", help="a file of prompts, one a line")
-    source.add_argument("--interactive", action="store_true", help="continue what you type, line by line")
-    default = Sampling()
-    how = parser.add_argument_group("sampling")
-    how.add_argument(
-        "--max-new-tokens", type=int, default=default.max_new_tokens, metavar="N", help="default %(default)s"
-    )
-    how.add_argument(
-        "--temperature", type=float, default=default.temperature, metavar="T", help="default %(default)s; 0: no chance"
-    )
-    how.add_argument("--top-k", type=int, default=default.top_k, metavar="K", help="the K likeliest bytes; 0: all")
-    how.add_argument(
-        "--top-p", type=float, default=default.top_p, metavar="P", help="the fewest bytes that reach P; 1: all"
-    )
-    how.add_argument("--seed", type=int, metavar="N", help="for the same text again; default: a new one each time")
-    how.add_argument(
-        "--speculate",
-        type=int,
-        metavar="N",
-        help="bytes drafted at a time by MTP modules, for speed; default: one each, or 1 for several texts; 0: none",
-    )
-    how.add_argument("--stop", metavar="STRING", help="ends a text; not printed")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--attn-impl", choices=("naive", "absorb"), help="default: absorb where there is a latent")
-    machine.add_argument(
-        "--gemm-impl",
-        choices=("bf16", "fp8"),
-        help="default: fp8 for weights stored in FP8 where the hardware multiplies them, else bf16",
-    )
-    machine.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
-    machine.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--prompt", metavar="TEXT", help="the text to continue; empty: the beginning of a document")
+    add("--input-file", metavar="FILE", help="a file of prompts, one a line")
+    add("--interactive", action="store_true", help="continue what you type, line by line")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=integer(0), metavar="N", help="default %(default)s")
+    add("--temperature", type=real(0), metavar="T", help="default %(default)s; 0: no chance")
+    add("--top-k", type=integer(0), metavar="K", help="the K likeliest bytes; 0: all")
+    add("--top-p", type=real(0, 1, open_low=True), metavar="P", help="the fewest bytes that reach P; 1: all")
+    add("--seed", type=integer(0, 2**64 - 1), metavar="N", help="for the same text again; default: a new one each time")
+    drafts = "bytes drafted at a time by MTP modules, for speed; default: one each, or 1 for several texts; 0: none"
+    add("--speculate", type=integer(0, MAX_DRAFTS), metavar="N", help=drafts)
+    add("--stop", type=stop_string, metavar="STRING", help="ends a text; not printed")
+    parser.set_defaults(**asdict(Sampling()) | {"seed": None, "speculate": None})
+    add = parser.add_argument_group("machine").add_argument
+    add("--attn-impl", choices=("naive", "absorb"), help="default: absorb where there is a latent")
+    gemm = "default: fp8 for weights stored in FP8 where the hardware multiplies them, else bf16"
+    add("--gemm-impl", choices=("bf16", "fp8"), help=gemm)
+    add("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
     return parser
 
 
-def make_sampling(arguments: argparse.Namespace) -> Sampling:
-    """Makes the sampling from the arguments; without --seed it gets a new one.
-
-    Raises:
-        ValueError: A number out of range, or an empty --stop.
-    """
-    if arguments.stop == "":
-        raise ValueError("--stop must not be empty; leave it out to have none")
-    return Sampling(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
-        max_new_tokens=arguments.max_new_tokens,
-        stop=encode(arguments.stop or ""),
-        speculate=arguments.speculate or 0,
-    )
+def stop_string(text: str) -> bytes:
+    """The argparse type of --stop."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty; leave it out to have none")
+    return encode(text)
 
 
-def make_writer(mark: bytes, terminal_mark: str) -> Writer:
-    """Makes the writer for standard output, whatever that is."""
-    if sys.stdout.isatty():
-        return TerminalWriter(sys.stdout, terminal_mark)
-    return PipeWriter(sys.stdout.buffer, mark)
-
-
-def join(arguments: argparse.Namespace) -> ParallelContext:
-    """Joins the processes that torchrun started: each is a part of the model, and must have been told the same."""
-    ctx = ParallelContext.join(pick_device(arguments.device), read_launch().world_size)
-    ctx.require_equal({name: value for name, value in vars(arguments).items() if name not in HERE})
-    return ctx
-
-
-def run(
-    model: Transformer, arguments: argparse.Namespace, prompts: list[bytes], sampling: Sampling, ctx: ParallelContext
-) -> None:
-    """Does what was asked for, and reports the speed on stderr."""
-    meter = Meter()
-    if arguments.interactive:
-        read_line = piped_line
-        if is_rank_zero() and sys.stdin.isatty() and sys.stdout.isatty():
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  gives input() editing and history; only here, as it talks to the terminal
-            sys.stdin.reconfigure(errors="surrogateescape")
-            print(WELCOME, file=sys.stderr)
-            read_line = keyboard_line
-        shared_line = partial(ctx.broadcast_bytes, read_line)
-        interact(model, sampling, make_writer(b"\0", ""), meter, shared_line)
-    else:
-        warn_if_too_long(prompts, model.args.max_seq_len)
-        one = arguments.prompt is not None
-        write_results(model, prompts, sampling, make_writer(*((b"", "") if one else (b"\0", RULE + "\n"))), meter)
-    seed = f", seed {sampling.seed}" if sampling.temperature > 0 else ""
-    print(f"{meter}{seed}", file=sys.stderr)
+def converse(model: Transformer, sampling: Sampling, tally: Tally, ctx: ParallelContext) -> None:
+    """Continues what comes from standard input, typed or piped."""
+    read_line = piped_line
+    if is_rank_zero() and sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() editing and history; only here, as it talks to the terminal
+        sys.stdin.reconfigure(errors="surrogateescape")
+        command.note(WELCOME)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # stops a reply, as often as it is pressed
+        read_line = keyboard_line
+    interact(model, sampling, Writer(b"\0"), tally, partial(ctx.broadcast_bytes, read_line))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-        argv: The arguments; those of the process if None.
-
-    Returns:
-        The exit code: 0, 1 when another process is gone, 2 for a user's mistake, 130 after Ctrl-C, 141 when nobody
-        reads the output any more.
-    """
-    with process_group("generate.py"):
-        return command(argv)
+    """Runs the command, by default with the process's arguments; returns the exit code: see `command.run`."""
+    return command.run("generate.py", lambda: run(argv), MISTAKES)
 
 
-def command(argv: Sequence[str] | None) -> int:
-    """Runs the command as `main` does, all but leaving the processes that it joins."""
-    try:
-        arguments = make_parser().parse_args(argv)
-        sampling = make_sampling(arguments)
-    except ValueError as error:
-        return report(str(error)) if is_local_rank_zero() else 2  # the same in every process
-    try:
-        if arguments.interactive:
-            prompts = []
+def run(argv: Sequence[str] | None) -> None:
+    """Parses the flags, loads the model, writes the texts, and reports the speed on stderr."""
+    arguments = make_parser().parse_args(argv)
+    with parallel.process_group("generate.py", MISTAKES):
+        prompts = []
+        if arguments.input_file is not None:
+            prompts = read_prompts(arguments.input_file)
         elif arguments.prompt is not None:
             prompts = [encode(arguments.prompt)]
-        else:
-            prompts = read_prompts(arguments.input_file)
-        keep_freed_memory()
-        ctx = join(arguments)
-        sampling = replace(sampling, seed=int(ctx.broadcast_bytes(lambda: str(sampling.seed).encode())))
+        parallel.keep_freed_memory()
+        # each process that torchrun starts is a part of the model, and must have been told the same
+        ctx = ParallelContext.join(parallel.pick_device(arguments.device), parallel.read_launch().world_size)
+        ctx.require_equal({name: value for name, value in vars(arguments).items() if name not in LOCAL_FLAGS})
         ctx.require_equal({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})
-        model = load(arguments, ctx)
-        if arguments.speculate is None:  # of several texts a call reads many bytes anyway, and more cost more
-            sampling = replace(sampling, speculate=1 if len(prompts) > 1 else model.args.n_mtp_layers)
-    except (ValueError, OSError, MemoryError) as error:
-        if is_local_rank_zero() or not isinstance(
-            error, (CollectiveError, ParallelError)
-        ):  # else the first here tells it
-            report(str(error))
-        if not isinstance(error, (CollectiveError, ParallelError)):
-            abort(2)
-        return 2
-    except KeyboardInterrupt:
-        abort(130)
-        return 130
-    try:
-        with contextlib.ExitStack() as stack:
-            if not is_rank_zero():  # it computes its part, and has nothing to say but its errors
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
-            run(model, arguments, prompts, sampling, ctx)
-    except (GenerationError, MemoryError) as error:
-        return report(str(error) or "not enough memory") if is_rank_zero() else 2
-    except KeyboardInterrupt:
-        abort(130)
-        return 130
-    except OSError as error:
-        # what is still buffered cannot be written either, and the interpreter would say so as it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141 if isinstance(error, BrokenPipeError) else report(f"cannot write the output: {error.strerror}")
-        abort(code)
-        return code
-    return 0
-
-
-def report(error: str) -> int:
-    """Prints an error in one line and returns the exit code."""
-    print(f"generate.py: error: {one_line(error)}", file=sys.stderr)
-    return 2
+        seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
+        seed = int(ctx.broadcast_bytes(lambda: str(seed).encode()))
+        with ctx.collective_section():
+            model, tally = load(arguments, ctx), Tally()
+            speculate = choose_speculate(model.args, arguments.speculate, len(prompts))
+        given = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
+        sampling = Sampling(**given | {"seed": seed, "speculate": speculate})
+        if arguments.interactive:
+            converse(model, sampling, tally, ctx)
+        else:
+            warn_if_too_long(prompts, model.args.max_seq_len)
+            writer = Writer() if arguments.input_file is None else Writer(b"\0", "-" * 40 + "\n")
+            write_results(model, prompts, sampling, writer, tally)
+        if is_rank_zero():
+            command.note(f"{tally}, seed {seed}" if sampling.temperature > 0 else str(tally))
 
 
 if __name__ == "__main__":
-    end(main())
+    parallel.end(main())

@@ -1,9 +1,10 @@
-"""decode.c against the modules of model.py: memories of all lengths, threads, dtypes; and how it is compiled."""
+"""Decoders against the modules of model.py, in C and by CUDA graphs; how they are compared, and how C is compiled."""
 
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,12 @@ def make(stored: torch.dtype = torch.float32, **changes: Any) -> Transformer:
     return model.eval().requires_grad_(False)
 
 
+def attached(model: Transformer) -> Transformer:
+    """The same model with a decoder."""
+    assert decode.attach(model) is None and model.decoder is not None
+    return model
+
+
 def remembering(model: Transformer, lengths: list[int], size: float = 1.0) -> KVCache:
     """A cache full of chance, so many positions of each row filled."""
     cache = model.new_cache(len(lengths), model.args.max_seq_len - 1)
@@ -86,7 +93,7 @@ def error(model: Transformer, lengths: list[int], width: int, threads: int, size
     """How far decode.c is from the modules, at most."""
     torch.set_num_threads(threads)
     expected = outputs(model, lengths, width, size)
-    assert decode.attach(model).decoder is not None
+    model.decoder = decode.CDecoder(model)
     return torch.tensor(distances(outputs(model, lengths, width, size, expected), expected)).max().item()  # or NaN
 
 
@@ -130,12 +137,13 @@ def test_bfloat16(values: dict[str, int], threads: int, lengths: list[int], widt
     model.compute_dtype = torch.bfloat16
     theirs = distances(outputs(model, lengths, width, 1.0, expected), expected)
     torch.set_num_threads(threads)
-    results = outputs(decode.attach(model), lengths, width, 1.0, expected)
+    model.decoder = decode.CDecoder(model)
+    results = outputs(model, lengths, width, 1.0, expected)
     assert [x.dtype for x in results[:4]] == [torch.bfloat16, torch.float32] * 2
     ours = distances(results, expected)
     assert min(ours) > 1e-4 and sum(ours) < sum(theirs)
     assert all(our < 1.5 * their for our, their in zip(ours, theirs, strict=True))  # chance has its part in each
-    main = decode.Decoder(model).main
+    main = model.decoder.main
     assert main.head.kind == main.blocks[0].wo.kind == decode.PAIRS and main.blocks[1].gate.kind == decode.FP32
 
 
@@ -150,7 +158,7 @@ def test_what_is_no_number_stays_visible() -> None:
     model = make()
     model.layers[1].ffn.gate.weight[2, 3] = float("nan")
     model.layers[0].attn.wo.weight[0] = float("inf")
-    decode.attach(model)
+    attached(model)
     with torch.inference_mode():
         h, logits = model.forward_with_hidden(torch.tensor([[65, 66]]), model.new_cache(1, 8))
     assert h.isnan().all() and logits.isnan().all()
@@ -158,7 +166,7 @@ def test_what_is_no_number_stays_visible() -> None:
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00001, 0x7FC00000])
 def test_what_is_no_number_in_the_memory_stays_visible(bits: int) -> None:
-    model = decode.attach(make())
+    model = attached(make())
     cache = remembering(model, [5])
     cache.layers[1][0].view(torch.int32)[0, 3, 45] = bits  # of a rotary key: it goes through the softmax
     with torch.inference_mode():
@@ -167,7 +175,7 @@ def test_what_is_no_number_in_the_memory_stays_visible(bits: int) -> None:
 
 
 def test_tokens_out_of_range_are_refused() -> None:
-    model = decode.attach(make())
+    model = attached(make())
     with torch.inference_mode():
         for token in (-1, 256, 10**12):
             with pytest.raises(IndexError):
@@ -180,7 +188,7 @@ def test_tokens_out_of_range_are_refused() -> None:
 
 
 def test_too_many_positions_are_refused() -> None:
-    model = decode.attach(make())
+    model = attached(make())
     with torch.inference_mode():
         for capacity, length, message in ((8, 7, "the cache holds 8"), (800, 699, "the context is")):
             cache = model.new_cache(1, capacity)
@@ -192,16 +200,17 @@ def test_too_many_positions_are_refused() -> None:
 
 
 def test_many_positions_and_plain_attention_stay_with_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = decode.attach(make())
-    monkeypatch.setattr(model.decoder, "read", lambda *_: pytest.fail("decode.c was called"))
+    model = attached(make())
+    monkeypatch.setattr(model.decoder, "forward_with_hidden", lambda *_: pytest.fail("decode.c was called"))
     with torch.inference_mode():
         model(torch.full((2, 40), 65), model.new_cache(2, 50))
-    assert decode.attach(make(kv_lora_rank=0)).decoder is None
+    plain = make(kv_lora_rank=0)
+    assert decode.attach(plain) is None and plain.decoder is None
 
 
 def test_where_a_thread_was_late_one_does_it_all_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where other programs want the processors too, threads that wait for each other are many times slower."""
-    model, threads, late = decode.attach(make()), [], [False]
+    model, threads, late = attached(make()), [], [False]
     run = decode.library().run
 
     def watched(*given: Any) -> int:
@@ -261,7 +270,9 @@ def test_several_at_a_time(fresh: Path) -> None:
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", 'cc "-O2', "cc -no-such-flag", "cat"])
 def test_without_a_compiler_the_modules_decode(compiler: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", compiler)
-    model = decode.attach(make(n_mtp_layers=1))
+    model = make(n_mtp_layers=1)
+    warning = decode.attach(model)
+    assert warning is not None and "no C compiler" in warning and "CC" in warning
     assert model.decoder is None and decode.library() is None
     assert not fresh.exists() or not list(fresh.iterdir())
     text = generate.complete(model, b"ab", generate.Sampling(0, max_new_tokens=5, speculate=1))
@@ -318,7 +329,7 @@ def test_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_two_threads_of_one_process() -> None:
     """Each call has its own memory: what two threads decode at once is what they decode in turn."""
-    model = decode.attach(make())
+    model = attached(make())
     texts = [bytes([65 + i]) * 5 for i in range(4)]
     sampling = generate.Sampling(0, max_new_tokens=30)
     expected = [generate.complete(model, text, sampling) for text in texts]
@@ -332,3 +343,64 @@ def test_two_threads_of_one_process() -> None:
     for thread in threads:
         thread.join()
     assert [results[i] for i in range(4)] == expected
+
+
+# --- CUDA graphs: what is recorded, on any device, and recording itself on a GPU --------------------------------------
+
+GRAPHED = {"max_seq_len": 200, "original_seq_len": 200, "dim": 64, "inter_dim": 96, "moe_inter_dim": 32, "n_heads": 4}
+GRAPHED |= {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
+)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(0, 150), min_size=1, max_size=4), st.integers(1, 5), st.sampled_from(["naive", "absorb"]))
+def test_what_is_recorded_is_what_the_modules_do(lengths: list[int], width: int, impl: str) -> None:
+    model_module.attn_impl = impl
+    model = make(**GRAPHED)
+    tokens = torch.randint(1, 256, (2, len(lengths), width), generator=torch.Generator().manual_seed(2))
+    results = []
+    for decoder in (None, decode.GraphDecoder(model)):
+        model.decoder = decoder
+        cache = model.new_cache(len(lengths), 190)
+        for i, layer in enumerate(cache.layers):
+            for tensor in layer:
+                tensor.normal_(generator=torch.Generator().manual_seed(i))
+        cache.lengths = list(lengths)
+        with torch.inference_mode():
+            outputs = [*model.forward_with_hidden(tokens[0], cache)]
+            for depth in range(2):
+                outputs += model.mtp_forward(depth, outputs[2 * depth], tokens[1], cache)
+        results.append(outputs + [tensor for layer in cache.layers for tensor in layer])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_recorded_off_a_gpu() -> None:
+    assert not decode.GraphDecoder.suits(make())
+
+
+@needs_gpu
+@pytest.mark.parametrize("impl", ["naive", "absorb"])
+@pytest.mark.parametrize("speculate", [0, 1, 3])
+def test_recording_changes_no_byte(impl: str, speculate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_module.attn_impl = impl
+    model = make(**GRAPHED).to("cuda", torch.bfloat16)
+    model.compute_dtype = torch.bfloat16
+    model.head.weight[0] = 0  # else it ends too soon
+    assert decode.GraphDecoder.suits(model)
+    prompts = [b"ab", b"", b"abcdefgh" * 5]
+    for temperature in (0.0, 0.8):
+        sampling = replace(generate.Sampling(), temperature=temperature, max_new_tokens=150, speculate=speculate)
+        texts = []
+        for repeats in (10**9, 2):
+            monkeypatch.setattr(decode, "REPEATS", repeats)
+            model.decoder = decode.GraphDecoder(model)
+            texts.append([generate.complete(model, prompt, sampling) for prompt in prompts])
+            together = [b""] * 3
+            for row, piece in generate.generate(model, prompts, sampling):
+                together[row] += piece
+            texts[-1] += together
+            assert bool(model.decoder.graphs) == (repeats == 2)
+        assert texts[0] == texts[1] and min(map(len, texts[0])) > 20

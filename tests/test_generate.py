@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,10 +26,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint as checkpoints
+import command
 import decode
 import generate
 import model as model_module
-from generate import Batch, HoldBack, Sampling, accept, complete, distribution, row_generator, visible, window_start
+from generate import (
+    Batch,
+    Drafter,
+    Row,
+    Sampling,
+    accept,
+    complete,
+    context_start,
+    distribution,
+    row_generator,
+    visible,
+)
 from model import ModelArgs, Transformer
 
 FOLDER = Path(generate.__file__).parent
@@ -68,7 +81,14 @@ def tiny(**changes: int) -> Transformer:
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * (1.0 if p.ndim == 1 else 2 * p.shape[-1] ** -0.5))
         model.head.weight[0] = 0  # else it ends too soon
-    return decode.attach(model.eval().requires_grad_(False))
+    return with_decoder(model.eval().requires_grad_(False))
+
+
+def with_decoder(model: Transformer) -> Transformer:
+    """The same model, which decodes in C wherever `model.attn_impl` is "absorb"."""
+    if decode.CDecoder.suits(model) and decode.library() is not None:
+        model.decoder = decode.CDecoder(model)
+    return model
 
 
 def parrot() -> Transformer:
@@ -90,7 +110,7 @@ class Script:
     """Stands in for a model: row r of the batch gets the bytes of `scripts[r]` after its prompt, for certain."""
 
     def __init__(self, scripts: dict[bytes, bytes], batch_size: int = 4):
-        self.args = SimpleNamespace(max_seq_len=10**6, max_batch_size=batch_size, n_mtp_layers=0, dim=1)
+        self.args = SimpleNamespace(max_seq_len=10**6, max_batch_size=batch_size, n_mtp_layers=0, dim=1, kv_lora_rank=0)
         self.compute_dtype = torch.float32
         self.head = SimpleNamespace(weight=torch.zeros(1))
         self.scripts = scripts  # by the first byte of the prompt, which is one byte
@@ -139,7 +159,9 @@ def by_hand(model: Transformer, prompt: bytes, sampling: Sampling, row: int = 0)
 def collect(model: Transformer, prompts: list[bytes], sampling: Sampling) -> list[bytes]:
     """The texts of `generate`, after checking that each row ends once, with an empty piece."""
     texts, over = [b""] * len(prompts), set()
-    for row, piece in generate.generate(model, prompts, sampling):
+    absorbs = model is not None and model_module.attn_impl == "absorb" and model.args.kv_lora_rank
+    attn_impl = "absorb" if absorbs else "naive"  # the test's choice
+    for row, piece in generate.generate(model, prompts, sampling, attn_impl=attn_impl):
         assert row not in over
         texts[row] += piece
         if not piece:
@@ -182,6 +204,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     damaged.head.weight[5] = math.nan
     checkpoints.save_model(damaged, folder / "damaged")
     (folder / "empty").mkdir()
+    (folder / "nothing").touch()
+    os.mkfifo(folder / "pipe")
+    with open(folder / "huge", "wb") as file:
+        file.truncate(generate.MAX_PROMPT_BYTES + 1)  # on most file systems, it takes no room
     checkpoints.save_model(tiny(), folder / "cut")
     weights = folder / "cut" / "model0-mp1.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -256,7 +282,9 @@ def test_the_cache_and_the_positions_of_a_call_are_bounded() -> None:
             return super().forward_with_hidden(tokens, cache)
 
     model = Watched({b"a": b"a" * 99_999})
-    batch = Batch(model, [b"a" * 9_000, b"a"], Sampling(max_new_tokens=5))
+    sampling = Sampling(max_new_tokens=5)
+    batch = Batch(model, [b"a" * 9_000, b"a"], sampling)
+    generate.step(batch, Drafter(batch), sampling, [None, None], [0, 0])
     assert max(widths) <= generate.PREFILL_POSITIONS
     assert batch.cache.layers[0][0].shape == (2, 9_005)
     assert batch.cache.lengths == [9_000, 1]
@@ -264,7 +292,7 @@ def test_the_cache_and_the_positions_of_a_call_are_bounded() -> None:
 
 @given(st.integers(1, 300), st.integers(1, 40))
 def test_the_window_fits_and_holds_more_than_half_a_context(length: int, context: int) -> None:
-    start, half = window_start(length, context), max(context // 2, 1)
+    start, half = context_start(length, context), max(context // 2, 1)
     assert start % half == 0
     assert 1 <= length - start <= context
     assert start == 0 or length - (start - half) > context  # an earlier start would not fit
@@ -296,21 +324,53 @@ def test_each_row_ends_at_its_own_end_stop_or_limit(scripts: list[bytes], stop: 
 
 
 @given(st.lists(st.lists(st.sampled_from(b"ab"), max_size=5).map(bytes)), st.lists(st.sampled_from(b"ab")).map(bytes))
-def test_hold_back_gives_all_that_is_certain_and_no_more(pieces: list[bytes], stop: bytes) -> None:
-    hold, given_out, taken = HoldBack(stop), b"", b""
+def test_a_row_gives_all_that_is_certain_and_no_more(pieces: list[bytes], stop: bytes) -> None:
+    row, given_out, taken = Row(0, Sampling(stop=stop)), b"", b""
     for piece in pieces:
-        given_out, taken = given_out + hold.feed(piece), taken + piece
+        if row.ended:
+            break
+        given_out, taken = given_out + row.take(piece), taken + piece
         text, found, _ = taken.partition(stop) if stop else (taken, b"", b"")
-        assert hold.found == bool(found)
+        assert row.ended == bool(found)
         # what could still become the stop string is its longest prefix that the text ends with
         open_ends = [n for n in range(len(stop)) if text.endswith(stop[:n])]
         assert given_out == (text if found else text[: len(text) - max(open_ends, default=0)])
-    assert given_out + hold.flush() == (taken.split(stop)[0] if stop else taken)
+    given_out += b"" if row.ended else row.take([0])
+    assert row.ended and given_out == (taken.split(stop)[0] if stop else taken)
 
 
 def test_a_stop_string_in_the_prompt_is_none() -> None:
     assert complete(Script({b"a": b"ab--b"}), b"a", Sampling(stop=b"aa")) == b"ab--b"
     assert complete(Script({b"a": b"ab--b"}), b"a", Sampling(stop=b"--")) == b"ab"
+
+
+def test_a_prompt_may_be_text_and_needs_nothing_else(
+    models: dict[str, Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = []
+    new_cache = models["latent"].new_cache
+    monkeypatch.setattr(models["latent"], "new_cache", lambda *given: caches.append(new_cache(*given)) or caches[-1])
+    for name in ("latent", "plain"):
+        text = complete(models[name], "é")
+        assert text == complete(models[name], "é".encode()).decode("utf-8", "replace")
+        assert text == complete(models[name], "é", Sampling(seed=0)) != complete(models[name], "é", Sampling(seed=1))
+    assert caches and all(len(layer) == 1 for cache in caches for layer in cache.layers)  # the latent is cached
+    assert model_module.attn_impl == "naive"  # as before
+    with pytest.raises(generate.GenerationError, match="kv_lora_rank 0"):
+        next(generate.generate(models["plain"], [b"a"], GREEDY, attn_impl="absorb"))
+
+
+@pytest.mark.slow
+def test_what_the_readme_shows_works_in_a_fresh_python(folder: Path) -> None:
+    code = "from generate import complete, load_model; print(complete(load_model(PATH), 'ab'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("PATH", repr(str(folder / "parrot")))],
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.stdout[:6], done.stderr) == ("cabcab", "")
 
 
 # --- sampling -----------------------------------------------------------------------------------------------------
@@ -411,7 +471,7 @@ def guessing(seed: int, **changes: int) -> Transformer:
                 p.copy_(torch.randn(p.shape, generator=generator) * 2 * p.shape[-1] ** -0.5)
         a, b = torch.randn(2, model.args.dim, generator=generator)
         model.head.weight.zero_()[torch.tensor(list(b"abcd"))] = torch.stack([a, -a, b / 2, -b / 2])
-    return decode.attach(model)
+    return with_decoder(model)
 
 
 @st.composite
@@ -471,12 +531,15 @@ def test_drafts_come_from_all_states_and_bytes_before(
     model_module.attn_impl = attn_impl
     model = guessing(5, max_seq_len=24, original_seq_len=24, n_mtp_layers=depth)
     checked = [0] * depth
-    draft = Batch._draft
+    draft = Drafter.draft
 
-    def checking(batch: Batch, *given: object) -> tuple[list[list[int]], np.ndarray]:
-        drafts, q = draft(batch, *given)
-        for text, start, drafted, limit in zip(batch.texts, batch.starts, drafts, given[1], strict=True):
-            window, n = torch.tensor([[*text[start:], *drafted]]), len(text) - start - 1
+    def checking(drafter: Drafter, *given: object) -> tuple[list[list[int]], np.ndarray]:
+        drafts, q = draft(drafter, *given)
+        for row, (drafted, limit) in enumerate(zip(drafts, given[2], strict=True)):
+            if limit == 0:
+                continue
+            context = drafter.batch.context(row)
+            window, n = torch.tensor([[*context, *drafted]]), len(context) - 1
             h, _ = model.forward_hidden(window[:, :n])
             for i, module in enumerate(model.mtp[:limit]):
                 h, _ = module(h, model.embed(window[:, i + 1 : i + 1 + n]), model.positions(n, None), None)
@@ -484,7 +547,7 @@ def test_drafts_come_from_all_states_and_bytes_before(
                 checked[i] += 1
         return drafts, q
 
-    monkeypatch.setattr(Batch, "_draft", checking)
+    monkeypatch.setattr(Drafter, "draft", checking)
     prompts = [b"abca", b"b", b"abcdabcdab"]
     collect(model, prompts, replace(GREEDY, speculate=3, max_new_tokens=60))
     assert min(checked) > 30
@@ -557,7 +620,7 @@ def test_the_command_drafts_unless_told_otherwise(folder: Path, capfd: pytest.Ca
         ("tiny", ["--speculate", "0"], False),
         ("no-mtp", [], False),
     ]:
-        assert generate.main(command(folder, checkpoint, "--prompt", "x", "--temperature", "0", *flags)) == 0
+        assert generate.main(flags_for(folder, checkpoint, "--prompt", "x", "--temperature", "0", *flags)) == 0
         out, err = capfd.readouterr()
         assert (re.search(r"bytes/s, \d+% of [\d,]+ drafts accepted\n", err) is not None) == told
         outputs.append(out)
@@ -567,18 +630,19 @@ def test_the_command_drafts_unless_told_otherwise(folder: Path, capfd: pytest.Ca
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-def command(folder: Path, checkpoint: str, *arguments: str) -> list[str]:
+def flags_for(folder: Path, checkpoint: str, *arguments: str) -> list[str]:
     return ["--ckpt-path", str(folder / checkpoint), "--device", "cpu", "--dtype", "fp32", *arguments]
 
 
 def test_a_pipe_gets_the_bytes_as_they_are(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    assert generate.main(command(folder, "parrot", "--prompt", "a\udcffS", "--temperature", "0")) == 0
+    assert generate.main(flags_for(folder, "parrot", "--prompt", "a\udcffS", "--temperature", "0")) == 0
     out, err = capfdbinary.readouterr()
     assert out == b"a\xff" + HOSTILE
     assert err.count(b"\n") == 1
     assert err.startswith(b"%d bytes in " % (len(HOSTILE) - 1))
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_what_a_pipe_gets(folder: Path) -> None:
     with terminal(folder, "parrot", "--prompt", "\x1b]0;title\x07S", "--temperature", "0") as child:
         assert child.everything() == rf"\x1b]0;title\x07{SHOWN}" + "\r\n"
@@ -586,7 +650,7 @@ def test_a_terminal_shows_what_a_pipe_gets(folder: Path) -> None:
 
 
 def test_the_prompt_alone_is_written_too(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    assert generate.main(command(folder, "tiny", "--prompt", "caf\udcc3", "--max-new-tokens", "0")) == 0
+    assert generate.main(flags_for(folder, "tiny", "--prompt", "caf\udcc3", "--max-new-tokens", "0")) == 0
     assert capfdbinary.readouterr().out == b"caf\xc3"
 
 
@@ -596,7 +660,7 @@ def test_a_file_of_prompts_gives_each_result_in_order_and_a_zero(
     file = tmp_path / "prompts"
     prompts = [b"one", b"", b"\xffthree\r", b"four", b"five", b"", b"a prompt longer than the context"]
     file.write_bytes(b"one\n\n\xffthree\r\r\nfour\nfive\n\na prompt longer than the context")
-    assert generate.main(command(folder, "tiny", "--input-file", str(file), "--seed", "4")) == 0
+    assert generate.main(flags_for(folder, "tiny", "--input-file", str(file), "--seed", "4")) == 0
     out, err = capfdbinary.readouterr()
     texts = collect(tiny(), prompts, Sampling(seed=4, speculate=1))
     assert out == b"".join(prompt + text + b"\0" for prompt, text in zip(prompts, texts, strict=True))
@@ -629,7 +693,7 @@ def test_a_row_is_written_as_it_comes_and_later_ones_wait() -> None:
     model = Script({b"a": b"123", b"b": b"x", b"c": b"yz45"})
     events = []
     writer = SimpleNamespace(write=lambda data: events.append(data), end=lambda: events.append(None))
-    generate.write_results(model, [b"a", b"b", b"c"], GREEDY, writer, generate.Meter())
+    generate.write_results(model, [b"a", b"b", b"c"], GREEDY, writer, generate.Tally())
     assert [e for e in events if e != b""] == [b"a", b"1", b"2", b"3", None, b"bx", None, b"cyz4", b"5", None]
 
 
@@ -640,30 +704,44 @@ def test_nothing_shown_is_obeyed() -> None:
     assert visible("aä€😀\n\t\x1b\x9b\u202e\U000e0041") == "aä€😀\n\t" + r"\x1b\x9b\u202e\U000e0041"
 
 
+class FakeTerminal(io.TextIOWrapper):
+    """A terminal that remembers what it shows."""
+
+    def __init__(self, encoding: str = "utf-8"):
+        super().__init__(io.BytesIO(), encoding=encoding)
+
+    def isatty(self) -> bool:
+        return True
+
+    def shown(self) -> bytes:
+        return self.buffer.getvalue()
+
+
 @given(st.binary(), st.lists(st.integers(0, 20)))
 def test_the_terminal_shows_the_same_however_the_bytes_arrive(data: bytes, cuts: list[int]) -> None:
-    raw = io.BytesIO()
-    writer = generate.TerminalWriter(io.TextIOWrapper(raw, encoding="utf-8"), "")
-    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    for start, end in zip(edges, edges[1:], strict=False):
-        writer.write(data[start:end])
-    writer.end()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "stdout", screen := FakeTerminal())
+        writer = generate.Writer()
+        edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+        for start, end in zip(edges, edges[1:], strict=False):
+            writer.write(data[start:end])
+        writer.end()
     shown = visible(data.decode("utf-8", "replace"))
-    assert raw.getvalue().decode() == (shown if shown.endswith("\n") or not shown else shown + "\n")
+    assert screen.shown().decode() == (shown if shown.endswith("\n") or not shown else shown + "\n")
 
 
-def test_a_terminal_that_knows_few_characters_gets_escapes() -> None:
-    raw = io.BytesIO()
-    writer = generate.TerminalWriter(io.TextIOWrapper(raw, encoding="ascii"), "---\n")
+def test_a_terminal_that_knows_few_characters_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", screen := FakeTerminal("ascii"))
+    writer = generate.Writer(rule="---\n")
     writer.write("é".encode())
     writer.end()
-    assert raw.getvalue() == b"\\xe9\n---\n"
+    assert screen.shown() == b"\\xe9\n---\n"
 
 
 def test_attention_is_absorbed_where_it_can_be(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     seen, outputs = [], []
     for checkpoint, flags in [("tiny", []), ("plain", []), ("tiny", ["--attn-impl", "naive"])]:
-        assert generate.main(command(folder, checkpoint, "--prompt", "x", "--temperature", "0", *flags)) == 0
+        assert generate.main(flags_for(folder, checkpoint, "--prompt", "x", "--temperature", "0", *flags)) == 0
         seen.append(model_module.attn_impl)
         outputs.append(capfdbinary.readouterr().out)
     assert seen == ["absorb", "naive", "naive"]
@@ -674,7 +752,7 @@ def test_without_a_seed_texts_differ_and_the_seed_told_repeats_one(
     folder: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     def run(*flags: str) -> tuple[bytes, str]:
-        assert generate.main(command(folder, "tiny", "--prompt", "x", "--temperature", "1", *flags)) == 0
+        assert generate.main(flags_for(folder, "tiny", "--prompt", "x", "--temperature", "1", *flags)) == 0
         out, err = capfdbinary.readouterr()
         return out, err.decode().rpartition("seed ")[2].strip()
 
@@ -688,22 +766,36 @@ BAD = {
     "two sources": (["--prompt", "a", "--interactive"], "not allowed with"),
     "unknown flag": (["--prompt", "a", "--foo"], "--foo"),
     "no number": (["--prompt", "a", "--top-k", "many"], "--top-k"),
-    "negative length": (["--prompt", "a", "--max-new-tokens", "-1"], "max-new-tokens must be 0 or more, got -1"),
-    "negative top-k": (["--prompt", "a", "--top-k", "-1"], "top-k must be 0 or more"),
-    "negative drafts": (["--prompt", "a", "--speculate", "-1"], "speculate must be 0 or more"),
-    "negative seed": (["--prompt", "a", "--seed", "-5"], "seed must be 0 or more"),
-    "top-p 0": (["--prompt", "a", "--top-p", "0"], "top-p must be greater than 0"),
-    "top-p too large": (["--prompt", "a", "--top-p", "1.01"], "top-p must be"),
-    "top-p nan": (["--prompt", "a", "--top-p", "nan"], "top-p must be"),
-    "negative temperature": (["--prompt", "a", "--temperature", "-0.1"], "temperature must be 0"),
-    "temperature nan": (["--prompt", "a", "--temperature", "nan"], "temperature must be 0"),
-    "temperature inf": (["--prompt", "a", "--temperature", "inf"], "temperature must be 0"),
-    "empty stop": (["--prompt", "a", "--stop", ""], "--stop must not be empty"),
+    "negative length": (
+        ["--prompt", "a", "--max-new-tokens", "-1"],
+        "--max-new-tokens: must be an integer, 0 or more, got '-1'",
+    ),
+    "negative top-k": (["--prompt", "a", "--top-k", "-1"], "--top-k: must be an integer, 0 or more"),
+    "negative drafts": (["--prompt", "a", "--speculate", "-1"], "--speculate: must be an integer from 0 to 256"),
+    "negative seed": (["--prompt", "a", "--seed", "-5"], "--seed: must be an integer, 0 or more"),
+    "top-p 0": (["--prompt", "a", "--top-p", "0"], "--top-p: must be a number above 0 to 1"),
+    "top-p too large": (["--prompt", "a", "--top-p", "1.01"], "--top-p: must be"),
+    "top-p nan": (["--prompt", "a", "--top-p", "nan"], "--top-p: must be"),
+    "negative temperature": (["--prompt", "a", "--temperature", "-0.1"], "--temperature: must be a number from 0"),
+    "temperature nan": (["--prompt", "a", "--temperature", "nan"], "--temperature: must be a number from 0"),
+    "temperature inf": (["--prompt", "a", "--temperature", "inf"], "--temperature: must be a number from 0"),
+    "empty stop": (["--prompt", "a", "--stop", ""], "--stop: must not be empty"),
     "unknown attention": (["--prompt", "a", "--attn-impl", "flash"], "--attn-impl"),
     "missing file": (["--input-file", "no/such\nfile\x1b"], r"no/such file\x1b: No such file"),
     "folder as file": (["--input-file", "."], "Is a directory"),
     "impossible file name": (["--input-file", "a\0b"], "null"),
-    "empty file": (["--input-file", os.devnull], "is empty; write one prompt a line"),
+    "empty file": (["--input-file", "{}/nothing"], "is empty; write one prompt a line"),
+    "endless device as file": (["--input-file", "/dev/urandom"], "/dev/urandom"),
+    "pipe that nobody writes to": (["--input-file", "{}/pipe"], "pipe"),
+    "a huge file": (["--input-file", "{}/huge"], "huge"),
+    "drafts without modules": (
+        ["--ckpt-path", "{}/no-mtp", "--prompt", "a", "--speculate", "3"],
+        "--speculate 3 needs",
+    ),
+    "escape as flag": (["--prompt", "a", "--\x1b]0;x\x07"], r"\x1b]0;x\x07"),
+    "escape as argument": (["--prompt", "a", "\x1b[2J\n\u202e"], r"\x1b[2J"),
+    "escape as path": (["--ckpt-path", "no/\x1b[31m\rred", "--prompt", "a"], r"no/\x1b[31m\rred"),
+    "escape as choice": (["--prompt", "a", "--dtype", "\x9b1m"], r"\x9b1m"),
     "missing checkpoint": (["--ckpt-path", "no/such/folder", "--prompt", "a"], "no/such/folder"),
     "empty folder": (["--ckpt-path", "{}/empty", "--prompt", "a"], "empty"),
     "file as checkpoint": (["--ckpt-path", "{}/tiny/config.json", "--prompt", "a"], "config.json"),
@@ -713,16 +805,29 @@ BAD = {
 }
 
 
+for flag in ("max-new-tokens", "temperature", "top-k", "top-p", "seed", "speculate"):
+    for digits in (500, 5000):  # past float's range, and past the length that Python converts
+        BAD[f"{digits} digits as {flag}"] = (["--prompt", "a", f"--{flag}", "7" * digits], f"--{flag}: must be a")
+
+
+def exit_code(arguments: list[str]) -> int:
+    """Runs the command in this process; the parser ends it by itself."""
+    try:
+        return generate.main(arguments)
+    except SystemExit as stopped:
+        return stopped.code
+
+
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
 def test_mistakes_get_one_line_and_nothing_on_stdout(
     folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     flags = [flag.replace("{}", str(folder)) for flag in arguments]
-    assert generate.main(command(folder, "tiny", *flags)) == 2
+    assert exit_code(flags_for(folder, "tiny", *flags)) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith("generate.py: error: ")
-    assert err.count("\n") == 1
+    assert err.count("\n") == 1 and len(err) < 1000
     assert message in err
 
 
@@ -735,7 +840,7 @@ def test_a_device_that_is_not_there_is_a_mistake(folder: Path, capfd: pytest.Cap
 
 
 def test_a_damaged_model_is_reported(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert generate.main(command(folder, "damaged", "--prompt", "a")) == 2
+    assert generate.main(flags_for(folder, "damaged", "--prompt", "a")) == 2
     err = capfd.readouterr().err
     assert err.startswith("generate.py: error: the model's output is not a number")
     assert err.count("\n") == 1
@@ -767,7 +872,7 @@ def converse(
 ) -> tuple[list[bytes], bytes]:
     """Runs --interactive on piped lines: the replies, and stderr."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-    assert generate.main(command(folder, "tiny", "--interactive", "--max-new-tokens", "20", *flags)) == 0
+    assert generate.main(flags_for(folder, "tiny", "--interactive", "--max-new-tokens", "20", *flags)) == 0
     out, err = capfd.readouterr()
     assert out == b"" or out.endswith(b"\0")
     return out.split(b"\0")[:-1], err
@@ -795,6 +900,17 @@ def test_each_line_is_answered_with_its_own_chance(
     assert converse(folder, monkeypatch, capfdbinary, lines, "--seed", "1", "--temperature", "1")[0] == replies
 
 
+def test_a_line_that_is_piped_in_is_bounded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generate, "MAX_PROMPT_BYTES", 1000)
+    with open("/dev/zero") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        assert generate.main(flags_for(folder, "tiny", "--interactive")) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and "1,000 bytes" in err and "standard input" in err
+
+
 def test_no_lines_no_replies(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
@@ -809,14 +925,34 @@ def test_ctrl_c_stops_a_reply_on_a_terminal_and_everything_in_a_pipe(monkeypatch
 
     asked = []
     monkeypatch.setattr(generate, "generate", interrupted)
+    monkeypatch.setattr(sys, "stdout", screen := FakeTerminal())
     model = SimpleNamespace(args=SimpleNamespace(max_seq_len=99))
-    stream = io.StringIO()
-    lines = iter([b"a", b"b", None])
-    generate.interact(model, GREEDY, generate.TerminalWriter(stream, ""), generate.Meter(), lambda: next(lines))
-    assert asked == [b"a", b"axb"]  # what was shown stays in the text
-    assert stream.getvalue() == "x\nx\n"
+    lines = iter([b"a", b"b", b"", b"/clear", b"c", None])
+    generate.interact(model, GREEDY, generate.Writer(), generate.Tally(), lambda: next(lines))
+    # what was shown stays in the text, and what is typed then stands on a line of its own; an empty line just goes on
+    assert asked == [b"a", b"ax\nb", b"ax\nbx", b"c"]
+    assert screen.shown() == b"x\n" * 4
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
     with pytest.raises(KeyboardInterrupt):
-        generate.interact(model, GREEDY, generate.PipeWriter(io.BytesIO(), b"\0"), generate.Meter(), lambda: b"a")
+        generate.interact(model, GREEDY, generate.Writer(b"\0"), generate.Tally(), lambda: b"a")
+
+
+def test_sigterm_ends_a_conversation_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(*_: object) -> Iterator[tuple[int, bytes]]:
+        yield 0, b"x"
+        raise command.Terminated
+
+    def at_the_prompt(_: str) -> str:
+        raise command.Terminated
+
+    monkeypatch.setattr(generate, "generate", terminated)
+    monkeypatch.setattr("builtins.input", at_the_prompt)
+    monkeypatch.setattr(sys, "stdout", FakeTerminal())
+    model = SimpleNamespace(args=SimpleNamespace(max_seq_len=99))
+    with pytest.raises(command.Terminated):
+        generate.interact(model, GREEDY, generate.Writer(), generate.Tally(), lambda: b"a")
+    with pytest.raises(command.Terminated):
+        generate.keyboard_line()
 
 
 # --- real processes -----------------------------------------------------------------------------------------------
@@ -878,7 +1014,7 @@ def take_terminal(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def terminal(folder: Path, checkpoint: str, *arguments: str) -> Iterator[Terminal]:
-    child = Terminal(command(folder, checkpoint, *arguments))
+    child = Terminal(flags_for(folder, checkpoint, *arguments))
     try:
         yield child
     finally:
@@ -888,6 +1024,7 @@ def terminal(folder: Path, checkpoint: str, *arguments: str) -> Iterator[Termina
         os.close(child.master)
 
 
+@pytest.mark.slow
 def test_a_conversation_on_a_terminal(folder: Path) -> None:
     with terminal(folder, "parrot", "--interactive", "--temperature", "0", "--max-new-tokens", "100000000") as child:
         child.until(lambda seen: seen.endswith(b"> "))
@@ -898,10 +1035,11 @@ def test_a_conversation_on_a_terminal(folder: Path) -> None:
         child.until(lambda seen: seen.endswith(b"/clear\r\n> "))
         child.type("\x10\x10\n")  # the history: two lines up
         child.until(lambda seen: seen.count(b"!\r\n> ") == 2)
-        child.type("a\n")
-        child.until(lambda seen: seen.endswith(b"bcabcabc"))
-        child.type("\x03")  # Ctrl-C
-        child.until(lambda seen: seen.endswith(b"\r\n> "))
+        for _ in range(2):  # a second Ctrl-C does what the first did
+            child.type("a\n")
+            child.until(lambda seen: seen.endswith(b"bcabcabc"))
+            child.type("\x03")  # Ctrl-C
+            child.until(lambda seen: seen.endswith(b"\r\n> "))
         child.type("S\n")
         child.until(lambda seen: seen.count(b"!\r\n> ") == 3)
         child.type("\x04")  # Ctrl-D
@@ -922,7 +1060,7 @@ def test_ctrl_c_at_the_prompt_ends(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def start(folder: Path, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen:
     """Starts a generation that never ends."""
-    flags = command(folder, "parrot", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "1000000000")
+    flags = flags_for(folder, "parrot", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "1000000000")
     return subprocess.Popen(
         [sys.executable, "generate.py", *flags, *arguments],
         cwd=FOLDER,
@@ -932,6 +1070,7 @@ def start(folder: Path, *arguments: str, stdout: int = subprocess.PIPE) -> subpr
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_an_unread_generation_end_quietly(folder: Path) -> None:
     full = os.open("/dev/full", os.O_WRONLY) if os.path.exists("/dev/full") else None
     interrupted, unread = start(folder), start(folder)
@@ -947,9 +1086,94 @@ def test_an_interrupted_and_an_unread_generation_end_quietly(folder: Path) -> No
     if unwritable is not None:
         os.close(full)
         assert unwritable.wait(60) == 2
-        assert unwritable.stderr.read() == b"generate.py: error: cannot write the output: No space left on device\n"
+        assert (
+            unwritable.stderr.read()
+            == b"generate.py: error: cannot write to standard output: No space left on device\n"
+        )
 
 
+def is_prepared(pid: int) -> bool:
+    """Whether a process has set its handler of SIGTERM: from then on, no signal may leave a traceback."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_moment_ends_quietly(folder: Path, signum: int) -> None:
+    for delay in (0, 0.1, 0.3, 0.6, 1, 1.5, 2.5, 4):
+        with start(folder, stdout=subprocess.DEVNULL) as process:
+            while not is_prepared(process.pid):
+                assert process.poll() is None
+                time.sleep(0.002)
+            time.sleep(delay)
+            for _ in range(3):
+                process.send_signal(signum)
+            assert (process.wait(60), process.stderr.read()) == (130, b""), delay
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_conversation_in_a_pipe(folder: Path, signum: int) -> None:
+    flags = flags_for(folder, "parrot", "--interactive", "--temperature", "0", "--max-new-tokens", "1000000000")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "generate.py", *flags], cwd=FOLDER, **pipes) as process:
+        process.stdin.write(b"a\n")
+        process.stdin.flush()
+        assert process.stdout.read(3) == b"bca"
+        process.send_signal(signum)
+        process.stdout.read()
+        assert (process.wait(60), process.stderr.read()) == (130, b"")
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_conversation_with_a_human(folder: Path) -> None:
+    with terminal(folder, "parrot", "--interactive", "--temperature", "0") as child:
+        child.until(lambda seen: seen.endswith(b"> "))
+        child.process.send_signal(signal.SIGTERM)
+        child.everything()
+        assert child.returncode == 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "redirection", "code", "out", "err"),
+    [
+        ("--prompt S", ">&-", 0, b"", rb"\d+ bytes in .*\n"),
+        ("--prompt S", "2>&-", 0, HOSTILE, b""),
+        ("--prompt S", "2>/dev/full", 0, HOSTILE, b""),
+        ("--prompt S", "<&- >&- 2>&-", 0, b"", b""),
+        ("--input-file one", ">/dev/full", 2, b"", rb"generate.py: error: cannot write to standard output: No .*\n"),
+        ("--input-file one", "<&-", 0, HOSTILE + b"\0", rb"\d+ bytes in .*\n"),
+        ("--input-file -", "2>&-", 2, b"", b""),
+        ("--interactive", "<&-", 0, b"", rb"0 bytes in .*\n"),
+        ("--interactive", "</dev/full >/dev/full", 2, b"", rb"generate.py: error: [^\n]+\n"),
+        ("--interactive", "<one >/dev/full", 2, b"", rb"generate.py: error: cannot write to standard output: No .*\n"),
+        ("--help", ">/dev/full", 2, b"", rb"generate.py: error: cannot write to standard output: No .*\n"),
+        ("--foo", ">&- 2>&-", 2, b"", b""),
+    ],
+)
+def test_standard_streams_may_be_closed_or_full(
+    folder: Path, source: str, redirection: str, code: int, out: bytes, err: bytes
+) -> None:
+    (folder / "one").write_text("S\n")
+    script = f'exec "$0" "$@" {source} {redirection}'
+    flags = [*flags_for(folder, "parrot", "--temperature", "0"), "--max-new-tokens", "200"]
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable, FOLDER / "generate.py", *flags],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (code, out), done.stderr
+    assert re.fullmatch(err, done.stderr), done.stderr
+
+
+@pytest.mark.slow
 def test_bfloat16_on_a_cpu_without_its_products(folder: Path) -> None:
     """As on one whose widest registers are AVX2's, where oneDNN packs no bfloat16 weights."""
     flags = [sys.executable, "generate.py", "--ckpt-path", folder / "tiny", "--prompt", "a", "--dtype", "bf16"]

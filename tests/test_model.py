@@ -53,7 +53,7 @@ def attention(impl: str, net: Transformer | None = None) -> Iterator[None]:
     """Sets the attention implementation for a while; "decoder" is what "absorb" uses for few positions on a CPU."""
     before, model.attn_impl = model.attn_impl, "absorb" if impl == "decoder" else impl
     if impl == "decoder":
-        decode.attach(net)
+        net.decoder = decode.CDecoder(net) if decode.CDecoder.suits(net) else None
     try:
         yield
     finally:
