@@ -328,7 +328,7 @@ def _compile(compiler: list[str], folder: Path, key: str) -> ctypes.CDLL:
         made.chmod(0o600)
         named = made.with_name(f"decode-{key}-{_digest(made.read_bytes())}.so")
         made.rename(named)
-        _call([sys.executable, str(Path(__file__).resolve()), str(named)])
+        _try_in_child(named)
         loaded = _load(named)
         with contextlib.suppress(OSError):  # something stands in its way: then it is for this time only
             named.replace(folder / named.name)
@@ -388,8 +388,17 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def _try_in_child(path: Path) -> None:
+    """Runs `_try_out` in a process of its own, which a library may crash.
+
+    Raises:
+        As `_call` does, if that fails.
+    """
+    _call([sys.executable, str(Path(__file__).resolve()), str(path)])
+
+
 def _try_out(path: Path) -> bool:
-    """Whether a new library computes what the modules do: run in a process of its own, which it may crash."""
+    """Whether a new library computes what the modules do."""
     loaded = _load(path)
     globals()["library"] = lambda: loaded
     model_module.attn_impl = "absorb"
@@ -732,5 +741,5 @@ class GraphDecoder:
         return h, model.head(h).float()
 
 
-if __name__ == "__main__":  # what `_compile` starts
+if __name__ == "__main__":  # what `_try_in_child` starts
     sys.exit(not _try_out(Path(sys.argv[1])))

@@ -29,10 +29,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+import graphs  # noqa: E402
+
 import convert  # noqa: E402
 import decode  # noqa: E402
 import generate  # noqa: E402
-import graphs  # noqa: E402
 import model as model_module  # noqa: E402
 import parallel  # noqa: E402
 from checkpoint import save_model  # noqa: E402
