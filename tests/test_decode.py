@@ -441,7 +441,8 @@ def trained_models(draw: st.DrawFn) -> Transformer:
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(trained_models())
 def test_no_false_alarms(model: Transformer) -> None:
-    assert decode.attach(model) is None and model.decoder is not None
+    model_module.attn_impl = "absorb"
+    attached(model)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -591,10 +592,10 @@ def wrapper(path: Path, script: str) -> str:
     [
         'echo garbage > "$last"',
         "echo 'int x;' | cc -shared -x c - -o \"$last\"",
-        # a trap, a loop without end, and an exponential that is a thousandth off
+        # a trap, a loop without end, and an exponential that is a little off
         "echo 'int run(void) { __builtin_trap(); }' | cc -shared -x c - -o \"$last\"",
         "echo 'int run(void) { for (;;) ; }' | cc -shared -x c - -o \"$last\"",
-        'sed s/1.44269504f/1.44413771f/ {source} | cc -O0 -std=gnu11 -shared -fPIC -x c - -lm -o "$last"',
+        'sed s/0.693145752f/0.6945f/ {source} | cc -O0 -std=gnu11 -shared -fPIC -x c - -lm -o "$last"',
     ],
 )
 def test_what_a_strange_compiler_makes_is_not_kept(
