@@ -69,7 +69,7 @@ STATE_FILE, POINTER_FILE = "state.json", "checkpoints.json"
 CONFIG_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", E4M3: "fp8"}
 WEIGHT_DTYPES = {*CONFIG_DTYPES, torch.float16, torch.float64}
 _Header = dict[str, TensorInfo]  # of a file, by the tensor's name
-_Tensors = dict[str, dict[str, torch.Tensor]]  # of an optimizer, by the parameter's name and a key
+_State = dict[str, dict[str, torch.Tensor]]  # of an optimizer, by the parameter's name and a key
 STEP_NAME = re.compile(r"step-[0-9]{8,15}")  # of a run's checkpoint
 
 
@@ -440,7 +440,7 @@ def _pointer(run: Path) -> dict[str, Any]:
     return dict.fromkeys(("last", "best"), max(steps, key=lambda name: int(name[5:]))) if steps else {}
 
 
-def save_run(run: Run, model: Transformer, optimizer: _Tensors, state: dict[str, Any], is_best: bool) -> Path:
+def save_run(run: Run, model: Transformer, optimizer: _State, state: dict[str, Any], is_best: bool) -> Path:
     """Writes a checkpoint of a training run, points to it, and removes those that are neither last nor best any more.
 
     Args:
@@ -475,9 +475,7 @@ def save_run(run: Run, model: Transformer, optimizer: _Tensors, state: dict[str,
     return path
 
 
-def _save_step(
-    path: Path, model: Transformer, optimizer: _Tensors, state: dict[str, Any], ctx: ParallelContext
-) -> None:
+def _save_step(path: Path, model: Transformer, optimizer: _State, state: dict[str, Any], ctx: ParallelContext) -> None:
     """Writes the folder of a step: the first process makes it and renames it, all write into it."""
     with ExitStack() as stack:
         with ctx.collective_section(), reporting(path):
@@ -501,7 +499,7 @@ def _sweep(run: Path, kept: set[str]) -> None:
             remove_leftover(run / match[1])
 
 
-def _write_state(model: Transformer, optimizer: _Tensors, folder: Path, ctx: ParallelContext) -> None:
+def _write_state(model: Transformer, optimizer: _State, folder: Path, ctx: ParallelContext) -> None:
     shapes, tensors, slices = full_shapes(model, ctx), {}, []
     for name, values in optimizer.items():
         for key, value in values.items():
@@ -568,9 +566,8 @@ def _read_state(
         for rank, (path, header) in enumerate(headers.items()):
             box = source.box if is_number else state_slice(name, shape, rank, len(headers))
             _take(source, box, dict(header), path, {dtype}, native_scale_name)
-        box, local_shape = source.box, shape
-        if not is_number:
-            box, local_shape = local_slice(name, p, shape, ctx), ctx.local_shard(p)[0].shape
+        local_shape = () if is_number else ctx.local_shard(p)[0].shape
+        box = source.box if is_number else local_slice(name, p, shape, ctx)
         found[key] = source.read_bytes(box).view(dtype).view(local_shape)
         lowest = {"step": 1, "exp_avg_sq": 0}.get(key, -math.inf)  # AdamW divides by the roots of what they give
         if (found[key] < lowest).any():
