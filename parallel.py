@@ -359,13 +359,19 @@ def leave() -> None:
 
 
 def abort(code: int) -> None:
-    """Ends this process at once if it has joined others, who get an error when its connections break.
+    """Ends this process at once if it has joined others, which get an error when its connections break.
 
     Destroying the group, or Python's own way to end, would wait for threads that wait for the other ranks.
     """
-    if dist.is_initialized():
+
+    def mark() -> None:
         with suppress(dist.DistError):
             _get_default_store().compare_set(FAILED, "", str(dist.get_rank()))
+
+    if dist.is_initialized():
+        thread = threading.Thread(target=mark, daemon=True)  # rank 0, which has the store, may not answer
+        thread.start()
+        thread.join(2)
         _exit(code)
 
 

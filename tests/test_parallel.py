@@ -659,6 +659,30 @@ time.sleep(60)
 """
 
 
+# One that is interrupted again and again, while the other, which has the store, does not answer
+PRESSED = """
+import os, signal, sys, threading, time
+sys.path[:0] = [{root!r}]
+import command, parallel
+def press():
+    while True:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+def body():
+    with parallel.process_group("some.py"):
+        ctx = parallel.ParallelContext.join("cpu")
+        ctx._store.set(f"joined {{ctx.rank}}", "")
+        ctx._store.wait(["joined 0", "joined 1"])
+        time.sleep(2)
+        if ctx.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1)
+        threading.Thread(target=press, daemon=True).start()
+        time.sleep(60)
+parallel.end(command.run("some.py", body))
+"""
+
+
 def run_spoilt(fault: str, flags: list[list[str]], program: str = "train") -> list[tuple[int | None, str, float]]:
     """Runs processes, to the second of which something is done; returns what `run_code` does."""
     return run_code(FAULT.format(root=str(ROOT), fault=fault, program=program), flags, "hang" in fault)
@@ -680,7 +704,7 @@ def run_code(code: str, flags: list[list[str]], hangs: bool = False) -> list[tup
     ]
     ends: list[float | None] = [None] * len(flags)
     until = time.monotonic() + 60
-    while None in ends and time.monotonic() < until and not (ends[0] and hangs):
+    while None in ends and time.monotonic() < until and not (hangs and any(ends)):
         for rank, process in enumerate(processes):
             if ends[rank] is None and process.poll() is not None:
                 ends[rank] = time.time()
@@ -714,6 +738,12 @@ def test_a_process_that_notices_nothing_is_ended(failing: int) -> None:
     assert [code for code, _, _ in ended] == [2 if rank == failing else 1 for rank in range(2)], ended
     assert failing == 0 or "another process is gone: number 1 has failed" in ended[0][1]
     assert ended[1 - failing][2] < ended[failing][2] + 10
+
+
+@pytest.mark.slow
+def test_interrupts_while_the_process_group_is_left() -> None:
+    first, second = run_code(PRESSED.format(root=str(ROOT)), [[]] * 2, hangs=True)
+    assert first[0] is None and second[:2] == (130, ""), (first, second)
 
 
 @pytest.mark.slow
