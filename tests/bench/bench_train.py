@@ -1,6 +1,6 @@
 """Training speed: the share of this machine's matrix products that it reaches, and against transformers.
 
-    python tests/bench_train.py [--config configs/small.json] [--compile] [--steps 3] [--rounds 5]
+    python tests/bench/bench_train.py [--config configs/small.json] [--compile] [--steps 3] [--rounds 5]
 
 All train the same shape, as a `DeepseekV3ForCausalLM` on transformers' side: MoE in every block after the first ones,
 without MTP modules. Each step is forward, backward, clipping and AdamW on the same random windows, in the dtype that
@@ -22,19 +22,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import convert  # noqa: E402
-import train  # noqa: E402
 from checkpoint import read_config, save_model  # noqa: E402
 from convert import load_model  # noqa: E402
+from metrics import measure_peak  # noqa: E402
 from model import Transformer  # noqa: E402
-from parallel import (  # noqa: E402
-    keep_freed_memory,  # noqa: E402
-    pick_device,
-    pick_dtype,
-)
+from parallel import keep_freed_memory, pick_device, pick_dtype  # noqa: E402
 
 
 def stepper(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
@@ -107,7 +103,7 @@ def main() -> None:
                 step()
             times[name].append((time.perf_counter() - began) / options.steps)
     positions = options.batch_size * shape.max_seq_len
-    peak = train.measure_peak(device, dtype)
+    peak = measure_peak(device, dtype)
     flops = ours.flops_per_position(shape.max_seq_len) * positions
     print(f"\n{options.config.name}, {device}, {dtype}, products at {peak / 1e12:.3g} TFLOP/s at most\n")
     print("| | bytes/s | share of peak | ByteGPT's speed |\n|---|---|---|---|")
