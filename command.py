@@ -40,6 +40,7 @@ from byte_tokenizer import one_line, visible
 
 STARTED = time.monotonic()  # train.py's --minutes counts from here: torch is not imported yet
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
+MIN_CACHE_BYTES = 1 << 24  # free space below which a cache folder counts as full
 BROKEN_PIPE = 141  # exit code when nobody reads stdout any more
 
 _write_error: OSError | None = None  # the first failure to write stdout
@@ -301,8 +302,8 @@ def real(low: float, high: float = math.inf, open_low: bool = False, open_high: 
 def private_cache_folder() -> Path:
     """Returns a folder for compiled code, which nobody but this user (and root) can write to.
 
-    It is `bytegpt` in `$XDG_CACHE_HOME` or `~/.cache`, made if needed; or `private_temporary_folder()` where that
-    cannot be written, belongs to somebody else, or stands where others could put another in its place.
+    It is `bytegpt` in `$XDG_CACHE_HOME` or `~/.cache`, made if needed; or `private_temporary_folder()` where that is
+    full, cannot be written or run from, belongs to somebody else, or stands where others could replace it.
 
     Raises:
         OSError: Not even a temporary folder can be made.
@@ -316,7 +317,7 @@ def private_cache_folder() -> Path:
             folder = base.resolve() / "bytegpt"
             if all(map(_is_guarded, (base, *base.parents, *folder.parents))):
                 folder.mkdir(mode=0o700, exist_ok=True)
-                if is_private(folder.lstat()) and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+                if is_private(folder.lstat()) and folder.is_dir() and _is_usable(folder):
                     return folder
     return private_temporary_folder()
 
@@ -336,6 +337,13 @@ def private_temporary_folder() -> Path:
 def is_private(info: os.stat_result) -> bool:
     """Whether a file or folder belongs to this user, is no link, and can be written by nobody else."""
     return info.st_uid == os.geteuid() and not stat.S_ISLNK(info.st_mode) and not info.st_mode & 0o022
+
+
+def _is_usable(folder: Path) -> bool:
+    """Whether files can be written to a folder, and code be loaded from it."""
+    disk = os.statvfs(folder)
+    is_executable = not disk.f_flag & getattr(os, "ST_NOEXEC", 0)
+    return is_executable and disk.f_bavail * disk.f_frsize >= MIN_CACHE_BYTES and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _is_guarded(path: Path) -> bool:

@@ -1,18 +1,21 @@
-/* The model for a few positions at a time on a CPU: what decode.py compiles and calls.
+/* The model for a few positions at a time on a CPU: compiled and called by decode.py.
 
-Decoding reads every weight that a byte needs for two operations on it. So the speed is that of memory, if nothing else
-takes time: no calls between operations, no copies, no thread that waits. One call of `run` does all layers and the head.
+The mathematics is model.py's under "absorb", step by step: names are those of its modules, and the comment of a
+function names the one that it computes. decode.py compares the two when a model is loaded, so change both. Sums are in
+float32.
 
-The mathematics is model.py's under "absorb", step by step; names are those of its modules. Sums are in float32.
-Weights lie as the modules have them, in float32 or bfloat16: rows of `n_in` numbers, one for each output. A model that
-    computes in bfloat16 rounds the other side of its products too, where the processor then multiplies twice as many.
-Threads go through all layers side by side. Each computes some of a product's outputs, so it reads its own part of the
+Decoding reads every weight that a byte needs for two operations on it, so it is as fast as memory if nothing else takes
+time: no calls between operations, no copies, no thread that waits. One call of `run` does all layers and the head.
+
+Weights lie as the modules have them, in float32 or bfloat16: rows of `n_in` numbers, one for each output.
+Threads go through all layers side by side. Each computes some outputs of a product, so it reads its own rows of the
     weights, for all positions at once; then they wait for each other. What is small each computes for itself instead.
-Experts are visited one after the other, each by the positions that chose it, so that it is read once.
-A memory is shared out by positions. Each thread attends to its own, all heads at a time, with the softmax's maximum and
-    sum carried along; the parts are joined after that (Milakov and Gimelshein 2018; Dao et al. 2023, "Flash-Decoding").
+Experts are visited one after the other, each by the positions that are routed to it, so that it is read once.
+The KV cache is divided among threads by positions. Each attends to its own, all heads at a time, with the softmax's
+    maximum and sum carried along; these partial sums are then merged (Milakov and Gimelshein 2018; Dao et al. 2023,
+    "Flash-Decoding").
 
-Shapes: N positions of the call, `n_texts` rows of `n_each`; H heads; C `kv_lora_rank`; R `qk_rope_head_dim`; K experts a
+Shapes: N positions of the call, `n_rows` rows of `n_each`; H heads; C `kv_lora_rank`; R `qk_rope_head_dim`; K experts a
 position, E experts. */
 
 #include <math.h>
@@ -31,14 +34,14 @@ position, E experts. */
 /* A tile of a product, up to OUTPUTS x ROWS sums of LANES numbers each, fits the registers. */
 #ifdef __AVX512F__
 #define LANES 16
-#define PART 4 /* outputs of a tile of many rows */
+#define HALF_TILE 4 /* outputs of a tile of many rows */
 #else
 #define LANES 8
-#define PART 2
+#define HALF_TILE 2
 #endif
 #define OUTPUTS 4
 #define ROWS 6
-#define SPAN 256 /* positions of a memory that are attended to at a time: they stay in the second cache */
+#define BLOCK 256 /* positions of a KV cache that are attended to at a time: they stay in the L2 cache */
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -70,12 +73,12 @@ typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_a
 
 /* --- What decode.py fills in, field by field ------------------------------------------------------------------- */
 
-/* How a matrix lies, and what it is multiplied with: PAIRS lie as BF16 do, but the other side is rounded to bfloat16 as
-   well, where the processor has an instruction for the sum of two such products. */
+/* How a matrix is stored and multiplied. PAIRS are stored as BF16 are, but the other side is rounded to bfloat16, too,
+   where the processor has an instruction for the sum of two such products. */
 enum { FP32, BF16, PAIRS };
 
 typedef struct {
-    const void *data; /* (outputs, n_in) */
+    const void *data; /* (outputs, n_in), row by row */
     int32_t kind, n_in;
 } Matrix;
 
@@ -94,14 +97,14 @@ typedef struct {
     Norm attn_norm, q_norm, kv_norm, ffn_norm;
     Matrix wq_a, wq_b, wkv_a; /* without a query's rank, wq_b is wq, and wq_a is nothing */
     Matrix w_k, w_v, wo;      /* the halves of wkv_b: (H·C, nope) and (H·v, C) */
-    Mlp mlp, experts;         /* in a mixture, mlp is the shared experts */
+    Mlp mlp, experts;         /* of a MoE layer, mlp is the shared experts */
     Matrix gate;
     const float *gate_bias; /* (E), or nothing */
 } Block;
 
 typedef struct {
     int32_t vocab, dim, heads, rank, nope, rope, v, context;
-    int32_t n_experts, n_chosen, n_groups, n_limited, is_softmax, act;
+    int32_t n_experts, n_activated, n_groups, n_limited, is_softmax, act;
     float route_scale, scale;
     const float *cos, *sin; /* (context, R/2) */
 } Shape;
@@ -118,12 +121,12 @@ typedef struct {
 
 typedef struct {
     const int64_t *tokens; /* (N) */
-    const int32_t *index;  /* (N), positions in the memory */
+    const int32_t *positions; /* (N), in the KV cache */
     const float *before;   /* (N, dim), the states that an MTP module goes on from */
     float *states;         /* (N, dim), a result */
     float *logits;         /* (N, vocab), the other */
-    void **memories;       /* of each block, (n_texts, capacity, C + R) */
-    int32_t n_texts, n_each, capacity, kind, threads; /* kind: of the memories */
+    void **kv_caches;      /* the KV cache of each block, (n_rows, capacity, C + R) */
+    int32_t n_rows, n_each, capacity, kind, threads; /* kind: of the caches */
 } Call;
 
 /* --- Numbers ---------------------------------------------------------------------------------------------------- */
@@ -160,32 +163,32 @@ static void store_one(void *data, long i, int kind, float value) {
     ((uint16_t *)data)[i] = (value != value ? u.bits | 0x400000 : bits) >> 16;
 }
 
-INLINE quad quarter(vec a) { /* four partial sums */
-    union { vec all; quad parts[LANES / 4]; } u = {a};
-    quad sum = u.parts[0] + u.parts[1];
-    for (int i = 2; i < LANES / 4; i++) sum += u.parts[i];
+INLINE quad sum_quads(vec a) { /* four partial sums */
+    union { vec all; quad quads[LANES / 4]; } u = {a};
+    quad sum = u.quads[0] + u.quads[1];
+    for (int i = 2; i < LANES / 4; i++) sum += u.quads[i];
     return sum;
 }
 
-INLINE float total(vec a) {
-    quad sum = quarter(a);
+INLINE float sum_lanes(vec a) {
+    quad sum = sum_quads(a);
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-INLINE quad totals(vec a, vec b, vec c, vec d) {
+INLINE quad sum_lanes_of_4(vec a, vec b, vec c, vec d) {
     vec ab = SHUFFLE(a, b, QUADS(0, B, 1, B + 1)) + SHUFFLE(a, b, QUADS(2, B + 2, 3, B + 3));
     vec cd = SHUFFLE(c, d, QUADS(0, B, 1, B + 1)) + SHUFFLE(c, d, QUADS(2, B + 2, 3, B + 3));
-    return quarter(SHUFFLE(ab, cd, QUADS(0, 1, B, B + 1)) + SHUFFLE(ab, cd, QUADS(2, 3, B + 2, B + 3)));
+    return sum_quads(SHUFFLE(ab, cd, QUADS(0, 1, B, B + 1)) + SHUFFLE(ab, cd, QUADS(2, 3, B + 2, B + 3)));
 }
 #undef B
 
-INLINE vec pick(ints where, vec a, vec b) { return (vec)((where & (ints)a) | (~where & (ints)b)); }
+INLINE vec select_lanes(ints where, vec a, vec b) { return (vec)((where & (ints)a) | (~where & (ints)b)); }
 
 /* e^x to three units in the last place, for x from -87 to 88, and beyond as at these ends: 2^n e^r with
    |r| <= ln(2) / 2, and e^r by its series. */
-INLINE vec exponential(vec x) {
-    x = pick(x < -87.0f, (vec){} - 87.0f, x);
-    x = pick(x > 88.0f, (vec){} + 88.0f, x);
+INLINE vec exp_lanes(vec x) {
+    x = select_lanes(x < -87.0f, (vec){} - 87.0f, x);
+    x = select_lanes(x > 88.0f, (vec){} + 88.0f, x);
     vec shifted = x * 1.44269504f + 12582912.0f; /* rounds: no fraction is left beside 1.5 * 2^23 */
     vec n = shifted - 12582912.0f;
     vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
@@ -193,8 +196,8 @@ INLINE vec exponential(vec x) {
     return e * (vec)(((ints)shifted << 23) + 0x3f800000); /* a product: what is no number stays none */
 }
 
-/* What thread `t` does of `all` things: from its share to the next one's. Whole tiles, where there are many. */
-static int share(int all, int t, int threads) {
+/* The first of `all` things that thread `t` does; the next thread's is its end. Whole tiles, where there are many. */
+static int first_of(int all, int t, int threads) {
     if (t == threads) return all;
     return (int)((int64_t)all * t / threads / OUTPUTS * OUTPUTS);
 }
@@ -239,7 +242,7 @@ INLINE void tile(const char *w, int kind, int n_in, const void *const *x, int ou
     }
 #define SUM(k) sums[(k) % outputs][(k) / outputs]
     for (int k = 0; k < outputs * n; k += 4) {
-        quad four = totals(SUM(k), SUM(k + 1), SUM(k + 2), SUM(k + 3));
+        quad four = sum_lanes_of_4(SUM(k), SUM(k + 1), SUM(k + 2), SUM(k + 3));
         for (int m = k; m < k + 4 && m < outputs * n; m++) out[m / outputs][m % outputs] = four[m - k];
     }
     for (; i < n_in; i++)
@@ -248,7 +251,7 @@ INLINE void tile(const char *w, int kind, int n_in, const void *const *x, int ou
 }
 
 /* y[r][o] = x[r] . w[o], or += where it adds, for outputs from..to and n rows; y[r][0] is output `from`. */
-INLINE void product_of(Matrix w, int kind, int from, int to, Rows x, Rows y, int n, int adds) {
+INLINE void matmul_kind(Matrix w, int kind, int from, int to, Rows x, Rows y, int n, int adds) {
     long size = w.n_in * size_of(kind);
     int chunks = (n + ROWS - 1) / ROWS;
     for (int o = from, count; o < to; o += count) {
@@ -260,17 +263,17 @@ INLINE void product_of(Matrix w, int kind, int from, int to, Rows x, Rows y, int
             float out[ROWS][OUTPUTS];
             for (int r = 0; r < more; r++) rows[r] = row_of(x, start + r);
 #define TILE(n) tile(weights, kind, w.n_in, rows, OUTPUTS, n, out)
-#define PARTS(n)                         \
-    for (int h = 0; h < OUTPUTS; h += PART) \
-    tile(weights + h * size, kind, w.n_in, rows, PART, n, (float(*)[OUTPUTS])(out[0] + h))
+#define HALF_TILES(n)                         \
+    for (int h = 0; h < OUTPUTS; h += HALF_TILE) \
+    tile(weights + h * size, kind, w.n_in, rows, HALF_TILE, n, (float(*)[OUTPUTS])(out[0] + h))
             if (count == 1)
                 for (int r = 0; r < more; r++) tile(weights, kind, w.n_in, rows + r, 1, 1, out + r);
             else if (more == 1) TILE(1);
             else if (more == 2) TILE(2);
             else if (more == 3) TILE(3);
-            else if (more == 4) PARTS(4);
-            else if (more == 5) PARTS(5);
-            else PARTS(6);
+            else if (more == 4) HALF_TILES(4);
+            else if (more == 5) HALF_TILES(5);
+            else HALF_TILES(6);
             for (int r = 0; r < more; r++) {
                 float *to_row = row_of(y, start + r) + o - from;
                 if (count == 1) *to_row = out[r][0] + (adds ? *to_row : 0);
@@ -291,25 +294,26 @@ static void narrow_row(const float *x, int n, void *to) {
 #endif
 
 /* `narrow` is room for n rows of x in bfloat16, which PAIRS need. */
-static void product(Matrix w, int from, int to, Rows x, Rows y, int n, int adds, float *narrow) {
+static void matmul(Matrix w, int from, int to, Rows x, Rows y, int n, int adds, float *narrow) {
     if (from == to) return; /* nothing of it is this thread's */
 #ifdef __AVX512BF16__
     if (w.kind == PAIRS) {
         int stride = (w.n_in + 1) / 2; /* float32 numbers that are as long as a row */
         for (int r = 0; r < n; r++) narrow_row(row_of(x, r), w.n_in, narrow + (long)r * stride);
-        product_of(w, PAIRS, from, to, (Rows){narrow, stride}, y, n, adds);
+        matmul_kind(w, PAIRS, from, to, (Rows){narrow, stride}, y, n, adds);
         return;
     }
 #endif
-    if (w.kind == FP32) product_of(w, FP32, from, to, x, y, n, adds);
-    else product_of(w, BF16, from, to, x, y, n, adds);
+    if (w.kind == FP32) matmul_kind(w, FP32, from, to, x, y, n, adds);
+    else matmul_kind(w, BF16, from, to, x, y, n, adds);
 }
 
+/* RMSNorm.forward */
 static void normalize(Norm norm, const float *x, float *y) {
     vec sums = {};
     int i = 0;
     for (; i + LANES <= norm.size; i += LANES) sums += *(const vec *)(x + i) * *(const vec *)(x + i);
-    float squares = total(sums);
+    float squares = sum_lanes(sums);
     for (; i < norm.size; i++) squares += x[i] * x[i];
     float factor = 1 / sqrtf(squares / norm.size + norm.eps);
     for (i = 0; i < norm.size; i++) y[i] = x[i] * factor * norm.weight[i];
@@ -317,28 +321,28 @@ static void normalize(Norm norm, const float *x, float *y) {
 
 /* --- The layers ------------------------------------------------------------------------------------------------- */
 
-/* Where threads meet: how many are there, how often all were, and whether one was ever awaited for long. */
+/* How many threads have arrived, how often all had, and whether one was ever awaited for long. */
 typedef struct {
-    int here, turn, is_late;
-} Meeting;
+    int arrived, turn, is_late;
+} Barrier;
 
-/* What the threads share, and at its end what each has for itself. */
+/* What the threads share; `h` and what follows is each thread's own. */
 typedef struct {
     const Shape *s;
     const Call *c;
     int n, t, threads;
-    Meeting *meeting;
+    Barrier *barrier;
     float *x;              /* (N, dim), the residual stream */
     float *q_a, *q, *kv;   /* (N, q rank), (N, H, nope + R), (N, C + R) */
     float *queries;        /* (N, H, C + R) */
-    float *parts;          /* (threads, N, H, C + 2): sums of values, the largest score, and the sum of exponentials */
+    float *partials;       /* (threads, N, H, C + 2): sums of values, the largest score, the sum of exponentials */
     float *values;         /* (N, H, v) */
     float *scores;         /* (N, E) */
     float *gate, *up;      /* (N, width of the MLP), and (N·K, width of an expert) after that */
     float *h;              /* own: (N, dim), or before an MTP module (N, 2 dim); (N, q rank); (C + R); (N, C) */
-    float *probs;          /* own: (n_each·H, SPAN); or (N·K + E) weights, (N·K) sorted ones and (E) scores */
+    float *probs;          /* own: (n_each·H, BLOCK); or (N·K + E) weights, (N·K) sorted by expert, (E) scores */
     float *narrow;         /* own: the rows of a product in bfloat16 */
-    double *met;           /* own: when the last meeting was over, in seconds */
+    double *released;      /* own: when the last barrier was over, in seconds */
     int *chosen;           /* own: (N·K) experts, (N·K) places, (E + 1) ends, (E) flags, (n_groups) flags */
 } Step;
 
@@ -349,30 +353,31 @@ static double seconds(void) {
 }
 
 /* Waits until every thread is here. If that takes far longer than the work did, the thread that is missing has no
-   processor, as other programs want it as well: the caller learns of it, since each meeting then takes milliseconds. */
-static void barrier(const Step *s) {
+   processor, as other programs want it as well: the caller learns of it, since each barrier then takes milliseconds. */
+static void wait_for_all(const Step *s) {
     if (s->threads == 1) return;
-    double came = seconds(), patience = 1e-3 + 4 * (came - *s->met);
-    int turn = __atomic_load_n(&s->meeting->turn, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&s->meeting->here, 1, __ATOMIC_ACQ_REL) == s->threads) {
-        __atomic_store_n(&s->meeting->here, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&s->meeting->turn, turn + 1, __ATOMIC_RELEASE);
+    double arrived_at = seconds(), patience = 1e-3 + 4 * (arrived_at - *s->released);
+    int turn = __atomic_load_n(&s->barrier->turn, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&s->barrier->arrived, 1, __ATOMIC_ACQ_REL) == s->threads) {
+        __atomic_store_n(&s->barrier->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&s->barrier->turn, turn + 1, __ATOMIC_RELEASE);
     }
-    for (int tries = 1; __atomic_load_n(&s->meeting->turn, __ATOMIC_ACQUIRE) == turn; tries++) {
+    for (int tries = 1; __atomic_load_n(&s->barrier->turn, __ATOMIC_ACQUIRE) == turn; tries++) {
         PAUSE();
-        if (tries % 1024 || seconds() - came < patience) continue;
-        __atomic_store_n(&s->meeting->is_late, 1, __ATOMIC_RELAXED);
+        if (tries % 1024 || seconds() - arrived_at < patience) continue;
+        __atomic_store_n(&s->barrier->is_late, 1, __ATOMIC_RELAXED);
         sched_yield();
     }
-    *s->met = seconds();
+    *s->released = seconds();
 }
 
-/* A thread's outputs of a product with all positions; it adds to the residual stream, and replaces elsewhere. */
-static void multiply(const Step *s, Matrix w, int outputs, float *x, float *y, int adds) {
-    int from = share(outputs, s->t, s->threads), to = share(outputs, s->t + 1, s->threads);
-    product(w, from, to, (Rows){x, w.n_in}, (Rows){y + from, outputs}, s->n, adds, s->narrow);
+/* Linear.forward: this thread's outputs for all positions, added to y or replacing it. */
+static void linear(const Step *s, Matrix w, int outputs, float *x, float *y, int adds) {
+    int from = first_of(outputs, s->t, s->threads), to = first_of(outputs, s->t + 1, s->threads);
+    matmul(w, from, to, (Rows){x, w.n_in}, (Rows){y + from, outputs}, s->n, adds, s->narrow);
 }
 
+/* apply_rotary_emb for one vector: even and odd numbers in, first and second half out. */
 static void rotate(const Step *s, const float *x, int position, float *y) {
     int half = s->s->rope / 2;
     if (position >= s->s->context) position = s->s->context - 1; /* a draft past the context, which nobody reads */
@@ -383,45 +388,45 @@ static void rotate(const Step *s, const float *x, int position, float *y) {
     }
 }
 
-/* Remembers position i, and makes the rotary part of its queries. */
-static void remember(const Step *s, const Block *b, void *memory, int i) {
+/* MLA.forward, KVCache.update: writes position i of the call to the cache, and rotates its queries' rotary part. */
+static void write_kv(const Step *s, const Block *b, void *cache, int i) {
     const Shape *a = s->s;
-    int width = a->rank + a->rope, position = s->c->index[i];
+    int width = a->rank + a->rope, position = s->c->positions[i];
     float *kv = s->kv + (long)i * width, *entry = s->h; /* h is free between two norms */
     normalize(b->kv_norm, kv, entry);
     rotate(s, kv + a->rank, position, entry + a->rank);
-    long place = ((long)(i / s->c->n_each) * s->c->capacity + position) * width;
-    for (int j = 0; j < width; j++) store_one(memory, place + j, s->c->kind, entry[j]);
+    long offset = ((long)(i / s->c->n_each) * s->c->capacity + position) * width;
+    for (int j = 0; j < width; j++) store_one(cache, offset + j, s->c->kind, entry[j]);
     for (int h = 0; h < a->heads; h++) {
         long head = (long)i * a->heads + h;
         rotate(s, s->q + head * (a->nope + a->rope) + a->nope, position, s->queries + head * width + a->rank);
     }
 }
 
-/* Of products with a matrix for each head, a thread's outputs, `each` a head; x and y are (N, H, their strides). */
-static void multiply_heads(
+/* The two bmm of MLA._attend_absorbed: a matrix for each head, `each` outputs a head; x and y are (N, H, strides). */
+static void linear_heads(
     const Step *s, Matrix w, int each, float *x, long x_stride, float *y, long y_stride, int from, int to) {
     int heads = s->s->heads;
     while (from < to) {
         int head = from / each, end = (head + 1) * each < to ? (head + 1) * each : to;
         Rows in = {x + head * x_stride, heads * x_stride};
         Rows out = {y + head * y_stride + from - head * each, heads * y_stride};
-        product(w, from, end, in, out, s->n, 0, s->narrow);
+        matmul(w, from, end, in, out, s->n, 0, s->narrow);
         from = end;
     }
 }
 
-/* o[q] += sum over t of p[q][t] * memory[t], for n queries and `vectors` columns from i on. */
-INLINE void weigh_columns(const void *memory, int kind, int width, int count, const float *p, float *o, long stride,
-                          int n, int vectors, int i) {
+/* o[q] += sum over t of p[q][t] * cache[t], for n queries and `vectors` columns from i on. */
+INLINE void accumulate_columns(const void *cache, int kind, int width, int count, const float *p, float *o,
+                               long stride, int n, int vectors, int i) {
     vec sums[ROWS][2];
     for (int q = 0; q < n; q++)
         for (int v = 0; v < vectors; v++) sums[q][v] = *(vec *)(o + q * stride + i + v * LANES);
     for (int t = 0; t < count; t++) {
         vec values[2];
-        for (int v = 0; v < vectors; v++) values[v] = load(memory, (long)t * width + i + v * LANES, kind);
+        for (int v = 0; v < vectors; v++) values[v] = load(cache, (long)t * width + i + v * LANES, kind);
         for (int q = 0; q < n; q++)
-            for (int v = 0; v < vectors; v++) sums[q][v] += values[v] * p[q * SPAN + t];
+            for (int v = 0; v < vectors; v++) sums[q][v] += values[v] * p[q * BLOCK + t];
     }
     for (int q = 0; q < n; q++)
         for (int v = 0; v < vectors; v++) *(vec *)(o + q * stride + i + v * LANES) = sums[q][v];
@@ -430,7 +435,8 @@ INLINE void weigh_columns(const void *memory, int kind, int width, int count, co
 #ifdef __AVX512BF16__
 /* The same for n queries and 2 LANES columns of PAIRS: two positions at a time, whose numbers of a column are brought
    together. So each quad of a sum holds other columns than its place says, until all is summed. */
-INLINE void weigh_pairs(const uint16_t *memory, int width, int count, const float *p, float *o, long stride, int n) {
+INLINE void accumulate_pairs(
+    const uint16_t *cache, int width, int count, const float *p, float *o, long stride, int n) {
     vec sums[ROWS][2];
     for (int q = 0; q < n; q++) {
         vec a = *(vec *)(o + q * stride), b = *(vec *)(o + q * stride + LANES);
@@ -438,11 +444,11 @@ INLINE void weigh_pairs(const uint16_t *memory, int width, int count, const floa
         sums[q][1] = SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     }
     for (int t = 0; t < count; t += 2) {
-        __m512i a = _mm512_loadu_si512(memory + (long)t * width);
-        __m512i b = t + 1 < count ? _mm512_loadu_si512(memory + (long)(t + 1) * width) : _mm512_setzero_si512();
+        __m512i a = _mm512_loadu_si512(cache + (long)t * width);
+        __m512i b = t + 1 < count ? _mm512_loadu_si512(cache + (long)(t + 1) * width) : _mm512_setzero_si512();
         vec low = (vec)_mm512_unpacklo_epi16(a, b), high = (vec)_mm512_unpackhi_epi16(a, b);
         for (int q = 0; q < n; q++) {
-            vec weights = (vec)_mm512_set1_epi32(((const int32_t *)(p + q * SPAN))[t / 2]);
+            vec weights = (vec)_mm512_set1_epi32(((const int32_t *)(p + q * BLOCK))[t / 2]);
             sums[q][0] = multiply_add(sums[q][0], low, weights, PAIRS);
             sums[q][1] = multiply_add(sums[q][1], high, weights, PAIRS);
         }
@@ -455,153 +461,158 @@ INLINE void weigh_pairs(const uint16_t *memory, int width, int count, const floa
 }
 #endif
 
-INLINE void weigh_rows(const void *memory, int kind, int width, int rank, int count, const float *p, float *o,
+INLINE void accumulate_rows(const void *cache, int kind, int width, int rank, int count, const float *p, float *o,
                        int n) {
     long stride = rank + 2;
     int i = 0;
 #ifdef __AVX512BF16__
     for (; kind == PAIRS && i < rank; i += 2 * LANES)
-        weigh_pairs((const uint16_t *)memory + i, width, count, p, o + i, stride, n);
+        accumulate_pairs((const uint16_t *)cache + i, width, count, p, o + i, stride, n);
 #endif
     for (; i + 2 * LANES <= rank; i += 2 * LANES)
-        weigh_columns(memory, kind, width, count, p, o, stride, n, 2, i);
-    for (; i + LANES <= rank; i += LANES) weigh_columns(memory, kind, width, count, p, o, stride, n, 1, i);
+        accumulate_columns(cache, kind, width, count, p, o, stride, n, 2, i);
+    for (; i + LANES <= rank; i += LANES) accumulate_columns(cache, kind, width, count, p, o, stride, n, 1, i);
     for (; i < rank; i++)
         for (int q = 0; q < n; q++)
             for (int t = 0; t < count; t++)
-                o[q * stride + i] += p[q * SPAN + t] * load_one(memory, (long)t * width + i, kind);
+                o[q * stride + i] += p[q * BLOCK + t] * load_one(cache, (long)t * width + i, kind);
 }
 
-INLINE void weigh_of(const void *memory, int kind, int width, int rank, int count, const float *p, float *o, int n) {
-    for (int q = 0, more; q < n; q += more, p += more * SPAN, o += more * (rank + 2)) {
-#define WEIGH(n) weigh_rows(memory, kind, width, rank, count, p, o, more = n)
-        if (n - q >= 6) WEIGH(6);
-        else if (n - q >= 4) WEIGH(4);
-        else if (n - q >= 2) WEIGH(2);
-        else WEIGH(1);
+INLINE void accumulate_kind(
+    const void *cache, int kind, int width, int rank, int count, const float *p, float *o, int n) {
+    for (int q = 0, more; q < n; q += more, p += more * BLOCK, o += more * (rank + 2)) {
+#define ACCUMULATE(n) accumulate_rows(cache, kind, width, rank, count, p, o, more = n)
+        if (n - q >= 6) ACCUMULATE(6);
+        else if (n - q >= 4) ACCUMULATE(4);
+        else if (n - q >= 2) ACCUMULATE(2);
+        else ACCUMULATE(1);
     }
 }
 
-static void weigh(const void *memory, int kind, int width, int rank, int count, float *p, float *o, int n) {
+static void accumulate_values(const void *cache, int kind, int width, int rank, int count, float *p, float *o, int n) {
 #ifdef __AVX512BF16__
     if (kind == PAIRS && rank % (2 * LANES) == 0) {
-        for (int q = 0; q < n; q++) narrow_row(p + q * SPAN, SPAN, p + q * SPAN);
-        weigh_of(memory, PAIRS, width, rank, count, p, o, n);
+        for (int q = 0; q < n; q++) narrow_row(p + q * BLOCK, BLOCK, p + q * BLOCK);
+        accumulate_kind(cache, PAIRS, width, rank, count, p, o, n);
         return;
     }
 #endif
-    if (kind == FP32) weigh_of(memory, FP32, width, rank, count, p, o, n);
-    else weigh_of(memory, BF16, width, rank, count, p, o, n);
+    if (kind == FP32) accumulate_kind(cache, FP32, width, rank, count, p, o, n);
+    else accumulate_kind(cache, BF16, width, rank, count, p, o, n);
 }
 
-/* The scores of one query become exponentials; its sums so far, at `part`, are brought down to the new maximum. */
-static void soften(float *p, int visible, float scale, float *part, int rank) {
+/* Softmax of one query over a block of positions: its scores become exponentials, and the sums over the blocks before,
+   at `partial`, are scaled to the new maximum. */
+static void softmax_block(float *p, int visible, float scale, float *partial, int rank) {
     if (visible == 0) { /* it may not look here */
-        memset(p, 0, SPAN * sizeof *p);
+        memset(p, 0, BLOCK * sizeof *p);
         return;
     }
-    for (int i = visible; i < SPAN; i++) p[i] = -INFINITY;
+    for (int i = visible; i < BLOCK; i++) p[i] = -INFINITY;
     vec sums = {}, highest = *(vec *)p;
-    for (int i = LANES; i < visible; i += LANES) highest = pick(*(vec *)(p + i) > highest, *(vec *)(p + i), highest);
-    float most = part[rank];
-    for (int i = 0; i < LANES; i++) most = highest[i] * scale > most ? highest[i] * scale : most;
+    for (int i = LANES; i < visible; i += LANES)
+        highest = select_lanes(*(vec *)(p + i) > highest, *(vec *)(p + i), highest);
+    float largest = partial[rank];
+    for (int i = 0; i < LANES; i++) largest = highest[i] * scale > largest ? highest[i] * scale : largest;
     for (int i = 0; i < visible; i += LANES) {
-        vec values = exponential(*(vec *)(p + i) * scale - most);
+        vec values = exp_lanes(*(vec *)(p + i) * scale - largest);
         *(vec *)(p + i) = values;
         sums += values;
     }
-    for (int i = visible; i < SPAN; i++) p[i] = 0;
-    float shrink = expf(part[rank] - most);
-    for (int i = 0; i < rank; i++) part[i] *= shrink;
-    part[rank] = most;
-    part[rank + 1] = part[rank + 1] * shrink + total(sums);
+    for (int i = visible; i < BLOCK; i++) p[i] = 0;
+    float shrink = expf(partial[rank] - largest);
+    for (int i = 0; i < rank; i++) partial[i] *= shrink;
+    partial[rank] = largest;
+    partial[rank + 1] = partial[rank + 1] * shrink + sum_lanes(sums);
 }
 
-/* Each text's queries over this thread's share of its memory. */
-static void attend(const Step *s, const void *memory) {
+/* MLA._attend_absorbed: each row's queries over this thread's positions of its cache. */
+static void attend(const Step *s, const void *cache) {
     const Shape *a = s->s;
     int rank = a->rank, width = rank + a->rope, each = s->c->n_each, queries = each * a->heads, kind = s->c->kind;
-    for (int text = 0; text < s->c->n_texts; text++) {
-        float *q = s->queries + (long)text * queries * width;
-        float *parts = s->parts + ((long)s->t * s->c->n_texts + text) * queries * (rank + 2);
+    for (int row = 0; row < s->c->n_rows; row++) {
+        float *q = s->queries + (long)row * queries * width;
+        float *partials = s->partials + ((long)s->t * s->c->n_rows + row) * queries * (rank + 2);
         for (int i = 0; i < queries; i++) {
-            memset(parts + (long)i * (rank + 2), 0, (rank + 2) * sizeof *parts);
-            parts[(long)i * (rank + 2) + rank] = -INFINITY;
+            memset(partials + (long)i * (rank + 2), 0, (rank + 2) * sizeof *partials);
+            partials[(long)i * (rank + 2) + rank] = -INFINITY;
         }
-        const int32_t *index = s->c->index + text * each;
-        int length = index[each - 1] + 1, end = share(length, s->t + 1, s->threads);
-        for (int start = share(length, s->t, s->threads); start < end; start += SPAN) {
-            int count = end - start < SPAN ? end - start : SPAN;
-            long place = ((long)text * s->c->capacity + start) * width;
-            const void *here = (const char *)memory + place * size_of(kind);
-            Matrix keys = {here, kind, width};
-            product(keys, 0, count, (Rows){q, width}, (Rows){s->probs, SPAN}, queries, 0, s->narrow);
+        const int32_t *positions = s->c->positions + row * each;
+        int length = positions[each - 1] + 1, end = first_of(length, s->t + 1, s->threads);
+        for (int start = first_of(length, s->t, s->threads); start < end; start += BLOCK) {
+            int count = end - start < BLOCK ? end - start : BLOCK;
+            long offset = ((long)row * s->c->capacity + start) * width;
+            const void *block = (const char *)cache + offset * size_of(kind);
+            Matrix keys = {block, kind, width};
+            matmul(keys, 0, count, (Rows){q, width}, (Rows){s->probs, BLOCK}, queries, 0, s->narrow);
             for (int i = 0; i < queries; i++) {
-                int visible = index[i / a->heads] + 1 - start;
+                int visible = positions[i / a->heads] + 1 - start;
                 visible = visible < 0 ? 0 : visible > count ? count : visible;
-                soften(s->probs + i * SPAN, visible, a->scale, parts + (long)i * (rank + 2), rank);
+                softmax_block(s->probs + i * BLOCK, visible, a->scale, partials + (long)i * (rank + 2), rank);
             }
-            weigh(here, kind, width, rank, count, s->probs, parts, queries);
+            accumulate_values(block, kind, width, rank, count, s->probs, partials, queries);
         }
     }
 }
 
-/* Joins what the threads found for query i (of N·H) to the mean of the values, (C). */
-static void join(const Step *s, long i, float *mean) {
+/* Merges the threads' partial sums for query i (of N·H) to the mean of the values, (C). */
+static void merge_partials(const Step *s, long i, float *mean) {
     int rank = s->s->rank;
     long stride = (long)s->n * s->s->heads * (rank + 2);
-    const float *parts = s->parts + i * (rank + 2);
-    float most = -INFINITY, sum = 0;
-    for (int t = 0; t < s->threads; t++) most = fmaxf(most, parts[t * stride + rank]);
+    const float *partials = s->partials + i * (rank + 2);
+    float largest = -INFINITY, sum = 0;
+    for (int t = 0; t < s->threads; t++) largest = fmaxf(largest, partials[t * stride + rank]);
     memset(mean, 0, rank * sizeof *mean);
     for (int t = 0; t < s->threads; t++) {
-        const float *part = parts + t * stride;
-        if (part[rank + 1] == 0) continue; /* it had no positions */
-        float factor = expf(part[rank] - most);
-        sum += factor * part[rank + 1];
-        for (int j = 0; j < rank; j++) mean[j] += factor * part[j];
+        const float *partial = partials + t * stride;
+        if (partial[rank + 1] == 0) continue; /* it had no positions */
+        float factor = expf(partial[rank] - largest);
+        sum += factor * partial[rank + 1];
+        for (int j = 0; j < rank; j++) mean[j] += factor * partial[j];
     }
     for (int j = 0; j < rank; j++) mean[j] /= sum;
 }
 
-static void attention(const Step *s, const Block *b, void *memory) {
+/* Block.forward's first line: MLA.forward under "absorb", added to the residual stream. */
+static void attention(const Step *s, const Block *b, void *cache) {
     const Shape *a = s->s;
     int n = s->n, t = s->t, threads = s->threads, rank = a->rank, heads = a->heads;
     for (int i = 0; i < n; i++) normalize(b->attn_norm, s->x + (long)i * a->dim, s->h + (long)i * a->dim);
-    multiply(s, b->wkv_a, rank + a->rope, s->h, s->kv, 0);
+    linear(s, b->wkv_a, rank + a->rope, s->h, s->kv, 0);
     float *h = s->h;
     if (b->wq_a.data) {
         int q_rank = b->wq_b.n_in;
-        multiply(s, b->wq_a, q_rank, s->h, s->q_a, 0);
-        barrier(s);
+        linear(s, b->wq_a, q_rank, s->h, s->q_a, 0);
+        wait_for_all(s);
         for (int i = 0; i < n; i++) normalize(b->q_norm, s->q_a + (long)i * q_rank, h + (long)i * q_rank);
     }
-    multiply(s, b->wq_b, heads * (a->nope + a->rope), h, s->q, 0);
-    barrier(s);
-    for (int i = t; i < n; i += threads) remember(s, b, memory, i);
-    multiply_heads(s, b->w_k, rank, s->q, a->nope + a->rope, s->queries, rank + a->rope,
-                   share(heads * rank, t, threads), share(heads * rank, t + 1, threads));
-    barrier(s);
-    attend(s, memory);
-    barrier(s);
-    int from = share(heads * a->v, t, threads), to = share(heads * a->v, t + 1, threads);
+    linear(s, b->wq_b, heads * (a->nope + a->rope), h, s->q, 0);
+    wait_for_all(s);
+    for (int i = t; i < n; i += threads) write_kv(s, b, cache, i);
+    linear_heads(s, b->w_k, rank, s->q, a->nope + a->rope, s->queries, rank + a->rope,
+                 first_of(heads * rank, t, threads), first_of(heads * rank, t + 1, threads));
+    wait_for_all(s);
+    attend(s, cache);
+    wait_for_all(s);
+    int from = first_of(heads * a->v, t, threads), to = first_of(heads * a->v, t + 1, threads);
     while (from < to) { /* head by head */
         int head = from / a->v, end = (head + 1) * a->v < to ? (head + 1) * a->v : to;
-        for (int i = 0; i < n; i++) join(s, (long)i * heads + head, s->h + (long)i * rank);
-        product(b->w_v, from, end, (Rows){s->h, rank}, (Rows){s->values + from, heads * a->v}, n, 0, s->narrow);
+        for (int i = 0; i < n; i++) merge_partials(s, (long)i * heads + head, s->h + (long)i * rank);
+        matmul(b->w_v, from, end, (Rows){s->h, rank}, (Rows){s->values + from, heads * a->v}, n, 0, s->narrow);
         from = end;
     }
-    barrier(s);
-    multiply(s, b->wo, a->dim, s->values, s->x, 1);
-    barrier(s);
+    wait_for_all(s);
+    linear(s, b->wo, a->dim, s->values, s->x, 1);
+    wait_for_all(s);
 }
 
+/* MLP.forward: act(gate) * up, by ACTIVATIONS of decode.py. */
 static void activate(float *gate, const float *up, int n, int act, float weight) {
     int i = 0;
     if (act == 0) /* silu */
         for (; i + LANES <= n; i += LANES) {
             vec x = *(vec *)(gate + i);
-            *(vec *)(gate + i) = x / (exponential(-x) + 1) * *(const vec *)(up + i) * weight;
+            *(vec *)(gate + i) = x / (exp_lanes(-x) + 1) * *(const vec *)(up + i) * weight;
         }
     for (; i < n; i++) {
         float x = gate[i], positive = x > 0 ? x : 0;
@@ -612,32 +623,36 @@ static void activate(float *gate, const float *up, int n, int act, float weight)
     }
 }
 
-/* A thread's hidden units of an MLP, or of expert e, for n rows of h: which, and with what weights, or all alike. */
-static void hidden(const Step *s, const Mlp *mlp, int e, const int *index, const float *weights, float *gate,
+/* MLP.forward up to w2, for this thread's hidden units, of an MLP or of expert e: n rows of h, those of `index` or the
+   first ones, times their routing weights, if there are any. */
+static void mlp_hidden(const Step *s, const Mlp *mlp, int e, const int *index, const float *weights, float *gate,
                    float *up, int n) {
-    int width = mlp->width, from = share(width, s->t, s->threads), to = share(width, s->t + 1, s->threads);
+    int width = mlp->width, from = first_of(width, s->t, s->threads), to = first_of(width, s->t + 1, s->threads);
     Rows h = {s->h, s->s->dim, index};
-    product(mlp->w1, e * width + from, e * width + to, h, (Rows){gate + from, width}, n, 0, s->narrow);
-    product(mlp->w3, e * width + from, e * width + to, h, (Rows){up + from, width}, n, 0, s->narrow);
+    matmul(mlp->w1, e * width + from, e * width + to, h, (Rows){gate + from, width}, n, 0, s->narrow);
+    matmul(mlp->w3, e * width + from, e * width + to, h, (Rows){up + from, width}, n, 0, s->narrow);
     for (int i = 0; i < n; i++) {
         long row = (long)i * width + from;
         activate(gate + row, up + row, to - from, s->s->act, weights ? weights[i] : 1);
     }
 }
 
-/* The router for one position: K experts and their weights, as model.py's Gate. `choice` and `taken` are scratch. */
-static void choose(const Shape *a, const float *scores, const float *bias, float *choice, int *taken, int *shut,
+/* Gate.forward for one position: K experts and their weights. `choice`, `is_chosen` and `is_shut` are scratch. */
+static void route(const Shape *a, const float *scores, const float *bias, float *choice, int *is_chosen, int *is_shut,
                    int *experts, float *weights) {
     int n = a->n_experts, per_group = n / a->n_groups;
-    float most = scores[0], sum = 0;
-    for (int e = 1; e < n; e++) most = scores[e] > most ? scores[e] : most;
-    for (int e = 0; e < n; e++) sum += choice[e] = a->is_softmax ? expf(scores[e] - most) : 1 / (1 + expf(-scores[e]));
+    float largest = scores[0], sum = 0;
+    for (int e = 1; e < n; e++) largest = scores[e] > largest ? scores[e] : largest;
+    for (int e = 0; e < n; e++) {
+        choice[e] = a->is_softmax ? expf(scores[e] - largest) : 1 / (1 + expf(-scores[e]));
+        sum += choice[e];
+    }
     for (int e = 0; e < n; e++) {
         weights[e] = a->is_softmax ? choice[e] / sum : choice[e];
         choice[e] = weights[e] + (bias ? bias[e] : 0);
-        taken[e] = 0;
+        is_chosen[e] = 0;
     }
-    for (int g = 0; g < a->n_groups; g++) shut[g] = a->n_limited < a->n_groups;
+    for (int g = 0; g < a->n_groups; g++) is_shut[g] = a->n_limited < a->n_groups;
     for (int i = 0; i < a->n_limited && a->n_limited < a->n_groups; i++) { /* open the best groups */
         int best = -1;
         float best_rank = 0;
@@ -648,67 +663,69 @@ static void choose(const Shape *a, const float *scores, const float *bias, float
                 else if (choice[e] > second) second = choice[e];
             }
             float rank = bias ? first + second : first;
-            if (shut[g] && (best < 0 || rank > best_rank)) best = g, best_rank = rank;
+            if (is_shut[g] && (best < 0 || rank > best_rank)) best = g, best_rank = rank;
         }
-        shut[best] = 0;
+        is_shut[best] = 0;
     }
     sum = 0;
-    for (int i = 0; i < a->n_chosen; i++) {
+    for (int i = 0; i < a->n_activated; i++) {
         int best = -1;
         for (int e = 0; e < n; e++)
-            if (!taken[e] && !shut[e / per_group] && (best < 0 || choice[e] > choice[best])) best = e;
-        taken[best] = 1;
+            if (!is_chosen[e] && !is_shut[e / per_group] && (best < 0 || choice[e] > choice[best])) best = e;
+        is_chosen[best] = 1;
         experts[i] = best;
         sum += weights[best];
     }
-    for (int i = 0; i < a->n_chosen; i++) choice[i] = weights[experts[i]]; /* scores are of no more use */
-    for (int i = 0; i < a->n_chosen; i++) weights[i] = choice[i] * a->route_scale / (a->is_softmax ? 1 : sum + 1e-20f);
+    for (int i = 0; i < a->n_activated; i++) choice[i] = weights[experts[i]]; /* scores are of no more use */
+    float factor = a->route_scale / (a->is_softmax ? 1 : sum + 1e-20f);
+    for (int i = 0; i < a->n_activated; i++) weights[i] = choice[i] * factor;
 }
 
+/* Block.forward's second line: MLP.forward or MoE.forward, added to the residual stream. */
 static void feed_forward(const Step *s, const Block *b) {
     const Shape *a = s->s;
-    int n = s->n, t = s->t, threads = s->threads, k = a->n_chosen, n_experts = a->n_experts;
-    int from = share(a->dim, t, threads), to = share(a->dim, t + 1, threads);
+    int n = s->n, t = s->t, threads = s->threads, k = a->n_activated, n_experts = a->n_experts;
+    int from = first_of(a->dim, t, threads), to = first_of(a->dim, t + 1, threads);
     Rows out = {s->x + from, a->dim};
     for (int i = 0; i < n; i++) normalize(b->ffn_norm, s->x + (long)i * a->dim, s->h + (long)i * a->dim);
-    if (b->mlp.width) hidden(s, &b->mlp, 0, 0, 0, s->gate, s->up, n);
+    if (b->mlp.width) mlp_hidden(s, &b->mlp, 0, 0, 0, s->gate, s->up, n);
     if (!b->experts.width) {
-        barrier(s);
-        product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
-        barrier(s);
+        wait_for_all(s);
+        matmul(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
+        wait_for_all(s);
         return;
     }
-    multiply(s, b->gate, n_experts, s->h, s->scores, 0);
-    barrier(s);
+    linear(s, b->gate, n_experts, s->h, s->scores, 0);
+    wait_for_all(s);
     int *experts = s->chosen, *position = experts + n * k, *ends = position + n * k, *flags = ends + n_experts + 1;
     float *weights = s->probs, *sorted = weights + n * k + n_experts, *choice = sorted + n * k;
     for (int i = 0; i < n; i++) /* weights has room for a row of scores */
-        choose(a, s->scores + (long)i * n_experts, b->gate_bias, choice, flags, flags + n_experts, experts + i * k,
+        route(a, s->scores + (long)i * n_experts, b->gate_bias, choice, flags, flags + n_experts, experts + i * k,
                weights + i * k);
     memset(ends, 0, (n_experts + 1) * sizeof *ends);
     for (int i = 0; i < n * k; i++) ends[experts[i] + 1]++;
     for (int e = 0; e < n_experts; e++) ends[e + 1] += ends[e];
     for (int i = 0; i < n * k; i++) { /* ends[e] is where the next position of e goes; afterwards, where they end */
-        int place = ends[experts[i]]++;
-        position[place] = i / k;
-        sorted[place] = weights[i];
+        int offset = ends[experts[i]]++;
+        position[offset] = i / k;
+        sorted[offset] = weights[i];
     }
     long width = b->experts.width, base = (long)n * b->mlp.width;
     for (int e = 0, start = 0; e < n_experts; start = ends[e++])
         if (ends[e] > start)
-            hidden(s, &b->experts, e, position + start, sorted + start, s->gate + base + start * width,
+            mlp_hidden(s, &b->experts, e, position + start, sorted + start, s->gate + base + start * width,
                    s->up + base + start * width, ends[e] - start);
-    barrier(s);
-    if (b->mlp.width) product(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
+    wait_for_all(s);
+    if (b->mlp.width) matmul(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
     for (int e = 0, start = 0; e < n_experts; start = ends[e++]) {
         out.index = position + start;
         Rows in = {s->gate + base + start * width, width};
-        product(b->experts.w2, e * a->dim + from, e * a->dim + to, in, out, ends[e] - start, 1, s->narrow);
+        matmul(b->experts.w2, e * a->dim + from, e * a->dim + to, in, out, ends[e] - start, 1, s->narrow);
     }
-    barrier(s);
+    wait_for_all(s);
 }
 
-/* All layers and the head, in one of the threads. */
+/* Transformer.forward_with_hidden and mtp_forward (MTPModule.forward), in one of the threads. */
 static void run_thread(const Step *s, const Stack *stack) {
     const Call *c = s->c;
     int dim = s->s->dim, n = s->n;
@@ -724,55 +741,55 @@ static void run_thread(const Step *s, const Stack *stack) {
                 normalize(stack->hnorm, c->before + (long)i * dim, x + dim);
             }
         }
-    if (stack->eh_proj.data) multiply(s, stack->eh_proj, dim, s->h, s->x, 0);
-    barrier(s);
+    if (stack->eh_proj.data) linear(s, stack->eh_proj, dim, s->h, s->x, 0);
+    wait_for_all(s);
     for (int i = 0; i < stack->n_blocks; i++) {
-        attention(s, stack->blocks + i, c->memories[i]);
+        attention(s, stack->blocks + i, c->kv_caches[i]);
         feed_forward(s, stack->blocks + i);
     }
     for (int i = s->t; i < n; i += s->threads) normalize(stack->norm, s->x + (long)i * dim, c->states + (long)i * dim);
-    barrier(s);
-    multiply(s, stack->head, s->s->vocab, c->states, c->logits, 0);
+    wait_for_all(s);
+    linear(s, stack->head, s->s->vocab, c->states, c->logits, 0);
 }
 
-static long most(long a, long b) { return a > b ? a : b; }
+static long largest(long a, long b) { return a > b ? a : b; }
 
-/* Takes `count` numbers off a piece of memory, in whole cache lines. */
-static float *take(float **from, long count) {
-    float *here = *from;
+/* Allocates `count` numbers from the arena, in whole cache lines. */
+static float *allocate(float **from, long count) {
+    float *start = *from;
     *from += (count + 15) / 16 * 16;
-    return here;
+    return start;
 }
 
 /* Runs the layers of a stack and the head on a call. Returns 0, or -1 if a thread had to wait for its processor; 1 if
    there is not enough memory, 2 for a token out of range. */
 int run(const Shape *a, const Stack *stack, const Call *c) {
-    long n = (long)c->n_texts * c->n_each, width = a->rank + a->rope, q_rank = 1, units = 1, h_width = 2L * a->dim;
+    long n = (long)c->n_rows * c->n_each, width = a->rank + a->rope, q_rank = 1, units = 1, h_width = 2L * a->dim;
     for (long i = 0; i < n; i++)
         if (c->tokens[i] < 0 || c->tokens[i] >= a->vocab) return 2;
     for (int i = 0; i < stack->n_blocks; i++) {
         const Block *b = stack->blocks + i;
-        if (b->wq_a.data) q_rank = most(q_rank, b->wq_b.n_in);
-        units = most(units, b->mlp.width + (long)a->n_chosen * b->experts.width);
+        if (b->wq_a.data) q_rank = largest(q_rank, b->wq_b.n_in);
+        units = largest(units, b->mlp.width + (long)a->n_activated * b->experts.width);
     }
-    h_width = most(most(h_width, width), q_rank);
-    long widest = most(most(h_width, units), most((long)a->heads * a->v, a->nope)); /* of a product's rows */
-    long narrow = most(n * ((widest + 1) / 2), c->n_each * a->heads * ((width + 1) / 2));
+    h_width = largest(largest(h_width, width), q_rank);
+    long widest = largest(largest(h_width, units), largest((long)a->heads * a->v, a->nope)); /* of a product's rows */
+    long narrow = largest(n * ((widest + 1) / 2), c->n_each * a->heads * ((width + 1) / 2));
     long heads = a->heads, shared[] = {n * a->dim, n * q_rank, n * heads * (a->nope + a->rope), n * width,
         n * heads * width, c->threads * n * heads * (a->rank + 2), n * heads * a->v, n * a->n_experts,
         n * units, n * units};
-    long probs = most(c->n_each * heads * SPAN, 2 * n * a->n_chosen + 2L * a->n_experts);
-    long chosen = 2 * n * a->n_chosen + 2L * a->n_experts + 1 + a->n_groups;
+    long probs = largest(c->n_each * heads * BLOCK, 2 * n * a->n_activated + 2L * a->n_experts);
+    long chosen = 2 * n * a->n_activated + 2L * a->n_experts + 1 + a->n_groups;
     long count = 16 * 16, each = (n * h_width + probs + narrow + chosen + 5 * 16) / 16 * 16; /* whole lines */
     for (int i = 0; i < 10; i++) count += shared[i];
-    float *memory = malloc((count + each * c->threads) * sizeof *memory);
-    float *rest = (float *)(((uintptr_t)memory + 63) / 64 * 64);
-    if (!memory) return 1;
-    Meeting meeting = {0, 0, 0};
-    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1, .meeting = &meeting};
-    float **fields[] = {&step.x, &step.q_a, &step.q, &step.kv, &step.queries, &step.parts, &step.values, &step.scores,
-        &step.gate, &step.up};
-    for (int i = 0; i < 10; i++) *fields[i] = take(&rest, shared[i]);
+    float *arena = malloc((count + each * c->threads) * sizeof *arena);
+    float *rest = (float *)(((uintptr_t)arena + 63) / 64 * 64);
+    if (!arena) return 1;
+    Barrier barrier = {0, 0, 0};
+    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1, .barrier = &barrier};
+    float **fields[] = {&step.x, &step.q_a, &step.q, &step.kv, &step.queries, &step.partials, &step.values,
+        &step.scores, &step.gate, &step.up};
+    for (int i = 0; i < 10; i++) *fields[i] = allocate(&rest, shared[i]);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(c->threads)
 #endif
@@ -783,14 +800,14 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
         mine.threads = omp_get_num_threads();
 #endif
         float *own = rest + mine.t * each;
-        double met = seconds();
-        mine.met = &met;
-        mine.h = take(&own, n * h_width);
-        mine.probs = take(&own, probs);
-        mine.narrow = take(&own, narrow);
-        mine.chosen = (int *)take(&own, chosen);
+        double released = seconds();
+        mine.released = &released;
+        mine.h = allocate(&own, n * h_width);
+        mine.probs = allocate(&own, probs);
+        mine.narrow = allocate(&own, narrow);
+        mine.chosen = (int *)allocate(&own, chosen);
         run_thread(&mine, stack);
     }
-    free(memory);
-    return meeting.is_late ? -1 : 0;
+    free(arena);
+    return barrier.is_late ? -1 : 0;
 }

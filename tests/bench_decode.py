@@ -6,6 +6,7 @@ transformers  its `generate`, one and sixteen texts at a time, both from one che
               bfloat16, as models are published; with --dtype fp32, greedy texts are the same
 context       a byte after 4,096 others, against one after 64 (configs/small.json)
 prefill       reading 4,096 bytes into the cache, against the forward pass of training
+attach        comparing a decoder with the modules when it is attached, in milliseconds (configs/nano.json, small.json)
 speculation   drafting so many bytes at a time by the MTP modules, against not: the checkpoint of --ckpt-path continues
               beginnings of lines of Python, or else nano.json with a module, after --minutes on the standard library
 fp8           an FP8 checkpoint, against the same in float32 and bfloat16
@@ -29,10 +30,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+
 import convert  # noqa: E402
 import decode  # noqa: E402
 import generate  # noqa: E402
-import graphs  # noqa: E402
 import model as model_module  # noqa: E402
 import parallel  # noqa: E402
 from checkpoint import save_model  # noqa: E402
@@ -88,7 +89,14 @@ def small(max_seq_len: int, device: str = "cpu") -> Transformer:
     args = ModelArgs.from_dict(config | {"max_seq_len": max_seq_len, "original_seq_len": max_seq_len})
     model, dtype = random_model(args), parallel.pick_dtype(device)
     model.compute_dtype = dtype
-    return decode.attach(model.to(device, dtype))
+    return attached(model.to(device, dtype))
+
+
+def attached(model: Transformer) -> Transformer:
+    """The same model with its decoder."""
+    if (warning := decode.attach(model)) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    return model
 
 
 def prompts(n: int) -> list[bytes]:
@@ -125,7 +133,7 @@ def bench_transformers(options: argparse.Namespace, folder: Path) -> None:
     dtype = parallel.pick_dtype("cpu", options.dtype)
     save_model(random_model(ModelArgs.from_dict(SHAPE)), folder / "random")
     convert.convert(folder / "random", folder / "hf", is_hf=True, dtype="bf16")
-    ours = decode.attach(load_model(folder / "hf", "cpu", dtype))
+    ours = attached(load_model(folder / "hf", "cpu", dtype))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype).eval()
     rows: list[tuple[object, ...]] = [("texts", "choice", "bytes/s", "transformers", "ratio", "same text")]
     n = options.bytes
@@ -185,6 +193,19 @@ def bench_prefill(options: argparse.Namespace, folder: Path) -> None:
     )
 
 
+def bench_attach(options: argparse.Namespace, folder: Path) -> None:
+    """What the comparison takes."""
+    rows: list[tuple[object, ...]] = [("model", "computes in", "ms to attach")]
+    for name in ("nano", "small"):
+        config = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+        config.pop("train")
+        for dtype in (torch.float32, torch.bfloat16):
+            model = random_model(ModelArgs.from_dict(config)).to(dtype)
+            model.compute_dtype = dtype
+            rows.append((name, str(dtype)[6:], seconds(options.repeat, partial(attached, model))[0] * 1e3))
+    print_table(*rows)
+
+
 def bench_speculation(options: argparse.Namespace, folder: Path) -> None:
     """With drafts against without."""
     path = options.ckpt_path
@@ -195,7 +216,7 @@ def bench_speculation(options: argparse.Namespace, folder: Path) -> None:
         train = ["train.py", "--config", folder / "config.json", "--save-path", path, "--minutes", options.minutes]
         subprocess.run(list(map(str, [sys.executable, *train])), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     dtype = parallel.pick_dtype("cpu", options.dtype)
-    model = decode.attach(load_model(path, "cpu", dtype))
+    model = attached(load_model(path, "cpu", dtype))
     for at_once in (1, min(len(BEGINNINGS), model.args.max_batch_size)):
         rows: list[tuple[object, ...]] = [("texts", "choice", "drafts", "bytes/s", "without", "ratio", "accepted")]
         groups = [BEGINNINGS[i : i + at_once] for i in range(0, len(BEGINNINGS), at_once)]
@@ -225,7 +246,7 @@ def bench_fp8(options: argparse.Namespace, folder: Path) -> None:
     sampling = Sampling(0, max_new_tokens=options.bytes)
     rows: list[tuple[object, ...]] = [("texts", "computes in", "bytes/s of FP8", "of float32", "ratio")]
     for dtype in (torch.float32, torch.bfloat16):
-        models = [decode.attach(load_model(folder / name, "cpu", dtype)) for name in ("fp8", "plain")]
+        models = [attached(load_model(folder / name, "cpu", dtype)) for name in ("fp8", "plain")]
         for n_rows in (1, 16):
             times = seconds(options.repeat, *(partial(write, model, prompts(n_rows), sampling) for model in models))
             speeds = [n_rows * options.bytes / t for t in times]
@@ -235,14 +256,14 @@ def bench_fp8(options: argparse.Namespace, folder: Path) -> None:
 
 def bench_graphs(options: argparse.Namespace, folder: Path) -> None:
     """On a GPU, with recorded calls against without."""
-    if not torch.cuda.is_available() or not graphs.suits(model := small(512, "cuda")):
+    if not torch.cuda.is_available() or not decode.GraphDecoder.suits(model := small(512, "cuda")):
         print("no GPU on which calls can be recorded\n")
         return
     rows: list[tuple[object, ...]] = [("texts", "bytes/s", "kernel by kernel", "ratio")]
     for n_rows in (1, 8):
-        sampling, recorder = Sampling(0, max_new_tokens=256), graphs.Recorder(model)
+        sampling, recorder = Sampling(0, max_new_tokens=256), decode.GraphDecoder(model)
 
-        def decode_by(decoder: graphs.Recorder | None, n_rows: int = n_rows, sampling: Sampling = sampling) -> None:
+        def decode_by(decoder: decode.GraphDecoder | None, n_rows: int = n_rows, sampling: Sampling = sampling) -> None:
             model.decoder = decoder
             write(model, prompts(n_rows), sampling)
 
@@ -256,6 +277,7 @@ BENCHES = {
     "transformers": bench_transformers,
     "context": bench_context,
     "prefill": bench_prefill,
+    "attach": bench_attach,
     "speculation": bench_speculation,
     "fp8": bench_fp8,
     "graphs": bench_graphs,
