@@ -201,7 +201,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.save_model(without, folder / "no-mtp")
     checkpoints.save_model(parrot(), folder / "parrot")
     damaged = tiny()
-    damaged.head.weight[5] = math.nan
+    damaged.head.weight[5:7] = torch.tensor([[1e38], [-1e38]])  # finite, but what comes out is not
+    damaged.norm.weight.fill_(1e30)
     checkpoints.save_model(damaged, folder / "damaged")
     (folder / "empty").mkdir()
     (folder / "nothing").touch()
@@ -489,7 +490,7 @@ def speculations(draw: st.DrawFn) -> tuple[Transformer, list[bytes], Sampling]:
     return guessing(draw(st.integers(0, 10**6)), **changes), prompts, sampling
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(speculations(), st.sampled_from(["naive", "absorb"]))
 def test_greedy_text_is_the_same_with_drafts(
     speculation: tuple[Transformer, list[bytes], Sampling], attn_impl: str
@@ -781,7 +782,7 @@ BAD = {
     "temperature inf": (["--prompt", "a", "--temperature", "inf"], "--temperature: must be a number from 0"),
     "empty stop": (["--prompt", "a", "--stop", ""], "--stop: must not be empty"),
     "unknown attention": (["--prompt", "a", "--attn-impl", "flash"], "--attn-impl"),
-    "missing file": (["--input-file", "no/such\nfile\x1b"], r"no/such file\x1b: No such file"),
+    "missing file": (["--input-file", "no/such\nfile\x1b"], r"no/such file\x1b: no such file"),
     "folder as file": (["--input-file", "."], "Is a directory"),
     "impossible file name": (["--input-file", "a\0b"], "null"),
     "empty file": (["--input-file", "{}/nothing"], "is empty; write one prompt a line"),
