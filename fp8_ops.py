@@ -53,6 +53,25 @@ def multiplies_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+@cache
+def _runs_triton(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def kernels(x: torch.Tensor) -> Any:
+    """The module `kernel` where its fused kernels take tensors such as `x`: on a GPU, outside of torch.compile.
+
+    None elsewhere: there plain torch computes the same, and torch.compile fuses it by itself.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling() or not _runs_triton(x.device):
+        return None
+    import kernel
+
+    return kernel
+
+
 def _runs_kernel(x: torch.Tensor, block_size: int = BLOCK) -> bool:
     return block_size == BLOCK and x.numel() > 0 and multiplies_fp8(x.device)
 

@@ -20,6 +20,7 @@ some scale, others multiply.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -604,11 +605,17 @@ def _hopper_kernel(
 
 
 @cache
+def _processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; 1 for other devices, where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
 def _hopper_processors(device: torch.device) -> int:
     """How many multiprocessors a Hopper GPU has; 0 for other devices."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _processors(device)
 
 
 def _hopper_rows(m: int, n: int, groups: int, device: torch.device) -> int:
@@ -638,3 +645,603 @@ def _launch_hopper(
         GROUPS=1 if offsets is None else len(offsets), GROUPED=offsets is not None, OUTER=outer,
         B_IN_BLOCKS=b_s.shape[1] != n, BLOCK_M=rows, STAGES=4 if rows == 256 else 6, num_warps=4, maxnreg=168,
     )  # fmt: skip
+
+
+# --- Between the products -----------------------------------------------------------------------------------------
+# Everything here is bound by memory. Each function replaces a chain of element-wise operations, forward and backward,
+# by one kernel each that reads and writes every tensor once; sums and products are in float32.
+
+SILU, GELU, RELU2 = 0, 1, 2
+ACTIVATIONS = {"silu": SILU, "gelu": GELU, "relu2": RELU2}
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, update_ptr, w_ptr, sum_ptr, y_ptr, r_ptr, N, D, stride, eps,
+    UPDATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y = (x + update) / rms(x + update) · w for ROWS rows of D; reads x, update and w, writes the sum, y and 1/rms."""
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    at = n[:, None] * D + d[None, :]
+    x = tl.load(x_ptr + n[:, None] * stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if UPDATE:
+        x += tl.load(update_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)  # what the backward pass will read
+        tl.store(sum_ptr + at, x, mask=inside)
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+    w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, x * r[:, None] * w[None, :], mask=inside)
+    tl.store(r_ptr + n, r, mask=n < N)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    dy_ptr, dsum_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, N, D, stride,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx = r·(w·dy - x̂·mean(w·dy·x̂)) + dsum, and each program's share of dw; reads dy, dsum, x, w, r, writes dx.
+
+    Programs are few and go through many tiles of ROWS rows, so that what is left to add up of dw is small.
+    """
+    d = tl.arange(0, BLOCK_D)
+    w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK_D], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        n = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        at = n[:, None] * D + d[None, :]
+        r = tl.load(r_ptr + n, mask=n < N, other=0.0)
+        x = tl.load(x_ptr + n[:, None] * stride + d[None, :], mask=inside, other=0.0).to(tl.float32) * r[:, None]
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dw += tl.sum(dy * x, axis=0)
+        dy *= w[None, :]
+        dx = r[:, None] * (dy - x * (tl.sum(dy * x, axis=1) / D)[:, None])
+        if RESIDUAL:
+            dx += tl.load(dsum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + at, dx, mask=inside)
+    tl.store(dw_ptr + tl.program_id(0) * D + d, dw, mask=d < D)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor, eps: float) -> Any:
+        ctx.set_materialize_grads(False)
+        dim = x.shape[-1]
+        rows = _rows(x)
+        total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        r = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        block, tile = _row_tile(dim)
+        _rms_norm_kernel[(triton.cdiv(len(rows), tile),)](
+            rows, x if update is None else update.contiguous(), w, total, y, r, len(rows), dim, rows.stride(0), eps,
+            UPDATE=update is not None, ROWS=tile, BLOCK_D=block,
+        )  # fmt: skip
+        ctx.save_for_backward(total, w, r)
+        ctx.updated = update is not None
+        return x.view_as(x) if update is None else total, y
+
+    @staticmethod
+    def backward(ctx: Any, dsum: torch.Tensor | None, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        total, w, r = ctx.saved_tensors
+        if dy is None:
+            return dsum, dsum if ctx.updated else None, None, None
+        rows, dim = _rows(total), total.shape[-1]
+        block, tile = _row_tile(dim)
+        programs = min(triton.cdiv(len(rows), tile), 2 * _processors(dy.device))
+        dx = torch.empty(total.shape, dtype=total.dtype, device=dy.device)
+        dw = torch.empty(programs, dim, dtype=torch.float32, device=dy.device)
+        dy = dy.contiguous()
+        _rms_norm_backward_kernel[(programs,)](
+            dy, dy if dsum is None else dsum.contiguous(), rows, w, r, dx, dw, len(rows), dim, rows.stride(0),
+            RESIDUAL=dsum is not None, ROWS=tile, BLOCK_D=block, num_warps=8,
+        )  # fmt: skip
+        return dx, dx if ctx.updated else None, dw.sum(dim=0).to(w.dtype), None
+
+
+def add_rms_norm(
+    x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns x + update (x without one) and its RMS norm times `w`; the gradients of both meet in one pass."""
+    return _RMSNorm.apply(x, update, w, eps)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., D) as (N, D) with a single stride between rows, which a slice of a wider matrix has too."""
+    x = x.flatten(0, -2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _row_tile(dim: int) -> tuple[int, int]:
+    """Width of a tile that holds whole rows, and how many of them: some 4,096 numbers."""
+    block = triton.next_power_of_2(dim)
+    return block, max(1, 4096 // block)
+
+
+@triton.jit
+def _erf_gelu(x):
+    """GELU and its derivative."""
+    cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.jit
+def _act(x, ACT: tl.constexpr):
+    """An activation and its derivative."""
+    if ACT == 0:
+        s = tl.sigmoid(x)
+        y, dy = x * s, s * (1 + x * (1 - s))
+    elif ACT == 1:
+        y, dy = _erf_gelu(x)
+    else:
+        positive = tl.maximum(x, 0.0)
+        y, dy = positive * positive, 2 * positive
+    return y, dy
+
+
+@triton.jit
+def _glu_kernel(gate_ptr, up_ptr, y_ptr, n, ACT: tl.constexpr, SIZE: tl.constexpr):
+    """y = act(gate) · up, SIZE numbers a program: reads two, writes one."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    gate = tl.load(gate_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    y, _ = _act(gate, ACT)
+    tl.store(y_ptr + i, y * up, mask=i < n)
+
+
+@triton.jit
+def _glu_backward_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, ACT: tl.constexpr, SIZE: tl.constexpr):
+    """Both gradients of `_glu_kernel`, SIZE numbers a program: reads three, writes two."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    gate = tl.load(gate_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    y, slope = _act(gate, ACT)
+    tl.store(dgate_ptr + i, dy * up * slope, mask=i < n)
+    tl.store(dup_ptr + i, dy * y, mask=i < n)
+
+
+class _GLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: int) -> torch.Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        _glu_kernel[(triton.cdiv(gate.numel(), 2048),)](gate, up, y, gate.numel(), ACT=act, SIZE=2048)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+        grid = (triton.cdiv(gate.numel(), 2048),)
+        _glu_backward_kernel[grid](dy.contiguous(), gate, up, dgate, dup, gate.numel(), ACT=ctx.act, SIZE=2048)
+        return dgate, dup, None
+
+
+def glu(gate: torch.Tensor, up: torch.Tensor, hidden_act: str) -> torch.Tensor:
+    """act(gate) · up, for two tensors of one shape."""
+    return _GLU.apply(gate, up, ACTIVATIONS[hidden_act])
+
+
+@triton.jit
+def _rotate(first, second, cos, sin, BACKWARD: tl.constexpr):
+    """Turns pairs by their angles, or back."""
+    if BACKWARD:
+        sin = -sin
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _rope_kernel(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, S, H, NOPE, HALF, BACKWARD: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """Rotates the last 2·HALF numbers of the H heads of one position and copies the NOPE before them.
+
+    Pairs lie side by side in x and in halves in y; BACKWARD, the other way round. Reads and writes each number once.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    width = NOPE + 2 * HALF
+    h, j = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
+    x_ptr += n * H * width + h * width
+    y_ptr += n * H * width + h * width
+    i = tl.arange(0, BLOCK_NOPE)[None, :]
+    inside = (h < H) & (i < NOPE)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=inside), mask=inside)
+    inside = (h < H) & (j < HALF)
+    angle = n % S * HALF + j
+    cos = tl.load(cos_ptr + angle, mask=j < HALF, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=j < HALF, other=0.0)
+    pair, half = NOPE + 2 * j, NOPE + j
+    if BACKWARD:
+        first = tl.load(x_ptr + half, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(x_ptr + half + HALF, mask=inside, other=0.0).to(tl.float32)
+    else:
+        first = tl.load(x_ptr + pair, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(x_ptr + pair + 1, mask=inside, other=0.0).to(tl.float32)
+    first, second = _rotate(first, second, cos, sin, BACKWARD)
+    if BACKWARD:
+        tl.store(y_ptr + pair, first, mask=inside)
+        tl.store(y_ptr + pair + 1, second, mask=inside)
+    else:
+        tl.store(y_ptr + half, first, mask=inside)
+        tl.store(y_ptr + half + HALF, second, mask=inside)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False) -> Any:
+        bsz, seqlen, heads, width = x.shape
+        half = cos.shape[-1]
+        ctx.angles = cos, sin
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _rope_kernel[(bsz * seqlen,)](
+            x.contiguous(), cos, sin, y, seqlen, heads, width - 2 * half, half, BACKWARD=backward,
+            **_head_tile(heads, width - 2 * half, half),
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _Rope.forward(ctx, grad, *ctx.angles, True), None, None, None
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the last numbers of each head of x (B, S, H, d), as `model.apply_rotary_emb` does; cos is (S, 1, R/2)."""
+    return _Rope.apply(x, cos, sin)
+
+
+def _head_tile(heads: int, nope: int, half: int) -> dict[str, int]:
+    sizes = {"BLOCK_H": heads, "BLOCK_NOPE": nope, "BLOCK_HALF": half}
+    return {name: triton.next_power_of_2(max(size, 1)) for name, size in sizes.items()}
+
+
+@triton.jit
+def _keys_kernel(
+    kv_ptr, pe_ptr, cos_ptr, sin_ptr, k_ptr, S, H, NOPE, HALF, V, pe_stride,
+    BLOCK_H: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """The keys of one position: NOPE numbers of each head from kv (N, H, NOPE + V), then the rotated shared key.
+
+    Reads NOPE of NOPE + V numbers of kv and the shared key; writes the keys (N, H, NOPE + 2·HALF).
+    """
+    n = tl.program_id(0).to(tl.int64)
+    h, i, j = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_NOPE)[None, :], tl.arange(0, BLOCK_HALF)[None, :]
+    kv_ptr += n * H * (NOPE + V) + h * (NOPE + V)
+    k_ptr += n * H * (NOPE + 2 * HALF) + h * (NOPE + 2 * HALF)
+    inside = (h < H) & (i < NOPE)
+    tl.store(k_ptr + i, tl.load(kv_ptr + i, mask=inside), mask=inside)
+    cos = tl.load(cos_ptr + n % S * HALF + j, mask=j < HALF, other=0.0)
+    sin = tl.load(sin_ptr + n % S * HALF + j, mask=j < HALF, other=0.0)
+    first = tl.load(pe_ptr + n * pe_stride + 2 * j, mask=j < HALF, other=0.0).to(tl.float32)
+    second = tl.load(pe_ptr + n * pe_stride + 2 * j + 1, mask=j < HALF, other=0.0).to(tl.float32)
+    first, second = _rotate(first, second, cos, sin, False)
+    inside = (h < H) & (j < HALF)
+    tl.store(k_ptr + NOPE + j, tl.broadcast_to(first, [BLOCK_H, BLOCK_HALF]), mask=inside)
+    tl.store(k_ptr + NOPE + HALF + j, tl.broadcast_to(second, [BLOCK_H, BLOCK_HALF]), mask=inside)
+
+
+@triton.jit
+def _keys_backward_kernel(
+    dk_ptr, dv_ptr, cos_ptr, sin_ptr, dkv_ptr, dpe_ptr, S, H, NOPE, HALF, V,
+    BLOCK_H: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `_keys_kernel`, that of the values put between those of the keys; reads and writes all once."""
+    n = tl.program_id(0).to(tl.int64)
+    h, i, j = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_NOPE)[None, :], tl.arange(0, BLOCK_HALF)[None, :]
+    v = tl.arange(0, BLOCK_V)[None, :]
+    dk_ptr += n * H * (NOPE + 2 * HALF) + h * (NOPE + 2 * HALF)
+    dkv_ptr += n * H * (NOPE + V) + h * (NOPE + V)
+    inside = (h < H) & (i < NOPE)
+    tl.store(dkv_ptr + i, tl.load(dk_ptr + i, mask=inside), mask=inside)
+    inside = (h < H) & (v < V)
+    tl.store(dkv_ptr + NOPE + v, tl.load(dv_ptr + n * H * V + h * V + v, mask=inside), mask=inside)
+    inside = (h < H) & (j < HALF)
+    first = tl.sum(tl.load(dk_ptr + NOPE + j, mask=inside, other=0.0).to(tl.float32), axis=0)
+    second = tl.sum(tl.load(dk_ptr + NOPE + HALF + j, mask=inside, other=0.0).to(tl.float32), axis=0)
+    j = tl.arange(0, BLOCK_HALF)
+    cos = tl.load(cos_ptr + n % S * HALF + j, mask=j < HALF, other=0.0)
+    sin = tl.load(sin_ptr + n % S * HALF + j, mask=j < HALF, other=0.0)
+    first, second = _rotate(first, second, cos, sin, True)
+    tl.store(dpe_ptr + n * 2 * HALF + 2 * j, first, mask=j < HALF)
+    tl.store(dpe_ptr + n * 2 * HALF + 2 * j + 1, second, mask=j < HALF)
+
+
+class _KeysAndValues(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kv: torch.Tensor, k_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, nope: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        bsz, seqlen, heads, width = kv.shape
+        half, kv, pe = cos.shape[-1], kv.contiguous(), _rows(k_pe)
+        ctx.angles, ctx.sizes = (cos, sin), (seqlen, heads, nope, half, width - nope)
+        k = torch.empty(bsz, seqlen, heads, nope + 2 * half, dtype=kv.dtype, device=kv.device)
+        _keys_kernel[(bsz * seqlen,)](
+            kv, pe, cos, sin, k, *ctx.sizes, pe.stride(0), **_head_tile(heads, nope, half)
+        )  # fmt: skip
+        return k, kv[..., nope:]
+
+    @staticmethod
+    def backward(ctx: Any, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        seqlen, heads, nope, half, v = ctx.sizes
+        dkv = torch.empty(*dk.shape[:3], nope + v, dtype=dk.dtype, device=dk.device)
+        dpe = torch.empty(*dk.shape[:2], 2 * half, dtype=dk.dtype, device=dk.device)
+        _keys_backward_kernel[(dk.shape[0] * seqlen,)](
+            dk.contiguous(), dv.contiguous(), *ctx.angles, dkv, dpe, *ctx.sizes,
+            **_head_tile(heads, nope, half), BLOCK_V=triton.next_power_of_2(v),
+        )  # fmt: skip
+        return dkv, dpe, None, None, None
+
+
+def keys_and_values(
+    kv: torch.Tensor, k_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, nope: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each head's keys and values from kv (B, S, H, nope + v) and the shared rotary key (B, S, R), not yet rotated."""
+    return _KeysAndValues.apply(kv, k_pe, cos, sin, nope)
+
+
+@triton.jit
+def _route_kernel(
+    scores_ptr, bias_ptr, indices_ptr, N, E, BIAS: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr,
+    TOPK: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The TOPK experts of ROWS positions, from the TOPK_GROUPS best groups; as `model.Gate` chooses them.
+
+    A tile is (ROWS, BLOCK_G groups, BLOCK_E experts of a group); reads the scores once, writes the indices.
+    """
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    g, i = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_E)
+    size = E // GROUPS
+    e = g[:, None] * size + i[None, :]
+    exists = (g < GROUPS)[:, None] & (i < size)[None, :]
+    inside = (n < N)[:, None, None] & exists[None, :, :]
+    x = tl.load(scores_ptr + n[:, None, None] * E + e[None, :, :], mask=inside, other=float("-inf"))
+    if BIAS:
+        x += tl.load(bias_ptr + e, mask=exists, other=0.0)[None, :, :]
+    if GROUPS > 1:
+        rank = tl.max(x, axis=2)
+        if BIAS:  # the best two of a group rank it
+            best = tl.argmax(x, axis=2, tie_break_left=True)
+            rank += tl.max(tl.where(i[None, None, :] == best[:, :, None], float("-inf"), x), axis=2)
+        open_ = tl.zeros([ROWS, BLOCK_G], tl.int32)
+        for _ in tl.static_range(TOPK_GROUPS):
+            chosen = g[None, :] == tl.argmax(rank, axis=1, tie_break_left=True)[:, None]
+            open_ = tl.where(chosen, 1, open_)
+            rank = tl.where(chosen, float("-inf"), rank)
+        x = tl.where((open_ > 0)[:, :, None], x, float("-inf"))
+    x = tl.reshape(x, [ROWS, BLOCK_G * BLOCK_E])
+    slot = tl.arange(0, BLOCK_G * BLOCK_E)
+    for k in tl.static_range(TOPK):
+        best = tl.argmax(x, axis=1, tie_break_left=True)
+        x = tl.where(slot[None, :] == best[:, None], float("-inf"), x)
+        tl.store(indices_ptr + n * TOPK + k, (best // BLOCK_E * size + best % BLOCK_E).to(tl.int64), mask=n < N)
+
+
+def route(scores: torch.Tensor, bias: torch.Tensor | None, groups: int, topk_groups: int, topk: int) -> torch.Tensor:
+    """The experts that `model.Gate` chooses by `scores`, float32 (N, E); int64 (N, topk), the best first."""
+    n, e = scores.shape
+    indices = torch.empty(n, topk, dtype=torch.int64, device=scores.device)
+    block_g, block_e = triton.next_power_of_2(groups), triton.next_power_of_2(e // groups)
+    rows = max(1, 1024 // (block_g * block_e))
+    _route_kernel[(triton.cdiv(n, rows),)](
+        scores, scores if bias is None else bias, indices, n, e, BIAS=bias is not None, GROUPS=groups,
+        TOPK_GROUPS=topk_groups, TOPK=topk, ROWS=rows, BLOCK_G=block_g, BLOCK_E=block_e,
+    )  # fmt: skip
+    return indices
+
+
+@triton.jit
+def _count_kernel(experts_ptr, counts_ptr, before_ptr, places_ptr, n, blocks, PLACE: tl.constexpr,
+                  SIZE: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+    """A stable counting sort in two runs: how often each expert comes in SIZE choices, then where each choice goes."""
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    e = tl.arange(0, BLOCK_E)
+    expert = tl.load(experts_ptr + i, mask=i < n, other=BLOCK_E).to(tl.int32)
+    chosen = (expert[:, None] == e[None, :]).to(tl.int32)
+    at = e * blocks + tl.program_id(0)
+    if PLACE:
+        place = tl.cumsum(chosen, axis=0) - 1 + tl.load(before_ptr + at)[None, :]
+        tl.store(places_ptr + i, tl.sum(tl.where(chosen > 0, place, 0), axis=1), mask=i < n)
+    else:
+        tl.store(counts_ptr + at, tl.sum(chosen, axis=0))
+
+
+def sort_by_expert(experts: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each choice stands when all are sorted by expert (int32, as `experts`), and where each one's rows end."""
+    flat = experts.flatten().contiguous()
+    block_e = triton.next_power_of_2(n_experts)
+    size = max(16, 8192 // block_e)
+    blocks = triton.cdiv(flat.numel(), size)
+    counts = torch.empty(block_e, blocks, dtype=torch.int32, device=flat.device)
+    places = torch.empty(flat.numel(), dtype=torch.int32, device=flat.device)
+    constants = {"SIZE": size, "BLOCK_E": block_e}
+    _count_kernel[(blocks,)](flat, counts, counts, places, flat.numel(), blocks, PLACE=False, **constants)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32)
+    before = ends - counts.flatten()
+    _count_kernel[(blocks,)](flat, counts, before, places, flat.numel(), blocks, PLACE=True, **constants)
+    return places.view(experts.shape), ends.view(block_e, blocks)[:n_experts, -1].contiguous()
+
+
+@triton.jit
+def _permute_kernel(x_ptr, places_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Copies row n of x to its K places in y: reads x once, writes y."""
+    n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + n * D + d, mask=d < D)
+    for k in tl.static_range(K):
+        place = tl.load(places_ptr + n * K + k).to(tl.int64)
+        tl.store(y_ptr + place * D + d, x, mask=d < D)
+
+
+@triton.jit
+def _combine_kernel(
+    x_ptr, places_ptr, w_ptr, y_ptr, D, WEIGHTS: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """y[n] = the sum of the K rows of x that stand at its places, with WEIGHTS weighted: reads x once, writes y."""
+    n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    y = tl.zeros([BLOCK_D], tl.float32)
+    for k in tl.static_range(K):
+        place = tl.load(places_ptr + n * K + k).to(tl.int64)
+        x = tl.load(x_ptr + place * D + d, mask=d < D, other=0.0).to(tl.float32)
+        if WEIGHTS:
+            x *= tl.load(w_ptr + n * K + k)
+        y += x
+    tl.store(y_ptr + n * D + d, y, mask=d < D)
+
+
+@triton.jit
+def _combine_backward_kernel(
+    dy_ptr, x_ptr, places_ptr, w_ptr, dx_ptr, dw_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """The gradients of `_combine_kernel`: dx at the K places of row n, and dw = x · dy; reads x and dy, writes dx."""
+    n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    dy = tl.load(dy_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        place = tl.load(places_ptr + n * K + k).to(tl.int64)
+        x = tl.load(x_ptr + place * D + d, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(dw_ptr + n * K + k, tl.sum(x * dy))
+        tl.store(dx_ptr + place * D + d, dy * tl.load(w_ptr + n * K + k), mask=d < D)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        (n, dim), k = x.shape, places.shape[1]
+        y = torch.empty(n * k, dim, dtype=x.dtype, device=x.device)
+        _permute_kernel[(n,)](x.contiguous(), places, y, dim, K=k, BLOCK_D=triton.next_power_of_2(dim))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return _combine(dy.contiguous(), places, None), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        x, weights = x.contiguous(), weights.contiguous()
+        ctx.save_for_backward(x, places, weights)
+        return _combine(x, places, weights)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        x, places, weights = ctx.saved_tensors
+        (n, k), dim = places.shape, x.shape[1]
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dw = torch.empty(n, k, dtype=weights.dtype, device=x.device)
+        _combine_backward_kernel[(n,)](
+            dy.contiguous(), x, places, weights, dx, dw, dim, K=k, BLOCK_D=triton.next_power_of_2(dim)
+        )
+        return dx, None, dw
+
+
+def _combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    (n, k), dim = places.shape, x.shape[1]
+    y = torch.empty(n, dim, dtype=x.dtype, device=x.device)
+    _combine_kernel[(n,)](
+        x, places, x if weights is None else weights, y, dim, WEIGHTS=weights is not None, K=k,
+        BLOCK_D=triton.next_power_of_2(dim),
+    )  # fmt: skip
+    return y
+
+
+def permute(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Copies each row of x (N, dim) to its `places` (N, k): (N·k, dim)."""
+    return _Permute.apply(x, places)
+
+
+def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sums (N, dim) of rows of x (N·k, dim) at `places` (N, k), weighted by `weights`, float32 (N, k)."""
+    return _Combine.apply(x, places, weights)
+
+
+# --- Muon ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _symmetric_kernel(
+    x_ptr, y_ptr, R, K, stride_b, stride_r, stride_k, a, b, c, POLYNOMIAL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = x xᵀ for matrices x (R, K), or with POLYNOMIAL, x being symmetric, y = a·I + b·x + c·x xᵀ.
+
+    The result is symmetric: a program makes a tile of BLOCK_R×BLOCK_R of the lower triangle and writes it twice, the
+    second time transposed; those of the upper triangle leave. So half of the products are made. A step of BLOCK_K reads
+    2·BLOCK_R·BLOCK_K numbers and multiplies BLOCK_R²·BLOCK_K times. Bound by the tensor cores.
+    """
+    row, col = tl.program_id(0), tl.program_id(1)
+    if col > row:
+        return
+    x_ptr += tl.program_id(2).to(tl.int64) * stride_b
+    y_ptr += tl.program_id(2).to(tl.int64) * R * R
+    i, j = row * BLOCK_R + tl.arange(0, BLOCK_R), col * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = tl.arange(0, BLOCK_K)
+    left, right = x_ptr + (i % R)[:, None] * stride_r, x_ptr + (j % R)[None, :] * stride_r
+    acc = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        at = start + k
+        u = tl.load(left + at[None, :] * stride_k, mask=(at < K)[None, :], other=0.0)
+        v = tl.load(right + at[:, None] * stride_k, mask=(at < K)[:, None], other=0.0)
+        acc = tl.dot(u, v, acc)
+    inside = (i < R)[:, None] & (j < R)[None, :]
+    if POLYNOMIAL:
+        acc = c * acc + b * tl.load(x_ptr + i[:, None] * R + j[None, :], mask=inside, other=0.0).to(tl.float32)
+        acc += tl.where(i[:, None] == j[None, :], a, 0.0)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + i[:, None] * R + j[None, :], y, mask=inside)
+    if col < row:
+        tl.store(y_ptr + j[:, None] * R + i[None, :], tl.trans(y), mask=(j < R)[:, None] & (i < R)[None, :])
+
+
+def _symmetric(x: torch.Tensor, coefficients: tuple[float, float, float] | None = None) -> torch.Tensor:
+    n, r, k = x.shape
+    y = torch.empty(n, r, r, dtype=x.dtype, device=x.device)
+    tiles = triton.cdiv(r, 128)
+    _symmetric_kernel[(tiles, tiles, n)](
+        x, y, r, k, *x.stride(), *(coefficients or (0.0, 0.0, 0.0)), POLYNOMIAL=coefficients is not None,
+        BLOCK_R=128, BLOCK_K=64, num_warps=8, num_stages=4,
+    )  # fmt: skip
+    return y
+
+
+def newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """`steps` times x ← (a·I + b·x xᵀ + c·(x xᵀ)²) x, for matrices x (n, rows, columns), over the shorter side."""
+    tall = x.shape[1] > x.shape[2]
+    for _ in range(steps):
+        p = _symmetric(_symmetric(x.mT if tall else x), coefficients)
+        x = torch.bmm(x, p) if tall else torch.bmm(p, x)
+    return x
+
+
+@triton.jit
+def _momentum_kernel(grad_ptr, buffer_ptr, update_ptr, n, momentum, SIZE: tl.constexpr):
+    """buffer ← lerp(grad, buffer), update = lerp(grad, buffer): reads grad and buffer, writes buffer and update."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    grad = tl.load(grad_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    buffer = tl.load(buffer_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    buffer = grad + momentum * (buffer - grad)
+    tl.store(buffer_ptr + i, buffer, mask=i < n)
+    tl.store(update_ptr + i, grad + momentum * (buffer - grad), mask=i < n)
+
+
+def momentum_update(grad: torch.Tensor, buffer: torch.Tensor, update: torch.Tensor, momentum: float) -> None:
+    """Advances Muon's running mean in `buffer` and writes the Nesterov update, all contiguous."""
+    _momentum_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, buffer, update, grad.numel(), momentum, SIZE=4096)
+
+
+@triton.jit
+def _apply_kernel(p_ptr, update_ptr, n, keep, lr, SIZE: tl.constexpr):
+    """p ← keep·p - lr·update: reads both, writes p."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    p = tl.load(p_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    update = tl.load(update_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(p_ptr + i, keep * p - lr * update, mask=i < n)
+
+
+def apply_update(p: torch.Tensor, update: torch.Tensor, keep: float, lr: float) -> None:
+    """p ← keep·p - lr·update, both contiguous."""
+    _apply_kernel[(triton.cdiv(p.numel(), 4096),)](p, update, p.numel(), keep, lr, SIZE=4096)

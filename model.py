@@ -442,7 +442,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return self.add(x)[1]
+
+    def add(self, x: torch.Tensor, update: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns `x + update` (`x` without one) and its norm: a residual stream needs both."""
+        if kernel := fp8_ops.kernels(x):
+            return kernel.add_rms_norm(x, update, self.weight, self.eps)
+        x = x if update is None else x + update
+        return x, F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope_frequencies(args: ModelArgs) -> torch.Tensor:
@@ -559,6 +566,16 @@ class MLA(nn.Module):
         if self.q_lora_rank:
             q = self.wq_b(self.q_norm(q))
         q = q.view(bsz, seqlen, self.n_heads, self.qk_head_dim)
+        if cache is None and attn_impl == "naive" and (kernel := fp8_ops.kernels(q)):
+            q = kernel.rope(q, where.cos, where.sin)
+            if self.kv_lora_rank == 0:
+                k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in rest)
+                k = kernel.rope(k, where.cos, where.sin)
+            else:
+                kv, k_pe = rest[0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+                kv = self.wkv_b(self.kv_norm(kv)).unflatten(-1, (self.n_heads, -1))
+                k, v = kernel.keys_and_values(kv, k_pe, where.cos, where.sin, self.qk_nope_head_dim)
+            return self.wo(self._attend(q, k, v, where, None).flatten(2))
         q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_pe = apply_rotary_emb(q_pe, where.cos, where.sin)
         if self.kv_lora_rank == 0:
@@ -646,6 +663,7 @@ class MLP(nn.Module):
         self.w1 = Linear(args, args.dim, inter_dim, stack)
         self.w2 = Linear(args, inter_dim, args.dim, stack)
         self.w3 = Linear(args, args.dim, inter_dim, stack)
+        self.hidden_act = args.hidden_act
         self.act = ACTIVATIONS[args.hidden_act]
 
     def forward(
@@ -654,6 +672,8 @@ class MLP(nn.Module):
         gate, up = project(x, self.w1, self.w3, offsets=offsets)
         if is_here is not None:
             gate, up = gate.where(is_here, 0), up.where(is_here, 0)
+        if kernel := fp8_ops.kernels(gate):
+            return self.w2(kernel.glu(gate, up, self.hidden_act), offsets)
         return self.w2(self.act(gate) * up, offsets)
 
 
@@ -681,6 +701,16 @@ class Gate(nn.Module):
         """
         scores = F.linear(x.float(), self.weight.float())
         scores = scores.softmax(dim=-1) if self.score_func == "softmax" else scores.sigmoid()
+        indices = self._choose(scores)
+        weights = scores.gather(1, indices)
+        if self.score_func == "sigmoid":
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * self.route_scale, indices, scores
+
+    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """The experts (N, K) of the highest scores plus bias, in the best groups."""
+        if kernel := fp8_ops.kernels(scores):
+            return kernel.route(scores.detach(), self.bias, self.n_groups, self.topk_groups, self.topk)
         choice = scores.detach() if self.bias is None else scores.detach() + self.bias
         if self.n_groups > 1:
             choice = choice.view(-1, self.n_groups, choice.shape[-1] // self.n_groups)
@@ -688,11 +718,7 @@ class Gate(nn.Module):
             best = rank.topk(self.topk_groups, dim=-1).indices
             shut = torch.ones_like(rank, dtype=torch.bool).scatter_(1, best, False)
             choice = choice.masked_fill(shut.unsqueeze(-1), float("-inf")).flatten(1)
-        indices = choice.topk(self.topk, dim=-1).indices
-        weights = scores.gather(1, indices)
-        if self.score_func == "sigmoid":
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights * self.route_scale, indices, scores
+        return choice.topk(self.topk, dim=-1).indices
 
 
 def _sum_rows(x: torch.Tensor, which: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -707,15 +733,14 @@ class _Permute(torch.autograd.Function):
     """`x` repeated `k` times by rows, then permuted; the gradient is a gather too, not a scatter of single rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, k: int) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.k = k
-        return x.index_select(0, order // k)
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, order // places.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return _sum_rows(grad, inverse.view(-1, ctx.k)), None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return _sum_rows(grad, places), None, None
 
 
 class Experts(MLP):
@@ -726,7 +751,9 @@ class Experts(MLP):
         self.n_experts = args.n_routed_experts
         self.first_expert = 0  # of those that are here, where processes share them out
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sends each position through its experts: rows are sorted by expert once, so an idle expert costs nothing.
 
         Args:
@@ -735,20 +762,26 @@ class Experts(MLP):
             indices: The experts chosen, int64 (N, K).
 
         Returns:
-            The weighted sums (N, dim), over the experts that are here.
+            The weighted sums (N, dim), over the experts that are here, and the positions that each of all got (E,).
         """
-        k = indices.shape[1]
-        here = len(self.w1.weight)
-        experts, order = ((indices - self.first_expert) % self.n_experts).flatten().sort(stable=True)
-        inverse = order.argsort()
-        offsets = torch.searchsorted(experts, torch.arange(here, device=x.device), right=True).int()
-        rows = _Permute.apply(x, order, inverse, k)
+        k, here = indices.shape[1], len(self.w1.weight)
+        choices = (indices - self.first_expert) % self.n_experts
+        if kernel := fp8_ops.kernels(x):
+            places, ends = kernel.sort_by_expert(choices, self.n_experts)
+            rows = kernel.permute(x, places)
+        else:
+            experts, order = choices.flatten().sort(stable=True)
+            places = order.argsort().view(-1, k)
+            ends = torch.searchsorted(experts, torch.arange(self.n_experts, device=x.device), right=True).int()
+            rows = _Permute.apply(x, order, places)
+        offsets = ends[:here]
         if here == self.n_experts:
             h = super().forward(rows, offsets)
         else:  # the rows of the others come last; what a grouped product leaves there is undefined, both ways
             is_here = (torch.arange(len(rows), device=x.device) < offsets[-1]).unsqueeze(1)
             h = super().forward(rows.where(is_here, 0), offsets, is_here).where(is_here, 0)
-        return _sum_rows(h, inverse.view(-1, k), weights.to(x.dtype))
+        y = kernel.combine(h, places, weights) if kernel else _sum_rows(h, places, weights.to(x.dtype))
+        return y, ends.diff(prepend=ends.new_zeros(1)).roll(self.first_expert).float()
 
 
 class MoE(nn.Module):
@@ -765,14 +798,13 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         rows = x.flatten(0, 1)
         weights, indices, scores = self.gate(rows)
-        y = self.experts(rows, weights, indices)
+        y, load = self.experts(rows, weights, indices)
         if self.shared_experts is not None:
             y = y + self.shared_experts(rows)
         if self.training and self.aux_loss_alpha > 0:
             balance_loss = self.aux_loss_alpha * sequence_balance_loss(scores, indices, x.shape[0])
         else:
             balance_loss = scores.new_zeros(())
-        load = scores.new_zeros(scores.shape[1]).index_add_(0, indices.flatten(), scores.new_ones(indices.numel()))
         return y.view_as(x), Routing(load, balance_loss)
 
 
@@ -805,8 +837,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: torch.Tensor, where: Positions, cache: KVCache | None) -> tuple[torch.Tensor, Routing | None]:
-        x = x + self.attn(self.attn_norm(x), where, cache)
-        y, routing = self.ffn(self.ffn_norm(x)), None
+        x, h = self.attn_norm.add(x)
+        x, h = self.ffn_norm.add(x, self.attn(h, where, cache))
+        y, routing = self.ffn(h), None
         if isinstance(self.ffn, MoE):
             y, routing = y
         return x + y, routing

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import fp8_ops
 from model import Transformer
 from parallel import ParallelContext, is_matrix
 
@@ -53,21 +54,29 @@ class Muon(torch.optim.Optimizer):
                     update = self._momentum(p, group)
                     by_shape.setdefault(update.shape[1:], []).append((p, update))
             for shape, pairs in by_shape.items():
-                updates = orthogonalize(torch.cat([update for _, update in pairs]))
+                updates = orthogonalize(torch.cat([update for _, update in pairs]))  # one batch per shape
                 lr = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
                     here = p if self.ctx is None else self.ctx.local_shard(p)[0]
-                    here.mul_(1 - group["lr"] * group["weight_decay"])
                     update = update if self.ctx is None else self.ctx.local_part(p, update)
-                    here.add_(update.view_as(here), alpha=-lr)
+                    keep = 1 - group["lr"] * group["weight_decay"]
+                    if kernel := fp8_ops.kernels(here):
+                        kernel.apply_update(here, update.contiguous(), keep, lr)
+                    else:
+                        here.mul_(keep).add_(update.view_as(here), alpha=-lr)
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
         """Advances the running mean; returns the Nesterov update of whole matrices, (matrices, rows, columns)."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(buffer, group["momentum"]).to(self.dtype)
+        buffer = state["momentum_buffer"]
+        if (kernel := fp8_ops.kernels(p)) and type(p.grad) is torch.Tensor:  # no shard of FSDP
+            update = torch.empty(p.shape, dtype=self.dtype, device=p.device)
+            kernel.momentum_update(p.grad, buffer, update, group["momentum"])
+        else:
+            buffer.lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(buffer, group["momentum"]).to(self.dtype)
         return update.view(-1, *p.shape[-2:]) if self.ctx is None else self.ctx.full_tensor(p, update)
 
 
@@ -80,6 +89,9 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     Returns:
         Matrices of the same shape and dtype.
     """
+    if (kernel := fp8_ops.kernels(x)) and x.dtype == torch.bfloat16:
+        x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
+        return kernel.newton_schulz(x, NS_COEFFICIENTS, NS_STEPS)
     a, b, c = NS_COEFFICIENTS
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
