@@ -536,6 +536,29 @@ def linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None =
     return _grouped_mm(x, weight.mT, offsets)
 
 
+def joined(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Casts weights (..., out_features, in_features) into one, below each other, so that one product serves all."""
+    return _Joined.apply(dtype, *weights)
+
+
+class _Joined(torch.autograd.Function):
+    """Each weight is read once and written once; its gradient comes back in its own precision."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.dtypes, ctx.rows = [w.dtype for w in weights], [w.shape[-2] for w in weights]
+        first = weights[0]
+        out = torch.empty(*first.shape[:-2], sum(ctx.rows), first.shape[-1], dtype=dtype, device=first.device)
+        for w, place in zip(weights, out.split(ctx.rows, dim=-2), strict=True):
+            place.copy_(w)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        parts = zip(grad.split(ctx.rows, dim=-2), ctx.dtypes, strict=True)
+        return None, *(part.to(dtype, memory_format=torch.contiguous_format) for part, dtype in parts)
+
+
 def fp8_linear(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],

@@ -19,6 +19,7 @@ cores idle. Large products on Hopper run one in Gluon, the layer below Triton, w
 some scale, others multiply.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -704,6 +705,9 @@ def _rms_norm_backward_kernel(
     tl.store(dw_ptr + tl.program_id(0) * D + d, dw, mask=d < D)
 
 
+NORM_PROGRAMS, NORM_WARPS = 8, 4
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor, eps: float) -> Any:
@@ -729,13 +733,13 @@ class _RMSNorm(torch.autograd.Function):
             return dsum, dsum if ctx.updated else None, None, None
         rows, dim = _rows(total), total.shape[-1]
         block, tile = _row_tile(dim)
-        programs = min(triton.cdiv(len(rows), tile), 2 * _processors(dy.device))
+        programs = min(triton.cdiv(len(rows), tile), NORM_PROGRAMS * _processors(dy.device))
         dx = torch.empty(total.shape, dtype=total.dtype, device=dy.device)
         dw = torch.empty(programs, dim, dtype=torch.float32, device=dy.device)
         dy = dy.contiguous()
         _rms_norm_backward_kernel[(programs,)](
             dy, dy if dsum is None else dsum.contiguous(), rows, w, r, dx, dw, len(rows), dim, rows.stride(0),
-            RESIDUAL=dsum is not None, ROWS=tile, BLOCK_D=block, num_warps=8,
+            RESIDUAL=dsum is not None, ROWS=tile, BLOCK_D=block, num_warps=NORM_WARPS,
         )  # fmt: skip
         return dx, dx if ctx.updated else None, dw.sum(dim=0).to(w.dtype), None
 
@@ -756,7 +760,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _row_tile(dim: int) -> tuple[int, int]:
     """Width of a tile that holds whole rows, and how many of them: some 4,096 numbers."""
     block = triton.next_power_of_2(dim)
-    return block, max(1, 4096 // block)
+    return block, max(1, NORM_TILE // block)
+
+
+NORM_TILE = 4096
 
 
 @triton.jit
@@ -781,48 +788,65 @@ def _act(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _glu_kernel(gate_ptr, up_ptr, y_ptr, n, ACT: tl.constexpr, SIZE: tl.constexpr):
-    """y = act(gate) · up, SIZE numbers a program: reads two, writes one."""
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    gate = tl.load(gate_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    y, _ = _act(gate, ACT)
-    tl.store(y_ptr + i, y * up, mask=i < n)
+def _glu_kernel(
+    gate_ptr, up_ptr, dy_ptr, y_ptr, dgate_ptr, dup_ptr, N, D, stride,
+    BACKWARD: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """y = act(gate) · up, or with BACKWARD the gradients of both, for ROWS×COLS numbers of N rows of D.
 
-
-@triton.jit
-def _glu_backward_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, ACT: tl.constexpr, SIZE: tl.constexpr):
-    """Both gradients of `_glu_kernel`, SIZE numbers a program: reads three, writes two."""
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    gate = tl.load(gate_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    Reads gate and up, which lie `stride` apart from row to row as do their gradients, and writes y; or reads dy too and
+    writes both gradients.
+    """
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    at, narrow = n[:, None] * stride + d[None, :], n[:, None] * D + d[None, :]
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
     y, slope = _act(gate, ACT)
-    tl.store(dgate_ptr + i, dy * up * slope, mask=i < n)
-    tl.store(dup_ptr + i, dy * y, mask=i < n)
+    if BACKWARD:
+        dy = tl.load(dy_ptr + narrow, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dgate_ptr + at, dy * up * slope, mask=inside)
+        tl.store(dup_ptr + at, dy * y, mask=inside)
+    else:
+        tl.store(y_ptr + narrow, y * up, mask=inside)
 
 
 class _GLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: int) -> torch.Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, act: int) -> torch.Tensor:
+        inputs = [gate.contiguous()] if up is None else [gate.contiguous(), up.contiguous()]
+        ctx.save_for_backward(*inputs)
         ctx.act = act
-        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        _glu_kernel[(triton.cdiv(gate.numel(), 2048),)](gate, up, y, gate.numel(), ACT=act, SIZE=2048)
+        y = torch.empty(*gate.shape[:-1], gate.shape[-1] // (3 - len(inputs)), dtype=gate.dtype, device=gate.device)
+        _launch_glu(inputs, y, inputs, y, act, backward=False)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        gate, up = ctx.saved_tensors
-        dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-        grid = (triton.cdiv(gate.numel(), 2048),)
-        _glu_backward_kernel[grid](dy.contiguous(), gate, up, dgate, dup, gate.numel(), ACT=ctx.act, SIZE=2048)
-        return dgate, dup, None
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ctx.saved_tensors]
+        dy = dy.contiguous()
+        _launch_glu(ctx.saved_tensors, dy, grads, dy, ctx.act, backward=True)
+        return *(grads if len(grads) == 2 else (*grads, None)), None
 
 
-def glu(gate: torch.Tensor, up: torch.Tensor, hidden_act: str) -> torch.Tensor:
-    """act(gate) · up, for two tensors of one shape."""
+def _launch_glu(
+    inputs: Sequence[torch.Tensor], dy: torch.Tensor, grads: Sequence[torch.Tensor], y: torch.Tensor, act: int,
+    backward: bool,
+) -> None:  # fmt: skip
+    """Runs `_glu_kernel` on gate and up, or on one tensor with gate and up side by side."""
+    dim, stride = y.shape[-1], inputs[0].shape[-1]
+    (gate, up), (dgate, dup) = (
+        pair if len(pair) == 2 else (pair[0], pair[0].view(-1)[dim:]) for pair in (inputs, grads)
+    )
+    n = y.numel() // dim
+    _glu_kernel[(triton.cdiv(n, 4), triton.cdiv(dim, 512))](
+        gate, up, dy, y, dgate, dup, n, dim, stride, BACKWARD=backward, ACT=act, ROWS=4, COLS=512
+    )
+
+
+def glu(gate: torch.Tensor, up: torch.Tensor | None, hidden_act: str) -> torch.Tensor:
+    """act(gate) · up, for two tensors (..., n), or for gate and up side by side in one (..., 2n)."""
     return _GLU.apply(gate, up, ACTIVATIONS[hidden_act])
 
 
@@ -836,39 +860,36 @@ def _rotate(first, second, cos, sin, BACKWARD: tl.constexpr):
 
 @triton.jit
 def _rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, S, H, NOPE, HALF, BACKWARD: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, y_ptr, N, S, H, NOPE, HALF, BACKWARD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """Rotates the last 2·HALF numbers of the H heads of one position and copies the NOPE before them.
+    """Rotates the last 2·HALF numbers of ROWS heads, of the N = B·S·H, and copies the NOPE before them.
 
     Pairs lie side by side in x and in halves in y; BACKWARD, the other way round. Reads and writes each number once.
     """
-    n = tl.program_id(0).to(tl.int64)
-    width = NOPE + 2 * HALF
-    h, j = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
-    x_ptr += n * H * width + h * width
-    y_ptr += n * H * width + h * width
-    i = tl.arange(0, BLOCK_NOPE)[None, :]
-    inside = (h < H) & (i < NOPE)
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    i, j, both = tl.arange(0, BLOCK_NOPE)[None, :], tl.arange(0, BLOCK_HALF)[None, :], tl.arange(0, 2 * BLOCK_HALF)
+    x_ptr += n * (NOPE + 2 * HALF)
+    y_ptr += n * (NOPE + 2 * HALF)
+    inside = (n < N) & (i < NOPE)
     tl.store(y_ptr + i, tl.load(x_ptr + i, mask=inside), mask=inside)
-    inside = (h < H) & (j < HALF)
-    angle = n % S * HALF + j
-    cos = tl.load(cos_ptr + angle, mask=j < HALF, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=j < HALF, other=0.0)
-    pair, half = NOPE + 2 * j, NOPE + j
+    inside = (n < N) & (j < HALF)
+    in_pairs = (n < N) & (both < 2 * HALF)[None, :]
+    angle = n // H % S * HALF + j
+    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
     if BACKWARD:
-        first = tl.load(x_ptr + half, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(x_ptr + half + HALF, mask=inside, other=0.0).to(tl.float32)
+        first = tl.load(x_ptr + NOPE + j, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(x_ptr + NOPE + HALF + j, mask=inside, other=0.0).to(tl.float32)
+        first, second = _rotate(first, second, cos, sin, BACKWARD)
+        pairs = tl.reshape(tl.join(first, second), [ROWS, 2 * BLOCK_HALF])
+        tl.store(y_ptr + NOPE + both[None, :], pairs, mask=in_pairs)
     else:
-        first = tl.load(x_ptr + pair, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(x_ptr + pair + 1, mask=inside, other=0.0).to(tl.float32)
-    first, second = _rotate(first, second, cos, sin, BACKWARD)
-    if BACKWARD:
-        tl.store(y_ptr + pair, first, mask=inside)
-        tl.store(y_ptr + pair + 1, second, mask=inside)
-    else:
-        tl.store(y_ptr + half, first, mask=inside)
-        tl.store(y_ptr + half + HALF, second, mask=inside)
+        pairs = tl.load(x_ptr + NOPE + both[None, :], mask=in_pairs, other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(pairs, [ROWS, BLOCK_HALF, 2]))
+        first, second = _rotate(first, second, cos, sin, BACKWARD)
+        tl.store(y_ptr + NOPE + j, first, mask=inside)
+        tl.store(y_ptr + NOPE + HALF + j, second, mask=inside)
 
 
 class _Rope(torch.autograd.Function):
@@ -878,9 +899,10 @@ class _Rope(torch.autograd.Function):
         half = cos.shape[-1]
         ctx.angles = cos, sin
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _rope_kernel[(bsz * seqlen,)](
-            x.contiguous(), cos, sin, y, seqlen, heads, width - 2 * half, half, BACKWARD=backward,
-            **_head_tile(heads, width - 2 * half, half),
+        n, rows = bsz * seqlen * heads, max(1, 4096 // triton.next_power_of_2(width))
+        _rope_kernel[(triton.cdiv(n, rows),)](
+            x.contiguous(), cos, sin, y, n, seqlen, heads, width - 2 * half, half, BACKWARD=backward, ROWS=rows,
+            **_head_tile(nope=width - 2 * half, half=half),
         )  # fmt: skip
         return y
 
@@ -894,9 +916,8 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return _Rope.apply(x, cos, sin)
 
 
-def _head_tile(heads: int, nope: int, half: int) -> dict[str, int]:
-    sizes = {"BLOCK_H": heads, "BLOCK_NOPE": nope, "BLOCK_HALF": half}
-    return {name: triton.next_power_of_2(max(size, 1)) for name, size in sizes.items()}
+def _head_tile(**sizes: int) -> dict[str, int]:
+    return {f"BLOCK_{name.upper()}": triton.next_power_of_2(max(size, 1)) for name, size in sizes.items()}
 
 
 @triton.jit
@@ -960,7 +981,7 @@ class _KeysAndValues(torch.autograd.Function):
         ctx.angles, ctx.sizes = (cos, sin), (seqlen, heads, nope, half, width - nope)
         k = torch.empty(bsz, seqlen, heads, nope + 2 * half, dtype=kv.dtype, device=kv.device)
         _keys_kernel[(bsz * seqlen,)](
-            kv, pe, cos, sin, k, *ctx.sizes, pe.stride(0), **_head_tile(heads, nope, half)
+            kv, pe, cos, sin, k, *ctx.sizes, pe.stride(0), **_head_tile(h=heads, nope=nope, half=half)
         )  # fmt: skip
         return k, kv[..., nope:]
 
@@ -971,7 +992,7 @@ class _KeysAndValues(torch.autograd.Function):
         dpe = torch.empty(*dk.shape[:2], 2 * half, dtype=dk.dtype, device=dk.device)
         _keys_backward_kernel[(dk.shape[0] * seqlen,)](
             dk.contiguous(), dv.contiguous(), *ctx.angles, dkv, dpe, *ctx.sizes,
-            **_head_tile(heads, nope, half), BLOCK_V=triton.next_power_of_2(v),
+            **_head_tile(h=heads, nope=nope, half=half, v=v),
         )  # fmt: skip
         return dkv, dpe, None, None, None
 
@@ -1164,84 +1185,136 @@ def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> tor
 
 @triton.jit
 def _symmetric_kernel(
-    x_ptr, y_ptr, R, K, stride_b, stride_r, stride_k, a, b, c, POLYNOMIAL: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    left_desc, right_desc, gram_ptr, scale_ptr, y_ptr, R, K, a, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = x xᵀ for matrices x (R, K), or with POLYNOMIAL, x being symmetric, y = a·I + b·x + c·x xᵀ.
+    """y = x xᵀ for matrices x (R, K), or with TALL xᵀ x of (K, R); with POLYNOMIAL, y = as·I + bs³·gram + cs⁵·x xᵀ.
 
-    The result is symmetric: a program makes a tile of BLOCK_R×BLOCK_R of the lower triangle and writes it twice, the
-    second time transposed; those of the upper triangle leave. So half of the products are made. A step of BLOCK_K reads
-    2·BLOCK_R·BLOCK_K numbers and multiplies BLOCK_R²·BLOCK_K times. Bound by the tensor cores.
+    The result is symmetric: a program makes a tile of BLOCK_M×BLOCK_N that reaches the lower triangle and writes it
+    twice, the second time transposed; the others leave. So little more than half of the products are made. A step of
+    BLOCK_K reads (BLOCK_M + BLOCK_N)·BLOCK_K numbers, by the copy engine, which puts zeros beyond a matrix, and
+    multiplies BLOCK_M·BLOCK_N·BLOCK_K times. Bound by the tensor cores. s is a matrix's `scale`.
     """
-    row, col = tl.program_id(0), tl.program_id(1)
-    if col > row:
+    row, col, e = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, tl.program_id(2)
+    if col >= row + BLOCK_M:
         return
-    x_ptr += tl.program_id(2).to(tl.int64) * stride_b
-    y_ptr += tl.program_id(2).to(tl.int64) * R * R
-    i, j = row * BLOCK_R + tl.arange(0, BLOCK_R), col * BLOCK_R + tl.arange(0, BLOCK_R)
-    k = tl.arange(0, BLOCK_K)
-    left, right = x_ptr + (i % R)[:, None] * stride_r, x_ptr + (j % R)[None, :] * stride_r
-    acc = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        at = start + k
-        u = tl.load(left + at[None, :] * stride_k, mask=(at < K)[None, :], other=0.0)
-        v = tl.load(right + at[:, None] * stride_k, mask=(at < K)[:, None], other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if TALL:
+            u = left_desc.load([e, k, row]).reshape(BLOCK_K, BLOCK_M).T
+            v = right_desc.load([e, k, col]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            u = left_desc.load([e, row, k]).reshape(BLOCK_M, BLOCK_K)
+            v = right_desc.load([e, col, k]).reshape(BLOCK_N, BLOCK_K).T
         acc = tl.dot(u, v, acc)
-    inside = (i < R)[:, None] & (j < R)[None, :]
+    i, j = row + tl.arange(0, BLOCK_M)[:, None], col + tl.arange(0, BLOCK_N)[None, :]
+    start = e.to(tl.int64) * R * R
+    inside = (i < R) & (j < R)
     if POLYNOMIAL:
-        acc = c * acc + b * tl.load(x_ptr + i[:, None] * R + j[None, :], mask=inside, other=0.0).to(tl.float32)
-        acc += tl.where(i[:, None] == j[None, :], a, 0.0)
+        s = tl.load(scale_ptr + e)
+        acc *= c * s * s * s * s * s
+        acc += b * s * s * s * tl.load(gram_ptr + start + i * R + j, mask=inside, other=0.0).to(tl.float32)
+        acc += tl.where(i == j, a * s, 0.0)
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + i[:, None] * R + j[None, :], y, mask=inside)
-    if col < row:
-        tl.store(y_ptr + j[:, None] * R + i[None, :], tl.trans(y), mask=(j < R)[:, None] & (i < R)[None, :])
+    tl.store(y_ptr + start + i * R + j, y, mask=inside)
+    tl.store(y_ptr + start + j * R + i, y, mask=inside)
 
 
-def _symmetric(x: torch.Tensor, coefficients: tuple[float, float, float] | None = None) -> torch.Tensor:
-    n, r, k = x.shape
-    y = torch.empty(n, r, r, dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(r, 128)
-    _symmetric_kernel[(tiles, tiles, n)](
-        x, y, r, k, *x.stride(), *(coefficients or (0.0, 0.0, 0.0)), POLYNOMIAL=coefficients is not None,
-        BLOCK_R=128, BLOCK_K=64, num_warps=8, num_stages=4,
+def _symmetric(
+    x: torch.Tensor,
+    tall: bool = False,
+    coefficients: tuple[float, float, float] | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r, k = x.shape[1:][::-1] if tall else x.shape[1:]
+    y = torch.empty(len(x), r, r, dtype=x.dtype, device=x.device)
+    m, n, step = SYMMETRIC_TILE
+    left, right = (TensorDescriptor.from_tensor(x, [1, step, size] if tall else [1, size, step]) for size in (m, n))
+    _symmetric_kernel[(triton.cdiv(r, m), triton.cdiv(r, n), len(x))](
+        left, right, x, y if scale is None else scale, y, r, k, *(coefficients or (0.0, 0.0, 0.0)),
+        POLYNOMIAL=coefficients is not None, TALL=tall, BLOCK_M=m, BLOCK_N=n, BLOCK_K=step, **SYMMETRIC_LAUNCH,
     )  # fmt: skip
     return y
 
 
+SYMMETRIC_TILE = 128, 128, 64  # rows, columns, and numbers along the sum
+SYMMETRIC_LAUNCH = {"num_warps": 8, "num_stages": 4}
+
+
 def newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
-    """`steps` times x ← (a·I + b·x xᵀ + c·(x xᵀ)²) x, for matrices x (n, rows, columns), over the shorter side."""
-    tall = x.shape[1] > x.shape[2]
+    """Normalises matrices x (n, rows, columns), then `steps` times x ← (a·I + b·x xᵀ + c·(x xᵀ)²) x.
+
+    The products are over the shorter side. Rows must be whole multiples of 16 bytes, both ways, for the copy engine.
+    """
+    tall, scale = x.shape[1] > x.shape[2], None
     for _ in range(steps):
-        p = _symmetric(_symmetric(x.mT if tall else x), coefficients)
+        gram = _symmetric(x, tall)
+        if scale is None:  # the trace is the square of the norm: so x need not be divided by it
+            scale = gram.diagonal(dim1=1, dim2=2).sum(dim=1, dtype=torch.float32).sqrt().clamp(min=1e-7).reciprocal()
+        p = _symmetric(gram, False, coefficients, scale)
         x = torch.bmm(x, p) if tall else torch.bmm(p, x)
+        scale = torch.ones_like(scale)
     return x
 
 
 @triton.jit
-def _momentum_kernel(grad_ptr, buffer_ptr, update_ptr, n, momentum, SIZE: tl.constexpr):
+def _momentum_kernel(
+    grad_ptr, buffer_ptr, update_ptr, scale_ptr, skip_ptr, n, momentum, SCALE: tl.constexpr, SKIP: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
     """buffer ← lerp(grad, buffer), update = lerp(grad, buffer): reads grad and buffer, writes buffer and update."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     grad = tl.load(grad_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    buffer = tl.load(buffer_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    buffer = grad + momentum * (buffer - grad)
-    tl.store(buffer_ptr + i, buffer, mask=i < n)
+    old = tl.load(buffer_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    if SCALE:
+        grad /= tl.load(scale_ptr)
+    buffer = grad + momentum * (old - grad)
     tl.store(update_ptr + i, grad + momentum * (buffer - grad), mask=i < n)
+    if SKIP:
+        buffer = tl.where(tl.load(skip_ptr) != 0, old, buffer)
+    tl.store(buffer_ptr + i, buffer, mask=i < n)
 
 
-def momentum_update(grad: torch.Tensor, buffer: torch.Tensor, update: torch.Tensor, momentum: float) -> None:
-    """Advances Muon's running mean in `buffer` and writes the Nesterov update, all contiguous."""
-    _momentum_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, buffer, update, grad.numel(), momentum, SIZE=4096)
+def momentum_update(
+    grad: torch.Tensor,
+    buffer: torch.Tensor,
+    update: torch.Tensor,
+    momentum: float,
+    scale: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+) -> None:
+    """Advances Muon's running mean in `buffer` and writes the Nesterov update, all contiguous.
+
+    The gradient is divided by `scale`, and the mean stays where `skip` is not 0: both on the device, float32 scalars.
+    """
+    _momentum_kernel[(triton.cdiv(grad.numel(), 4096),)](
+        grad, buffer, update, grad if scale is None else scale, grad if skip is None else skip, grad.numel(), momentum,
+        SCALE=scale is not None, SKIP=skip is not None, SIZE=4096,
+    )  # fmt: skip
 
 
 @triton.jit
-def _apply_kernel(p_ptr, update_ptr, n, keep, lr, SIZE: tl.constexpr):
-    """p ← keep·p - lr·update: reads both, writes p."""
+def _apply_kernel(p_ptr, update_ptr, lr_ptr, skip_ptr, n, decay, factor, SKIP: tl.constexpr, SIZE: tl.constexpr):
+    """p ← (1 - lr·decay)·p - lr·factor·update: reads both, writes p."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     p = tl.load(p_ptr + i, mask=i < n, other=0.0).to(tl.float32)
     update = tl.load(update_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    tl.store(p_ptr + i, keep * p - lr * update, mask=i < n)
+    lr = tl.load(lr_ptr)
+    new = (1 - lr * decay) * p - lr * factor * update
+    if SKIP:
+        new = tl.where(tl.load(skip_ptr) != 0, p, new)
+    tl.store(p_ptr + i, new, mask=i < n)
 
 
-def apply_update(p: torch.Tensor, update: torch.Tensor, keep: float, lr: float) -> None:
-    """p ← keep·p - lr·update, both contiguous."""
-    _apply_kernel[(triton.cdiv(p.numel(), 4096),)](p, update, p.numel(), keep, lr, SIZE=4096)
+def apply_update(
+    p: torch.Tensor,
+    update: torch.Tensor,
+    lr: torch.Tensor,
+    decay: float,
+    factor: float,
+    skip: torch.Tensor | None = None,
+) -> None:
+    """p ← (1 - lr·decay)·p - lr·factor·update, both contiguous; `lr` and `skip` as in `momentum_update`."""
+    _apply_kernel[(triton.cdiv(p.numel(), 4096),)](
+        p, update, lr, p if skip is None else skip, p.numel(), decay, factor, SKIP=skip is not None, SIZE=4096
+    )

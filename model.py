@@ -430,7 +430,15 @@ def project(x: torch.Tensor, *layers: Linear, offsets: torch.Tensor | None = Non
     if fp8_ops.gemm_impl == "fp8" and not layers[0].high_precision:
         quantized = [layer.quantized() for layer in layers]
         return fp8_ops.fp8_linear(x, [layer.weight for layer in layers], quantized, offsets, layers[0].scale_fmt)
+    if len(layers) > 1 and fp8_ops.kernels(x):
+        return project_joined(x, *layers, offsets=offsets).split([layer.weight.shape[-2] for layer in layers], dim=-1)
     return tuple(fp8_ops.linear(x, layer.dense_weight(x.dtype), offsets) for layer in layers)
+
+
+def project_joined(x: torch.Tensor, *layers: Linear, offsets: torch.Tensor | None = None) -> torch.Tensor:
+    """`project` as one product, not in FP8: the results lie side by side, (..., sum of out_features)."""
+    weights = [layer.dense_weight(x.dtype) for layer in layers]
+    return fp8_ops.linear(x, fp8_ops.joined(weights, x.dtype), offsets)
 
 
 class RMSNorm(nn.Module):
@@ -669,12 +677,16 @@ class MLP(nn.Module):
     def forward(
         self, x: torch.Tensor, offsets: torch.Tensor | None = None, is_here: torch.Tensor | None = None
     ) -> torch.Tensor:
+        kernel = fp8_ops.kernels(x)
+        if kernel and fp8_ops.gemm_impl != "fp8":
+            gate_up = project_joined(x, self.w1, self.w3, offsets=offsets)
+            gate_up = gate_up if is_here is None else gate_up.where(is_here, 0)
+            return self.w2(kernel.glu(gate_up, None, self.hidden_act), offsets)
         gate, up = project(x, self.w1, self.w3, offsets=offsets)
         if is_here is not None:
             gate, up = gate.where(is_here, 0), up.where(is_here, 0)
-        if kernel := fp8_ops.kernels(gate):
-            return self.w2(kernel.glu(gate, up, self.hidden_act), offsets)
-        return self.w2(self.act(gate) * up, offsets)
+        h = kernel.glu(gate, up, self.hidden_act) if kernel else self.act(gate) * up
+        return self.w2(h, offsets)
 
 
 class Gate(nn.Module):

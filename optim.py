@@ -43,6 +43,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
         self.ctx = ctx
+        # as torch's fused optimizers have them: float32 scalars on the device that divide gradients and skip a step
+        self.grad_scale: torch.Tensor | None = None
+        self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -51,33 +54,37 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    update = self._momentum(p, group)
+                    update = self._momentum(p, group["momentum"])
                     by_shape.setdefault(update.shape[1:], []).append((p, update))
-            for shape, pairs in by_shape.items():
+            for pairs in by_shape.values():
                 updates = orthogonalize(torch.cat([update for _, update in pairs]))  # one batch per shape
-                lr = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
-                    here = p if self.ctx is None else self.ctx.local_shard(p)[0]
-                    update = update if self.ctx is None else self.ctx.local_part(p, update)
-                    keep = 1 - group["lr"] * group["weight_decay"]
-                    if kernel := fp8_ops.kernels(here):
-                        kernel.apply_update(here, update.contiguous(), keep, lr)
-                    else:
-                        here.mul_(keep).add_(update.view_as(here), alpha=-lr)
+                    self._apply(p, update, group["lr"], group["weight_decay"])
 
-    def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
-        """Advances the running mean; returns the Nesterov update of whole matrices, (matrices, rows, columns)."""
+    def _momentum(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
+        """Advances the running mean; returns the Nesterov update of full matrices, (matrices, rows, columns)."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"]
         if (kernel := fp8_ops.kernels(p)) and type(p.grad) is torch.Tensor:  # no shard of FSDP
             update = torch.empty(p.shape, dtype=self.dtype, device=p.device)
-            kernel.momentum_update(p.grad, buffer, update, group["momentum"])
+            kernel.momentum_update(p.grad, buffer, update, momentum, self.grad_scale, self.found_inf)
         else:
-            buffer.lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(buffer, group["momentum"]).to(self.dtype)
+            buffer.lerp_(p.grad, 1 - momentum)
+            update = p.grad.lerp(buffer, momentum).to(self.dtype)
         return update.view(-1, *p.shape[-2:]) if self.ctx is None else self.ctx.full_tensor(p, update)
+
+    def _apply(self, p: nn.Parameter, update: torch.Tensor, lr: float | torch.Tensor, decay: float) -> None:
+        """Decays a parameter and subtracts its update, of which this process may hold a shard."""
+        size = math.sqrt(max(update.shape[1:]))  # with 0.2, an update has the root mean square of AdamW's
+        here = p if self.ctx is None else self.ctx.local_shard(p)[0]
+        update = (update if self.ctx is None else self.ctx.local_part(p, update)).view_as(here)
+        if kernel := fp8_ops.kernels(here):
+            lr = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=here.device)
+            kernel.apply_update(here, update.contiguous(), lr, decay, 0.2 * size, self.found_inf)
+        else:
+            here.mul_(1 - lr * decay).add_(update, alpha=-(lr * 0.2 * size))
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
@@ -89,8 +96,7 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     Returns:
         Matrices of the same shape and dtype.
     """
-    if (kernel := fp8_ops.kernels(x)) and x.dtype == torch.bfloat16:
-        x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
+    if (kernel := fp8_ops.kernels(x)) and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in x.shape[1:]):
         return kernel.newton_schulz(x, NS_COEFFICIENTS, NS_STEPS)
     a, b, c = NS_COEFFICIENTS
     tall = x.shape[1] > x.shape[2]
