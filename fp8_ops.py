@@ -61,15 +61,15 @@ def _runs_triton(device: torch.device) -> bool:
 
 
 def kernels(x: torch.Tensor) -> Any:
-    """The module `kernel` where its fused kernels take tensors such as `x`: on a GPU, outside of torch.compile.
+    """The module `kernel_fused` where its kernels take tensors such as `x`: on a GPU, outside of torch.compile.
 
     None elsewhere: there plain torch computes the same, and torch.compile fuses it by itself.
     """
     if x.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling() or not _runs_triton(x.device):
         return None
-    import kernel
+    import kernel_fused
 
-    return kernel
+    return kernel_fused
 
 
 def _runs_kernel(x: torch.Tensor, block_size: int = BLOCK) -> bool:

@@ -14,6 +14,7 @@ from parallel import ParallelContext, is_matrix
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration, and how many of them
 NS_STEPS = 5
+ROUTER_LR_DIM = 128  # width above which the routers' learning rate falls
 
 
 class Muon(torch.optim.Optimizer):
@@ -120,10 +121,15 @@ def make_optimizers(
 
     Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink.
     """
-    matrices, others = [], []
+    matrices, routers, others = [], [], []
     for name, p in model.named_parameters():
-        (matrices if is_hidden_matrix(name, p) else others).append(p)
+        kind = matrices if is_hidden_matrix(name, p) else routers if name.endswith("gate.weight") else others
+        kind.append(p)
     groups = [{"params": others, "lr": args.lr, "weight_decay": 0.0}]
+    if routers:
+        # AdamW moves each of a row's `dim` weights by the rate: at 1,024, scores would leap faster than biases balance
+        router_lr = args.lr * min(1.0, ROUTER_LR_DIM / model.args.dim)
+        groups.append({"params": routers, "lr": router_lr, "weight_decay": 0.0})
     optimizers = []
     if args.optimizer == "muon":
         optimizers.append(Muon(matrices, args.matrix_lr, args.momentum, args.weight_decay, dtype, ctx))

@@ -547,8 +547,8 @@ class ParallelContext:
     def build(self, args: ModelArgs, compute_dtype: torch.dtype, fp8_weights: bool = False) -> Transformer:
         """Makes this process's part of a model, its weights undefined; memory is touched for the part only."""
         if self.mp_size == 1:
-            return Transformer(args, compute_dtype, fp8_weights)
-        model = Transformer(args, compute_dtype)
+            return Transformer(args, compute_dtype, fp8_weights, init=False)
+        model = Transformer(args, compute_dtype, init=False)
         for name, p in model.named_parameters():
             box = state_slice(name, p.shape, self.mp_rank, self.mp_size)
             if box.shape != _flat_shape(p.shape):

@@ -39,6 +39,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fp8_ops  # noqa: E402
 import kernel  # noqa: E402
+import kernel_fused  # noqa: E402
 import model  # noqa: E402
 from fp8_ops import E4M3  # noqa: E402
 
@@ -669,7 +670,7 @@ fused_dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 @given(st.integers(1, 9), st.integers(1, 700), st.booleans(), fused_dtypes, seeds)
 def test_rms_norm(rows: int, dim: int, updated: bool, dtype: torch.dtype, seed: int) -> None:
     def ours(x: torch.Tensor, w: torch.Tensor, *update: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return kernel.add_rms_norm(x, update[0] if update else None, w, 1e-6)
+        return kernel_fused.add_rms_norm(x, update[0] if update else None, w, 1e-6)
 
     def reference(x: torch.Tensor, w: torch.Tensor, *update: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = (x + update[0]).to(dtype).double() if update else x
@@ -683,7 +684,7 @@ def test_rms_norm(rows: int, dim: int, updated: bool, dtype: torch.dtype, seed: 
 def test_rms_norm_of_a_slice() -> None:
     wide = randn(5, 3, 40).to(DEVICE)
     (x, _), w = wide.split([24, 16], dim=-1), torch.ones(24, device=DEVICE)
-    y = kernel.add_rms_norm(x, None, w, 1e-6)[1]
+    y = kernel_fused.add_rms_norm(x, None, w, 1e-6)[1]
     assert (y - torch.nn.functional.rms_norm(x, (24,), w, 1e-6)).abs().max() < 1e-5
 
 
@@ -695,9 +696,9 @@ def test_glu(rows: int, n: int, act: str, dtype: torch.dtype, seed: int) -> None
         return [model.ACTIVATIONS[act](gate) * up]
 
     inputs = [2 * randn(rows, n, seed=seed), randn(rows, n, seed=seed + 1)]
-    compare(lambda gate, up: [kernel.glu(gate, up, act)], reference, inputs, dtype)
+    compare(lambda gate, up: [kernel_fused.glu(gate, up, act)], reference, inputs, dtype)
     compare(
-        lambda both: [kernel.glu(both, None, act)],
+        lambda both: [kernel_fused.glu(both, None, act)],
         lambda both: reference(*both.split(n, dim=-1)),
         [torch.cat(inputs, dim=-1)],
         dtype,
@@ -726,7 +727,7 @@ def test_rope(bsz: int, seqlen: int, heads: int, nope: int, half: int, dtype: to
         return [torch.cat([x_nope, even * cos - odd * sin, odd * cos + even * sin], dim=-1)]
 
     x = randn(bsz, seqlen, heads, nope + 2 * half, seed=seed)
-    compare(lambda x: [kernel.rope(x, cos.to(DEVICE), sin.to(DEVICE))], reference, [x], dtype)
+    compare(lambda x: [kernel_fused.rope(x, cos.to(DEVICE), sin.to(DEVICE))], reference, [x], dtype)
 
 
 @runs
@@ -744,7 +745,7 @@ def test_keys_and_values(
         return [torch.cat([kv[..., :nope], k_pe], dim=-1), kv[..., nope:]]
 
     def ours(kv: torch.Tensor, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernel.keys_and_values(kv, wide[..., 4:], cos.to(DEVICE), sin.to(DEVICE), nope)
+        return kernel_fused.keys_and_values(kv, wide[..., 4:], cos.to(DEVICE), sin.to(DEVICE), nope)
 
     inputs = [randn(bsz, seqlen, heads, nope + v, seed=seed), randn(bsz, seqlen, 4 + 2 * half, seed=seed + 1)]
     compare(ours, reference, inputs, dtype)
@@ -765,8 +766,8 @@ def test_route(data: st.DataObject) -> None:
     if gate.bias is not None:
         gate.bias.copy_(randn(groups * per_group, seed=seed + 1))
     bias = None if gate.bias is None else gate.bias.to(DEVICE)
-    chosen = kernel.route(scores.to(DEVICE), bias, groups, limited, topk)
-    assert torch.equal(chosen.cpu(), gate._choose(scores))
+    chosen = kernel_fused.route(scores.to(DEVICE), bias, groups, limited, topk)
+    assert torch.equal(chosen.cpu(), gate.choose(scores))
 
 
 @runs
@@ -774,7 +775,7 @@ def test_route(data: st.DataObject) -> None:
 @given(st.integers(1, 1500), st.integers(1, 40), st.integers(1, 4), seeds)
 def test_sort_by_expert(n: int, experts: int, k: int, seed: int) -> None:
     choices = torch.randint(experts, (n, k), generator=generator(seed))
-    places, ends = kernel.sort_by_expert(choices.to(DEVICE), experts)
+    places, ends = kernel_fused.sort_by_expert(choices.to(DEVICE), experts)
     order = choices.flatten().sort(stable=True).indices
     assert torch.equal(places.flatten().cpu().long(), order.argsort())
     assert torch.equal(ends.cpu().long(), choices.flatten().bincount(minlength=experts).cumsum(0))
@@ -786,11 +787,11 @@ def test_sort_by_expert(n: int, experts: int, k: int, seed: int) -> None:
 def test_permute_and_combine(n: int, k: int, dim: int, dtype: torch.dtype, seed: int) -> None:
     places = torch.randperm(n * k, generator=generator(seed)).view(n, k)
     order, here = places.flatten().argsort(), places.int().to(DEVICE)
-    compare(lambda x: [kernel.permute(x, here)], lambda x: [x[order // k]], [randn(n, dim, seed=seed)], dtype)
+    compare(lambda x: [kernel_fused.permute(x, here)], lambda x: [x[order // k]], [randn(n, dim, seed=seed)], dtype)
     weights = randn(n, k, seed=seed + 1).requires_grad_()
     theirs, ours = weights.detach().double().requires_grad_(), weights.detach().to(DEVICE).requires_grad_()
     compare(
-        lambda x: [kernel.combine(x, here, ours)],
+        lambda x: [kernel_fused.combine(x, here, ours)],
         lambda x: [(x[places] * theirs.unsqueeze(-1)).sum(1)],
         [randn(n * k, dim, seed=seed + 2)],
         dtype,
@@ -813,14 +814,14 @@ def test_newton_schulz(shape: tuple[int, int, int]) -> None:
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
         expected = wide if shape[1] <= shape[2] else wide.mT
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.06)):
-        actual = kernel.newton_schulz(x.to(dtype).to(DEVICE), (a, b, c), 5)
+        actual = kernel_fused.newton_schulz(x.to(dtype).to(DEVICE), (a, b, c), 5)
         assert actual.shape == x.shape
         assert (actual.cpu().double() - expected).norm() <= bound * expected.norm()
 
 
 @runs
 def test_symmetric_product_is_symmetric_to_the_bit() -> None:
-    y = kernel._symmetric(randn(2, 200, 56).bfloat16().to(DEVICE))
+    y = kernel_fused._symmetric(randn(2, 200, 56).bfloat16().to(DEVICE))
     assert torch.equal(y, y.mT)
 
 
@@ -830,11 +831,11 @@ def test_momentum_and_update(n: int) -> None:
     grad, buffer, p = (randn(n, seed=i).to(DEVICE) for i in range(3))
     update = torch.empty(n, dtype=torch.bfloat16, device=DEVICE)
     expected = buffer.lerp(grad, 1 - 0.95)
-    kernel.momentum_update(grad, buffer, update, 0.95)
+    kernel_fused.momentum_update(grad, buffer, update, 0.95)
     assert (buffer - expected).abs().max() < 1e-6
     assert (update.float() - grad.lerp(expected, 0.95)).abs().max() < 0.02
     wanted = (1 - 0.3 * 0.1) * p - 0.3 * 2 * update.float()
-    kernel.apply_update(p, update, torch.tensor(0.3, device=DEVICE), 0.1, 2.0)
+    kernel_fused.apply_update(p, update, torch.tensor(0.3, device=DEVICE), 0.1, 2.0)
     assert (p - wanted).abs().max() < 1e-6
 
 
@@ -843,10 +844,10 @@ def test_a_step_on_the_device_is_skipped_or_scaled() -> None:
     grad, buffer, p = (randn(70, seed=i).to(DEVICE) for i in range(3))
     update, before = torch.empty(70, dtype=torch.bfloat16, device=DEVICE), (buffer.clone(), p.clone())
     one, four = torch.ones((), device=DEVICE), torch.full((), 4.0, device=DEVICE)
-    kernel.momentum_update(grad * float("nan"), buffer, update, 0.95, None, one)
-    kernel.apply_update(p, update, one, 0.1, 2.0, one)
+    kernel_fused.momentum_update(grad * float("nan"), buffer, update, 0.95, None, one)
+    kernel_fused.apply_update(p, update, one, 0.1, 2.0, one)
     assert torch.equal(buffer, before[0]) and torch.equal(p, before[1])
-    kernel.momentum_update(grad, buffer, update, 0.95, four, 0 * one)
+    kernel_fused.momentum_update(grad, buffer, update, 0.95, four, 0 * one)
     assert (buffer - before[0].lerp(grad / 4, 1 - 0.95)).abs().max() < 1e-6
 
 
