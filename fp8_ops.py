@@ -53,6 +53,25 @@ def multiplies_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+@cache
+def _runs_triton(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def kernels(x: torch.Tensor) -> Any:
+    """The module `kernel_fused` where its kernels take tensors such as `x`: on a GPU, outside of torch.compile.
+
+    None elsewhere: there plain torch computes the same, and torch.compile fuses it by itself.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling() or not _runs_triton(x.device):
+        return None
+    import kernel_fused
+
+    return kernel_fused
+
+
 def _runs_kernel(x: torch.Tensor, block_size: int = BLOCK) -> bool:
     return block_size == BLOCK and x.numel() > 0 and multiplies_fp8(x.device)
 
@@ -515,6 +534,29 @@ def linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None =
     if x.is_cuda and x.dtype == torch.bfloat16 and weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0:
         return F.grouped_mm(x, weight.mT, offs=offsets)
     return _grouped_mm(x, weight.mT, offsets)
+
+
+def joined(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Casts weights (..., out_features, in_features) into one, below each other, so that one product serves all."""
+    return _Joined.apply(dtype, *weights)
+
+
+class _Joined(torch.autograd.Function):
+    """Each weight is read once and written once; its gradient comes back in its own precision."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.dtypes, ctx.rows = [w.dtype for w in weights], [w.shape[-2] for w in weights]
+        first = weights[0]
+        out = torch.empty(*first.shape[:-2], sum(ctx.rows), first.shape[-1], dtype=dtype, device=first.device)
+        for w, place in zip(weights, out.split(ctx.rows, dim=-2), strict=True):
+            place.copy_(w)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        parts = zip(grad.split(ctx.rows, dim=-2), ctx.dtypes, strict=True)
+        return None, *(part.to(dtype, memory_format=torch.contiguous_format) for part, dtype in parts)
 
 
 def fp8_linear(

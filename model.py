@@ -5,23 +5,24 @@ A block is `x + attn(attn_norm(x))` followed by `x + ffn(ffn_norm(x))`, and noth
 Multi-head latent attention (MLA; DeepSeek-V2 report, section 2.1). Keys and values of all heads are expanded from one
     small latent vector per position, `c = kv_norm(W_kv_a x)` with `kv_lora_rank` numbers, plus one rotary key of
     `qk_rope_head_dim` numbers that all heads share. Only these are cached. Two implementations give the same numbers:
-      naive    expands keys and values, then attends as usual: few large products, the way to train.
+      naive    expands keys and values, then attends as usual: few large products, for training.
       absorb   moves the expansion to the other side, `q·(W_k c) = (W_kᵀ q)·c`: queries and outputs are projected into
-               the latent space, where all heads read the same cache. The way to decode: little memory to read.
+               the latent space, where all heads read the same cache: little memory to read, for decoding.
 
 Mixture of experts (MoE; DeepSeek-V3 report, section 2.1.2). A router scores `n_routed_experts` small MLPs for each
-    position and sends it through the best `n_activated_experts`, plus `n_shared_experts` that everybody visits. The
-    load is balanced without an auxiliary loss: each expert has a bias that is added to its score for choosing, though
-    not for weighing, and that goes down by a fixed step after every batch in which the expert had more than the mean.
+    position and sends it through the best `n_activated_experts`, plus `n_shared_experts` that every position visits.
+    The load is balanced without an auxiliary loss: each expert has a bias that is added to its score for choosing,
+    though not to its weight, and that is moved against the expert's load after every batch.
 
 Multi-token prediction (MTP; section 2.2). Module k takes the model's state at position i and the byte at i+k, and
-    predicts the byte at i+k+1 through one more block and the shared head. It trains the model to look ahead, and can
-    propose bytes when decoding.
+    predicts the byte at i+k+1 through one more block and the shared head: a denser training signal, and drafts for
+    speculative decoding.
 
 The names are those of DeepSeek's own inference code. Shapes in comments: B batch, S positions of the call, T positions
 to attend to, H heads, C `kv_lora_rank`, R `qk_rope_head_dim`, N = B·S, K experts per position, E experts.
 
-This file is the mathematics for one device: it knows nothing of files, flags or the environment.
+This file is the mathematics for one device: it knows nothing of files, flags or the environment. Where a line asks for
+`fp8_ops.kernels`, a GPU runs one fused kernel for what the plain lines beside it compute.
 """
 
 import math
@@ -38,8 +39,9 @@ import fp8_ops
 attn_impl: Literal["naive", "absorb"] = "naive"
 
 FEW_POSITIONS = 64  # of a call, up to which a decoder is faster than the modules
-QUERY_BLOCK = 256  # queries of one product in `attend_in_products`: larger ones see more that is masked
-EMBEDDING_STD = 0.3  # at the start; with 1, small models learn the slower
+QUERY_BLOCK = 256  # queries of one product in `attend_in_products`: larger blocks compute more masked scores
+EMBEDDING_STD = 0.3  # at the start; with 1, small models learn more slowly
+BIAS_GAIN = 0.02  # of the routers' biases; 0.05 chatters, which costs 1% of the loss, 0.01 follows too slowly
 LATENT_NORM_EPS = 1e-6  # of q_norm and kv_norm, whatever norm_eps is, in DeepSeek's code and in transformers
 ACTIVATIONS = {
     "silu": F.silu,
@@ -101,7 +103,8 @@ class ModelArgs:
         score_func: Router scores: "softmax" over all experts, or "sigmoid" of each, normalised over the chosen ones.
         gate_bias: Whether choosing adds a bias per expert (balancing without auxiliary loss). None: with sigmoid only.
         route_scale: Factor of the routed experts' weights.
-        bias_update_speed: The step of that bias after each batch (gamma in the V3 report, section 2.1.2).
+        bias_update_speed: The step of that bias after each batch (gamma in the V3 report, section 2.1.2; 0.001 there).
+            None: in proportion to how far the load is from the mean, for runs of any length.
         aux_loss_alpha: Weight of the sequence-wise balance loss (alpha there, equation 17).
         hidden_act: Activation of the gate in MLPs and experts: "silu", "gelu" or "relu2" (squared ReLU).
         q_lora_rank: Rank of the query's compression; 0: a plain projection.
@@ -145,7 +148,7 @@ class ModelArgs:
     score_func: str = "softmax"
     gate_bias: bool | None = None
     route_scale: float = 1.0
-    bias_update_speed: float = 0.001
+    bias_update_speed: float | None = None
     aux_loss_alpha: float = 0.0001
     hidden_act: str = "silu"
     q_lora_rank: int = 0
@@ -241,14 +244,14 @@ def check_field(name: str, value: Any) -> Any:
     """
     wanted = ModelArgs.__dataclass_fields__[name].type
     shown = f"{value!r:.100}" if type(value) is not int or value.bit_length() < 100 else "a number of many digits"
-    if type(value) is int and wanted is float and value.bit_length() < 64:
+    if type(value) is int and wanted in (float, float | None) and value.bit_length() < 64:
         value = float(value)
     # bool is a subclass of int, and `true` is no number of layers
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted in (int, float)):
         raise ConfigError(f"{name} must be of type {getattr(wanted, '__name__', wanted)}, got {shown}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be finite, got {shown}")
-    if name in _BOUNDS and not _BOUNDS[name][0] <= value <= _BOUNDS[name][1]:
+    if name in _BOUNDS and value is not None and not _BOUNDS[name][0] <= value <= _BOUNDS[name][1]:
         raise ConfigError(f"{name} must be from {_BOUNDS[name][0]} to {_BOUNDS[name][1]}, got {shown}")
     if name in _CHOICES and value not in _CHOICES[name]:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, _CHOICES[name]))}, got {shown}")
@@ -256,22 +259,22 @@ def check_field(name: str, value: Any) -> Any:
 
 
 class KVCache:
-    """What attention remembers of each sequence in a batch, which may differ in length.
+    """Keys and values of a batch of sequences, which may differ in length.
 
     Under "absorb" a layer keeps one tensor (B, capacity, C + R); under "naive", keys (B, capacity, H, qk_head_dim) and
-    values (B, capacity, H, v_head_dim). Positions from a row's length on are free: what lies there is never read.
+    values (B, capacity, H, v_head_dim). What lies at positions from a row's length on is never read.
 
     Args:
         args: The model's shape.
         batch_size: Number of sequences, B.
-        capacity: Positions that each can take.
-        n_heads: Heads kept here, H.
-        dtype: Dtype of what is kept.
-        device: Where it is kept.
-        spare: How many positions a call may go past the context, where nobody reads what comes out.
+        capacity: Positions of each.
+        n_heads: Heads of this process, H.
+        dtype: Dtype of the entries.
+        device: Their device.
+        spare: Positions that a call may go past the context; what it computes there is not used.
 
     Attributes:
-        lengths: Positions filled, one for each sequence. Lower one, and the positions after it are forgotten.
+        lengths: Filled positions of each sequence. Lowering one drops the positions after it.
     """
 
     def __init__(
@@ -320,57 +323,36 @@ class KVCache:
 
 
 class Positions(NamedTuple):
-    """Where the tokens of a call stand: computed once, read by every layer.
+    """The positions of a call's tokens: computed once, used by every layer."""
 
-    Attributes:
-        cos: Cosines of the rotary angles, float32 (S, 1, R/2), or (B, S, 1, R/2) where rows differ in it.
-        sin: Their sines.
-        index: Positions (B, S) in the cache, or a slice of it that is the same for all rows; None without a cache.
-        mask: True where a query may look, (B or 1, 1, S, T). None: causal, or everywhere for a single query.
-    """
-
-    cos: torch.Tensor
+    cos: torch.Tensor  # of the rotary angles, float32 (S, 1, R/2), or (B, S, 1, R/2) where rows differ
     sin: torch.Tensor
-    index: torch.Tensor | slice | None = None
-    mask: torch.Tensor | None = None
+    index: torch.Tensor | slice | None = None  # in the cache: (B, S), or a slice equal in all rows; None without one
+    mask: torch.Tensor | None = None  # True where a query may look, (B or 1, 1, S, T); None: causal, or one query
 
 
 class Routing(NamedTuple):
-    """What a mixture of experts tells about a batch.
+    """The statistics of one mixture of experts over a batch."""
 
-    Attributes:
-        load: Positions that each expert got, float32 (E,).
-        balance_loss: The sequence-wise balance loss, already weighed; a float32 scalar.
-    """
-
-    load: torch.Tensor
-    balance_loss: torch.Tensor
+    load: torch.Tensor  # positions that each expert got, float32 (E,)
+    balance_loss: torch.Tensor  # sequence-wise, times its weight; a float32 scalar
 
 
 class Losses(NamedTuple):
-    """The training loss and its parts, scalars in nats, and the load of the experts.
+    """The training loss and its terms, scalars in nats, and the load of the experts."""
 
-    Attributes:
-        total: What to minimise: `next_byte` + `mtp_loss_weight` · `mtp` + `balance`.
-        next_byte: Mean cross-entropy of the next byte: the figure that evaluations quote.
-        mtp: Mean cross-entropy of the MTP modules; 0 without any.
-        balance: Sum of the layers' balance losses.
-        load: Positions per expert, float32 (MoE layers, E).
-    """
-
-    total: torch.Tensor
-    next_byte: torch.Tensor
-    mtp: torch.Tensor
-    balance: torch.Tensor
-    load: torch.Tensor
+    total: torch.Tensor  # to minimise: next_byte + mtp_loss_weight · mtp + balance
+    next_byte: torch.Tensor  # mean cross-entropy of the next byte, as evaluations quote it
+    mtp: torch.Tensor  # mean cross-entropy of the MTP modules; 0 without any
+    balance: torch.Tensor  # sum of the layers' balance losses
+    load: torch.Tensor  # positions per expert, float32 (MoE layers, E)
 
 
 class Linear(nn.Module):
     """A matrix without bias (no layer of the architecture has one), or a stack of them, one for each routed expert.
 
-    Its weight is kept in one of two ways. Trained: in the parameter's own precision, and for FP8 products a quantised
-    copy beside it, made by `quantize` once a step. Or stored in FP8, as a checkpoint may have it: then the parameter
-    itself is FP8 and `scale` holds its scales.
+    A trained weight is kept in the parameter's own precision; for FP8 products, `quantize` makes a quantised copy once
+    a step. A weight stored in FP8, as in a checkpoint, is itself the parameter, and `scale` holds its scales.
 
     Args:
         args: The model's shape.
@@ -400,6 +382,9 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
         (y,) = project(x, self, offsets=offsets)
         return y
+
+    def extra_repr(self) -> str:
+        return " × ".join(map(str, self.weight.shape)) + ("" if self.scale is None else ", stored in FP8")
 
     def store_fp8(self) -> None:
         """Makes room for a weight stored in FP8; its values are undefined until they are loaded."""
@@ -433,20 +418,22 @@ class Linear(nn.Module):
 
 
 def project(x: torch.Tensor, *layers: Linear, offsets: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Applies several layers to one input, which FP8 then quantises, and keeps for the backward pass, once.
+    """Applies several layers, all in FP8 or none, to one input (..., in_features); returns (..., out_features) of each.
 
-    Args:
-        x: Shape (..., in_features).
-        layers: The layers, all in FP8 or none.
-        offsets: For stacks, where the rows of each matrix end; see `fp8_ops.linear`.
-
-    Returns:
-        (..., out_features) of each.
+    `offsets` says for stacks where the rows of each matrix end; see `fp8_ops.linear`.
     """
     if fp8_ops.gemm_impl == "fp8" and not layers[0].high_precision:
-        quantized = [layer.quantized() for layer in layers]
+        quantized = [layer.quantized() for layer in layers]  # FP8 quantises, and keeps, the input once for all
         return fp8_ops.fp8_linear(x, [layer.weight for layer in layers], quantized, offsets, layers[0].scale_fmt)
+    if len(layers) > 1 and fp8_ops.kernels(x):
+        return project_joined(x, *layers, offsets=offsets).split([layer.weight.shape[-2] for layer in layers], dim=-1)
     return tuple(fp8_ops.linear(x, layer.dense_weight(x.dtype), offsets) for layer in layers)
+
+
+def project_joined(x: torch.Tensor, *layers: Linear, offsets: torch.Tensor | None = None) -> torch.Tensor:
+    """`project` as one product, not in FP8: the results lie side by side, (..., sum of out_features)."""
+    weights = [layer.dense_weight(x.dtype) for layer in layers]
+    return fp8_ops.linear(x, fp8_ops.joined(weights, x.dtype), offsets)
 
 
 class RMSNorm(nn.Module):
@@ -458,7 +445,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return self.add(x)[1]
+
+    def add(self, x: torch.Tensor, update: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns `x + update` (`x` without one) and its norm: a residual stream needs both."""
+        if kernel := fp8_ops.kernels(x):
+            return kernel.add_rms_norm(x, update, self.weight, self.eps)
+        x = x if update is None else x + update
+        return x, F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
 
 
 def rope_frequencies(args: ModelArgs) -> torch.Tensor:
@@ -468,7 +465,7 @@ def rope_frequencies(args: ModelArgs) -> torch.Tensor:
     ramps between them; slow and fast are counted in rotations over the original context.
     """
     half = args.qk_rope_head_dim // 2
-    freqs = args.rope_theta ** (-torch.arange(half, dtype=torch.float32) / max(half, 1))
+    freqs = args.rope_theta ** (-torch.arange(half, dtype=torch.float32, device="cpu") / max(half, 1))
     if not args.use_yarn or not half:
         return freqs
 
@@ -479,39 +476,30 @@ def rope_frequencies(args: ModelArgs) -> torch.Tensor:
     low = max(math.floor(index_of(args.beta_fast)), 0)
     high = min(math.ceil(index_of(args.beta_slow)), args.qk_rope_head_dim - 1)
     width = high - low or 0.001  # negative where the clamps above cross, which DeepSeek's code lets pass
-    ramp = ((torch.arange(half, dtype=torch.float32) - low) / width).clamp(0, 1)
+    ramp = ((torch.arange(half, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
     return freqs / args.rope_factor * ramp + freqs * (1 - ramp)
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (x0, x1), (x2, x3), ... of the last dimension by their angles.
+    """Rotates the pairs (x0, x1), (x2, x3), ... of x (B, S, H, R) by angles broadcast against (B, S, H, R/2).
 
-    The result has the pairs' first halves in front and the second halves behind. Queries and keys are laid out alike,
-    so their products do not notice, and putting the pairs back together would cost a pass over memory.
-
-    Args:
-        x: Shape (B, S, H, R).
-        cos: Cosines, broadcast against (B, S, H, R/2).
-        sin: Sines, likewise.
-
-    Returns:
-        The rotated tensor in the shape and dtype of `x`; computed in float32.
+    The result has the pairs' first numbers in front and the second ones behind. Queries and keys are laid out alike, so
+    their products are the same, and putting the pairs back together would cost a pass over memory.
     """
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()  # in float32: bfloat16 has 8 bits for the angle
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
 
 
 def causal_mask(seq_len: int, device: torch.device) -> torch.Tensor:
-    """True where a query may look in a sequence of `seq_len` that nothing came before: (1, 1, S, S)."""
+    """True where a query may look in a sequence of `seq_len` without a cache: (1, 1, S, S)."""
     return torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
 
 
 def attend_in_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal softmax attention as two matrix products for each block of queries, over the keys up to its end.
 
-    torch's fused attention does not use a CPU's bfloat16 products: on such a CPU this is two to three times as fast,
-    forward and backward. Products are summed in float32 and rounded to bfloat16, as is what the softmax makes of them.
-    The backward pass keeps that: memory grows with the square of S, as it does not in torch's.
+    torch's fused attention does not use a CPU's bfloat16 products: there this is two to three times as fast, forward
+    and backward. The backward pass keeps the probabilities: memory grows with the square of S, unlike torch's.
 
     Args:
         q: Queries (B, S, H, d).
@@ -523,7 +511,7 @@ def attend_in_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale:
         Shape (B, S, H, d_v).
     """
     bsz, seqlen, heads, _ = q.shape
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B·H, S, ·)
     blocks = []
     for start in range(0, seqlen, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, seqlen)
@@ -566,8 +554,8 @@ class MLA(nn.Module):
             mscale = 0.1 * args.mscale * math.log(args.rope_factor) + 1.0
             self.softmax_scale *= mscale * mscale
 
-    def forward(self, x: torch.Tensor, where: Positions, cache: KVCache | None) -> torch.Tensor:
-        bsz, seqlen, _ = x.shape
+    def forward(self, x: torch.Tensor, positions: Positions, cache: KVCache | None) -> torch.Tensor:
+        # the projections of x are made together: (B, S, q_lora_rank or H·d), then (B, S, C + R), or keys and values
         q, *rest = project(
             x,
             self.wq_a if self.q_lora_rank else self.wq,
@@ -575,26 +563,41 @@ class MLA(nn.Module):
         )
         if self.q_lora_rank:
             q = self.wq_b(self.q_norm(q))
-        q = q.view(bsz, seqlen, self.n_heads, self.qk_head_dim)
+        q = q.unflatten(-1, (self.n_heads, self.qk_head_dim))  # (B, S, H, d)
+        if cache is None and attn_impl == "naive" and (kernel := fp8_ops.kernels(q)):
+            q, k, v = self._rotated_by_kernels(kernel, q, *rest, positions=positions)
+            return self.wo(self._attend(q, k, v, positions, None).flatten(2))
         q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q_pe = apply_rotary_emb(q_pe, where.cos, where.sin)
+        q_pe = apply_rotary_emb(q_pe, positions.cos, positions.sin)
         if self.kv_lora_rank == 0:
-            k, v = self._plain_kv(*rest, where)
+            k, v = self._plain_kv(*rest, positions)
         else:
             kv, k_pe = rest[0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            kv = self.kv_norm(kv)
-            k_pe = apply_rotary_emb(k_pe.unsqueeze(2), where.cos, where.sin)
+            kv = self.kv_norm(kv)  # (B, S, C)
+            k_pe = apply_rotary_emb(k_pe.unsqueeze(2), positions.cos, positions.sin)  # (B, S, 1, R), for all heads
             if attn_impl == "absorb":
-                return self.wo(self._attend_absorbed(q_nope, q_pe, kv, k_pe, where, cache).flatten(2))
+                return self.wo(self._attend_absorbed(q_nope, q_pe, kv, k_pe, positions, cache).flatten(2))
             k, v = self._split_kv(self.wkv_b(kv), k_pe)
-        out = self._attend(torch.cat([q_nope, q_pe], dim=-1), k, v, where, cache)
+        out = self._attend(torch.cat([q_nope, q_pe], dim=-1), k, v, positions, cache)
         return self.wo(out.flatten(2))
 
-    def _plain_kv(self, k: torch.Tensor, v: torch.Tensor, where: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotated_by_kernels(
+        self, kernel: Any, q: torch.Tensor, kv: torch.Tensor, v: torch.Tensor | None = None, *, positions: Positions
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values as `forward` makes them, without a pass over memory for each cat and cast."""
+        angles = positions.cos, positions.sin
+        if v is not None:  # plain attention: kv are the keys
+            k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in (kv, v))
+            return kernel.rope(q, *angles), kernel.rope(k, *angles), v
+        kv, k_pe = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv = self.wkv_b(self.kv_norm(kv)).unflatten(-1, (self.n_heads, -1))
+        return kernel.rope(q, *angles), *kernel.keys_and_values(kv, k_pe, *angles, self.qk_nope_head_dim)
+
+    def _plain_kv(self, k: torch.Tensor, v: torch.Tensor, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of ordinary multi-head attention, straight from projections: each (B, S, H, its width)."""
         k = k.unflatten(-1, (self.n_heads, self.qk_head_dim))
         k_nope, k_pe = k.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        k = torch.cat([k_nope, apply_rotary_emb(k_pe, where.cos, where.sin)], dim=-1)
+        k = torch.cat([k_nope, apply_rotary_emb(k_pe, positions.cos, positions.sin)], dim=-1)
         return k, v.unflatten(-1, (self.n_heads, self.v_head_dim))
 
     def _split_kv(self, kv: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -609,47 +612,48 @@ class MLA(nn.Module):
         q_pe: torch.Tensor,
         kv: torch.Tensor,
         k_pe: torch.Tensor,
-        where: Positions,
+        positions: Positions,
         cache: KVCache | None,
     ) -> torch.Tensor:
         """Attends through the latents, one key of C + R for all heads. Returns (B, S, H, v_head_dim)."""
         bsz, seqlen = kv.shape[:2]
-        latent = torch.cat([kv, k_pe.squeeze(2)], dim=-1)
+        latent = torch.cat([kv, k_pe.squeeze(2)], dim=-1)  # (B, S, C + R), which is all that is cached
         if cache is not None:
-            (latent,) = cache.update(self.layer_id, where.index, latent)
-            latent = latent.to(kv.dtype)
+            (latent,) = cache.update(self.layer_id, positions.index, latent)
+            latent = latent.to(kv.dtype)  # (B, T, C + R)
         values = latent[..., : self.kv_lora_rank]  # (B, T, C)
         wkv_b = self.wkv_b.dense_weight(kv.dtype).to(kv.dtype)
         # for a query, the latent space is the wider one; for a position to attend to, expanding is a product more
         wider = 2 * self.kv_lora_rank - self.qk_nope_head_dim - self.v_head_dim
         if seqlen * wider > self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim):
             k, v = self._split_kv(F.linear(values, wkv_b), latent[..., self.kv_lora_rank :].unsqueeze(2))
-            return self._attend(torch.cat([q_nope, q_pe], dim=-1), k, v, where, None)
+            return self._attend(torch.cat([q_nope, q_pe], dim=-1), k, v, positions, None)
         w_k, w_v = wkv_b.view(self.n_heads, -1, self.kv_lora_rank).split([self.qk_nope_head_dim, self.v_head_dim], 1)
-        q = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_k).transpose(0, 1)  # (B·S, H, C)
+        q = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_k).transpose(0, 1)  # W_kᵀ q: (B·S, H, C)
         q = torch.cat([q, q_pe.flatten(0, 1)], dim=-1).view(bsz, -1, latent.shape[-1]) * self.softmax_scale
         scores = torch.bmm(q, latent.mT)  # (B, S·H, T): no copy of the cache, and no cast
-        if where.mask is not None or seqlen > 1:
-            mask = where.mask if where.mask is not None else causal_mask(seqlen, kv.device)
+        if positions.mask is not None or seqlen > 1:
+            mask = positions.mask if positions.mask is not None else causal_mask(seqlen, kv.device)
             scores = scores.unflatten(1, (seqlen, -1)).masked_fill(~mask.transpose(1, 2), float("-inf")).flatten(1, 2)
-        out = torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(kv.dtype), values)
-        out = torch.bmm(out.view(bsz * seqlen, self.n_heads, -1).transpose(0, 1), w_v.mT)
+        out = torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(kv.dtype), values)  # (B, S·H, C)
+        out = torch.bmm(out.view(bsz * seqlen, self.n_heads, -1).transpose(0, 1), w_v.mT)  # (H, B·S, v_head_dim)
         return out.transpose(0, 1).unflatten(0, (bsz, seqlen))
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Positions, cache: KVCache | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: Positions, cache: KVCache | None
     ) -> torch.Tensor:
-        """Softmax attention of `q` (B, S, H, d) over `k` and `v` (B, T, H, ...), after what `cache` remembers."""
+        """Softmax attention of `q` (B, S, H, d) over `k` and `v` (B, T, H, ...), and over what `cache` holds."""
         if cache is not None:
-            k, v = (t.to(q.dtype) for t in cache.update(self.layer_id, where.index, k, v))
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and where.mask is None and 1 < q.shape[1] == k.shape[1]:
+            k, v = (t.to(q.dtype) for t in cache.update(self.layer_id, positions.index, k, v))
+        in_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and positions.mask is None
+        if in_products and 1 < q.shape[1] == k.shape[1]:
             return attend_in_products(q, k, v, self.softmax_scale)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=where.mask,
-            is_causal=where.mask is None and (where.index is None or q.shape[1] > 1),
+            attn_mask=positions.mask,
+            is_causal=positions.mask is None and (positions.index is None or q.shape[1] > 1),
             scale=self.softmax_scale,
         )
         return out.transpose(1, 2)
@@ -663,15 +667,21 @@ class MLP(nn.Module):
         self.w1 = Linear(args, args.dim, inter_dim, stack)
         self.w2 = Linear(args, inter_dim, args.dim, stack)
         self.w3 = Linear(args, args.dim, inter_dim, stack)
+        self.hidden_act = args.hidden_act
         self.act = ACTIVATIONS[args.hidden_act]
 
     def forward(
         self, x: torch.Tensor, offsets: torch.Tensor | None = None, is_here: torch.Tensor | None = None
     ) -> torch.Tensor:
+        kernel = fp8_ops.kernels(x)
+        if kernel and fp8_ops.gemm_impl != "fp8":
+            gate_up = project_joined(x, self.w1, self.w3, offsets=offsets)  # (N, 2·inter_dim)
+            gate_up = gate_up if is_here is None else gate_up.where(is_here, 0)
+            return self.w2(kernel.glu(gate_up, None, self.hidden_act), offsets)
         gate, up = project(x, self.w1, self.w3, offsets=offsets)
         if is_here is not None:
             gate, up = gate.where(is_here, 0), up.where(is_here, 0)
-        return self.w2(self.act(gate) * up, offsets)
+        return self.w2(kernel.glu(gate, up, self.hidden_act) if kernel else self.act(gate) * up, offsets)
 
 
 class Gate(nn.Module):
@@ -688,51 +698,58 @@ class Gate(nn.Module):
         self.register_buffer("bias", torch.zeros(args.n_routed_experts) if args.gate_bias else None)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Routes positions, in float32 throughout.
-
-        Args:
-            x: Shape (N, dim).
+        """Routes positions (N, dim).
 
         Returns:
             Weights float32 (N, K), the experts' indices int64 (N, K), and all scores float32 (N, E).
         """
-        scores = F.linear(x.float(), self.weight.float())
+        scores = F.linear(x.float(), self.weight.float())  # in float32: a rounding error could choose another expert
         scores = scores.softmax(dim=-1) if self.score_func == "softmax" else scores.sigmoid()
-        choice = scores.detach() if self.bias is None else scores.detach() + self.bias
-        if self.n_groups > 1:
-            choice = choice.view(-1, self.n_groups, choice.shape[-1] // self.n_groups)
-            rank = choice.amax(dim=-1) if self.bias is None else choice.topk(2, dim=-1).values.sum(dim=-1)
-            best = rank.topk(self.topk_groups, dim=-1).indices
-            shut = torch.ones_like(rank, dtype=torch.bool).scatter_(1, best, False)
-            choice = choice.masked_fill(shut.unsqueeze(-1), float("-inf")).flatten(1)
-        indices = choice.topk(self.topk, dim=-1).indices
-        weights = scores.gather(1, indices)
+        indices = self.choose(scores.detach())
+        weights = scores.gather(1, indices)  # without the bias, which only chooses
         if self.score_func == "sigmoid":
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * self.route_scale, indices, scores
 
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """The experts (N, K) with the highest scores (N, E) plus bias, out of the best groups."""
+        if kernel := fp8_ops.kernels(scores):
+            return kernel.route(scores, self.bias, self.n_groups, self.topk_groups, self.topk)
+        choice = scores if self.bias is None else scores + self.bias
+        if self.n_groups > 1:
+            choice = choice.view(-1, self.n_groups, choice.shape[-1] // self.n_groups)
+            # DeepSeek-V2 ranks a group by its best expert, V3, which has the bias, by its best two
+            rank = choice.amax(dim=-1) if self.bias is None else choice.topk(2, dim=-1).values.sum(dim=-1)
+            best = rank.topk(self.topk_groups, dim=-1).indices
+            shut = torch.ones_like(rank, dtype=torch.bool).scatter_(1, best, False)
+            choice = choice.masked_fill(shut.unsqueeze(-1), float("-inf")).flatten(1)
+        return choice.topk(self.topk, dim=-1).indices
 
-def _sum_rows(x: torch.Tensor, which: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """The sums of `k` rows each of `x`, wherever they are: `which` int64 (N, k), weighed by `weights` (N, k)."""
+    def extra_repr(self) -> str:
+        n, dim = self.weight.shape
+        return f"{dim} -> {self.topk} of {n}, from {self.topk_groups} of {self.n_groups} groups"
+
+
+def _sum_rows(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The sums of K rows each of `x`, which stand at `places` int64 (N, K), weighted by `weights` (N, K)."""
     if x.device.type not in ("cuda", "mps"):  # without a copy of the rows; on a GPU it has no gradient for bfloat16
-        return F.embedding_bag(which, x, mode="sum", per_sample_weights=weights)
-    rows = x.index_select(0, which.flatten()).unflatten(0, which.shape)
+        return F.embedding_bag(places, x, mode="sum", per_sample_weights=weights)
+    rows = x.index_select(0, places.flatten()).unflatten(0, places.shape)
     return (rows if weights is None else rows * weights.unsqueeze(-1)).sum(dim=1)
 
 
 class _Permute(torch.autograd.Function):
-    """`x` repeated `k` times by rows, then permuted; the gradient is a gather too, not a scatter of single rows."""
+    """Repeats rows of `x` K times and sorts them: the gradient is a gather too, not a scatter of single rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, k: int) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.k = k
-        return x.index_select(0, order // k)
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, order // places.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return _sum_rows(grad, inverse.view(-1, ctx.k)), None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return _sum_rows(grad, places), None, None
 
 
 class Experts(MLP):
@@ -741,9 +758,11 @@ class Experts(MLP):
     def __init__(self, args: ModelArgs):
         super().__init__(args, args.moe_inter_dim, stack=args.n_routed_experts)
         self.n_experts = args.n_routed_experts
-        self.first_expert = 0  # of those that are here, where processes share them out
+        self.first_expert = 0  # of this process's, where processes share them
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sends each position through its experts: rows are sorted by expert once, so an idle expert costs nothing.
 
         Args:
@@ -752,20 +771,26 @@ class Experts(MLP):
             indices: The experts chosen, int64 (N, K).
 
         Returns:
-            The weighted sums (N, dim), over the experts that are here.
+            The weighted sums (N, dim), over the experts of this process, and the load of all experts, float32 (E,).
         """
-        k = indices.shape[1]
         here = len(self.w1.weight)
-        experts, order = ((indices - self.first_expert) % self.n_experts).flatten().sort(stable=True)
-        inverse = order.argsort()
-        offsets = torch.searchsorted(experts, torch.arange(here, device=x.device), right=True).int()
-        rows = _Permute.apply(x, order, inverse, k)
+        choices = (indices - self.first_expert) % self.n_experts  # this process's experts come first
+        if kernel := fp8_ops.kernels(x):
+            places, ends = kernel.sort_by_expert(choices, self.n_experts)  # (N, K), and where each expert's rows end
+            rows = kernel.permute(x, places)  # (N·K, dim)
+        else:
+            experts, order = choices.flatten().sort(stable=True)
+            places = order.argsort().view_as(indices)
+            ends = torch.searchsorted(experts, torch.arange(self.n_experts, device=x.device), right=True).int()
+            rows = _Permute.apply(x, order, places)
+        offsets = ends[:here]
         if here == self.n_experts:
             h = super().forward(rows, offsets)
         else:  # the rows of the others come last; what a grouped product leaves there is undefined, both ways
             is_here = (torch.arange(len(rows), device=x.device) < offsets[-1]).unsqueeze(1)
             h = super().forward(rows.where(is_here, 0), offsets, is_here).where(is_here, 0)
-        return _sum_rows(h, inverse.view(-1, k), weights.to(x.dtype))
+        y = kernel.combine(h, places, weights) if kernel else _sum_rows(h, places, weights.to(x.dtype))
+        return y, ends.diff(prepend=ends.new_zeros(1)).roll(self.first_expert).float()
 
 
 class MoE(nn.Module):
@@ -780,16 +805,14 @@ class MoE(nn.Module):
         self.shared_experts = MLP(args, shared_dim) if shared_dim else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
-        rows = x.flatten(0, 1)
+        rows = x.flatten(0, 1)  # (N, dim)
         weights, indices, scores = self.gate(rows)
-        y = self.experts(rows, weights, indices)
+        y, load = self.experts(rows, weights, indices)
         if self.shared_experts is not None:
             y = y + self.shared_experts(rows)
+        balance_loss = scores.new_zeros(())
         if self.training and self.aux_loss_alpha > 0:
             balance_loss = self.aux_loss_alpha * sequence_balance_loss(scores, indices, x.shape[0])
-        else:
-            balance_loss = scores.new_zeros(())
-        load = scores.new_zeros(scores.shape[1]).index_add_(0, indices.flatten(), scores.new_ones(indices.numel()))
         return y.view_as(x), Routing(load, balance_loss)
 
 
@@ -806,8 +829,8 @@ def sequence_balance_loss(scores: torch.Tensor, indices: torch.Tensor, batch_siz
     """
     n_experts, k = scores.shape[1], indices.shape[1]
     chosen = torch.zeros_like(scores).scatter_(1, indices, 1.0)
-    fraction = chosen.unflatten(0, (batch_size, -1)).mean(dim=1) * (n_experts / k)
-    probability = (scores / scores.sum(dim=-1, keepdim=True)).unflatten(0, (batch_size, -1)).mean(dim=1)
+    fraction = chosen.unflatten(0, (batch_size, -1)).mean(dim=1) * (n_experts / k)  # f: (B, E)
+    probability = (scores / scores.sum(dim=-1, keepdim=True)).unflatten(0, (batch_size, -1)).mean(dim=1)  # P: (B, E)
     return (fraction * probability).sum(dim=-1).mean()
 
 
@@ -821,11 +844,12 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: torch.Tensor, where: Positions, cache: KVCache | None) -> tuple[torch.Tensor, Routing | None]:
-        x = x + self.attn(self.attn_norm(x), where, cache)
-        y, routing = self.ffn(self.ffn_norm(x)), None
-        if isinstance(self.ffn, MoE):
-            y, routing = y
+    def forward(
+        self, x: torch.Tensor, positions: Positions, cache: KVCache | None
+    ) -> tuple[torch.Tensor, Routing | None]:
+        x, h = self.attn_norm.add(x)
+        x, h = self.ffn_norm.add(x, self.attn(h, positions, cache))  # x + attention, and its norm
+        y, routing = self.ffn(h) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
         return x + y, routing
 
 
@@ -841,21 +865,21 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self, h: torch.Tensor, embedded: torch.Tensor, where: Positions, cache: KVCache | None
+        self, h: torch.Tensor, embedded: torch.Tensor, positions: Positions, cache: KVCache | None
     ) -> tuple[torch.Tensor, Routing | None]:
-        """Looks one byte further.
+        """Predicts one byte further.
 
         Args:
             h: States (B, S, dim) of the main model after its norm, or of the module before.
-            embedded: Embeddings (B, S, dim) of the byte after the last one that `h` has seen.
-            where: The positions of `h`.
+            embedded: Embeddings (B, S, dim) of the byte after the last one that `h` depends on.
+            positions: The positions of `h`.
             cache: The cache, or None.
 
         Returns:
-            States (B, S, dim) for the head and for the next module, and what the experts tell.
+            States (B, S, dim) for the head and for the next module, and the statistics of its experts, if any.
         """
         x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(h)], dim=-1))
-        x, routing = self.block(x, where, cache)
+        x, routing = self.block(x, positions, cache)
         return self.norm(x), routing
 
 
@@ -869,7 +893,7 @@ def draw_weight(name: str, index: int, shape: tuple[int, ...], seed: int) -> tor
     Args:
         name: The parameter's name in the model.
         index: Its number there.
-        shape: Its whole shape.
+        shape: Its full shape.
         seed: Seed of all weights.
 
     Returns:
@@ -881,11 +905,11 @@ def draw_weight(name: str, index: int, shape: tuple[int, ...], seed: int) -> tor
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
     std = EMBEDDING_STD if name == "embed.weight" else shape[-1] ** -0.5
-    return torch.randn(shape, generator=generator) * std
+    return torch.randn(shape, generator=generator, device="cpu") * std
 
 
 class Transformer(nn.Module):
-    """The whole model.
+    """The full model.
 
     Weights keep the dtype they were made or loaded in; `compute_dtype` is that of the activations, and every product
     casts its weight to it. So float32 masters train in bfloat16, and what is stored in bfloat16 is used as it is.
@@ -894,32 +918,40 @@ class Transformer(nn.Module):
         args: The model's shape.
         compute_dtype: Dtype of the activations between the layers.
         fp8_weights: Make room for weights stored in FP8 and their scales, as an FP8 checkpoint has them.
+        init: Draw weights, as `init_weights` does. Without, and on the meta device, they are undefined: to be loaded.
 
     Attributes:
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
-        decoder: What runs calls of few positions instead of the modules, under its `attn_impls` (see decode.py and
-            graphs.py); None: nothing does.
+        decoder: A faster path for calls of few positions under its `attn_impls` (see decode.py); None: there is none.
     """
 
-    def __init__(self, args: ModelArgs, compute_dtype: torch.dtype = torch.float32, fp8_weights: bool = False):
+    def __init__(
+        self,
+        args: ModelArgs,
+        compute_dtype: torch.dtype = torch.float32,
+        fp8_weights: bool = False,
+        init: bool = True,
+    ):
         super().__init__()
         self.args = args
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False
         self.decoder: Any = None
-        self.embed = nn.Embedding(args.vocab_size, args.dim)
+        # of given memory: an Embedding draws its own otherwise
+        self.embed = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
         self.layers = nn.ModuleList(Block(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.head = Linear(args, args.dim, args.vocab_size, high_precision=True)
         self.mtp = nn.ModuleList(MTPModule(args.n_layers + k, args) for k in range(args.n_mtp_layers))
-        angles = torch.outer(torch.arange(args.max_seq_len).float(), rope_frequencies(args)).unsqueeze(1)
-        self.register_buffer("rope_cos", angles.cos(), persistent=False)
-        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        for name in ("_rope_cos", "_rope_sin"):  # grown by `rope_tables`
+            self.register_buffer(name, torch.empty(0, 1, args.qk_rope_head_dim // 2), persistent=False)
         if fp8_weights:
             for layer in self.fp8_layers():
                 layer.store_fp8()
+        elif init and self.head.weight.device.type != "meta":
+            self.init_weights()
 
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int = 0) -> None:
         """Draws fresh weights, each by `draw_weight`."""
         with torch.no_grad():
             for i, (name, p) in enumerate(self.named_parameters()):
@@ -928,15 +960,32 @@ class Transformer(nn.Module):
             if gate.bias is not None:
                 gate.bias.zero_()
 
+    def rope_tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rotary angles of the first `length` positions, or of more: float32 (·, 1, R/2)."""
+        if len(self._rope_cos) < length:
+            longer = max(length, 1024, 3 * len(self._rope_cos) // 2)  # so that decoding seldom computes them anew
+            with torch.inference_mode(False):  # what an evaluation computes, training uses
+                positions = torch.arange(min(longer, max(length, self.args.max_seq_len)), device="cpu").float()
+                angles = torch.outer(positions, rope_frequencies(self.args)).unsqueeze(1)
+                self._rope_cos, self._rope_sin = (t.to(self._rope_cos.device) for t in (angles.cos(), angles.sin()))
+        return self._rope_cos, self._rope_sin
+
+    @property
+    def rope_cos(self) -> torch.Tensor:
+        """The cosines of the full context, which may be long: see `rope_tables`."""
+        return self.rope_tables(self.args.max_seq_len)[0][: self.args.max_seq_len]
+
+    @property
+    def rope_sin(self) -> torch.Tensor:
+        """The sines of the full context."""
+        return self.rope_tables(self.args.max_seq_len)[1][: self.args.max_seq_len]
+
     def fp8_layers(self) -> list[Linear]:
-        """The layers that multiply in FP8 where `fp8_ops.gemm_impl` says so."""
+        """The layers that multiply in FP8 if `fp8_ops.gemm_impl` is "fp8"."""
         return [m for m in self.modules() if isinstance(m, Linear) and not m.high_precision]
 
     def quantize_weights(self) -> None:
-        """Quantises the weights for the FP8 products to come, which otherwise do it at each use.
-
-        To be called whenever weights have changed: once a step.
-        """
+        """Quantises the weights for FP8 products, which otherwise do it at each use: to be called once a step."""
         for layer in self.fp8_layers():
             layer.quantize()
 
@@ -945,20 +994,20 @@ class Transformer(nn.Module):
         return [m for m in self.modules() if isinstance(m, Gate)]
 
     def is_unsharded(self) -> bool:
-        """Whether all heads are here, and not some in other processes."""
+        """Whether all heads are in this process."""
         return self.layers[0].attn.n_heads == self.args.n_heads
 
     def n_params(self) -> tuple[int, int]:
-        """Numbers of parameters: all, and those that one position goes through (routed experts by their share)."""
+        """Numbers of parameters: all, and those that one position goes through (its share of the routed experts)."""
         total = sum(p.numel() for p in self.parameters())
         routed = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
         share = self.args.n_activated_experts / self.args.n_routed_experts if routed else 0
         return total, round(total - routed * (1 - share))
 
     def flops_per_position(self, seq_len: int) -> int:
-        """Floating-point operations of the model that one position of a training step needs, forward and backward.
+        """Floating-point operations of a training step for one position, forward and backward.
 
-        Six for each weight that it meets, and attention to half of the window on average, as PaLM's report counts
+        Six for each weight that it meets, and attention to half of the sequence on average, as PaLM's report counts
         (appendix B). What is computed again in the backward pass is not counted.
         """
         args, heads = self.args, 1 + len(self.mtp)  # each MTP module goes through the head as well
@@ -971,21 +1020,29 @@ class Transformer(nn.Module):
         n_heads, device = self.layers[0].attn.n_heads, self.head.weight.device
         return KVCache(self.args, batch_size, capacity, n_heads, self.compute_dtype, device, spare)
 
-    def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor | bytes, cache: KVCache | None = None) -> torch.Tensor:
         """Computes the logits of the next token at every position.
 
         Args:
-            tokens: Token ids, int64 (B, S).
+            tokens: Token ids, integers (B, S); or of one sequence, (S,) or bytes.
             cache: What came before in each row. The tokens are appended to it, and `cache.lengths` advances by S; for
                 rows whose last tokens were padding, the caller lowers the length again.
 
         Returns:
-            Logits, float32 (B, S, vocab_size).
+            Logits, float32 (B, S, vocab_size), or (S, vocab_size) for one sequence.
 
         Raises:
-            ValueError: More positions than the context or the cache has.
+            ValueError: No tokens of such a shape, or more positions than the context or the cache has.
         """
-        _, logits = self.forward_with_hidden(tokens, cache)
+        if isinstance(tokens, (bytes, bytearray)):
+            tokens = torch.tensor(list(tokens), dtype=torch.int64, device=self.head.weight.device)
+        shape, dtype = getattr(tokens, "shape", ()), getattr(tokens, "dtype", type(tokens).__name__)
+        if dtype not in (torch.uint8, torch.int32, torch.int64) or len(shape) not in (1, 2) or list(shape) == [0]:
+            given = f"{dtype} {list(shape)}"
+            raise ValueError(f"tokens must be bytes, or integers (batch, sequence) or (sequence,), got {given}")
+        if tokens.ndim == 1:
+            return self.forward(tokens.unsqueeze(0), cache).squeeze(0)
+        _, logits = self.forward_with_hidden(tokens.long(), cache)
         if cache is not None:
             cache.lengths = [length + tokens.shape[1] for length in cache.lengths]
         return logits
@@ -993,7 +1050,7 @@ class Transformer(nn.Module):
     def forward_with_hidden(
         self, tokens: torch.Tensor, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Does what `forward` does, but leaves `cache.lengths`, so that MTP modules can read at the same positions.
+        """`forward`, but `cache.lengths` stays, so that MTP modules can run at the same positions.
 
         Returns:
             The states (B, S, dim), for `mtp_forward`, and the logits, float32 (B, S, vocab_size).
@@ -1004,22 +1061,22 @@ class Transformer(nn.Module):
         return h, self.head(h).float()
 
     def forward_hidden(self, tokens: torch.Tensor, cache: KVCache | None = None) -> tuple[torch.Tensor, list[Routing]]:
-        """Runs the main layers: the states (B, S, dim) after the last norm, and what each MoE layer tells."""
-        where = self.positions(tokens.shape[1], cache)
+        """Runs the main layers: the states (B, S, dim) after the last norm, and the statistics of each MoE layer."""
+        positions = self.positions(tokens.shape[1], cache)
         h, routings = self.embed(tokens).to(self.compute_dtype), []
         for layer in self.layers:
-            h, routing = self._run(layer, h, where, cache)
+            h, routing = self._run(layer, h, positions, cache)
             routings += [routing] if routing is not None else []
         return self.norm(h), routings
 
     def mtp_forward(
         self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs an MTP module on states and the bytes after them, at the positions after `cache.lengths`.
+        """Runs MTP module `depth` (from 0) on states and the bytes after them, at the positions after `cache.lengths`.
 
         Args:
-            depth: Which module, from 0.
-            h: States (B, S, dim), of `read` or of an earlier call.
+            depth: Which module.
+            h: States (B, S, dim), of `forward_with_hidden` or of an earlier call.
             tokens: Token ids, int64 (B, S).
             cache: What came before in each row.
 
@@ -1029,12 +1086,12 @@ class Transformer(nn.Module):
         """
         if self._decodes(tokens, cache):
             return self.decoder.mtp_forward(depth, h, tokens, cache)
-        where = self.positions(tokens.shape[1], cache)
-        h, _ = self.mtp[depth](h, self.embed(tokens).to(h.dtype), where, cache)
+        positions = self.positions(tokens.shape[1], cache)
+        h, _ = self.mtp[depth](h, self.embed(tokens).to(h.dtype), positions, cache)
         return h, self.head(h).float()
 
     def _decodes(self, tokens: torch.Tensor, cache: KVCache | None) -> bool:
-        """Whether a call is one for the decoder; if so, there is room for it, or a ValueError is raised."""
+        """Whether the decoder takes a call; if so, there is room for it, or a ValueError is raised."""
         if self.decoder is None or cache is None or tokens.numel() > FEW_POSITIONS or torch.is_grad_enabled():
             return False
         if fp8_ops.gemm_impl != "bf16" or attn_impl not in self.decoder.attn_impls:
@@ -1052,18 +1109,19 @@ class Transformer(nn.Module):
         return end
 
     def positions(self, seq_len: int, cache: KVCache | None) -> Positions:
-        """Where the next `seq_len` tokens stand: from 0 on, or after what `cache` holds."""
+        """The positions of the next `seq_len` tokens: from 0 on, or after those in `cache`."""
         end = self.require_room(seq_len, cache)
+        cos, sin = self.rope_tables(min(end, self.args.max_seq_len))
         if cache is None:
-            return Positions(self.rope_cos[:seq_len], self.rope_sin[:seq_len])
-        index = cache.positions(seq_len, self.rope_cos.device)
-        mask, every = None, torch.arange(end, device=self.rope_cos.device)
+            return Positions(cos[:seq_len], sin[:seq_len])
+        index = cache.positions(seq_len, cos.device)
+        mask, every = None, torch.arange(end, device=cos.device)
         if isinstance(index, torch.Tensor):
             mask = every <= index[:, None, :, None]
         elif index.start > 0 and seq_len > 1:
             mask = every <= every[None, None, index, None]
         angle = every[index].clamp(max=self.args.max_seq_len - 1) if end > self.args.max_seq_len else index
-        return Positions(self.rope_cos[angle], self.rope_sin[angle], index, mask)
+        return Positions(cos[angle], sin[angle], index, mask)
 
     def _run(self, layer: nn.Module, *inputs: Any) -> tuple[torch.Tensor, Routing | None]:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -1071,28 +1129,25 @@ class Transformer(nn.Module):
         return layer(*inputs)
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> Losses:
-        """Computes the training loss of a batch of windows.
+        """Computes the training loss of a batch of sequences, each term a mean over all positions with a target.
 
         Args:
             tokens: Token ids, int64 (B, S).
             targets: The ids one position further, int64 (B, S).
 
-        Returns:
-            The loss and its parts, each a mean over all positions that have a target.
-
         Raises:
-            ValueError: The windows are too short for the MTP modules to have a target.
+            ValueError: The sequences are too short for the MTP modules to have a target.
         """
         if targets.shape[1] <= len(self.mtp):
-            raise ValueError(f"{len(self.mtp)} MTP modules need windows longer than that, got {targets.shape[1]}")
+            raise ValueError(f"{len(self.mtp)} MTP modules need longer sequences, got {targets.shape[1]}")
         h, routings = self.forward_hidden(tokens)
         next_byte = self._cross_entropy(h, targets)
         mtp = []
         for k, module in enumerate(self.mtp, 1):
             # module k joins the state at i with the byte at i+k, `targets[i+k-1]`, to predict `targets[i+k]`
-            seen, wanted = targets[:, k - 1 : -1], targets[:, k:]
-            where = self.positions(wanted.shape[1], None)
-            h, routing = self._run(module, h[:, : wanted.shape[1]], self.embed(seen).to(h.dtype), where, None)
+            inputs, wanted = targets[:, k - 1 : -1], targets[:, k:]
+            positions = self.positions(wanted.shape[1], None)
+            h, routing = self._run(module, h[:, : wanted.shape[1]], self.embed(inputs).to(h.dtype), positions, None)
             routings += [routing] if routing is not None else []
             mtp.append(self._cross_entropy(h, wanted))
         zero = next_byte.new_zeros(())
@@ -1111,11 +1166,21 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def update_gate_bias(self, load: torch.Tensor) -> None:
-        """Steps each expert's bias against its load (V3 report, section 2.1.2, "auxiliary-loss-free").
+        """Moves each expert's bias against its load, so that no auxiliary loss has to balance them.
+
+        With `bias_update_speed`, by that fixed step (V3 report, section 2.1.2), which is made for 100,000 batches and
+        more. Without, by a step in proportion to the logarithm of how far the load is from the mean: an expert that
+        few positions reach comes back within tens of batches, and one near the mean stays.
 
         Args:
             load: Positions per expert over the whole batch, (MoE layers, E), as `Losses.load` has them.
         """
+        speed = self.args.bias_update_speed
         for gate, counts in zip(self.gates(), load, strict=True):
-            if gate.bias is not None:
-                gate.bias += self.args.bias_update_speed * torch.sign(counts.mean() - counts)
+            if gate.bias is None:
+                continue
+            mean = counts.mean()
+            if speed is not None:
+                gate.bias += speed * torch.sign(mean - counts)
+            else:  # an expert with 1/20 of the mean, or nothing, moves as far as the logarithm ever says
+                gate.bias += BIAS_GAIN * torch.log(mean / counts.clamp(min=0.05 * mean)).nan_to_num()

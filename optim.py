@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import fp8_ops
 import parallel
 from model import Transformer
 from parallel import ParallelContext, is_matrix
@@ -15,6 +16,7 @@ from parallel import ParallelContext, is_matrix
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration, and how many of them
 NS_STEPS = 5
 STATE_KEYS = {"Muon": ["momentum_buffer"], "AdamW": ["step", "exp_avg", "exp_avg_sq"]}  # of a parameter
+ROUTER_LR_DIM = 128  # width above which the routers' learning rate falls
 
 
 class Muon(torch.optim.Optimizer):
@@ -44,6 +46,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
         self.ctx = ctx
+        # as torch's fused optimizers have them: float32 scalars on the device that divide gradients and skip a step
+        self.grad_scale: torch.Tensor | None = None
+        self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -52,25 +57,37 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    update = self._momentum(p, group)
+                    update = self._momentum(p, group["momentum"])
                     by_shape.setdefault(update.shape[1:], []).append((p, update))
-            for shape, pairs in by_shape.items():
-                updates = orthogonalize(torch.cat([update for _, update in pairs]))
-                lr = group["lr"] * 0.2 * math.sqrt(max(shape))
+            for pairs in by_shape.values():
+                updates = orthogonalize(torch.cat([update for _, update in pairs]))  # one batch per shape
                 for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
-                    here = p if self.ctx is None else self.ctx.local_shard(p)[0]
-                    here.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = update if self.ctx is None else parallel.local_part(self.ctx, p, update)
-                    here.add_(update.view_as(here), alpha=-lr)
+                    self._apply(p, update, group["lr"], group["weight_decay"])
 
-    def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
-        """Advances the running mean; returns the Nesterov update of whole matrices, (matrices, rows, columns)."""
+    def _momentum(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
+        """Advances the running mean; returns the Nesterov update of full matrices, (matrices, rows, columns)."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(buffer, group["momentum"]).to(self.dtype)
+        buffer = state["momentum_buffer"]
+        if (kernel := fp8_ops.kernels(p)) and type(p.grad) is torch.Tensor:  # no shard of FSDP
+            update = torch.empty(p.shape, dtype=self.dtype, device=p.device)
+            kernel.momentum_update(p.grad, buffer, update, momentum, self.grad_scale, self.found_inf)
+        else:
+            buffer.lerp_(p.grad, 1 - momentum)
+            update = p.grad.lerp(buffer, momentum).to(self.dtype)
         return update.view(-1, *p.shape[-2:]) if self.ctx is None else parallel.full_tensor(self.ctx, p, update)
+
+    def _apply(self, p: nn.Parameter, update: torch.Tensor, lr: float | torch.Tensor, decay: float) -> None:
+        """Decays a parameter and subtracts its update, of which this process may hold a shard."""
+        size = math.sqrt(max(update.shape[1:]))  # with 0.2, an update has the root mean square of AdamW's
+        here = p if self.ctx is None else self.ctx.local_shard(p)[0]
+        update = (update if self.ctx is None else parallel.local_part(self.ctx, p, update)).view_as(here)
+        if kernel := fp8_ops.kernels(here):
+            lr = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=here.device)
+            kernel.apply_update(here, update.contiguous(), lr, decay, 0.2 * size, self.found_inf)
+        else:
+            here.mul_(1 - lr * decay).add_(update, alpha=-(lr * 0.2 * size))
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
@@ -82,6 +99,8 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     Returns:
         Matrices of the same shape and dtype.
     """
+    if (kernel := fp8_ops.kernels(x)) and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in x.shape[1:]):
+        return kernel.newton_schulz(x, NS_COEFFICIENTS, NS_STEPS)
     a, b, c = NS_COEFFICIENTS
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -104,10 +123,15 @@ def make_optimizers(
 
     Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink.
     """
-    matrices, others = [], []
+    matrices, routers, others = [], [], []
     for name, p in model.named_parameters():
-        (matrices if is_hidden_matrix(name, p) else others).append(p)
+        kind = matrices if is_hidden_matrix(name, p) else routers if name.endswith("gate.weight") else others
+        kind.append(p)
     groups = [{"params": others, "lr": args.lr, "weight_decay": 0.0}]
+    if routers:
+        # AdamW moves each of a row's `dim` weights by the rate: at 1,024, scores would leap faster than biases balance
+        router_lr = args.lr * min(1.0, ROUTER_LR_DIM / model.args.dim)
+        groups.append({"params": routers, "lr": router_lr, "weight_decay": 0.0})
     optimizers = []
     if args.optimizer == "muon":
         optimizers.append(Muon(matrices, args.matrix_lr, args.momentum, args.weight_decay, dtype, ctx))

@@ -706,8 +706,8 @@ def build(ctx: ParallelContext, args: ModelArgs, dtype: torch.dtype, fp8_weights
         fp8_weights: Make room for weights stored in FP8.
     """
     if ctx.mp_size == 1:
-        return Transformer(args, dtype, fp8_weights)
-    model = Transformer(args, dtype)
+        return Transformer(args, dtype, fp8_weights, init=False)
+    model = Transformer(args, dtype, init=False)
     for name, p in model.named_parameters():
         p.data = torch.empty_like(_shard(name, p.data, ctx), memory_format=torch.contiguous_format)
     for layer in model.fp8_layers() if fp8_weights else []:

@@ -32,12 +32,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fp8_ops  # noqa: E402
 import kernel  # noqa: E402
+import kernel_fused  # noqa: E402
+import model  # noqa: E402
 from fp8_ops import E4M3  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and fp8_ops.multiplies_fp8(torch.device("cuda")) else "cpu")
@@ -88,6 +91,19 @@ def exact_casts(array: np.ndarray, source: Any, target: Any, rounding_mode: Any)
     return new.view(f"uint{new.itemsize * 8}").reshape(array.shape)
 
 
+interpreted_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def dot_of_numbers(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    """`create_dot`, which would multiply the bits of bfloat16 as integers."""
+    if a.dtype.name == "bf16":
+        a, b = (
+            interpreter.TensorHandle(exact_casts(x.data, x.dtype, tl.float32, None).view(np.float32), tl.float32)
+            for x in (a, b)
+        )
+    return interpreted_dot(self, a, b, *rest)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_and_exact() -> Iterator[None]:
     """Kernels in the interpreter cast as GPUs do; tensors this small only lose by being shared out to threads."""
@@ -95,6 +111,7 @@ def small_and_exact() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", exact_casts)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_numbers)
         yield
     torch.set_num_threads(before)
 
@@ -613,6 +630,225 @@ def test_linear_layer(counts: list[int] | None, scale_fmt: str | None, dtype: to
         got = grads_of(x.to(DEVICE), [w.to(DEVICE) for w in ws], on_device, scale_fmt)
     assert ran == {"weight_quant", "act_quant_both", *(["grouped_gemm", "grouped_outer"] if stack else ["gemm"])}
     assert_near(got, want, dtype)
+
+
+# --- Between the products -----------------------------------------------------------------------------------------
+
+
+def compare(
+    ours: Callable[..., Any], reference: Callable[..., Any], inputs: list[torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Outputs and gradients of a kernel against plain torch in float64, within a rounding of `dtype`."""
+    mine = [x.detach().to(DEVICE, dtype, copy=True).requires_grad_() for x in inputs]
+    exact = [x.detach().cpu().double().requires_grad_() for x in mine]
+    outputs, expected = ours(*mine), reference(*exact)
+    pairs = list(zip(outputs, expected, strict=True))
+    seeds = [torch.randn(y.shape, generator=generator(i), dtype=torch.float64) for i, y in enumerate(expected)]
+    seeds = [seed.to(y.dtype) for seed, (y, _) in zip(seeds, pairs, strict=True)]
+    torch.autograd.backward(outputs, [seed.to(DEVICE) for seed in seeds])
+    torch.autograd.backward(expected, [seed.double() for seed in seeds])
+    pairs += [(a.grad, b.grad) for a, b in zip(mine, exact, strict=True)]
+    for actual, wanted in pairs:
+        assert actual.shape == wanted.shape
+        bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] * max(1.0, wanted.abs().max().item())
+        assert (actual.detach().cpu().double() - wanted.detach()).abs().max() <= bound
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+fused_dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@runs
+@settings(draws, max_examples=10)
+@given(st.integers(1, 9), st.integers(1, 700), st.booleans(), fused_dtypes, seeds)
+def test_rms_norm(rows: int, dim: int, updated: bool, dtype: torch.dtype, seed: int) -> None:
+    def ours(x: torch.Tensor, w: torch.Tensor, *update: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return kernel_fused.add_rms_norm(x, update[0] if update else None, w, 1e-6)
+
+    def reference(x: torch.Tensor, w: torch.Tensor, *update: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = (x + update[0]).to(dtype).double() if update else x
+        return x, torch.nn.functional.rms_norm(x, w.shape, w, 1e-6)
+
+    inputs = [randn(rows, dim, seed=seed), 1 + 0.2 * randn(dim, seed=seed + 1)]
+    compare(ours, reference, inputs + ([randn(rows, dim, seed=seed + 2)] if updated else []), dtype)
+
+
+@runs
+def test_rms_norm_of_a_slice() -> None:
+    wide = randn(5, 3, 40).to(DEVICE)
+    (x, _), w = wide.split([24, 16], dim=-1), torch.ones(24, device=DEVICE)
+    y = kernel_fused.add_rms_norm(x, None, w, 1e-6)[1]
+    assert (y - torch.nn.functional.rms_norm(x, (24,), w, 1e-6)).abs().max() < 1e-5
+
+
+@runs
+@settings(draws, max_examples=10)
+@given(st.integers(1, 9), st.integers(1, 1200), st.sampled_from(sorted(model.ACTIVATIONS)), fused_dtypes, seeds)
+def test_glu(rows: int, n: int, act: str, dtype: torch.dtype, seed: int) -> None:
+    def reference(gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor]:
+        return [model.ACTIVATIONS[act](gate) * up]
+
+    inputs = [2 * randn(rows, n, seed=seed), randn(rows, n, seed=seed + 1)]
+    compare(lambda gate, up: [kernel_fused.glu(gate, up, act)], reference, inputs, dtype)
+    compare(
+        lambda both: [kernel_fused.glu(both, None, act)],
+        lambda both: reference(*both.split(n, dim=-1)),
+        [torch.cat(inputs, dim=-1)],
+        dtype,
+    )
+
+
+head_sizes = {
+    "bsz": st.integers(1, 2),
+    "seqlen": st.integers(1, 5),
+    "heads": st.integers(1, 5),
+    "nope": st.integers(0, 9),
+    "half": st.integers(1, 6),
+}
+
+
+@runs
+@settings(draws, max_examples=10)
+@given(**head_sizes, dtype=fused_dtypes, seed=seeds)
+def test_rope(bsz: int, seqlen: int, heads: int, nope: int, half: int, dtype: torch.dtype, seed: int) -> None:
+    angles = 3 * randn(seqlen, 1, half, seed=seed)
+    cos, sin = angles.cos(), angles.sin()
+
+    def reference(x: torch.Tensor) -> list[torch.Tensor]:
+        x_nope, x_pe = x.split([nope, 2 * half], dim=-1)
+        even, odd = x_pe[..., 0::2], x_pe[..., 1::2]
+        return [torch.cat([x_nope, even * cos - odd * sin, odd * cos + even * sin], dim=-1)]
+
+    x = randn(bsz, seqlen, heads, nope + 2 * half, seed=seed)
+    compare(lambda x: [kernel_fused.rope(x, cos.to(DEVICE), sin.to(DEVICE))], reference, [x], dtype)
+
+
+@runs
+@settings(draws, max_examples=10)
+@given(**head_sizes, v=st.integers(1, 9), dtype=fused_dtypes, seed=seeds)
+def test_keys_and_values(
+    bsz: int, seqlen: int, heads: int, nope: int, half: int, v: int, dtype: torch.dtype, seed: int
+) -> None:
+    angles = 3 * randn(seqlen, 1, half, seed=seed)
+    cos, sin = angles.cos(), angles.sin()
+
+    def reference(kv: torch.Tensor, wide: torch.Tensor) -> list[torch.Tensor]:
+        even, odd = wide[..., 4::2].unsqueeze(2), wide[..., 5::2].unsqueeze(2)
+        k_pe = torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).expand(-1, -1, heads, -1)
+        return [torch.cat([kv[..., :nope], k_pe], dim=-1), kv[..., nope:]]
+
+    def ours(kv: torch.Tensor, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernel_fused.keys_and_values(kv, wide[..., 4:], cos.to(DEVICE), sin.to(DEVICE), nope)
+
+    inputs = [randn(bsz, seqlen, heads, nope + v, seed=seed), randn(bsz, seqlen, 4 + 2 * half, seed=seed + 1)]
+    compare(ours, reference, inputs, dtype)
+
+
+@runs
+@settings(draws, max_examples=15)
+@given(st.data())
+def test_route(data: st.DataObject) -> None:
+    groups = data.draw(st.sampled_from([1, 2, 3, 4]))
+    per_group, limited = data.draw(st.integers(2, 6)), data.draw(st.integers(1, groups))
+    topk, seed = data.draw(st.integers(1, min(4, limited * per_group))), data.draw(seeds)
+    args = model.ModelArgs(
+        dim=8, n_routed_experts=groups * per_group, n_activated_experts=topk, n_expert_groups=groups,
+        n_limited_groups=limited, gate_bias=data.draw(st.booleans()), n_dense_layers=0,
+    )  # fmt: skip
+    gate, scores = model.Gate(args), randn(data.draw(st.integers(1, 70)), groups * per_group, seed=seed).sigmoid()
+    if gate.bias is not None:
+        gate.bias.copy_(randn(groups * per_group, seed=seed + 1))
+    bias = None if gate.bias is None else gate.bias.to(DEVICE)
+    chosen = kernel_fused.route(scores.to(DEVICE), bias, groups, limited, topk)
+    assert torch.equal(chosen.cpu(), gate.choose(scores))
+
+
+@runs
+@settings(draws, max_examples=10)
+@given(st.integers(1, 1500), st.integers(1, 40), st.integers(1, 4), seeds)
+def test_sort_by_expert(n: int, experts: int, k: int, seed: int) -> None:
+    choices = torch.randint(experts, (n, k), generator=generator(seed))
+    places, ends = kernel_fused.sort_by_expert(choices.to(DEVICE), experts)
+    order = choices.flatten().sort(stable=True).indices
+    assert torch.equal(places.flatten().cpu().long(), order.argsort())
+    assert torch.equal(ends.cpu().long(), choices.flatten().bincount(minlength=experts).cumsum(0))
+
+
+@runs
+@settings(draws, max_examples=8)
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 300), fused_dtypes, seeds)
+def test_permute_and_combine(n: int, k: int, dim: int, dtype: torch.dtype, seed: int) -> None:
+    places = torch.randperm(n * k, generator=generator(seed)).view(n, k)
+    order, here = places.flatten().argsort(), places.int().to(DEVICE)
+    compare(lambda x: [kernel_fused.permute(x, here)], lambda x: [x[order // k]], [randn(n, dim, seed=seed)], dtype)
+    weights = randn(n, k, seed=seed + 1).requires_grad_()
+    theirs, ours = weights.detach().double().requires_grad_(), weights.detach().to(DEVICE).requires_grad_()
+    compare(
+        lambda x: [kernel_fused.combine(x, here, ours)],
+        lambda x: [(x[places] * theirs.unsqueeze(-1)).sum(1)],
+        [randn(n * k, dim, seed=seed + 2)],
+        dtype,
+    )
+    assert (ours.grad.cpu() - theirs.grad).abs().max() <= 1e-2 * max(1.0, theirs.grad.abs().max().item())
+
+
+# --- Muon ---------------------------------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize("shape", [(2, 8, 24), (1, 136, 72), (3, 40, 200), (2, 264, 136)])
+def test_newton_schulz(shape: tuple[int, int, int]) -> None:
+    x = randn(*shape, seed=sum(shape))
+    a, b, c = 3.4445, -4.7750, 2.0315
+    expected = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        wide = expected if shape[1] <= shape[2] else expected.mT
+        gram = wide @ wide.mT
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+        expected = wide if shape[1] <= shape[2] else wide.mT
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.06)):
+        actual = kernel_fused.newton_schulz(x.to(dtype).to(DEVICE), (a, b, c), 5)
+        assert actual.shape == x.shape
+        assert (actual.cpu().double() - expected).norm() <= bound * expected.norm()
+
+
+@runs
+def test_symmetric_product_is_symmetric_to_the_bit() -> None:
+    y = kernel_fused._symmetric(randn(2, 200, 56).bfloat16().to(DEVICE))
+    assert torch.equal(y, y.mT)
+
+
+@runs
+@pytest.mark.parametrize("n", [1, 4097, 9000])
+def test_momentum_and_update(n: int) -> None:
+    grad, buffer, p = (randn(n, seed=i).to(DEVICE) for i in range(3))
+    update = torch.empty(n, dtype=torch.bfloat16, device=DEVICE)
+    expected = buffer.lerp(grad, 1 - 0.95)
+    kernel_fused.momentum_update(grad, buffer, update, 0.95)
+    assert (buffer - expected).abs().max() < 1e-6
+    assert (update.float() - grad.lerp(expected, 0.95)).abs().max() < 0.02
+    wanted = (1 - 0.3 * 0.1) * p - 0.3 * 2 * update.float()
+    kernel_fused.apply_update(p, update, torch.tensor(0.3, device=DEVICE), 0.1, 2.0)
+    assert (p - wanted).abs().max() < 1e-6
+
+
+@runs
+def test_a_step_on_the_device_is_skipped_or_scaled() -> None:
+    grad, buffer, p = (randn(70, seed=i).to(DEVICE) for i in range(3))
+    update, before = torch.empty(70, dtype=torch.bfloat16, device=DEVICE), (buffer.clone(), p.clone())
+    one, four = torch.ones((), device=DEVICE), torch.full((), 4.0, device=DEVICE)
+    kernel_fused.momentum_update(grad * float("nan"), buffer, update, 0.95, None, one)
+    kernel_fused.apply_update(p, update, one, 0.1, 2.0, one)
+    assert torch.equal(buffer, before[0]) and torch.equal(p, before[1])
+    kernel_fused.momentum_update(grad, buffer, update, 0.95, four, 0 * one)
+    assert (buffer - before[0].lerp(grad / 4, 1 - 0.95)).abs().max() < 1e-6
 
 
 # --- Compilation, without a GPU -----------------------------------------------------------------------------------

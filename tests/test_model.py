@@ -762,10 +762,9 @@ def test_permute(rows: int, k: int, width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=generator, dtype=torch.float64, requires_grad=True)
     order = torch.randperm(rows * k, generator=generator)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(rows * k)
-    assert torch.equal(model._Permute.apply(x, order, inverse, k), x.repeat_interleave(k, dim=0)[order])
-    assert torch.autograd.gradcheck(lambda a: model._Permute.apply(a, order, inverse, k), (x,))
+    places = order.argsort().view(rows, k)
+    assert torch.equal(model._Permute.apply(x, order, places), x.repeat_interleave(k, dim=0)[order])
+    assert torch.autograd.gradcheck(lambda a: model._Permute.apply(a, order, places), (x,))
 
 
 # --- losses and balance ----------------------------------------------------------------------------------------------
@@ -870,6 +869,28 @@ def test_update_gate_bias_balances_the_load() -> None:
         net.update_gate_bias(spread()[0])
     assert first > 1.7
     assert spread()[1] < 1.25
+
+
+def test_adaptive_bias_balances_within_tens_of_batches() -> None:
+    """Without a fixed step: from a lopsided start, with dead experts, whose counts say nothing of how far they are."""
+    net = build(small(n_routed_experts=16, n_expert_groups=4, n_mtp_layers=0))
+    for gate in net.gates():
+        gate.bias.copy_(torch.linspace(0, 1, 16))
+    full = random_tokens(16, 65)
+
+    def load() -> torch.Tensor:
+        with torch.no_grad():
+            counts = net.loss(full[:, :-1], full[:, 1:]).load
+        return counts / counts.mean(dim=1, keepdim=True)
+
+    assert load().amin() == 0 and load().amax() > 2
+    for _ in range(60):
+        net.update_gate_bias(load())
+    assert load().amin() > 0.75 and load().amax() < 1.25
+    before = [gate.bias.clone() for gate in net.gates()]
+    net.update_gate_bias(torch.full((len(before), 16), 7.0))
+    net.update_gate_bias(torch.zeros(len(before), 16))
+    assert all(torch.equal(gate.bias, old) for gate, old in zip(net.gates(), before, strict=True))
 
 
 def test_update_gate_bias_without_bias() -> None:
@@ -1012,6 +1033,66 @@ def test_init_weights() -> None:
     assert len({tuple((t / t.norm()).tolist()) for t in flat}) == len(flat)  # no two parameters share their noise
 
 
+def test_a_model_has_weights_from_the_start() -> None:
+    """Without `init_weights` being called; not where it was told not to, or has no memory."""
+    first, again = Transformer(small()), Transformer(small())
+    again.init_weights(0)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert first(random_tokens(1, 5)).isfinite().all()
+    with torch.device("meta"):
+        assert Transformer(small()).head.weight.is_meta
+
+
+def test_loading_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Transformer, "init_weights", lambda *_: pytest.fail("drew weights"))
+    Transformer(small(), init=False)
+    Transformer(small(), fp8_weights=True)
+
+
+def test_print_shows_sizes() -> None:
+    text = str(Transformer(small(dim=64, inter_dim=136, moe_inter_dim=24, n_routed_experts=6)))
+    for line in ("Embedding(23, 64)", "Linear(136 × 64)", "Linear(6 × 24 × 64)", "RMSNorm(64, eps=1e-06)"):
+        assert line in text
+    assert "Gate(64 -> 2 of 6, from 2 of 2 groups)" in text
+
+
+@torch.no_grad()
+def test_tokens_of_one_sequence() -> None:
+    net = build(small(vocab_size=256))
+    text = b"to be, \x00\xff"
+    expected = net(torch.tensor([list(text)]))
+    for tokens in (text, bytearray(text), torch.tensor(list(text)), torch.tensor(list(text), dtype=torch.uint8)):
+        assert torch.equal(net(tokens), expected[0])
+    cache = net.new_cache(1, 16)
+    assert torch.cat([net(text[:4], cache), net(text[4:], cache)]).shape == (len(text), 256)
+    assert cache.lengths == [len(text)]
+
+
+@pytest.mark.parametrize(
+    "tokens", [torch.zeros(1, 2, 3, dtype=torch.int64), torch.tensor(3), torch.rand(2, 5), "text", [1, 2], b"", None]
+)
+def test_what_are_no_tokens(tokens: Any) -> None:
+    with pytest.raises(ValueError, match=r"tokens must be bytes, or integers .*, got \S+"):
+        build(small())(tokens)
+
+
+@torch.no_grad()
+def test_rope_tables_are_as_long_as_what_is_used() -> None:
+    """A context of 20 million positions takes no memory before it is used; grown tables give the same bits."""
+    net, short = build(small(max_seq_len=20_000_000, rope_factor=1.0)), build(small())
+    tokens = random_tokens(1, 1500)
+    with torch.inference_mode():
+        net(tokens[:, :9])
+    assert len(net._rope_cos) <= 1024
+    net(tokens)
+    assert 1500 <= len(net._rope_cos) <= 3000
+    for grown, whole in zip(net.rope_tables(1), (net.rope_tables(3000)), strict=True):
+        assert torch.equal(grown, whole[: len(grown)])
+    assert short.rope_cos.shape == short.rope_sin.shape == (64, 1, 4)
+    with torch.enable_grad():
+        net.loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
+
+
 # --- configurations --------------------------------------------------------------------------------------------------
 
 LITE = {  # DeepSeek's configs/config_16B.json
@@ -1103,12 +1184,14 @@ def test_from_dict_and_back() -> None:
     assert ModelArgs.from_dict({}) == ModelArgs()
     assert ModelArgs().gate_bias is False
     assert isinstance(ModelArgs(rope_theta=100).rope_theta, float)
+    assert isinstance(ModelArgs(bias_update_speed=1).bias_update_speed, float)
 
 
 OF_TYPE = {field.name: field.type for field in fields(ModelArgs)}
 WRONG_TYPES = {
     int: [True, "3", None, 1.5, 2.0, [1]],
     float: [False, "1.0", None, math.nan, math.inf, -math.inf, {}],
+    float | None: [False, "1.0", math.nan, math.inf, -math.inf, {}],
     str: [1, None, True, ["fp8"], "FP8", ""],
     str | None: [1, False, "e8m0", ""],
     bool | None: [1, 0, "true", 1.0],
