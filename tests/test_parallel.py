@@ -603,7 +603,10 @@ def test_workers_end_with_their_torchrun(tmp_path: Path) -> None:
     until = time.monotonic() + 20  # a bound for a hang alone
     while any(is_running(worker) for worker in workers) and time.monotonic() < until:
         time.sleep(0.05)
-    assert len(workers) == 2 and not any(map(is_running, workers))
+    left = [worker for worker in workers if is_running(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert len(workers) == 2 and not left
 
 
 def is_running(pid: int) -> bool:
