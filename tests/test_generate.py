@@ -951,7 +951,7 @@ def test_sigterm_ends_a_conversation_on_a_terminal(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdout", FakeTerminal())
     model = SimpleNamespace(args=SimpleNamespace(max_seq_len=99))
     with pytest.raises(command.Terminated):
-        generate.interact(model, GREEDY, generate.Writer(), generate.Tally(), lambda: b"a")
+        generate.interact(model, GREEDY, generate.Writer(), generate.Tally(), iter([b"a", None]).__next__)
     with pytest.raises(command.Terminated):
         generate.keyboard_line()
 
