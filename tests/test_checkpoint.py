@@ -23,7 +23,7 @@ from checkpoint import Run, has_run, load_run, read_config, save_model, save_run
 from convert import load_model
 from model import ConfigError, ModelArgs, Transformer
 from parallel import ParallelContext, build
-from safetensors_io import CheckpointError
+from safetensors_io import CheckpointError, temporary_path
 
 WEIGHTS = "model0-mp1.safetensors"
 TINY = {
@@ -578,7 +578,7 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
             if left[0] >= 0:
                 return function(*args, **options)
             if left[0] == -1 and function is write_shards:  # half of a file
-                (args[1] / f"{args[0]}0-mp1.safetensors").write_bytes(b"torn")
+                (temporary_path(args[1]) / f"{args[0]}0-mp1.safetensors").write_bytes(b"torn")
             raise Crash
 
         return wrapper
