@@ -67,6 +67,7 @@ STATE_FILE, POINTER_FILE = "state.json", "checkpoints.json"
 CONFIG_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", E4M3: "fp8"}
 WEIGHT_DTYPES = {*CONFIG_DTYPES, torch.float16, torch.float64}
 _Header = dict[str, TensorInfo]  # of a file, by the tensor's name
+_Headers = dict[Path, _Header]
 _Shapes = dict[str, tuple[int, ...]]  # of full tensors, by name
 _Slice = tuple[str, Slice2D, torch.Tensor]  # name, rectangle of the full tensor, and its content
 _State = dict[str, dict[str, torch.Tensor]]  # of an optimizer, by the parameter's name and a key
@@ -430,14 +431,8 @@ def _pointer(run: Path) -> dict[str, Any]:
 def save_run(run: Run, model: Transformer, optimizer: _State, state: dict[str, Any], is_best: bool) -> Path:
     """Writes a checkpoint of a training run, points to it, and removes those that are neither last nor best any more.
 
-    Returns its folder.
-
-    Args:
-        run: The run; all its processes call this function.
-        model: The model.
-        optimizer: The optimizer's state of each parameter, by the parameter's name.
-        state: The rest of it, ready for JSON; "step" gives the checkpoint its name.
-        is_best: Whether this is the best checkpoint so far.
+    All processes of the run call it, and it returns the checkpoint's folder. `optimizer` has the optimizer's state of
+    each parameter, by the parameter's name; `state` has the rest, ready for JSON; its "step" gives the folder its name.
 
     Raises:
         CheckpointError: It cannot be written. The checkpoints that were there before are still complete.
@@ -533,12 +528,7 @@ def load_run(
 
 @torch.no_grad()
 def _read_state(
-    headers: dict[Path, _Header],
-    shapes: _Shapes,
-    ctx: ParallelContext,
-    name: str,
-    p: nn.Parameter,
-    keys: Collection[str],
+    headers: _Headers, shapes: _Shapes, ctx: ParallelContext, name: str, p: nn.Parameter, keys: Collection[str]
 ) -> dict[str, torch.Tensor]:
     """Reads the local slices of the optimizer's state of one parameter; see `load_run`."""
     found = {}
