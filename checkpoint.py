@@ -147,10 +147,7 @@ def collect_tensors(
         CheckpointError: Something is missing, superfluous, or does not fit the model.
     """
     shapes, fp8_layers = _weights_of(args, folder, sum(map(len, headers)))
-    try:
-        check_model_parallel(args, len(headers), "the number of files")
-    except CheckpointError as error:
-        raise CheckpointError(f"{files[0]} and the others are not of the model of {CONFIG_FILE}: {error}") from None
+    check_model_parallel(args, len(headers), f"the number of files, {files[0]} and so on,")
     tensors = {name: ShardedTensor(stored_name(name), shape) for name, shape in shapes.items()}
     copies = [(native, headers[0].pop(name)) for native, name in replicas if name in headers[0]]
     for rank, (left, file) in enumerate(zip(headers, files, strict=True)):
@@ -210,7 +207,7 @@ def _file_shape(shape: tuple[int, ...], box: Slice2D) -> tuple[int, ...]:
 def _weights_of(args: ModelArgs, folder: Path, count: int) -> tuple[_Shapes, set[str]]:
     """Asks the model, made without memory, for the shapes of its weights, and for those that may be FP8.
 
-    A config that wants many more than the `count` tensors that there are is refused before such a model is made.
+    A config that wants many more than the `count` tensors that there are is refused before it is made.
     """
     moe = sum(args.is_moe(i) for i in range(min(args.n_layers + args.n_mtp_layers, count)))
     if args.n_layers + args.n_mtp_layers + moe * args.n_routed_experts > count:
@@ -224,11 +221,12 @@ def _weights_of(args: ModelArgs, folder: Path, count: int) -> tuple[_Shapes, set
         raise too_large(folder, error) from None
     groups: defaultdict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, _, tensor in _native_slices(prototype, ParallelContext()):
-        prefix = re.match(r"layers\.\d+\.|mtp\.0\.(block\.)?|", name)[0]
+        prefix = re.match(r"layers\.\d+\.|mtp\.0\.(block\.)?|\w+\.", name)[0]
         if not name.endswith(".scale"):
             groups[prefix][name.removeprefix(prefix)] = tensor
     block = [f"layers.{int(args.is_moe(i))}." for i in range(args.n_layers + args.n_mtp_layers)]  # of its kind
-    parts = [("", ""), *((f"layers.{i}.", block[i]) for i in range(args.n_layers))]
+    parts = [("embed.", "embed."), *((f"layers.{i}.", block[i]) for i in range(args.n_layers))]
+    parts += [("norm.", "norm."), ("head.", "head.")]
     for k in range(args.n_mtp_layers):
         parts += [(f"mtp.{k}.", "mtp.0."), (f"mtp.{k}.block.", block[args.n_layers + k])]
     tensors = {prefix + leaf: tensor for prefix, group in parts for leaf, tensor in groups[group].items()}
@@ -358,10 +356,10 @@ class Run(AbstractContextManager):
 
     def __init__(self, path: str | os.PathLike, ctx: ParallelContext | None = None):
         self.path, self.ctx = Path(path), ctx or ParallelContext()
-        self._held: Path | None = None  # until it is made, the nearest folder above: a disk may be unmounted meanwhile
-        self._is_new, self._fd = False, -1
+        self._held: Path | None = None
+        self._fd, self._is_new = -1, False
         with self.ctx.collective_section():
-            if self.ctx.rank == 0:
+            if self.ctx.rank == 0:  # until it is made, the nearest folder above: a disk may be unmounted meanwhile
                 self._hold(next(path for path in (self.path, *self.path.parents) if os.path.lexists(path)))
 
     def __fspath__(self) -> str:
@@ -386,16 +384,13 @@ class Run(AbstractContextManager):
                 raise CheckpointError(f"{path} cannot be written; choose another --save-path")
             if path == self.path:
                 lock(fd, path, path)
-                if os.path.lexists(path / CONFIG_FILE):
-                    remedy = "choose another --save-path"
-                    raise CheckpointError(f"{path} holds a checkpoint ({CONFIG_FILE}), no run; {remedy}")
-            if self._held is not None:
-                if os.listdir(fd):
-                    raise CheckpointError(
-                        f"{path} was written by another process meanwhile; choose another --save-path"
-                    )
-                os.close(self._fd)
+            if path == self.path and os.path.lexists(path / CONFIG_FILE):
+                raise CheckpointError(f"{path} holds a checkpoint ({CONFIG_FILE}), no run; choose another --save-path")
+            if self._held is not None and os.listdir(fd):
+                raise CheckpointError(f"{path} was written by another process meanwhile; choose another --save-path")
             stack.pop_all()
+            if self._held is not None:
+                os.close(self._fd)
             self._held, self._fd = path, fd
 
     def folder_fd(self) -> int:

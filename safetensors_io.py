@@ -149,14 +149,15 @@ class TensorInfo(NamedTuple):
         with open_regular(self.path) as file:
             _fill(file, self.offset, out)
         out = out.view(self.dtype).view(self.shape)
-        check_finite(out, self)
+        self.check_finite(out)
         return out
 
-
-def check_finite(data: torch.Tensor, info: TensorInfo) -> None:
-    """Raises a CheckpointError that names the tensor, a part of which is `data`, if that has NaN or infinity."""
-    if not _is_finite(data):
-        raise CheckpointError(f"{info} holds numbers that are not finite, NaN or infinity; take an intact checkpoint")
+    def check_finite(self, data: torch.Tensor) -> None:
+        """Raises a CheckpointError if `data`, a part of the tensor, has NaN or infinity."""
+        if not _is_finite(data):
+            raise CheckpointError(
+                f"{self} holds numbers that are not finite, NaN or infinity; take an intact checkpoint"
+            )
 
 
 def _is_finite(data: torch.Tensor) -> bool:
@@ -181,13 +182,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     infos = {}
     for name, value in header.items():
-        what = f"{path}: tensor {shorten(name)}"
-        if not isinstance(value, dict) or not isinstance(value["dtype"], str):  # safetensors takes lists, and objects
-            raise CheckpointError(f"{what} needs dtype, shape and data_offsets in the header")
-        dtype, shape = value["dtype"], tuple(value["shape"])
-        if dtype not in DTYPES or len(shape) > MAX_DIMS:
-            raise CheckpointError(f"{what} is {shorten(dtype)} of {len(shape)} dimensions, which torch does not have")
-        infos[name] = TensorInfo(path, name, DTYPES[dtype], shape, start + value["data_offsets"][0])
+        dtype = value["dtype"] if isinstance(value, dict) else value  # safetensors takes lists, and objects for dtypes
+        if not isinstance(dtype, str) or dtype not in DTYPES or len(value["shape"]) > MAX_DIMS:
+            what = f"is {shorten(dtype)} or has more than {MAX_DIMS} dimensions, which is not supported"
+            raise CheckpointError(f"{path}: tensor {shorten(name)} {what}")
+        offset = start + value["data_offsets"][0]
+        infos[name] = TensorInfo(path, name, DTYPES[dtype], tuple(value["shape"]), offset)
     return infos
 
 
@@ -298,9 +298,8 @@ class ShardSlice(NamedTuple):
 
     def read_scales(self, around: Slice2D) -> torch.Tensor:
         """Reads and checks the scales of a band: whole rows, from where a row of blocks begins to where one ends."""
-        rows = around.within(self.box)[0]
+        rows, cols = around.within(self.box)[0], self.scale.shape[1]
         first, last = rows.start // BLOCK, -(-rows.stop // BLOCK)
-        cols = self.scale.shape[1]
         offset = self.scale.offset + first * cols * self.scale.dtype.itemsize
         s = self.scale._replace(shape=(last - first, cols), offset=offset).read().float()
         smallest = s.min().item() if s.numel() else 1
@@ -368,7 +367,7 @@ class ShardedTensor:
         if not _is_finite(numbers := out.view(self.dtype)):
             for shard in self.shards:
                 if (part := shard.box.meet(box)) is not None:
-                    check_finite(numbers[part.within(box)], shard.info)
+                    shard.info.check_finite(numbers[part.within(box)])
         return out
 
     def _read_unchecked(self, box: Slice2D) -> torch.Tensor:
