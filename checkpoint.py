@@ -6,12 +6,10 @@ A checkpoint is a folder, in one of two formats, told apart by its config.json:
     config.json              the `ModelArgs`         config.json                    of a class of transformers
     model0-mp2.safetensors   shards of rank 0 of 2   model-00001-of-00007.safetensors
     model1-mp2.safetensors   shards of rank 1 of 2   model.safetensors.index.json   which tensor is in which file
-                                                     generation_config.json, tokenizer.json, tokenizer_config.json
 
-Native files are those of DeepSeek's own inference code. The file of tensor-parallel rank 0 of 2 has the upper half of
-`wq`, the left half of `wo`, half of the experts, and all of a norm: `parallel.native_slice` has the rule, so that any
-number of ranks can load what any other number has written. The names are DeepSeek's too, with a `scale` beside each
-`weight` in FP8, and one tensor for each expert, where a model stacks them.
+Native files are those of DeepSeek's own inference code: `parallel.native_slice` has the slices of each tensor-parallel
+rank, so that any number of ranks can load what any other number has written. The names are DeepSeek's too, with a
+`scale` beside each `weight` in FP8, and one tensor for each expert, where a model stacks them.
 
 The folder of a run holds native checkpoints `step-00000500`, each with `state.json` (where training stood) and
 `state0-mp1.safetensors` (the optimizer's tensors), and `checkpoints.json`, which names the last and the best of them.
@@ -19,15 +17,16 @@ Commands that take a checkpoint take a run's folder too, and use its best.
 
 Nothing is seen half-written: a checkpoint is written under a temporary name, flushed to disk and renamed; then
 `checkpoints.json` is replaced; only then is an older checkpoint removed. A crash leaves a `checkpoints.json` that names
-complete checkpoints, and leftovers that the next save removes. One job at a time writes, through a `Run`.
+complete checkpoints, and leftovers that the next save removes.
 """
 
 import math
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -43,20 +42,19 @@ from parallel import ParallelContext, check_model_parallel, full_shapes, local_s
 from safetensors_io import (
     DTYPE_NAMES,
     CheckpointError,
-    RunFolder,
     SafetensorsWriter,
     ShardedTensor,
     ShardSlice,
     Slice2D,
     TensorInfo,
-    final_path,
     inside,
+    leads_to,
+    lock,
     naming,
     new_folder,
     read_header,
     read_json,
     remove_leftover,
-    replace_json,
     reporting,
     shard_slice,
     temporary_path,
@@ -69,6 +67,9 @@ STATE_FILE, POINTER_FILE = "state.json", "checkpoints.json"
 CONFIG_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", E4M3: "fp8"}
 WEIGHT_DTYPES = {*CONFIG_DTYPES, torch.float16, torch.float64}
 _Header = dict[str, TensorInfo]  # of a file, by the tensor's name
+_Headers = dict[Path, _Header]
+_Shapes = dict[str, tuple[int, ...]]  # of full tensors, by name
+_Slice = tuple[str, Slice2D, torch.Tensor]  # name, rectangle of the full tensor, and its content
 _State = dict[str, dict[str, torch.Tensor]]  # of an optimizer, by the parameter's name and a key
 STEP_NAME = re.compile(r"step-[0-9]{8,15}")  # of a run's checkpoint
 
@@ -77,13 +78,7 @@ STEP_NAME = re.compile(r"step-[0-9]{8,15}")  # of a run's checkpoint
 
 
 def read_config(path: str | os.PathLike) -> tuple[ModelArgs, dict[str, Any]]:
-    """Reads a config file.
-
-    Args:
-        path: A JSON file of `ModelArgs` fields; its nested key "train" holds defaults for train.py's flags.
-
-    Returns:
-        The model's shape, and the object under "train" (empty without one).
+    """Reads a config file: the model's shape, and the object under "train", defaults for train.py's flags, if any.
 
     Raises:
         ConfigError: The file is missing or no JSON object, or a key of it is wrong; the message names both.
@@ -118,11 +113,7 @@ def native_scale_name(name: str) -> str:
 
 
 def open_native(path: str | os.PathLike, which: str = "best") -> Checkpoint:
-    """Finds the tensors of a native checkpoint and checks them against its config; reads headers only.
-
-    Args:
-        path: A checkpoint's folder, of any number of ranks, or a run's.
-        which: Which checkpoint of a run, the "best" or the "last".
+    """Finds the tensors of a native checkpoint, or of a run's "best" or "last"; reads headers only, and checks them.
 
     Raises:
         CheckpointError: There is none, or something in it does not fit.
@@ -146,10 +137,8 @@ def collect_tensors(
     """Finds each tensor of a model in the headers of a checkpoint's files, and checks that there are no others.
 
     Args:
-        folder: The checkpoint's folder.
-        args: The model's shape.
-        files: The file of each rank, for messages.
-        headers: The header of each rank's file; the tensors of the model are removed from them.
+        folder, args: The checkpoint's folder and the model's shape.
+        files, headers: The file of each rank, for messages, and its header, from which what is found is removed.
         stored_name: The name in the files of a tensor with a native name.
         scale_name: The name in the files of the scales of a weight with a stored name.
         replicas: Native name of a tensor and stored name of a copy; copies that are there must be equal to it.
@@ -158,10 +147,7 @@ def collect_tensors(
         CheckpointError: Something is missing, superfluous, or does not fit the model.
     """
     shapes, fp8_layers = _weights_of(args, folder, sum(map(len, headers)))
-    try:
-        check_model_parallel(args, len(headers), "the number of files")
-    except CheckpointError as error:
-        raise CheckpointError(f"{files[0]} and the others are not of the model of {CONFIG_FILE}: {error}") from None
+    check_model_parallel(args, len(headers), f"the number of files, {files[0]} and so on,")
     tensors = {name: ShardedTensor(stored_name(name), shape) for name, shape in shapes.items()}
     copies = [(native, headers[0].pop(name)) for native, name in replicas if name in headers[0]]
     for rank, (left, file) in enumerate(zip(headers, files, strict=True)):
@@ -183,9 +169,7 @@ def resolve_run(path: Path, which: str) -> Path:
     """Returns the folder of a checkpoint: the path itself, or the "last" or "best" of the run there, never of both."""
     is_checkpoint, is_run = os.path.lexists(path / CONFIG_FILE), has_run(path)
     if is_checkpoint and is_run:
-        raise CheckpointError(
-            f"{path} holds both a checkpoint ({CONFIG_FILE}) and a run ({POINTER_FILE}); move one away"
-        )
+        raise CheckpointError(f"{path} has both {CONFIG_FILE}, a checkpoint's, and {POINTER_FILE}, a run's; move one")
     if is_run:
         name = str(_pointer(path).get(which))
         if not STEP_NAME.fullmatch(name) or not os.path.lexists(inside(path, name) / CONFIG_FILE):
@@ -220,10 +204,10 @@ def _file_shape(shape: tuple[int, ...], box: Slice2D) -> tuple[int, ...]:
     return (box.shape[0] // shape[1], *shape[1:]) if len(shape) == 3 else box.shape[2 - len(shape) :]
 
 
-def _weights_of(args: ModelArgs, folder: Path, count: int) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+def _weights_of(args: ModelArgs, folder: Path, count: int) -> tuple[_Shapes, set[str]]:
     """Asks the model, made without memory, for the shapes of its weights, and for those that may be FP8.
 
-    A config that wants many more than the `count` tensors that there are is refused before such a model is made.
+    A config that wants many more than the `count` tensors that there are is refused before it is made.
     """
     moe = sum(args.is_moe(i) for i in range(min(args.n_layers + args.n_mtp_layers, count)))
     if args.n_layers + args.n_mtp_layers + moe * args.n_routed_experts > count:
@@ -235,20 +219,17 @@ def _weights_of(args: ModelArgs, folder: Path, count: int) -> tuple[dict[str, tu
             prototype = Transformer(two, fp8_weights=True)
     except (RuntimeError, OverflowError) as error:
         raise too_large(folder, error) from None
-    groups: dict[str, dict[str, torch.Tensor]] = {}
+    groups: defaultdict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, _, tensor in _native_slices(prototype, ParallelContext()):
         prefix = re.match(r"layers\.\d+\.|mtp\.0\.(block\.)?|\w+\.", name)[0]
         if not name.endswith(".scale"):
-            groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
-
-    def block(layer: int) -> dict[str, torch.Tensor]:
-        return groups["layers.1." if args.is_moe(layer) else "layers.0."]
-
-    parts = [("embed.", groups["embed."])] + [(f"layers.{i}.", block(i)) for i in range(args.n_layers)]
-    parts += [(prefix, groups[prefix]) for prefix in ("norm.", "head.")]
+            groups[prefix][name.removeprefix(prefix)] = tensor
+    block = [f"layers.{int(args.is_moe(i))}." for i in range(args.n_layers + args.n_mtp_layers)]  # of its kind
+    parts = [("embed.", "embed."), *((f"layers.{i}.", block[i]) for i in range(args.n_layers))]
+    parts += [("norm.", "norm."), ("head.", "head.")]
     for k in range(args.n_mtp_layers):
-        parts += [(f"mtp.{k}.", groups["mtp.0."]), (f"mtp.{k}.block.", block(args.n_layers + k))]
-    tensors = {prefix + leaf: tensor for prefix, group in parts for leaf, tensor in group.items()}
+        parts += [(f"mtp.{k}.", "mtp.0."), (f"mtp.{k}.block.", block[args.n_layers + k])]
+    tensors = {prefix + leaf: tensor for prefix, group in parts for leaf, tensor in groups[group].items()}
     fp8_layers = {name for name, tensor in tensors.items() if tensor.dtype == E4M3}
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, fp8_layers
 
@@ -286,14 +267,16 @@ def save_model(model: Transformer, path: str | os.PathLike) -> None:
     """
     with new_folder(Path(path)) as folder:
         _write_config(model, folder)
-        _write_weights(model, folder, ParallelContext())
+        _write_weights(model, Path(path), ParallelContext())
 
 
-def _native_slices(model: Transformer, ctx: ParallelContext) -> Iterator[tuple[str, Slice2D, torch.Tensor]]:
-    """Native names, rectangles of the full tensors, and tensors that a process holds; of stacked experts one by one."""
+def _native_slices(model: Transformer, ctx: ParallelContext, to_write: bool = False) -> Iterator[_Slice]:
+    """The tensors that a process holds, or is to write, under native names; of stacked experts one by one."""
     shapes = full_shapes(model, ctx)
     for name, tensor in model.state_dict().items():
-        box, (local, _) = local_slice(name, tensor, shapes[name], ctx), ctx.local_shard(tensor)
+        box, (local, first) = local_slice(name, tensor, shapes[name], ctx), ctx.local_shard(tensor)
+        if to_write and not ctx.writes_replicated and first is None:
+            continue
         owner, is_routed, leaf = name.partition(".experts.")
         if is_routed:
             rows = shapes[name][1]
@@ -327,47 +310,36 @@ def _write_config(model: Transformer, folder: Path) -> None:
     write_json(folder / CONFIG_FILE, model.args.to_dict() | {"dtype": dtype})
 
 
-def _write_weights(model: Transformer, folder: Path, ctx: ParallelContext) -> None:
-    shapes, tensors, is_written = full_shapes(model, ctx), {}, set()
+def _write_weights(model: Transformer, path: Path, ctx: ParallelContext) -> None:
+    shapes, tensors = full_shapes(model, ctx), {}
     for name, tensor in model.state_dict().items():
         owner, is_routed, leaf = name.partition(".experts.")
         shape = shapes[name][1:] if is_routed else shapes[name]
-        names = [f"{owner}.experts.{e}.{leaf}" for e in range(shapes[name][0])] if is_routed else [name]
-        for native in names:
+        for native in [f"{owner}.experts.{e}.{leaf}" for e in range(shapes[name][0])] if is_routed else [name]:
             box = native_slice(native, shape, model.args.n_routed_experts, ctx.mp_rank, ctx.mp_size)
             if box is not None:
                 tensors[native] = tensor.dtype, shape, box
-        if ctx.writes_replicated or ctx.local_shard(tensor)[1] is not None:
-            is_written.update(names)
-    slices = [item for item in _native_slices(model, ctx) if item[0] in is_written]
-    _write_shards("model", folder, tensors, slices, ctx)
+    _write_shards("model", path, tensors, _native_slices(model, ctx, to_write=True), ctx)
 
 
-def _write_shards(
-    kind: str,
-    folder: Path,
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...], Slice2D]],
-    slices: list[tuple[str, Slice2D, torch.Tensor]],
-    ctx: ParallelContext,
-) -> None:
-    """Writes a file for each tensor-parallel rank, named by `kind`; each of its processes writes what it holds.
+def _write_shards(kind: str, path: Path, tensors: dict, slices: Iterable[_Slice], ctx: ParallelContext) -> None:
+    """Writes a file of `path` for each tensor-parallel rank, named by `kind`.
 
-    `tensors` has the dtype and full shape of each tensor in the file, and the rectangle of it that is there; `slices`
-    the names, rectangles and local tensors that this process writes.
+    `tensors` has dtype, full shape and rectangle of each tensor in the file, `slices` what this process writes of them.
     """
     contents = {name: (dtype, _file_shape(shape, box)) for name, (dtype, shape, box) in tensors.items()}
     output = SafetensorsWriter(native_file(ctx.mp_rank, ctx.mp_size, kind), contents)
-    with ctx.collective_section(), reporting(final_path(folder)):
+    with ctx.collective_section(), reporting(path):
         if ctx.writes_replicated:
-            output.create(folder)
-    path = folder / output.name
-    with ctx.collective_section(), reporting(final_path(folder)), open(path, "r+b", buffering=0) as file:
+            output.create(temporary_path(path))
+    file = temporary_path(path) / output.name
+    with ctx.collective_section(), reporting(path), open(file, "r+b", buffering=0) as out:
         for name, box, tensor in slices:
             info, (_, _, around) = output.infos[name], tensors[name]
             start = (box.top - around.top) * around.shape[1] + box.left - around.left
-            file.seek(info.offset + start * info.dtype.itemsize)
-            write_all(file, tensor.detach().cpu())
-        os.fsync(file.fileno())
+            out.seek(info.offset + start * info.dtype.itemsize)
+            write_all(out, tensor.detach().cpu())
+        os.fsync(out.fileno())
 
 
 # --- Runs ------------------------------------------------------------------------------------------------------------
@@ -376,9 +348,7 @@ def _write_shards(
 class Run(AbstractContextManager):
     """The folder of a training run while a job writes there: made when it is first needed, held open, and locked.
 
-    Args:
-        path: The folder.
-        ctx: The processes of the job; the first of them holds the folder.
+    The first process of the job, `ctx`, holds it.
 
     Raises:
         CheckpointError: Another job writes there, it is no folder, a checkpoint is in it, or it cannot be written.
@@ -386,7 +356,8 @@ class Run(AbstractContextManager):
 
     def __init__(self, path: str | os.PathLike, ctx: ParallelContext | None = None):
         self.path, self.ctx = Path(path), ctx or ParallelContext()
-        self._held: RunFolder | None = None
+        self._held: Path | None = None
+        self._fd, self._is_new = -1, False
         with self.ctx.collective_section():
             if self.ctx.rank == 0:  # until it is made, the nearest folder above: a disk may be unmounted meanwhile
                 self._hold(next(path for path in (self.path, *self.path.parents) if os.path.lexists(path)))
@@ -395,36 +366,48 @@ class Run(AbstractContextManager):
         return str(self.path)
 
     def __exit__(self, *_: object) -> None:
-        if self._held is not None:
-            self._held.close()
+        """Releases the folder; one that was made and never filled is removed."""
+        if self._held is None:
+            return
+        if self._is_new and leads_to(self.path, self._fd):
+            with suppress(OSError):
+                self.path.rmdir()
+        os.close(self._fd)
+        self._held = None
 
-    def _hold(self, path: Path, create: bool = False) -> None:
-        folder = RunFolder(path, create)
-        try:
+    def _hold(self, path: Path) -> None:
+        with ExitStack() as stack:
+            with reporting(path):
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, fd)
             if not os.access(path, os.W_OK | os.X_OK):
                 raise CheckpointError(f"{path} cannot be written; choose another --save-path")
             if path == self.path:
-                folder.lock()
+                lock(fd, path, path)
             if path == self.path and os.path.lexists(path / CONFIG_FILE):
                 raise CheckpointError(f"{path} holds a checkpoint ({CONFIG_FILE}), no run; choose another --save-path")
-            if create and os.listdir(folder.fd):
+            if self._held is not None and os.listdir(fd):
                 raise CheckpointError(f"{path} was written by another process meanwhile; choose another --save-path")
-        except BaseException:
-            folder.close()
-            raise
-        self.__exit__()
-        self._held = folder
+            stack.pop_all()
+            if self._held is not None:
+                os.close(self._fd)
+            self._held, self._fd = path, fd
 
     def folder_fd(self) -> int:
         """Returns, in the first process, a descriptor of the folder, which is made if there is none yet.
 
         Raises:
-            CheckpointError: The path does not lead to the folder any more that was opened: it was moved or unmounted.
+            CheckpointError: The path does not lead to the folder any more that was opened, or it cannot be made.
         """
-        self._held.check()
-        if self._held.path != self.path:
-            self._hold(self.path, create=True)
-        return self._held.fd
+        if not leads_to(self._held, self._fd):
+            reason = "the folder that this run began in was renamed, removed or unmounted"
+            raise CheckpointError(f"{self._held}: {reason}; put it back and go on with --resume")
+        if self._held != self.path:
+            self._is_new = not os.path.lexists(self.path)
+            with reporting(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._hold(self.path)
+        return self._fd
 
 
 def has_run(run: str | os.PathLike) -> bool:
@@ -443,15 +426,8 @@ def _pointer(run: Path) -> dict[str, Any]:
 def save_run(run: Run, model: Transformer, optimizer: _State, state: dict[str, Any], is_best: bool) -> Path:
     """Writes a checkpoint of a training run, points to it, and removes those that are neither last nor best any more.
 
-    Args:
-        run: The run; all its processes call this function.
-        model: The model.
-        optimizer: The optimizer's state of each parameter, by the parameter's name.
-        state: The rest of it, ready for JSON; "step" gives the checkpoint its name.
-        is_best: Whether this is the best checkpoint so far.
-
-    Returns:
-        The checkpoint's folder.
+    All processes of the run call it, and it returns the checkpoint's folder. `optimizer` has the optimizer's state of
+    each parameter, by the parameter's name; `state` has the rest, ready for JSON; its "step" gives the folder its name.
 
     Raises:
         CheckpointError: It cannot be written. The checkpoints that were there before are still complete.
@@ -466,11 +442,11 @@ def save_run(run: Run, model: Transformer, optimizer: _State, state: dict[str, A
     with ctx.collective_section(), reporting(run.path):
         if ctx.rank == 0:
             if path.name in pointer.values():  # saved before it was evaluated: the tensors are these
-                replace_json(inside(run.path, path.name) / STATE_FILE, state)
+                write_json(inside(run.path, path.name) / STATE_FILE, state)
             pointer["last"] = path.name
             if is_best or "best" not in pointer:
                 pointer["best"] = path.name
-            replace_json(run.path / POINTER_FILE, pointer, run.folder_fd())
+            write_json(run.path / POINTER_FILE, pointer, run.folder_fd())
             _sweep(run.path, set(pointer.values()))
     return path
 
@@ -484,8 +460,8 @@ def _save_step(path: Path, model: Transformer, optimizer: _State, state: dict[st
                 folder = stack.enter_context(new_folder(path))
                 write_json(folder / STATE_FILE, state)
                 _write_config(model, folder)
-        _write_weights(model, temporary_path(path), ctx)
-        _write_state(model, optimizer, temporary_path(path), ctx)
+        _write_weights(model, path, ctx)
+        _write_state(model, optimizer, path, ctx)
         with ctx.collective_section():
             stack.close()
 
@@ -499,7 +475,7 @@ def _sweep(run: Path, kept: set[str]) -> None:
             remove_leftover(run / match[1])
 
 
-def _write_state(model: Transformer, optimizer: _State, folder: Path, ctx: ParallelContext) -> None:
+def _write_state(model: Transformer, optimizer: _State, path: Path, ctx: ParallelContext) -> None:
     shapes, tensors, slices = full_shapes(model, ctx), {}, []
     for name, values in optimizer.items():
         for key, value in values.items():
@@ -509,18 +485,15 @@ def _write_state(model: Transformer, optimizer: _State, folder: Path, ctx: Paral
             local, first = ctx.local_shard(value)
             if ctx.writes_replicated or first is not None:
                 slices.append((full_name, local_slice(name, value, shape, ctx) if shape else around, local))
-    _write_shards("state", folder, tensors, slices, ctx)
+    _write_shards("state", path, tensors, slices, ctx)
 
 
 def load_run(
     run: str | os.PathLike, model: Transformer, ctx: ParallelContext | None = None
 ) -> tuple[Callable[[str, nn.Parameter, Collection[str]], dict[str, torch.Tensor]], dict[str, Any]]:
-    """Loads the last checkpoint of a run into `model`.
+    """Loads the last checkpoint of a run, or of its folder, into `model`, or this process's shards of it.
 
-    Args:
-        run: The run, or its folder.
-        model: The model, or this process's shards of it.
-        ctx: The processes that hold it together; they need not be as many as wrote the checkpoint.
+    The processes of `ctx`, which hold the model together, need not be as many as wrote the checkpoint.
 
     Returns:
         A function that reads the optimizer's state of a parameter, from the parameter's name, itself, and the keys of
@@ -550,12 +523,7 @@ def load_run(
 
 @torch.no_grad()
 def _read_state(
-    headers: dict[Path, _Header],
-    shapes: dict[str, tuple[int, ...]],
-    ctx: ParallelContext,
-    name: str,
-    p: nn.Parameter,
-    keys: Collection[str],
+    headers: _Headers, shapes: _Shapes, ctx: ParallelContext, name: str, p: nn.Parameter, keys: Collection[str]
 ) -> dict[str, torch.Tensor]:
     """Reads the local slices of the optimizer's state of one parameter; see `load_run`."""
     found = {}

@@ -1,23 +1,22 @@
 """Files of a checkpoint: how they are opened and replaced, and tensors read and written slice by slice.
 
-A tensor counts as a matrix here, and a file that has some of it has a rectangle of it, a `Slice2D`; with its place in
-the file that is a `ShardSlice`. All of these together are a `ShardedTensor`, from which any slice can be read, a band
-of about a megabyte at a time, so that memory does not grow with the checkpoint.
+A tensor counts as a matrix here. A file has some of it, a `Slice2D`; with its place in the file that is a `ShardSlice`,
+and all of these together are a `ShardedTensor`, which is read a band of about a megabyte at a time, so that memory does
+not grow with the checkpoint.
 
-A safetensors file is the length of a header in eight bytes, the header, JSON with dtype, shape and place of each
-tensor, and the tensors' bytes. The safetensors library checks headers. Tensors are not read by it, since it maps the
-file: pages once read count as memory of the process, and a file that shrinks ends it. They are not written by it
-either, since `save_file` wants all tensors of a file in memory at once.
+The safetensors library checks headers. Tensors are not read by it, since it maps the file: pages once read count as
+memory of the process, and a file that shrinks ends it. They are not written by it either, since `save_file` wants all
+tensors of a file in memory at once.
 
 FP8 weights have a scale for each block of 128×128, counted from the corner of the slice that a file has. A cut through
 a block, or a seam within one, is exact if no new block needs two different scales, and refused otherwise.
 
 A folder is never seen half-written: it is filled under a temporary name, flushed to disk and renamed. The lock beside
-it, which the system releases however a process ends, keeps a second process from filling the same one, and shows what a
-process that died has left there.
+it, released by the system however a process ends, keeps others from filling it too, and marks leftovers as such.
 """
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -27,17 +26,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 from command import shorten
 from fp8_ops import BLOCK, E4M3, weight_dequant, weight_quant
@@ -59,8 +54,6 @@ DTYPES = {
 # fmt: on
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)  # all widen to float32 exactly
-_NONBLOCK, _NOFOLLOW = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
-_HAS_DIR_FD = os.open in os.supports_dir_fd
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there, or choose another place")
 _REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to")
 
@@ -99,12 +92,8 @@ class Slice2D(NamedTuple):
 def slice_scales(parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> torch.Tensor | None:
     """Finds the scales of a slice of FP8 weights which stay as they are while their blocks become others.
 
-    Args:
-        parts: Slices side by side, or one above the other, each with its scales (⌈rows/128⌉, ⌈columns/128⌉).
-        box: The slice asked for, anywhere in them.
-
-    Returns:
-        Its scales, or None where a block would need two different ones.
+    `parts` are slices side by side, or one above the other, with their scales (⌈rows/128⌉, ⌈columns/128⌉), and `box` is
+    anywhere in them. Returns its scales, or None where a block would need two different ones.
     """
     across = int(len({part.left for part, _ in parts}) > 1)  # the dimension in which they follow each other
     parts = sorted(parts, key=lambda item: item[0])
@@ -132,9 +121,7 @@ def slice_scales(parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> tor
 def is_block_aligned(box: Slice2D) -> bool:
     """Whether each block of a slice lies within one block of the whole matrix."""
     ends = ((box.top, box.bottom), (box.left, box.right))
-    return all(
-        x // BLOCK == (min(x + BLOCK, end) - 1) // BLOCK for start, end in ends for x in range(start, end, BLOCK)
-    )
+    return all(start % BLOCK == 0 or start // BLOCK == (end - 1) // BLOCK for start, end in ends)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
@@ -162,22 +149,15 @@ class TensorInfo(NamedTuple):
         with open_regular(self.path) as file:
             _fill(file, self.offset, out)
         out = out.view(self.dtype).view(self.shape)
-        check_finite(out, self)
+        self.check_finite(out)
         return out
 
-
-def check_finite(data: torch.Tensor, info: TensorInfo) -> None:
-    """Refuses numbers that a checkpoint cannot mean.
-
-    Args:
-        data: A part of a tensor, of any dtype.
-        info: The tensor, for the message.
-
-    Raises:
-        CheckpointError: It holds NaN or infinity.
-    """
-    if not _is_finite(data):
-        raise CheckpointError(f"{info} holds numbers that are not finite, NaN or infinity; take an intact checkpoint")
+    def check_finite(self, data: torch.Tensor) -> None:
+        """Raises a CheckpointError if `data`, a part of the tensor, has NaN or infinity."""
+        if not _is_finite(data):
+            raise CheckpointError(
+                f"{self} holds numbers that are not finite, NaN or infinity; take an intact checkpoint"
+            )
 
 
 def _is_finite(data: torch.Tensor) -> bool:
@@ -193,13 +173,7 @@ def _is_finite(data: torch.Tensor) -> bool:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Reads the header of a safetensors file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its tensors by name, not yet read.
+    """Reads the header of a safetensors file: its tensors by name, not yet read.
 
     Raises:
         CheckpointError: The file is missing, truncated or no safetensors, or the header contradicts itself or the file.
@@ -208,17 +182,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     infos = {}
     for name, value in header.items():
-        what = f"{path}: tensor {shorten(name)}"
-        if not isinstance(value, dict) or not isinstance(value["dtype"], str):  # safetensors takes lists, and objects
-            raise CheckpointError(f"{what} needs dtype, shape and data_offsets in the header")
-        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{what} is {shorten(dtype)}, a dtype that torch does not have")
-        if len(shape) > MAX_DIMS:
-            raise CheckpointError(f"{what} has {len(shape)} dimensions, more than {MAX_DIMS}")
-        infos[name] = TensorInfo(path, name, DTYPES[dtype], tuple(shape), start + begin)
-        if end - begin != infos[name].nbytes:
-            raise CheckpointError(f"{what} takes {infos[name].nbytes} bytes, the header says {end - begin}")
+        dtype = value["dtype"] if isinstance(value, dict) else value  # safetensors takes lists, and objects for dtypes
+        if not isinstance(dtype, str) or dtype not in DTYPES or len(value["shape"]) > MAX_DIMS:
+            what = f"is {shorten(dtype)} or has more than {MAX_DIMS} dimensions, which is not supported"
+            raise CheckpointError(f"{path}: tensor {shorten(name)} {what}")
+        offset = start + value["data_offsets"][0]
+        infos[name] = TensorInfo(path, name, DTYPES[dtype], tuple(value["shape"]), offset)
     return infos
 
 
@@ -230,14 +199,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _read_raw_header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON object at the start of a safetensors file, which safetensors has checked, and the byte where it ends."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size or length > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} is truncated or no safetensors file: {size} bytes, a header of {length}")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} is no safetensors file: a header of {length} bytes")
         text = file.read(length)
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique)
-        with safe_open(path, "numpy"):  # refuses all else that is wrong: types, overflows, gaps, lone surrogates
+        with safe_open(path, "numpy"):  # refuses all else that is wrong: types, overflows, gaps, sizes
             pass
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {shorten(error, 300)}") from None
@@ -256,7 +224,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _fill(file: Any, offset: int, out: torch.Tensor) -> None:
     """Reads bytes from `offset` on into contiguous uint8 memory; other threads run meanwhile."""
-    view, done = memoryview(out.reshape(-1).numpy()), 0
+    view, done = memoryview(out.reshape(-1).numpy()), 0  # type: ignore[arg-type]
     file.seek(offset)
     while done < len(view):
         count = file.readinto(view[done:])
@@ -267,7 +235,7 @@ def _fill(file: Any, offset: int, out: torch.Tensor) -> None:
 
 def write_all(file: Any, tensor: torch.Tensor) -> None:
     """Writes a tensor's bytes to an unbuffered file, which may take some of them at a time."""
-    view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     try:
         while view:
             view = view[file.write(view) :]
@@ -278,15 +246,8 @@ def write_all(file: Any, tensor: torch.Tensor) -> None:
 class SafetensorsWriter:
     """A safetensors file to be written, laid out as safetensors itself does it.
 
-    Args:
-        name: The file's name.
-        tensors: Dtype and shape of each tensor.
-        metadata: More of it than "format", which transformers wants.
-
-    Attributes:
-        infos: The tensors and their places.
-        header: The bytes before them.
-        size: Bytes in all.
+    `tensors` has the dtype and shape of each tensor, `metadata` what is more than "format", which transformers wants.
+    Attributes: `infos`, the tensors and their places; `header`, the bytes before them; `size`, bytes in all.
     """
 
     def __init__(
@@ -337,9 +298,8 @@ class ShardSlice(NamedTuple):
 
     def read_scales(self, around: Slice2D) -> torch.Tensor:
         """Reads and checks the scales of a band: whole rows, from where a row of blocks begins to where one ends."""
-        rows = around.within(self.box)[0]
+        rows, cols = around.within(self.box)[0], self.scale.shape[1]
         first, last = rows.start // BLOCK, -(-rows.stop // BLOCK)
-        cols = self.scale.shape[1]
         offset = self.scale.offset + first * cols * self.scale.dtype.itemsize
         s = self.scale._replace(shape=(last - first, cols), offset=offset).read().float()
         smallest = s.min().item() if s.numel() else 1
@@ -360,11 +320,7 @@ class ShardSlice(NamedTuple):
 
 
 def shard_slice(info: TensorInfo, box: Slice2D, scale: TensorInfo | None) -> ShardSlice:
-    """Puts a weight and its scales together, once they are checked to fit.
-
-    Raises:
-        CheckpointError: An FP8 weight without scales, or with some of another shape or dtype.
-    """
+    """Puts a weight and its scales together; a CheckpointError if it is FP8 and they are missing or do not fit."""
     if info.dtype == E4M3:
         wanted = tuple(-(-n // BLOCK) for n in box.shape)
         if scale is None:
@@ -377,21 +333,13 @@ def shard_slice(info: TensorInfo, box: Slice2D, scale: TensorInfo | None) -> Sha
 
 @dataclass
 class ShardedTensor:
-    """A tensor in one file or several.
+    """A tensor in one file or several."""
 
-    Attributes:
-        name: Its name in the files.
-        shape: Its full shape.
-        dtype: What it is stored in.
-        shards: Slices that cover it.
-        replicas: Copies of it, which must be equal: one a rank, or one an MTP module.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-    shards: list[ShardSlice] = field(default_factory=list)
-    replicas: list[ShardSlice] = field(default_factory=list)
+    name: str  # in the files
+    shape: tuple[int, ...]  # of the full tensor
+    dtype: torch.dtype = torch.float32  # as it is stored
+    shards: list[ShardSlice] = field(default_factory=list)  # which cover it
+    replicas: list[ShardSlice] = field(default_factory=list)  # equal copies of it: one a rank, or one an MTP module
 
     @property
     def box(self) -> Slice2D:
@@ -405,27 +353,21 @@ class ShardedTensor:
         """
         if 0 in box.shape:
             return
-        row_bytes = box.shape[1] * self.dtype.itemsize
-        height = max(step, BAND_BYTES // row_bytes // step * step)
-        width = box.shape[1]
-        if row_bytes > BAND_BYTES:
-            width = BAND_BYTES // (min(height, box.shape[0]) * self.dtype.itemsize)
-            width = max(BLOCK, width // BLOCK * BLOCK)
+        width, size = box.shape[1], self.dtype.itemsize
+        height = max(step, BAND_BYTES // (width * size) // step * step)
+        if width * size > BAND_BYTES:
+            width = max(BLOCK, BAND_BYTES // (min(height, box.shape[0]) * size) // BLOCK * BLOCK)
         for top in range(box.top, box.bottom, height):
             for left in range(box.left, box.right, width):
                 yield Slice2D(top, min(top + height, box.bottom), left, min(left + width, box.right))
 
     def read_bytes(self, box: Slice2D) -> torch.Tensor:
-        """Reads a slice as it is stored: uint8 (rows, bytes of a row).
-
-        Raises:
-            CheckpointError: It holds NaN or infinity, or a replica differs.
-        """
+        """Reads a slice as it is stored, uint8 (rows, bytes of a row); refuses NaN, infinity, unequal replicas."""
         out = self._read_unchecked(box)
         if not _is_finite(numbers := out.view(self.dtype)):
             for shard in self.shards:
                 if (part := shard.box.meet(box)) is not None:
-                    check_finite(numbers[part.within(box)], shard.info)
+                    shard.info.check_finite(numbers[part.within(box)])
         return out
 
     def _read_unchecked(self, box: Slice2D) -> torch.Tensor:
@@ -443,16 +385,9 @@ class ShardedTensor:
         return out
 
     def read_scales(self, box: Slice2D | None = None) -> list[tuple[Slice2D, torch.Tensor]]:
-        """Reads the scales of FP8 weights.
+        """Reads the scales of a slice of FP8 weights, by default of all: finite, positive, equal in replicas.
 
-        Args:
-            box: A slice of the tensor; by default all of it.
-
-        Returns:
-            For each shard that has some of it: the rows of whole blocks around that, and their scales.
-
-        Raises:
-            CheckpointError: They are not finite and positive, or a replica differs.
+        Returns for each shard that has some of the slice: the rows of whole blocks around that, and their scales.
         """
         found = []
         for shard in self.shards:
@@ -472,11 +407,7 @@ class ShardedTensor:
         return CheckpointError(f"{replica} differs from {shorten(first.name)} in {first.path.name}: two models")
 
     def read(self, box: Slice2D, dtype: torch.dtype) -> torch.Tensor:
-        """Reads a slice as numbers of `dtype`: FP8 is dequantised.
-
-        Raises:
-            CheckpointError: As by `read_bytes` and `read_scales`, or a number is too large for `dtype`.
-        """
+        """Reads a slice as numbers of `dtype`, which must be large enough for them: FP8 is dequantised."""
         if self.dtype != E4M3:
             out = self._read_unchecked(box).view(self.dtype).to(dtype)
         else:
@@ -521,21 +452,14 @@ def open_regular(
 ) -> Iterator[FileIO]:
     """Opens a file to read, unbuffered; whatever is read is opened here.
 
-    Args:
-        path: The file.
-        error_type: What is raised if it cannot be read, also in the body.
-        max_bytes: How large it may be.
-        follow: Whether it may be a link to anywhere: for paths that the user gave, not for what is in a checkpoint.
-
-    Raises:
-        error_type: It is missing, no regular file (a pipe would block, a device may have no end), or too large.
-        CheckpointError: It is a link that leads out of its folder, see `inside`.
+    A failure raises `error_type`, also in the body: a file that is missing, has more than `max_bytes`, or is no regular
+    one, since a pipe would block and a device may have no end. A link that leads out of its folder is a CheckpointError
+    unless `follow` is set: for paths that the user gave, not for what is in a checkpoint.
     """
-    path = Path(path)
     if not follow and path.is_symlink():
         inside(path.parent, path.name)
     try:
-        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | _NONBLOCK)) as file:
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise error_type(f"{path} is no regular file")
@@ -562,135 +486,69 @@ def read_regular(
 def open_append(path: Path, folder_fd: int | None = None) -> FileIO:
     """Opens a file to append to, unbuffered, and makes it if there is none; a link is not followed.
 
-    Args:
-        path: The file.
-        folder_fd: A descriptor of its folder, if that is held open; see `RunFolder`.
-
-    Raises:
-        CheckpointError: It is no regular file, or cannot be written.
+    `folder_fd` is a descriptor of its folder, if that is held open. Raises a CheckpointError if it cannot be written.
     """
-    opener = lambda name, flags: os.open(name, flags | _NOFOLLOW | _NONBLOCK, 0o666, dir_fd=folder_fd)  # noqa: E731
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with reporting(path):
         try:
-            file = open(path if folder_fd is None else path.name, "ab", buffering=0, opener=opener)  # noqa: SIM115
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return file
-            file.close()
+            fd = os.open(path if folder_fd is None else path.name, flags, 0o666, dir_fd=folder_fd)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return open(fd, "ab", buffering=0)
+            os.close(fd)
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a pipe or socket, a folder
                 raise
         raise CheckpointError(f"{path} is no regular file; move it elsewhere")
 
 
-def replace_file(path: Path, data: bytes, folder_fd: int | None = None) -> None:
-    """Writes a file so that a crash leaves the old one or the new one; links under its names are not followed.
+def write_json(path: Path, value: dict[str, Any], folder_fd: int | None = None) -> None:
+    """Writes an object as a JSON file, so that a crash leaves the old one or the new one; links are not followed.
 
-    Args:
-        path: The file.
-        data: What will be in it.
-        folder_fd: A descriptor of its folder, if that is held open; see `RunFolder`.
-
-    Raises:
-        CheckpointError: It cannot be written.
+    `folder_fd` is a descriptor of its folder, if that is held open. Raises a CheckpointError if it cannot be written.
     """
     with reporting(path), ExitStack() as stack:
-        if folder_fd is None and _HAS_DIR_FD:
+        if folder_fd is None:
             folder_fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, folder_fd)
-        temporary, final = path.with_name(f".{path.name}.tmp"), path
-        if folder_fd is not None:
-            temporary, final = Path(temporary.name), Path(path.name)
+        temporary = f".{path.name}.tmp"
         with suppress(FileNotFoundError):  # a leftover, or what somebody put there
             os.unlink(temporary, dir_fd=folder_fd)
         try:
-            opener = lambda name, flags: os.open(name, flags | _NOFOLLOW, 0o666, dir_fd=folder_fd)  # noqa: E731
-            with open(temporary, "xb", opener=opener) as file:
-                file.write(data)
+            with open(temporary, "xb", opener=partial(os.open, mode=0o666, dir_fd=folder_fd)) as file:
+                file.write((json.dumps(value, indent=2) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, final, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+            os.replace(temporary, path.name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=folder_fd)
             raise
-        if folder_fd is not None:
-            os.fsync(folder_fd)
+        os.fsync(folder_fd)
 
 
-class RunFolder:
-    """A folder into which a process writes for hours: opened once, held, and written by one process at a time.
-
-    Args:
-        path: The folder.
-        create: Whether to make it, and those above it, where there is none.
-
-    Attributes:
-        fd: Its descriptor, for `replace_file` and `open_append`; None on Windows, where folders have none.
+def lock(descriptor: int, opened: Path, path: Path) -> None:
+    """Locks an open file or folder until it is closed or the process ends, by whatever means.
 
     Raises:
-        CheckpointError: It is no folder, or cannot be made or opened.
+        CheckpointError: Another process has locked it, or replaced what was opened, and so is writing `path`.
     """
-
-    def __init__(self, path: Path, create: bool = False):
-        self.path, self.fd = path, None
-        with reporting(path):
-            self._is_new = create and not os.path.lexists(path)
-            if create:
-                path.mkdir(parents=True, exist_ok=True)
-            if _HAS_DIR_FD:
-                self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-
-    def lock(self) -> None:
-        """Keeps other processes from locking it, until this one closes it or ends, by whatever means.
-
-        Raises:
-            CheckpointError: Another process has locked it.
-        """
-        if self.fd is not None and not _flock(self.fd):
-            raise CheckpointError(f"{self.path} is being written by another process; wait for it, or end it")
-
-    def check(self) -> None:
-        """Checks that the path still leads to the folder that was opened.
-
-        Raises:
-            CheckpointError: It does not: what is written now would not be found with the rest.
-        """
-        try:
-            found = os.stat(self.path)
-            is_same = stat.S_ISDIR(found.st_mode) if self.fd is None else os.path.samestat(found, os.fstat(self.fd))
-        except OSError:
-            is_same = False
-        if not is_same:
-            reason = "the folder that this run began in was renamed, removed or unmounted"
-            raise CheckpointError(f"{self.path}: {reason}; put it back and go on with --resume")
-
-    def close(self) -> None:
-        """Releases it; a folder that was made and never filled is removed."""
-        if self._is_new:
-            with suppress(OSError, CheckpointError):
-                self.check()
-                self.path.rmdir()
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
-
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = leads_to(opened, descriptor)
+    except BlockingIOError:
+        is_ours = False
+    except OSError:  # not all network filesystems have locks
+        is_ours = True
+    if not is_ours:
+        raise CheckpointError(f"{path} is being written by another process; wait for it, or end it")
 
 
-def _flock(descriptor: int) -> bool:
-    """Takes the lock of an open file, which the system releases when the process ends; False: another has it."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # not all network filesystems have locks
-            pass
-    return True
+def leads_to(path: Path, descriptor: int) -> bool:
+    """Whether a path still leads to the file or folder that was opened."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 # --- Folders and JSON ------------------------------------------------------------------------------------------------
@@ -722,11 +580,6 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def final_path(temporary: Path) -> Path:
-    """The name that a folder with a temporary name will have."""
-    return temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
-
-
 def resolved(path: Path) -> Path:
     """The path with all links followed; those that lead to themselves are an error."""
     try:
@@ -755,13 +608,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.iterdir():
-                fsync(file)
-            fsync(temporary)
-            if path.exists():  # an empty folder, which Windows would not replace
-                path.rmdir()
-            temporary.rename(path)
-            fsync(path.parent)
+            for file in (*temporary.iterdir(), temporary):
+                _fsync(file)
+            temporary.rename(path)  # which replaces an empty folder
+            _fsync(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -790,37 +640,25 @@ def _parents(path: Path) -> Iterator[None]:
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Holds the lock for making `path`; yields whether a process that died has left it, and so a temporary folder."""
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        is_left = os.path.lexists(lock)
-        with open_append(lock) as file:
-            held = os.fstat(file.fileno())
-            if held.st_size:
-                raise CheckpointError(f"{lock} is in the way of making {path}; move it elsewhere")
-            if not _flock(file.fileno()):
-                raise CheckpointError(f"{path} is being written by another process; wait for it")
-            try:
-                if not os.path.samestat(held, os.stat(lock, follow_symlinks=False)):
-                    continue
-            except FileNotFoundError:  # the process that had it has just finished, and removed it
-                continue
-            try:
-                yield is_left
-            finally:
-                if fcntl is None:  # what is open cannot be removed there
-                    file.close()
-                lock.unlink(missing_ok=True)
-            return
-
-
-def fsync(path: Path) -> None:
-    """Forces a file or a folder's entries to disk; Windows lets neither be opened for that."""
-    if os.name != "nt":
-        descriptor = os.open(path, os.O_RDONLY)
+    lock_path = path.with_name(f".{path.name}.lock")
+    is_left = os.path.lexists(lock_path)
+    with open_append(lock_path) as file:
+        if os.fstat(file.fileno()).st_size:
+            raise CheckpointError(f"{lock_path} is in the way of making {path}; move it elsewhere")
+        lock(file.fileno(), lock_path, path)
         try:
-            os.fsync(descriptor)
+            yield is_left
         finally:
-            os.close(descriptor)
+            lock_path.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    """Forces a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -833,20 +671,6 @@ def inside(folder: Path, name: str) -> Path:
     if target.parent not in (home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])):
         raise CheckpointError(f"{folder / name} is a link that leads out of the folder, to {target}")
     return folder / name
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes an object as a JSON file."""
-    path.write_bytes(_json(value))
-
-
-def replace_json(path: Path, value: dict[str, Any], folder_fd: int | None = None) -> None:
-    """Writes a JSON file with `replace_file`."""
-    replace_file(path, _json(value), folder_fd)
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def read_json(path: Path, error_type: type[ValueError], follow: bool = False) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from checkpoint import Run, has_run, load_run, read_config, save_model, save_run
 from convert import load_model
 from model import ConfigError, ModelArgs, Transformer
 from parallel import ParallelContext, build
-from safetensors_io import CheckpointError
+from safetensors_io import CheckpointError, temporary_path
 
 WEIGHTS = "model0-mp1.safetensors"
 TINY = {
@@ -578,7 +578,7 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
             if left[0] >= 0:
                 return function(*args, **options)
             if left[0] == -1 and function is write_shards:  # half of a file
-                (args[1] / f"{args[0]}0-mp1.safetensors").write_bytes(b"torn")
+                (temporary_path(args[1]) / f"{args[0]}0-mp1.safetensors").write_bytes(b"torn")
             raise Crash
 
         return wrapper
@@ -595,6 +595,7 @@ def test_crash_at_every_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.Mon
     """Whatever was the last thing done to the disk, the run goes on from the old or the new checkpoint."""
     run, kept, resumed = tmp_path / "run", tmp_path / "kept", []
     small = {"n_layers": 1, "n_mtp_layers": 0}
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # which takes most of the time
     save_step(run, 1, **small)
     shutil.copytree(run, kept)
     for calls in range(100):
@@ -608,7 +609,7 @@ def test_crash_at_every_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.Mon
         assert torch.equal(model.head.weight, tiny(resumed[-1], **small).head.weight)
         assert torch.equal(load_model(run).head.weight, model.head.weight)
         # and the next saves, of that step and another, leave no litter
-        for step in range(resumed[-1], 4):
+        for step in (resumed[-1], 3):
             save_step(run, step, **small)
         assert {path.name for path in run.iterdir()} == {"checkpoints.json", "step-00000003"}
         shutil.rmtree(run)
@@ -712,10 +713,14 @@ def test_nothing_is_made_before_there_is_something_to_keep(tmp_path: Path, monke
     with Run(tmp_path / "a" / "run") as run:
         assert os.listdir(tmp_path) == [] and os.fspath(run) == str(tmp_path / "a" / "run")
     assert os.listdir(tmp_path) == []
-    with Run(tmp_path / "run") as run:
-        run.folder_fd()
-        assert os.listdir(tmp_path) == ["run"]
-    assert os.listdir(tmp_path) == []  # nothing came into it
+    for is_mine in (False, True):
+        if is_mine:
+            (tmp_path / "run").mkdir()
+        with Run(tmp_path / "run") as run:
+            run.folder_fd()
+            assert os.listdir(tmp_path) == ["run"]
+        assert os.listdir(tmp_path) == (["run"] if is_mine else [])  # nothing came into it
+    (tmp_path / "run").rmdir()
     monkeypatch.setattr(checkpoint, "write_all", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(CheckpointError):
         save_step(tmp_path / "run", 1)
@@ -788,6 +793,15 @@ def test_a_folder_that_is_gone_ends_the_run(tmp_path: Path, what: str) -> None:
                 use()
             one_line(error, path, "renamed")
         assert (sorted(tmp_path.rglob("*")), contents(tmp_path)) == before
+
+
+def test_a_folder_that_moved_behind_a_link_is_found(tmp_path: Path) -> None:
+    with Run(tmp_path / "run") as run:
+        run.folder_fd()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").symlink_to("moved")
+        save_run(run, tiny(2), state_of(tiny(2), 2), {"step": 2}, True)
+    assert (tmp_path / "moved" / "checkpoints.json").exists()
 
 
 def test_a_disk_that_goes_before_the_first_save(tmp_path: Path) -> None:

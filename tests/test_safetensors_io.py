@@ -6,8 +6,6 @@ import os
 import shutil
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,8 @@ from safetensors.torch import load_file, save_file
 import safetensors_io
 from fp8_ops import weight_dequant, weight_quant
 from model import ConfigError
-from safetensors_io import CheckpointError, RunFolder, ShardedTensor, Slice2D, new_folder, read_header, shard_slice
+from safetensors_io import CheckpointError, ShardedTensor, Slice2D, new_folder, read_header, shard_slice
 
-ROOT = Path(safetensors_io.__file__).parent
 E4M3 = torch.float8_e4m3fn
 draws = settings(deadline=None, derandomize=True, database=None)
 
@@ -163,7 +160,7 @@ def test_json_that_is_none(tmp_path: Path, text: bytes) -> None:
 @pytest.mark.parametrize("name", ["metrics.jsonl", ".metrics.jsonl.tmp"])
 @pytest.mark.parametrize("kind", ["victim", "nowhere", "pipe", "socket", "old"])
 @pytest.mark.parametrize("is_held", [False, True])
-def test_replace_file_writes_nowhere_else(tmp_path: Path, name: str, kind: str, is_held: bool) -> None:
+def test_a_json_file_is_written_nowhere_else(tmp_path: Path, name: str, kind: str, is_held: bool) -> None:
     run, victim = tmp_path / "run", tmp_path / "victim"
     run.mkdir()
     victim.write_text("precious")
@@ -173,27 +170,30 @@ def test_replace_file_writes_nowhere_else(tmp_path: Path, name: str, kind: str, 
         (run / name).write_text("old")
     else:
         put(run / name, kind)
-    with RunFolder(run) as folder:
-        safetensors_io.replace_file(run / "metrics.jsonl", b"new", folder.fd if is_held else None)
-    assert stat.S_ISREG((run / "metrics.jsonl").lstat().st_mode) and (run / "metrics.jsonl").read_text() == "new"
+    folder_fd = os.open(run, os.O_RDONLY)
+    safetensors_io.write_json(run / "metrics.jsonl", {"a": 1}, folder_fd if is_held else None)
+    os.close(folder_fd)
+    assert stat.S_ISREG((run / "metrics.jsonl").lstat().st_mode)
+    assert json.loads((run / "metrics.jsonl").read_text()) == {"a": 1}
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
     assert victim.read_text() == "precious" and sorted(p.name for p in tmp_path.iterdir()) == ["run", "victim"]
 
 
-def test_replace_file_follows_the_folder_that_is_held(tmp_path: Path) -> None:
+def test_writes_go_to_the_folder_that_is_held(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with RunFolder(tmp_path / "run") as folder:
-        (tmp_path / "run").rename(tmp_path / "moved")
-        safetensors_io.replace_json(tmp_path / "run" / "a.json", {"a": 1}, folder.fd)
-        with safetensors_io.open_append(tmp_path / "run" / "log", folder.fd) as log:
-            log.write(b"line")
+    folder_fd = os.open(tmp_path / "run", os.O_RDONLY)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    safetensors_io.write_json(tmp_path / "run" / "a.json", {"a": 1}, folder_fd)
+    with safetensors_io.open_append(tmp_path / "run" / "log", folder_fd) as log:
+        log.write(b"line")
+    os.close(folder_fd)
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
     assert json.loads((tmp_path / "moved" / "a.json").read_text()) == {"a": 1}
     assert (tmp_path / "moved" / "log").read_text() == "line"
 
 
 @pytest.mark.parametrize("step", ["write", "fsync", "rename"])
-def test_replace_file_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_failing_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     path = tmp_path / "state.json"
     path.write_text("old")
 
@@ -205,7 +205,7 @@ def test_replace_file_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.Monk
     else:
         monkeypatch.setattr(os, "fsync" if step == "fsync" else "replace", fails)
     with pytest.raises(CheckpointError) as error:
-        safetensors_io.replace_file(path, b"new")
+        safetensors_io.write_json(path, {"new": 1})
     one_line(error, path)
     assert step == "write" or "No space left" in str(error.value) and "free some space" in str(error.value)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == (2 if step == "write" else 1)
@@ -281,73 +281,6 @@ def test_an_error_without_words_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error, safetensors_io.reporting(tmp_path):
         raise TimeoutError
     one_line(error, tmp_path, "TimeoutError")
-
-
-# --- A run's folder ---------------------------------------------------------------------------------------------------
-
-
-def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    with RunFolder(tmp_path / "a" / "run", create=True) as first:
-        first.lock()
-        first.lock()
-        with RunFolder(tmp_path / "a" / "run") as second, pytest.raises(CheckpointError) as error:
-            second.lock()
-        one_line(error, tmp_path / "a" / "run", "another process")
-        (tmp_path / "a" / "run" / "file").touch()
-    with RunFolder(tmp_path / "a" / "run") as third:
-        third.lock()
-    assert [path.name for path in (tmp_path / "a" / "run").iterdir()] == ["file"]
-
-
-@pytest.mark.slow
-def test_a_killed_writer_leaves_no_lock(tmp_path: Path) -> None:
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nfrom pathlib import Path\nimport safetensors_io\n"
-    code += "folder = safetensors_io.RunFolder(Path(sys.argv[1]))\nfolder.lock()\nprint(flush=True)\nsys.stdin.read()"
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    with RunFolder(tmp_path) as folder:
-        with pytest.raises(CheckpointError):
-            folder.lock()
-        process.kill()
-        process.communicate()
-        folder.lock()
-
-
-@pytest.mark.parametrize("what", ["renamed", "removed", "another", "file", "link"])
-def test_a_folder_that_is_no_longer_there(tmp_path: Path, what: str) -> None:
-    run = tmp_path / "run"
-    with RunFolder(run, create=True) as folder:
-        folder.check()
-        run.rename(tmp_path / "moved")
-        if what == "removed":
-            (tmp_path / "moved").rmdir()
-        elif what == "another":
-            run.mkdir()
-        elif what == "file":
-            run.touch()
-        elif what == "link":  # and the way back is no error
-            run.symlink_to("moved")
-            folder.check()
-            return
-        with pytest.raises(CheckpointError) as error:
-            folder.check()
-        one_line(error, run, "--resume")
-    assert (tmp_path / "moved").exists() == (what != "removed") and run.exists() == (what in ("another", "file"))
-
-
-def test_a_folder_made_in_vain_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    for name, is_left in (("mine", True), ("new", False), ("filled", True)):
-        with RunFolder(tmp_path / name, create=True):
-            if name == "filled":
-                (tmp_path / name / "file").touch()
-        assert (tmp_path / name).exists() == is_left
-    for path in (tmp_path / "filled" / "file", tmp_path / "none"):
-        with pytest.raises(CheckpointError) as error:
-            RunFolder(path)
-        one_line(error, path)
-    with pytest.raises(CheckpointError):
-        RunFolder(tmp_path / "filled" / "file" / "x", create=True)
 
 
 # --- Headers ----------------------------------------------------------------------------------------------------------
