@@ -45,6 +45,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from http.client import HTTPException
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -402,7 +403,7 @@ def _looks_like_text(head: bytes) -> bool:
         return controls * 100 <= len(head)
 
 
-def _open(path: str | os.PathLike) -> BinaryIO:
+def _open(path: str | os.PathLike) -> BufferedReader:
     """Opens a regular file to read it; any other kind is a DataError, and no pipe makes it wait."""
     with _data_error("read", path):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
