@@ -194,10 +194,7 @@ def compressed_format(head: bytes) -> str | None:
 
 
 def resolve(
-    source: str | os.PathLike = "stdlib",
-    *,
-    from_file: str | os.PathLike | None = None,
-    data_dir: Path = DATA_DIR,
+    source: str | os.PathLike = "stdlib", *, from_file: str | os.PathLike | None = None, data_dir: Path = DATA_DIR
 ) -> Path:
     """Finds the file of raw bytes behind a name, a file or a folder, and makes it first if need be.
 
@@ -210,8 +207,7 @@ def resolve(
         data_dir: Where to put what is made; created if missing.
 
     Raises:
-        DataError: The source is missing, unreadable, compressed, without text or not what it should be, or the result
-            cannot be written.
+        DataError: The source is not what it should be or has no text, or something cannot be read or written.
     """
     data_dir = Path(data_dir)
     name = source if isinstance(source, str) else ""
@@ -329,8 +325,7 @@ def _resolve_folder(root: Path, data_dir: Path) -> Path:
         _join(documents, root, target)
     for other in target.parent.glob(f"{family}-*.bin"):
         if other != target:
-            with contextlib.suppress(OSError):  # removed by a process like this one
-                other.unlink()
+            other.unlink(missing_ok=True)  # by a process like this one
     return target
 
 
