@@ -7,35 +7,32 @@ A script begins with
 
         command.start()  # before torch is imported, which takes seconds
 
-and its `main` returns `command.run("convert.py", lambda: ..., mistakes=(CheckpointError,))`. Four promises follow,
-and no other module has to think of them:
+and its `main` returns `command.run("convert.py", lambda: ..., mistakes=(CheckpointError,))`. From then on
 
 * Ctrl-C or SIGTERM at any moment ends the process with exit code 130 and no traceback, after what is half-done has been
-  removed. Until `run` there is nothing to remove.
-* A user's mistake is one line on stderr, `convert.py: error: ...`, and exit code 2; anything else is a fault of this
-  project, shown with its traceback, exit code 1.
-* Nothing that came from a model, a file, a path or the command line reaches a terminal as a control character.
-* A standard stream that is closed is replaced by /dev/null; one that is full is reported once, with exit code 2.
+  removed; a user's mistake is one line on stderr and exit code 2; any other exception is shown with its traceback, 1;
+* nothing that came from a model, a file or the command line reaches a terminal as a control character;
+* a closed standard stream is replaced by /dev/null, and a full one is reported once, with exit code 2.
 
 Standard library only, so that it is there before anything else is.
 """
 
 import argparse
 import errno
+import io
 import math
 import os
 import re
 import signal
 import stat
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from byte_tokenizer import one_line, visible
 
@@ -43,6 +40,7 @@ STARTED = time.monotonic()  # train.py's --minutes counts from here: torch is no
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
 MIN_CACHE_BYTES = 1 << 24  # free space below which a cache folder counts as full
 BROKEN_PIPE = 141  # exit code when nobody reads stdout any more
+_SIGNALS = signal.SIGINT, signal.SIGTERM
 
 _write_error: OSError | None = None  # the first failure to write stdout
 _is_script = False  # whether `start` was called: then the process ends with the command
@@ -56,26 +54,24 @@ def start() -> None:
     global _is_script
     _is_script = True
     _set_handlers(lambda *_: os._exit(INTERRUPTED))  # nothing has been begun yet
-    for descriptor in range(3):  # else the next file that is opened would be stdout
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
-            while (opened := os.open(os.devnull, os.O_RDWR)) < descriptor:
-                pass
-            if opened > descriptor:
-                os.close(opened)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one, which the next file would get
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the life of the process
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a model writes characters that a terminal may not have
+        cast(io.TextIOWrapper, stream).reconfigure(
+            errors="backslashreplace"
+        )  # a model writes characters that a terminal may not have
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         with suppress(OSError):  # many functions of torch, optimizers for one, open its compiler's folder, used or not
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_cache_folder() / "torchinductor")
 
 
 def _set_handlers(handler: Any) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in _SIGNALS:
         signal.signal(signum, handler)
 
 
@@ -96,7 +92,9 @@ def _unraisable(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if not isinstance(unraisable.exc_value, KeyboardInterrupt):
             return hook(unraisable)
         _set_handlers(_interrupt)
-        signal.raise_signal(signal.SIGINT)
+        signum = signal.SIGTERM if isinstance(unraisable.exc_value, Terminated) else signal.SIGINT
+        signal.signal(signal.SIGALRM, lambda *_: _interrupt(signum, None))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)  # by when this hook, where exceptions are dropped too, is left
         return None
 
     return handle
@@ -111,21 +109,18 @@ def run(prog: str, body: Callable[[], int | None], mistakes: tuple[type[Exceptio
         mistakes: Exception classes that mean a user's mistake. OSError and lack of memory always do.
 
     Returns:
-        The exit code: 0, 1 after a fault of this project, 2 after a mistake, 130 after a signal, 141 when nobody reads
-        stdout.
+        0, 1 after a fault of this project, 2 after a mistake, 130 after a signal, 141 when nobody reads stdout.
     """
-    is_main = threading.current_thread() is threading.main_thread()  # only there does Python allow handlers
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     hook = sys.unraisablehook
     try:
-        if is_main:
-            _set_handlers(_interrupt)
-            sys.unraisablehook = _unraisable(hook)
+        _set_handlers(_interrupt)
+        sys.unraisablehook = _unraisable(hook)
         code = body() or 0
         return _flush(prog) or code
+    except SystemExit:
+        raise
     except BaseException as error:  # noqa: BLE001 - each kind has its exit code
-        if isinstance(error, SystemExit):
-            raise
         code, message = explain(error, mistakes)
         if message is not None:
             complain(prog, message)
@@ -136,9 +131,8 @@ def run(prog: str, body: Callable[[], int | None], mistakes: tuple[type[Exceptio
         return code
     finally:
         sys.unraisablehook = hook
-        if is_main:  # of a script, the process ends now: a signal has nothing left to stop
-            for signum, handler in before.items():
-                signal.signal(signum, signal.SIG_IGN if _is_script else handler)
+        for signum, handler in before.items():  # of a script, the process ends now: a signal has nothing left to stop
+            signal.signal(signum, signal.SIG_IGN if _is_script else handler)
 
 
 def explain(error: BaseException, mistakes: tuple[type[Exception], ...]) -> tuple[int, str | None]:
@@ -160,26 +154,31 @@ def explain(error: BaseException, mistakes: tuple[type[Exception], ...]) -> tupl
 
 def _flush(prog: str) -> int:
     """Flushes stdout; returns the exit code of a failure to write it, now or before, else 0."""
+    _to_stdout(lambda: None)
+    if (failure := _take_write_error()) is None:
+        return 0
+    code, message = explain(failure, ())
+    if message:
+        complain(prog, f"cannot write to standard output: {message}")
+    return code
+
+
+def _to_stdout(send: Callable[[], Any]) -> None:
+    """Writes and flushes; where that fails, keeps the error, and lets what is still buffered go nowhere."""
     global _write_error
     try:
+        send()
         sys.stdout.flush()
-    except (OSError, ValueError) as error:
-        _drop_stdout(error)
-    error, _write_error = _write_error, None
-    if error is None:
-        return 0
-    if error.errno == errno.EPIPE:
-        return BROKEN_PIPE
-    complain(prog, f"cannot write to standard output: {error.strerror or error}")
-    return 2
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        _write_error = error if isinstance(error, OSError) else OSError(errno.EBADF, os.strerror(errno.EBADF))
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _drop_stdout(error: Exception) -> None:
-    """Notes that stdout cannot be written, and lets what is still buffered go nowhere."""
+def _take_write_error() -> OSError | None:
     global _write_error
-    _write_error = error if isinstance(error, OSError) else OSError(errno.EBADF, os.strerror(errno.EBADF))
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    error, _write_error = _write_error, None
+    return error
 
 
 # --- Printing --------------------------------------------------------------------------------------------------------
@@ -187,12 +186,8 @@ def _drop_stdout(error: Exception) -> None:
 
 def say(text: str) -> None:
     """Prints text to stdout, with its control characters made visible. A stdout that fails is reported by `run`."""
-    try:
-        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # a bar on the terminal must step aside
-        (tqdm.write if tqdm else print)(visible(text))
-        sys.stdout.flush()
-    except (OSError, ValueError) as error:
-        _drop_stdout(error)
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # a bar on the terminal must step aside
+    _to_stdout(lambda: (tqdm.write if tqdm else print)(visible(text)))
 
 
 def write(data: bytes) -> None:
@@ -201,14 +196,9 @@ def write(data: bytes) -> None:
     Raises:
         OSError: Stdout cannot be written, so the command is to end; `run` reports it.
     """
-    global _write_error
-    try:
-        sys.stdout.buffer.write(data)
-        sys.stdout.flush()
-    except (OSError, ValueError) as error:
-        _drop_stdout(error)
-        failure, _write_error = _write_error, None
-        raise OSError(failure.errno, f"cannot write to standard output: {failure.strerror}") from None
+    _to_stdout(lambda: sys.stdout.buffer.write(data))
+    if failure := _take_write_error():
+        raise OSError(failure.errno, f"cannot write to standard output: {failure.strerror}")
 
 
 def warn(prog: str, message: str) -> None:
@@ -279,16 +269,15 @@ def integer(low: int, high: int = 10**12) -> Callable[[str], int]:
 
 def real(low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Callable[[str], float]:
     """Makes an argparse type: a finite number from `low` to `high`, either end excluded if it is open."""
-    ends = f"{'above' if open_low else 'from'} {low:g}" + (
-        f"{' to below' if open_high else ' to'} {high:g}" if math.isfinite(high) else ""
-    )
+    ends = f"{'above' if open_low else 'from'} {low:g}"
+    if math.isfinite(high):
+        ends += f"{' to below' if open_high else ' to'} {high:g}"
 
     def parse(text: str) -> float:
         with suppress(ValueError):
             value = float(text)
-            above = low < value if open_low else low <= value
-            below = value < high if open_high else value <= high
-            if math.isfinite(value) and above and below:
+            is_end = open_low and value == low or open_high and value == high
+            if low <= value <= high and math.isfinite(value) and not is_end:
                 return value
         raise argparse.ArgumentTypeError(f"must be a number {ends}, got {shorten(text, 40)!r}")
 
@@ -303,14 +292,11 @@ def private_cache_folder() -> Path:
 
     It is `bytegpt` in `$XDG_CACHE_HOME` or `~/.cache`, made if needed; or `private_temporary_folder()` where that is
     full, cannot be written or run from, belongs to somebody else, or stands where others could replace it.
-
-    Raises:
-        OSError: Not even a temporary folder can be made.
     """
     with suppress(OSError, RuntimeError, ValueError):  # RuntimeError: no home
-        named = os.environ.get("XDG_CACHE_HOME", "")
-        # a relative path would follow the working folder, so its standard has it ignored
-        base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not base.is_absolute():  # a relative path would follow the working folder, so its standard has it ignored
+            base = Path.home() / ".cache"
         if base.is_absolute():
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder = base.resolve() / "bytegpt"

@@ -2,17 +2,16 @@
 
     python convert.py --ckpt-path SRC --save-path DST [--model-parallel N] [--format native|hf] [--dtype fp32|bf16|fp8]
 
-The two formats hold the same matrices under other names, beside a config in other words, so a conversion has two parts.
+The two formats hold the same matrices under other names, beside a config in other words. The config becomes a
+`ModelArgs`, from which the name, shape and sharding of every tensor follow, and the headers of the source's files give
+the place of each: so the whole conversion is planned, and refused if need be, before any tensor is read. Of a Hugging
+Face config, fields with a counterpart in `ModelArgs` are translated, those that would change the mathematics must have
+the one value that they have here, and only what changes nothing is ignored. The way back uses the same tables, and is
+checked by reading its own result.
 
-What is where. The config becomes a `ModelArgs`, from which the name, shape and sharding of every tensor follow; the
-    headers of the source's files give the place of each. So the whole plan is made, and refused if need be, before any
-    tensor is read. Of a Hugging Face config, fields with a counterpart in `ModelArgs` are translated, those that would
-    change the mathematics must have the one value that they have here, and only what changes nothing is ignored. The
-    way back uses the same tables, and is checked by reading its own result.
-
-Moving bytes. A conversion copies rectangles: it reads a tensor in bands of rows from wherever its slices are, changes
-    the dtype if need be, and writes to wherever they belong. Nothing larger than a band is in memory, each byte is read
-    and written once, and several tensors are converted at a time.
+A conversion copies rectangles: it reads a tensor in bands of rows from wherever its slices are, changes the dtype if
+need be, and writes to wherever they belong. Nothing larger than a band is in memory, each byte is read and written
+once, and several tensors are converted at a time.
 """
 
 if __name__ == "__main__":
@@ -117,22 +116,18 @@ HF_FIXED = {  # fields that would change the mathematics, and the value that the
     "mlp_bias": False, "moe_layer_freq": 1, "output_router_logits": False, "partial_rotary_factor": 1.0,
     "pretraining_tp": 1, "rope_interleave": True, "tie_word_embeddings": False, "truncate": True,
 }
-HF_IGNORED = {  # fields of training, storage, generation or the classes of transformers themselves
-    "architectures", "auto_map", "bytegpt", "chunk_size_feed_forward", "dtype", "finetuning_task",
-    "gradient_checkpointing", "id2label", "initializer_range", "label2id", "model_type", "num_labels",
-    "output_attentions", "output_hidden_states", "problem_type", "return_dict", "router_aux_loss_coef", "seq_aux",
-    "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16",
-    "use_cache", "use_return_dict", "_name_or_path", "_commit_hash", "_attn_implementation", "attn_implementation",
-    "_attn_implementation_autoset", "_experts_implementation", "experts_implementation",
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "forced_bos_token_id",
-    "forced_eos_token_id", "max_length", "min_length", "max_new_tokens", "min_new_tokens", "do_sample", "temperature",
-    "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams", "num_beam_groups",
-    "diversity_penalty", "early_stopping", "repetition_penalty", "encoder_repetition_penalty", "length_penalty",
-    "exponential_decay_length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
-    "suppress_tokens", "begin_suppress_tokens", "stop_strings", "num_return_sequences", "output_scores",
-    "output_logits", "return_dict_in_generate", "remove_invalid_values", "renormalize_logits", "penalty_alpha",
-    "guidance_scale", "cache_implementation",
-}
+HF_IGNORED = set("""architectures auto_map bytegpt chunk_size_feed_forward dtype finetuning_task gradient_checkpointing
+    id2label initializer_range label2id model_type num_labels output_attentions output_hidden_states problem_type
+    return_dict router_aux_loss_coef seq_aux task_specific_params tokenizer_class torch_dtype torchscript
+    transformers_version use_bfloat16 use_cache use_return_dict _name_or_path _commit_hash _attn_implementation
+    attn_implementation _attn_implementation_autoset _experts_implementation experts_implementation
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id
+    max_length min_length max_new_tokens min_new_tokens do_sample temperature top_k top_p min_p typical_p epsilon_cutoff
+    eta_cutoff num_beams num_beam_groups diversity_penalty early_stopping repetition_penalty encoder_repetition_penalty
+    length_penalty exponential_decay_length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    suppress_tokens begin_suppress_tokens stop_strings num_return_sequences output_scores output_logits
+    return_dict_in_generate remove_invalid_values renormalize_logits penalty_alpha guidance_scale cache_implementation
+    """.split())  # of training, storage, generation or the classes of transformers themselves # noqa: SIM905
 HF_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # as transformers computes them
     "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "mish": F.mish, "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(), "sigmoid": F.sigmoid, "silu": F.silu, "tanh": F.tanh,
@@ -174,12 +169,9 @@ def mtp_copies(args: ModelArgs) -> Iterator[tuple[str, str]]:
 
 
 def args_from_hf(config: dict[str, Any]) -> ModelArgs:
-    """Translates the config of a DeepSeek-V2, DeepSeek-V3, Kimi-K2 or GLM-4-MoE-Lite model.
+    """Translates the config.json of a DeepSeek-V2, DeepSeek-V3, Kimi-K2 or GLM-4-MoE-Lite model.
 
     Fields of `ModelArgs` that such a config has no place for are in an object "bytegpt", where an export puts them.
-
-    Args:
-        config: The object in config.json.
 
     Raises:
         ConfigError: A field is missing, or there is no counterpart for it here; the message names it.
@@ -225,25 +217,24 @@ def _derive(config: dict[str, Any]) -> dict[str, Any]:
 
 def _derive_routing(left: dict[str, Any], kind: str) -> dict[str, Any]:
     """Takes the router's fields; those of a class have one value, but for DeepSeek-V2's two ways to choose experts."""
-    score_func = "softmax" if kind == "deepseek_v2" else "sigmoid"
-    method = left.pop("topk_method", None)
-    methods = (None, "greedy", "group_limited_greedy") if kind == "deepseek_v2" else (None, "noaux_tc")
-    if method not in methods:
+    score_func, methods = "sigmoid", [None, "noaux_tc"]
+    if kind == "deepseek_v2":
+        score_func, methods = "softmax", [None, "greedy", "group_limited_greedy"]
+    if (method := left.pop("topk_method", None)) not in methods:
         raise ConfigError(f"topk_method {shorten(method)} has no counterpart here with model_type {kind}")
     _check_fixed({key: left.pop(key) for key in HF_ROUTING[score_func] if key in left}, HF_ROUTING[score_func])
-    values: dict[str, Any] = {"score_func": score_func}
-    if score_func == "softmax" and method != "group_limited_greedy":  # there may be groups, which "greedy" ignores
-        values |= {"n_expert_groups": 1, "n_limited_groups": 1}
-    return values
+    if score_func == "sigmoid" or method == "group_limited_greedy":
+        return {"score_func": score_func}
+    return {"score_func": score_func, "n_expert_groups": 1, "n_limited_groups": 1}  # "greedy" ignores groups
 
 
 def _derive_layout(left: dict[str, Any], n_layers: int) -> dict[str, Any]:
     """Takes the fields that place the MoE layers: a list of all layers, or the number of dense ones at the start."""
     types, n_dense = left.pop("mlp_layer_types", None), left.pop("first_k_dense_replace", None)
-    if n_dense is None and types is None:
-        raise ConfigError("first_k_dense_replace is missing")
     if n_dense is not None:
         _check_hf_field("n_dense_layers", n_dense)
+    elif types is None:
+        raise ConfigError("first_k_dense_replace is missing")
     if types is None:
         return {"n_dense_layers": n_dense, "moe_layer_freq": 1}
     if not isinstance(types, list) or len(types) != n_layers or not all(kind in ("dense", "sparse") for kind in types):
@@ -298,11 +289,7 @@ def _take_rope(left: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def check_quantization(quantization: Any) -> str | None:
-    """Refuses a `quantization_config` other than FP8 in blocks of 128×128; returns its scale format.
-
-    Raises:
-        ConfigError: It is another; the message names the field.
-    """
+    """Returns the scale format of a `quantization_config`; a ConfigError if it is not FP8 in blocks of 128×128."""
     left = shown_dict("quantization_config", HF_FP8 if quantization is None else quantization)
     for key in ("modules_to_not_convert", "ignored_layers", "dequantize"):  # the tensors' dtypes show that
         left.pop(key, None)
@@ -317,11 +304,10 @@ def _check_fixed(left: dict[str, Any], fixed: dict[str, Any], where: str = "") -
     Null is the default of a field, which transformers takes for false where it asks whether to do something.
     """
     for key, value in left.items():
-        if key in fixed:
-            if value != fixed[key] and (value is not None or fixed[key] is True):
-                must = f"it can only be {fixed[key]!r}"
-                raise ConfigError(f"{where}{key} = {shorten(value)} has no counterpart here; {must}")
-        elif value:
+        wanted = fixed.get(key)
+        if key in fixed and value != wanted and (value is not None or wanted is True):
+            raise ConfigError(f"{where}{key} = {shorten(value)} has no counterpart here; it can only be {wanted!r}")
+        if key not in fixed and value:
             raise ConfigError(f"{where}{shorten(key)} = {shorten(value)} has no counterpart here")
 
 
@@ -362,31 +348,31 @@ def _check_hf_field(ours: str, value: Any) -> Any:
 def _is_activation_of_hf(name: str) -> bool:
     """Returns whether transformers has an activation of this name, and means by it what `ACTIVATIONS` does."""
     x = torch.linspace(-8, 8, 257, dtype=torch.float64)
-    return name in HF_ACTIVATIONS and torch.allclose(ACTIVATIONS[name](x), HF_ACTIVATIONS[name](x), 1e-6, 1e-9)
+    ours: Any = ACTIVATIONS
+    return name in HF_ACTIVATIONS and torch.allclose(ours[name](x), HF_ACTIVATIONS[name](x), 1e-6, 1e-9)
 
 
 # --- Config: to Hugging Face -----------------------------------------------------------------------------------------
 
 
 def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, Any]:
-    """Translates a model's shape into the config of a class of transformers.
-
-    Args:
-        args: The shape.
-        dtype: Dtype of the weights that are not FP8.
-        is_fp8: Whether the others are.
+    """Translates a model's shape into the config of a class of transformers; `dtype` is of what is not FP8.
 
     Raises:
         ConfigError: No class computes the same; the message names the field and the reason.
     """
     layout = [args.is_moe(i) for i in range(args.n_layers)]
     n_dense = layout.index(True) if any(layout) else args.n_layers
-    kind = "deepseek_v3" if all(layout[n_dense:]) else "glm4_moe_lite"
-    if args.score_func == "softmax" and _has_moe(args):
-        kind = "deepseek_v2"
-    if obstacles := _obstacles(args, kind == "deepseek_v2", all(layout[n_dense:])):
+    has_moe, is_contiguous = (
+        any(args.is_moe(i) for i in range(args.n_layers + args.n_mtp_layers)),
+        all(layout[n_dense:]),
+    )
+    is_v2 = args.score_func == "softmax" and has_moe
+    kind = "deepseek_v2" if is_v2 else "deepseek_v3" if is_contiguous else "glm4_moe_lite"
+    # to choose from all groups is the same as having one
+    groups = 1 if args.n_limited_groups == args.n_expert_groups else args.n_expert_groups
+    if obstacles := _obstacles(args, has_moe, is_v2, is_contiguous, groups):
         raise ConfigError(f"this model cannot be exported: no class of transformers has {obstacles[0]}")
-    groups = _n_groups(args)
     config: dict[str, Any] = {theirs: getattr(args, ours) for ours, theirs in HF_KEYS.items()}
     config |= {"architectures": [HF_CLASSES[kind]], "model_type": kind}
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -395,8 +381,8 @@ def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, An
     config |= {"num_nextn_predict_layers": args.n_mtp_layers, "aux_loss_alpha": args.aux_loss_alpha}
     config |= {"attention_bias": False, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0}
     config |= {"rope_theta": args.rope_theta, "rope_scaling": _rope_scaling(args) if args.use_yarn else None}
-    config |= HF_ROUTING["softmax" if kind == "deepseek_v2" else "sigmoid"]
-    if kind == "deepseek_v2":
+    config |= HF_ROUTING["softmax" if is_v2 else "sigmoid"]
+    if is_v2:
         config["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
     if kind == "glm4_moe_lite":
         config["mlp_layer_types"] = ["sparse" if is_moe else "dense" for is_moe in layout]
@@ -408,18 +394,8 @@ def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, An
     return config | ({"bytegpt": extra} if extra else {})
 
 
-def _has_moe(args: ModelArgs) -> bool:
-    return any(args.is_moe(i) for i in range(args.n_layers + args.n_mtp_layers))
-
-
-def _n_groups(args: ModelArgs) -> int:
-    """Returns the number of expert groups; choosing from all of them is the same as having one."""
-    return 1 if args.n_limited_groups == args.n_expert_groups else args.n_expert_groups
-
-
-def _obstacles(args: ModelArgs, is_v2: bool, is_contiguous: bool) -> list[str]:
+def _obstacles(args: ModelArgs, has_moe: bool, is_v2: bool, is_contiguous: bool, groups: int) -> list[str]:
     """Lists what keeps a model from being one of transformers' classes; contiguous MoE layers go on to the last."""
-    has_moe, per_group = _has_moe(args), args.n_routed_experts // max(1, _n_groups(args))
     reasons = {
         "kv_lora_rank = 0, plain attention": args.kv_lora_rank == 0,
         "qk_rope_head_dim = 0": args.qk_rope_head_dim == 0,
@@ -427,7 +403,7 @@ def _obstacles(args: ModelArgs, is_v2: bool, is_contiguous: bool) -> list[str]:
         "MoE layers without shared experts": has_moe and args.n_shared_experts == 0,
         "gate_bias with score_func softmax": is_v2 and args.gate_bias,
         "score_func sigmoid without gate_bias": has_moe and not is_v2 and not args.gate_bias,
-        "fewer than two experts in a group": has_moe and not is_v2 and per_group < 2,
+        "fewer than two experts in a group": has_moe and not is_v2 and args.n_routed_experts // groups < 2,
         "moe_layer_freq above 1 with score_func softmax": is_v2 and not is_contiguous,
         "n_heads that does not divide dim, with score_func softmax": is_v2 and args.dim % args.n_heads,
         "an odd qk_nope_head_dim with score_func softmax": is_v2 and args.qk_nope_head_dim % 2,
@@ -466,10 +442,15 @@ def tokenizer_files(max_seq_len: int) -> dict[str, dict[str, Any]]:
     end = {"id": 0, "content": "\0", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     vocab = {letters[byte] if byte else "\0": byte for byte in range(256)}
-    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end | {"special": True}]}
+    tokenizer: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end | {"special": True}],
+    }
     tokenizer |= {"normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level}
     tokenizer |= {"model": {"type": "BPE", "vocab": vocab, "merges": []}}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "\0", "pad_token": "\0"}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "\0", "pad_token": "\0"}
     config |= {"clean_up_tokenization_spaces": False, "model_max_length": max_seq_len}
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
@@ -528,29 +509,27 @@ def read_hf_headers(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: The index leads out of the folder, or it and the files contradict each other.
     """
-    index = folder / INDEX_FILE
     files = {path.name for path in folder.glob("*.safetensors")}
-    if not index.exists():
+    if not (folder / INDEX_FILE).exists():
         if strays := sorted(files - {SINGLE_FILE}):
             reason = f"without {INDEX_FILE}, {SINGLE_FILE} must be the only such file"
             raise CheckpointError(f"{folder / strays[0]}: {reason}; remove it, or put the index there")
         if not files:
             raise CheckpointError(f"{folder} has neither {INDEX_FILE} nor {SINGLE_FILE}")
         return read_header(inside(folder, SINGLE_FILE))
-    where = _read_index(index)
+    where = _read_index(folder / INDEX_FILE)
+    if strays := sorted(files - set(where.values())):
+        raise CheckpointError(f"{folder / strays[0]} is none of the files that {INDEX_FILE} names; remove it")
     infos: dict[str, TensorInfo] = {}
-    for file in sorted(files | set(where.values())):
-        if file not in where.values():
-            raise CheckpointError(f"{folder / file} is none of the files that {INDEX_FILE} names; remove it")
+    for file in sorted(set(where.values())):
         for name, info in read_header(inside(folder, file)).items():
-            if name not in where:
-                raise CheckpointError(f"{info} is in it, but not in {INDEX_FILE}")
-            if where[name] != file:
-                raise CheckpointError(f"{info} is in it, but {INDEX_FILE} has it in {shorten(where[name])}")
+            if where.get(name) != file:
+                has = f"has it in {shorten(where[name])}" if name in where else "does not have it"
+                raise CheckpointError(f"{info} is in it, but {INDEX_FILE} {has}")
             infos[name] = info
     if lost := sorted(where.keys() - infos.keys()):
-        file = folder / where[lost[0]]
-        raise CheckpointError(f"{file}: tensor {shorten(lost[0])} is not in it, but in {INDEX_FILE}")
+        file = where[lost[0]]
+        raise CheckpointError(f"{folder / file}: tensor {shorten(lost[0])} is not in it, but in {INDEX_FILE}")
     return infos
 
 
@@ -561,8 +540,8 @@ def _read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} has no weight_map that names a file for each tensor")
     for name, file in where.items():
         if file != Path(file).name or not file.endswith(".safetensors") or not file.isprintable():
-            place = f"{shorten(file)}, which is no file of the folder"
-            raise CheckpointError(f"{index}: tensor {shorten(name)} is in {place}")
+            reason = f"is in {shorten(file)}, which is no file of the folder"
+            raise CheckpointError(f"{index}: tensor {shorten(name)} {reason}")
     return where
 
 
@@ -579,8 +558,7 @@ def load_model(
     Generate under `torch.inference_mode()`; after `.train()` it can be trained on.
 
     Args:
-        path: A checkpoint's folder, native of any number of shards or Hugging Face's; or a run's, of which the best
-            checkpoint is taken.
+        path: As for `open_checkpoint`; of a run, the best checkpoint is taken.
         device: Where the model goes.
         compute_dtype: Dtype of activations and of the matrices; the router's stay in float32.
         keep_fp8: Keep weights that are stored in FP8 in it. By default they are dequantised.
@@ -610,13 +588,7 @@ def load_model(
 
 @dataclass
 class Job:
-    """The conversion of one tensor.
-
-    Attributes:
-        source: Where it is.
-        dtype: What it becomes.
-        parts: Where it goes: rectangles in files to be written.
-    """
+    """The conversion of one tensor to a dtype, and the rectangles in files where it goes."""
 
     source: ShardedTensor
     dtype: torch.dtype
@@ -659,8 +631,7 @@ def _texts_of_hf(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, di
     """
     ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if checkpoint.args.vocab_size == 256:
-        texts = tokenizer_files(checkpoint.args.max_seq_len)
-        return {CONFIG_FILE: config, GENERATION_FILE: ids} | texts
+        return {CONFIG_FILE: config, GENERATION_FILE: ids} | tokenizer_files(checkpoint.args.max_seq_len)
     ids = {key: checkpoint.config.get(key) for key in ids}
     if (path := checkpoint.folder / GENERATION_FILE).exists():
         ids |= {key: value for key, value in read_json(path, ConfigError).items() if value is not None}
@@ -685,16 +656,13 @@ def _check_blocks(jobs: dict[str, Job]) -> None:
     """Refuses FP8 weights that transformers would dequantise with the scales of other blocks.
 
     It takes a block for as large as rows divided by rows of scales, which in 192 rows with two is 96 and not 128. Where
-    that division has a remainder, as in the 576 rows that DeepSeek-V3 has itself, it does not dequantise but reports
-    it, and its FP8 kernels have blocks of 128.
+    that division has a remainder, as in DeepSeek-V3's 576 rows, it reports it, and its FP8 kernels have blocks of 128.
     """
     for job in jobs.values():
         shape = job.source.shape
         if job.dtype == E4M3 and any(n > BLOCK and n % BLOCK and n % -(-n // BLOCK) == 0 for n in shape):
-            raise CheckpointError(
-                f"{job.source.shards[0].info} {list(shape)} would be misread by transformers in FP8, which wants sizes"
-                f" that are multiples of {BLOCK}; take --dtype bf16"
-            )
+            what = f"{job.source.shards[0].info} {list(shape)} would be misread by transformers in FP8"
+            raise CheckpointError(f"{what}, which wants sizes that are multiples of {BLOCK}; take --dtype bf16")
 
 
 def _lay_out(jobs: dict[str, Job], args: ModelArgs, world: int, is_hf: bool) -> list[SafetensorsWriter]:
@@ -706,15 +674,13 @@ def _lay_out(jobs: dict[str, Job], args: ModelArgs, world: int, is_hf: bool) -> 
     contents: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{} for _ in range(world)]
     places = []  # of each part: its job, rank, name and rectangle
     for name, job in jobs.items():
-        shape = job.source.shape
         for rank in ranks_with(name, args.n_routed_experts, world):
-            box = native_slice(name, shape, args.n_routed_experts, rank, world)
+            box = native_slice(name, job.source.shape, args.n_routed_experts, rank, world)
             for stored in stored_names[name]:
                 places.append((job, rank, stored, box))
-                contents[rank][stored] = job.dtype, box.shape[-len(shape) :]
+                contents[rank][stored] = job.dtype, box.shape[-len(job.source.shape) :]
                 if job.dtype == E4M3:
-                    scales = tuple(-(-n // BLOCK) for n in box.shape)
-                    contents[rank][scale_name(stored)] = torch.float32, scales
+                    contents[rank][scale_name(stored)] = torch.float32, tuple(-(-n // BLOCK) for n in box.shape)
     if is_hf:
         outputs = _split(contents[0])
         infos = [{name: info for output in outputs for name, info in output.infos.items()}]
@@ -728,7 +694,8 @@ def _lay_out(jobs: dict[str, Job], args: ModelArgs, world: int, is_hf: bool) -> 
 
 def _split(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[SafetensorsWriter]:
     """Distributes tensors, in their order, over files of at most 5 GB."""
-    groups, size = [], MAX_FILE_BYTES
+    groups: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = []
+    size = MAX_FILE_BYTES
     for name, (dtype, shape) in tensors.items():
         n_bytes = math.prod(shape) * dtype.itemsize + len(name) + 150  # of its entry in the header
         if size + n_bytes > MAX_FILE_BYTES:
@@ -736,9 +703,8 @@ def _split(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[Safe
             size = 0
         groups[-1][name] = dtype, shape
         size += n_bytes
-    return [
-        SafetensorsWriter(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)
-    ]
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    return [SafetensorsWriter(name, group) for name, group in zip(names, groups, strict=True)]
 
 
 def make_index(outputs: list[SafetensorsWriter]) -> dict[str, Any]:
@@ -754,7 +720,7 @@ def make_index(outputs: list[SafetensorsWriter]) -> dict[str, Any]:
 def write_tensors(
     folder: Path, outputs: list[SafetensorsWriter], jobs: list[Job], scale_fmt: str | None, progress: bool
 ) -> None:
-    """Writes files of tensors, several tensors at a time; the first error stops all.
+    """Writes files of tensors into a folder, several tensors at a time; the first error stops all.
 
     Args:
         folder: Where to.
@@ -784,11 +750,7 @@ def write_tensors(
 
 
 class _Transfer:
-    """Runs jobs in any of several threads.
-
-    Attributes:
-        stop: Set to have all threads end soon.
-    """
+    """Runs jobs in any of several threads, all of which end soon once `stop` is set."""
 
     def __init__(self, folder: Path, scale_fmt: str | None, bar: tqdm):
         self.folder, self.scale_fmt, self.bar = folder, scale_fmt, bar
@@ -874,11 +836,7 @@ def convert(
 
 
 def check_paths(source: Path, target: Path) -> None:
-    """Refuses a target that is the source, or within it, or is made where the source is.
-
-    Raises:
-        CheckpointError: The message names both.
-    """
+    """Raises a CheckpointError if a target is the source, or within it, or is made where the source is."""
     home, end = resolved(source), resolved(target)
     if end == home or home in end.parents:
         raise CheckpointError(f"{target} is {source} or inside it; choose another path")

@@ -45,6 +45,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from http.client import HTTPException
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -63,21 +64,15 @@ _CHUNK = 1 << 20  # bytes in memory at a time
 _HEAD = 1 << 16  # leading bytes of a file by which its encoding is judged
 _CONTROLS = bytes(set(range(32)) - set(b"\b\t\n\v\f\r\x1b")) + b"\x7f"
 _RECIPE = b"2"  # part of every cache name; raise it when the rules for joining a folder change
+# fmt: off
 _COMPRESSED = {  # how the files of each format begin
-    "gzip": rb"\x1f\x8b\x08",
-    "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
-    "xz": rb"\xfd7zXZ\x00",
-    "LZMA": rb"\x5d\x00\x00..(\xff{8}|.{5}\x00{3})",
-    "Zstandard": rb"[\x1e-\x28]\xb5/\xfd|[\x50-\x5f]\*M\x18",
-    "LZ4": rb"\x04\x22M\x18|\x02\x21L\x18",
-    "zip": rb"PK(\x03\x04|\x05\x06|\x07\x08)",
-    "7z": rb"7z\xbc\xaf\x27\x1c",
-    "RAR": rb"Rar!\x1a\x07",
-    "lzip": rb"LZIP[\x00\x01]",
-    "lzop": rb"\x89LZO\x00",
-    "Snappy": rb"\xff\x06\x00\x00sNaPpY",
+    "gzip": rb"\x1f\x8b\x08", "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "xz": rb"\xfd7zXZ\x00",
+    "LZMA": rb"\x5d\x00\x00..(\xff{8}|.{5}\x00{3})", "Zstandard": rb"[\x1e-\x28]\xb5/\xfd|[\x50-\x5f]\*M\x18",
+    "LZ4": rb"\x04\x22M\x18|\x02\x21L\x18", "zip": rb"PK(\x03\x04|\x05\x06|\x07\x08)", "7z": rb"7z\xbc\xaf\x27\x1c",
+    "RAR": rb"Rar!\x1a\x07", "lzip": rb"LZIP[\x00\x01]", "lzop": rb"\x89LZO\x00", "Snappy": rb"\xff\x06\x00\x00sNaPpY",
     "compress": rb"\x1f[\x9d\xa0]",
 }
+# fmt: on
 
 
 class DataError(ValueError):
@@ -85,50 +80,47 @@ class DataError(ValueError):
 
 
 class Blob(NamedTuple):
-    """A file whose content is known beforehand."""
+    """A file in the data folder whose content is known beforehand."""
 
-    file: str  # its name in the data folder
-    size: int  # in bytes
-    sha256: str  # in lower-case hexadecimal digits
+    file: str
+    size: int
+    sha256: str
 
     def __str__(self) -> str:
         return f"{self.size:,} bytes, sha256 {self.sha256}"
 
 
 class Download(NamedTuple):
-    """A corpus on a server."""
+    """A corpus on a server, which may send it as the only member of a zip file."""
 
     url: str
-    raw: Blob  # the corpus
-    zipped: Blob | None = None  # what the server sends, if that is a zip file with the corpus as its only member
+    raw: Blob
+    zipped: Blob | None = None
 
 
 class Tree(NamedTuple):
-    """A corpus that is joined from the text files of a folder on this machine."""
+    """A corpus joined from the files of a folder whose names end in `suffix`, but for those below `skip`."""
 
     file: str  # its name in the data folder; such a file is never rebuilt, so what changes belongs in the name
     root: Path
-    suffix: str  # how the names of its documents end
-    skip: frozenset[str]  # names of the subfolders to leave out, at any depth
+    suffix: str
+    skip: frozenset[str]
 
 
+# fmt: off
+_NO_CORPUS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 CORPORA: dict[str, Download | Tree] = {
     "stdlib": Tree(
-        file=f"stdlib-{platform.python_version()}.bin",
-        root=Path(sysconfig.get_path("stdlib")),
-        suffix=".py",
-        skip=frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}),
-    ),
+        f"stdlib-{platform.python_version()}.bin", Path(sysconfig.get_path("stdlib")), ".py", _NO_CORPUS),
     "shakespeare": Download(
-        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        raw=Blob("shakespeare.bin", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    ),
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        Blob("shakespeare.bin", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")),
     "enwik8": Download(
-        url="http://mattmahoney.net/dc/enwik8.zip",
-        raw=Blob("enwik8.bin", 100_000_000, "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"),
-        zipped=Blob("enwik8.zip", 36_445_475, "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
-    ),
+        "http://mattmahoney.net/dc/enwik8.zip",
+        Blob("enwik8.bin", 100_000_000, "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"),
+        Blob("enwik8.zip", 36_445_475, "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc")),
 }
+# fmt: on
 
 
 class ByteFile:
@@ -164,9 +156,8 @@ class ByteFile:
         offsets = starts.tolist()
         if offsets and not 0 <= min(offsets) <= max(offsets) <= self._len - length:
             raise IndexError(f"{length} bytes from offset {min(offsets)} to {max(offsets)}, of {self._len} bytes")
-        with _data_error("read", self.path):
-            rows = [self._pread(self._first + offset, length) for offset in offsets]
-        return np.frombuffer(bytearray().join(rows), dtype=np.uint8).reshape(len(rows), length)
+        data = bytearray().join(self._pread(self._first + offset, length) for offset in offsets)
+        return np.frombuffer(data, dtype=np.uint8).reshape(len(offsets), length)
 
     def split(self, at: int) -> tuple["ByteFile", "ByteFile"]:
         """Returns views of the bytes before offset `at` and of those from there on; nothing is read."""
@@ -175,12 +166,13 @@ class ByteFile:
         return head, tail
 
     def _pread(self, offset: int, length: int) -> bytes:
-        data = os.pread(self._file.fileno(), length, offset)
-        while len(data) < length:  # one call returns 2 GiB at most
-            more = os.pread(self._file.fileno(), length - len(data), offset + len(data))
-            if not more:
-                raise DataError(f"{_quote(self.path)} became shorter while it was being read; restore it and run again")
-            data += more
+        data = b""
+        with _data_error("read", self.path):
+            while len(data) < length:  # one call returns 2 GiB at most
+                more = os.pread(self._file.fileno(), length - len(data), offset + len(data))
+                if not more:
+                    raise DataError(f"{_quote(self.path)} became shorter while it was being read; restore it")
+                data += more
         return data
 
 
@@ -202,11 +194,7 @@ def compressed_format(head: bytes) -> str | None:
 
 
 def resolve(
-    source: str | os.PathLike = "stdlib",
-    *,
-    from_file: str | os.PathLike | None = None,
-    data_dir: Path = DATA_DIR,
-    progress: bool = True,
+    source: str | os.PathLike = "stdlib", *, from_file: str | os.PathLike | None = None, data_dir: Path = DATA_DIR
 ) -> Path:
     """Finds the file of raw bytes behind a name, a file or a folder, and makes it first if need be.
 
@@ -217,16 +205,15 @@ def resolve(
         source: A name in `CORPORA` (a `str`: a `Path` is always a path), a file, which is used as it is, or a folder.
         from_file: A local copy to take instead of downloading `source`. A zipped corpus may come zipped or unpacked.
         data_dir: Where to put what is made; created if missing.
-        progress: Show progress bars if stderr is a terminal.
 
     Raises:
-        DataError: The source is missing, unreadable, compressed, without text or not what it should be, or the result
-            cannot be written.
+        DataError: The source is not what it should be or has no text, or something cannot be read or written.
     """
     data_dir = Path(data_dir)
-    corpus = CORPORA.get(source) if isinstance(source, str) else None
+    name = source if isinstance(source, str) else ""
+    corpus = CORPORA.get(name)
     if isinstance(corpus, Download):
-        return _resolve_download(corpus, source, from_file, data_dir, progress)
+        return _resolve_download(corpus, name, from_file, data_dir)
     if from_file is not None:
         names = ", ".join(name for name, entry in CORPORA.items() if isinstance(entry, Download))
         raise DataError(f"--from replaces a download, and {_quote(source)} is none; it goes with: {names}")
@@ -234,32 +221,31 @@ def resolve(
         target = data_dir / corpus.file
         if not _is_made(target):
             root = corpus.root.resolve()
-            _join(_list_documents(root, data_dir, corpus.suffix, corpus.skip), root, target, progress)
+            _join(_list_documents(root, data_dir, corpus.suffix, corpus.skip), root, target)
         return target
     path = Path(os.fsdecode(source))
     if not os.fspath(source) or not os.path.lexists(path):
         raise DataError(f"no file, folder or corpus {_quote(source)}; the corpora are: {', '.join(CORPORA)}")
     if path.is_dir():
-        return _resolve_folder(path.resolve(), data_dir, progress)
-    if name := compressed_format(open_bytes(path)[:16].tobytes()):
-        raise DataError(f"{_quote(path)} is compressed ({name}); unpack it first, and name the unpacked file")
+        return _resolve_folder(path.resolve(), data_dir)
+    if compression := compressed_format(open_bytes(path)[:16].tobytes()):
+        raise DataError(f"{_quote(path)} is compressed ({compression}); unpack it first, and name the unpacked file")
     return path
 
 
-def _resolve_download(
-    corpus: Download, name: str, from_file: str | os.PathLike | None, data_dir: Path, progress: bool
-) -> Path:
-    """`resolve` for a corpus with a server: takes it from the data folder, a given file or the network."""
+def _resolve_download(corpus: Download, name: str, from_file: str | os.PathLike | None, data_dir: Path) -> Path:
+    """Takes a corpus with a server from the data folder, a given file or the network."""
     target = data_dir / corpus.raw.file
-    if from_file is not None:
-        _import(Path(from_file), corpus, name, target)
-    elif not _is_made(target, corpus.raw.size):
+    if from_file is None:
+        if _is_made(target, corpus.raw.size):
+            return target
         sent = corpus.zipped or corpus.raw
-        arrived = data_dir / sent.file
-        if not _is_blob(arrived, sent):
-            _download(corpus.url, sent, arrived, progress)
-        if corpus.zipped:
-            _import(arrived, corpus, name, target)
+        from_file = data_dir / sent.file
+        if not _is_blob(from_file, sent):
+            _download(corpus.url, sent, from_file)
+        if not corpus.zipped:
+            return target
+    _import(Path(from_file), corpus, name, target)
     return target
 
 
@@ -272,15 +258,12 @@ def _import(given: Path, corpus: Download, name: str, target: Path) -> None:
         if digest not in [blob.sha256 for blob in blobs]:
             expected, found = " or ".join(map(str, blobs)), f"{size:,} bytes" + (f", sha256 {digest}" if digest else "")
             raise DataError(f"{_quote(given)} is not {name}: expected {expected}; found {found}")
-        with _replacing(target) as out:
-            if digest == corpus.raw.sha256:
-                shutil.copyfileobj(file, out, _CHUNK)
-            else:
-                with zipfile.ZipFile(file) as archive, archive.open(archive.namelist()[0]) as member:
-                    shutil.copyfileobj(member, out, _CHUNK)
+        is_raw = digest == corpus.raw.sha256
+        with _replacing(target) as out, contextlib.nullcontext() if is_raw else zipfile.ZipFile(file) as archive:
+            shutil.copyfileobj(archive.open(archive.namelist()[0]) if archive else file, out, _CHUNK)
 
 
-def _download(url: str, blob: Blob, target: Path, progress: bool) -> None:
+def _download(url: str, blob: Blob, target: Path) -> None:
     """Downloads into `<target>.part`, resuming what is there, and renames that to `target` if it is `blob`."""
     part = target.with_name(target.name + ".part")
     with _data_error("write", part):
@@ -289,69 +272,60 @@ def _download(url: str, blob: Blob, target: Path, progress: bool) -> None:
             info = part.lstat()
             if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # what lies elsewhere is not written
                 part.unlink()
-        with _open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) as out:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        with open(part, "r+b", opener=lambda path, _: os.open(path, flags, 0o666)) as out:
             with contextlib.suppress(OSError):  # there are file systems without locks
                 fcntl.flock(out, fcntl.LOCK_EX)  # waits for another process that downloads the same
             if not os.fstat(out.fileno()).st_nlink:  # and that removed the part in the end
-                return _download(url, blob, target, progress)
+                return _download(url, blob, target)
             try:
                 if not _is_blob(target, blob):
-                    _receive(url, blob, out, part, progress)
-                    _check_part(url, blob, out, part)
+                    _receive(url, blob, out, part)
                     _publish(out, part, target)
             finally:
                 if not out.seek(0, os.SEEK_END):
                     part.unlink(missing_ok=True)
 
 
-def _check_part(url: str, blob: Blob, out: BinaryIO, part: Path) -> None:
-    """Empties a finished download that is not `blob`, with a DataError."""
-    out.flush()
-    size, digest = part.stat().st_size, _sha256(part)
-    if digest != blob.sha256:
-        out.truncate(0)
-        found = "more than that" if size > blob.size else f"{size:,} bytes, sha256 {digest}"
-        raise DataError(f"{url} did not send {blob.file}: expected {blob}; found {found}; run again to retry")
-
-
-def _receive(url: str, blob: Blob, out: BinaryIO, part: Path, progress: bool) -> None:
-    """Appends the bytes that `out` lacks, or begins again where the server does not resume."""
+def _receive(url: str, blob: Blob, out: BinaryIO, part: Path) -> None:
+    """Completes a download, from its beginning where the server does not resume; empties it if it is not `blob`."""
     size = out.seek(0, os.SEEK_END)
-    if size >= blob.size:
-        return
     headers = {"User-Agent": "ByteGPT"} | ({"Range": f"bytes={size}-"} if size else {})
     remedy = "; run again (what has arrived is kept), or get the file by other means and pass it with --from FILE"
-    with (
-        _data_error("download", url, remedy),
-        urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as response,
-    ):
-        resumed = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        size = out.seek(min(size, int(resumed[1])) if resumed else 0)
-        out.truncate()
-        hide = None if progress else True  # None: unless stderr is a terminal
-        options = {"initial": size, "leave": False, "unit": "B", "unit_scale": True, "disable": hide}
-        with tqdm(desc=blob.file, total=blob.size, **options) as bar:
+    with _data_error("download", url, remedy), contextlib.ExitStack() as stack:
+        if size < blob.size:
+            request = urllib.request.Request(url, headers=headers)
+            response = stack.enter_context(urllib.request.urlopen(request, timeout=TIMEOUT_S))
+            resumed = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            size = out.seek(min(size, int(resumed[1])) if resumed else 0)
+            out.truncate()
+            options = {"initial": size, "unit": "B", "unit_scale": True, "leave": False}
+            bar = stack.enter_context(tqdm(desc=blob.file, total=blob.size, disable=None, **options))  # on a terminal
             while size <= blob.size and (chunk := response.read1(_CHUNK)):  # an endless answer must not fill the disk
                 with _data_error("write", part):
                     size += out.write(chunk)
                 bar.update(len(chunk))
         if size < blob.size:
             raise ConnectionError(f"the connection ended after {size:,} of {blob.size:,} bytes")
+    out.flush()
+    if (digest := _sha256(part)) != blob.sha256:
+        out.truncate(0)
+        found = "more than that" if size > blob.size else f"{size:,} bytes, sha256 {digest}"
+        raise DataError(f"{url} did not send {blob.file}: expected {blob}; found {found}; run again to retry")
 
 
-def _resolve_folder(root: Path, data_dir: Path, progress: bool) -> Path:
-    """`resolve` for a user's folder: its cache file, whose name changes with whatever changes in the folder."""
+def _resolve_folder(root: Path, data_dir: Path) -> Path:
+    """Joins a user's folder into a cache file, whose name changes with whatever changes in the folder."""
     documents = _list_documents(root, data_dir)
     stem = re.sub(r"[^\w.-]", "_", root.name, flags=re.ASCII).lstrip(".")[:40] or "folder"
     family = f"{stem}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
     listing = os.fsencode("".join(f"{name}\0{size}\0{mtime_ns}\0" for name, size, mtime_ns in documents))
     target = data_dir / CACHE_NAME / f"{family}-{hashlib.sha256(_RECIPE + listing).hexdigest()[:16]}.bin"
     if not _is_made(target):
-        _join(documents, root, target, progress)
+        _join(documents, root, target)
     for other in target.parent.glob(f"{family}-*.bin"):
         if other != target:
-            with contextlib.suppress(OSError):  # removed by a process like this one
-                other.unlink()
+            other.unlink(missing_ok=True)  # by a process like this one
     return target
 
 
@@ -384,11 +358,10 @@ def _list_documents(
     return sorted(documents)
 
 
-def _join(documents: list[tuple[str, int, int]], root: Path, target: Path, progress: bool) -> None:
+def _join(documents: list[tuple[str, int, int]], root: Path, target: Path) -> None:
     """Joins those documents that are text into `target`; DataError if none is."""
     with _replacing(target) as out:
-        hide = None if progress else True  # None: unless stderr is a terminal
-        for name, _, _ in tqdm(documents, one_line(root.name), leave=False, unit=" files", disable=hide):
+        for name, _, _ in tqdm(documents, one_line(root.name), leave=False, unit=" files", disable=None):
             start = out.tell()
             if start:
                 out.write(bytes([EOS_ID]))
@@ -396,21 +369,20 @@ def _join(documents: list[tuple[str, int, int]], root: Path, target: Path, progr
                 out.seek(start)
                 out.truncate()
         if not out.tell():
-            raise DataError(
-                f"folder {_quote(root)} holds no text: none of its {len(documents)} non-empty files (hidden ones apart)"
-                " is uncompressed, free of zero bytes, and UTF-8 or an 8-bit encoding; name another folder"
-            )
+            wanted = "uncompressed, free of zero bytes, and UTF-8 or an 8-bit encoding"
+            found = f"none of its {len(documents)} non-empty files (hidden ones apart) is {wanted}"
+            raise DataError(f"folder {_quote(root)} holds no text: {found}; name another folder")
 
 
 def _append_text(path: Path, out: BinaryIO) -> bool:
     """Copies a file until it proves to be no text; returns whether it is: if not, the caller removes the copy."""
-    empty = True
+    is_text = False
     for chunk in _chunks(path):
-        if EOS_ID in chunk or (empty and not _looks_like_text(chunk[:_HEAD])):
-            return False
+        is_text = EOS_ID not in chunk and (is_text or _looks_like_text(chunk[:_HEAD]))
+        if not is_text:
+            break
         out.write(chunk)
-        empty = False
-    return not empty
+    return is_text
 
 
 def _looks_like_text(head: bytes) -> bool:
@@ -426,23 +398,25 @@ def _looks_like_text(head: bytes) -> bool:
         return controls * 100 <= len(head)
 
 
-def _open(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
-    """Opens a regular file; any other kind is a DataError, and no pipe makes it wait."""
-    with _data_error("write" if flags & os.O_RDWR else "read", path):
-        if os.path.isfile(path) or not os.path.exists(path):  # to open a device may have effects
-            fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-            if stat.S_ISREG(os.fstat(fd).st_mode):  # not replaced since
-                return open(fd, "r+b" if flags & os.O_RDWR else "rb")
-            os.close(fd)
-    raise DataError(f"{_quote(path)} is not a regular file; save the bytes to a file first")
+def _open(path: str | os.PathLike) -> BufferedReader:
+    """Opens a regular file to read it; any other kind is a DataError, and no pipe makes it wait."""
+    with _data_error("read", path):
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DataError(f"{_quote(path)} is not a regular file; save the bytes to a file first")
+    return open(fd, "rb")
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with _data_error("read", path), _open(path) as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
 
 
 def _is_made(path: Path, size: int | None = None) -> bool:
     """Whether there is a file of this name and size; a link, a pipe or a device is none that was made here."""
-    with contextlib.suppress(OSError):
-        info = path.lstat()
-        return stat.S_ISREG(info.st_mode) and size in (None, info.st_size)
-    return False
+    return path.is_file() and not path.is_symlink() and size in (None, path.stat().st_size)
 
 
 def _is_blob(path: Path, blob: Blob) -> bool:
@@ -450,16 +424,8 @@ def _is_blob(path: Path, blob: Blob) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with _data_error("read", path), _open(path) as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+    with _open(path) as file, _data_error("read", path):
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -500,20 +466,17 @@ def _data_error(action: str, thing: str | os.PathLike, remedy: str = "") -> Iter
 
 def _quote(thing: str | os.PathLike) -> str:
     """Quotes a path for a message, which stays one printable line whatever the path holds."""
-    text = os.fsdecode(thing)
-    text = text if len(text) <= 1000 else text[:1000] + "…"
-    return f"'{text}'" if text.isprintable() else ascii(text)
+    return command.shorten(repr(os.fsdecode(thing)), 1000)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with the given arguments, or those of the process; returns the exit code (see `command.run`)."""
+    about = "Find or make a file of raw bytes to train on, and print its path and size."
+    parser = command.Parser("prepare.py", description=about)
+    parser.add_argument("source", metavar="SOURCE", help=f"a corpus ({', '.join(CORPORA)}), a file or a folder")
+    parser.add_argument("--from", dest="from_file", metavar="FILE", help="a local copy, to be used as the download")
 
     def run() -> None:
-        parser = command.Parser(
-            "prepare.py", description="Find or make a file of raw bytes to train on, and print its path and size."
-        )
-        parser.add_argument("source", metavar="SOURCE", help=f"a corpus ({', '.join(CORPORA)}), a file or a folder")
-        parser.add_argument("--from", dest="from_file", metavar="FILE", help="a local copy, to be used as the download")
         arguments = parser.parse_args(argv)
         path = resolve(arguments.source, from_file=arguments.from_file, data_dir=DATA_DIR)
         command.say(one_line(f"{path}: {len(open_bytes(path)):,} bytes"))

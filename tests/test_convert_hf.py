@@ -400,13 +400,15 @@ def sparse_checkpoint(folder: Path, config: dict[str, Any]) -> list[tuple[str, s
 
 @pytest.fixture(scope="module")
 def v3(tmp_path_factory: pytest.TempPathFactory) -> tuple[checkpoints.Checkpoint, list[tuple[str, str, list[int]]]]:
+    """The first layers, with the MTP module after them."""
     folder = tmp_path_factory.mktemp("published") / "v3"
-    tensors = sparse_checkpoint(folder, V3)
+    tensors = sparse_checkpoint(folder, V3 | {"num_hidden_layers": 5})
     return open_checkpoint(folder), tensors
 
 
-def test_deepseek_v3_is_understood(v3: tuple[checkpoints.Checkpoint, list]) -> None:
-    checkpoint, tensors = v3
+def test_deepseek_v3_is_understood(tmp_path: Path) -> None:
+    tensors = sparse_checkpoint(tmp_path / "v3", V3)
+    checkpoint = open_checkpoint(tmp_path / "v3")
     published_args = {"vocab_size": 129280, "dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61}
     published_args |= {"n_dense_layers": 3, "n_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1}
     published_args |= {"n_activated_experts": 8, "n_expert_groups": 8, "n_limited_groups": 4, "route_scale": 2.5}
@@ -428,7 +430,7 @@ def test_plan_for_deepseek_v3(v3: tuple[checkpoints.Checkpoint, list], world: in
     assert texts["config.json"]["dtype"] == ("fp8" if dtype is None else "bf16")
     bytes_of_rank = 0
     for name, kind, shape in tensors:
-        if name.startswith("model.layers.61.") and name.endswith(("embed_tokens.weight", "shared_head.head.weight")):
+        if name.startswith("model.layers.5.") and name.endswith(("embed_tokens.weight", "shared_head.head.weight")):
             continue
         if dtype == "bf16" and name.endswith("scale_inv"):
             continue
@@ -443,22 +445,22 @@ def test_plan_for_deepseek_v3(v3: tuple[checkpoints.Checkpoint, list], world: in
         if world < 16:
             assert data == bytes_of_rank
         else:  # half a block of a shared expert has a scale of its own
-            assert 0 <= data - bytes_of_rank <= 62 * 3 * 56 * 4 * 2
+            assert 0 <= data - bytes_of_rank <= 6 * 3 * 56 * 4 * 2
         assert output.size == len(output.header) + data
         experts = {int(key.split(".")[4]) for key in output.infos if ".experts." in key and key.startswith("layers")}
         assert experts == set(range(256 * rank // world, 256 * (rank + 1) // world))
         assert output.infos["layers.0.ffn.w1.weight"].shape == (18432 // world, 7168)
-        assert output.infos["layers.60.attn.wo.weight"].shape == (7168, 16384 // world)
+        assert output.infos["layers.4.attn.wo.weight"].shape == (7168, 16384 // world)
         assert output.infos["mtp.0.eh_proj.weight"].shape == (7168, 14336)
         if dtype is None:
             assert output.infos["layers.0.attn.wkv_a.scale"].shape == (5, 56)
-            assert output.infos["layers.60.ffn.shared_experts.w2.scale"].shape == (56, math.ceil(2048 / world / 128))
+            assert output.infos["layers.4.ffn.shared_experts.w2.scale"].shape == (56, math.ceil(2048 / world / 128))
 
 
 def test_reading_deepseek_v3_needs_only_what_is_asked_for(v3: tuple[checkpoints.Checkpoint, list]) -> None:
     checkpoint, _ = v3
-    source = checkpoint.tensors["layers.5.attn.wo.weight"]
-    box = parallel.native_slice("layers.5.attn.wo.weight", source.shape, 256, 3, 8)
+    source = checkpoint.tensors["layers.4.attn.wo.weight"]
+    box = parallel.native_slice("layers.4.attn.wo.weight", source.shape, 256, 3, 8)
     q, s = source.read_fp8(box, None)
     assert q.shape == (7168, 2048) and s.shape == (56, 16)
 
@@ -505,7 +507,7 @@ def test_moe_in_mtp_modules_alone(tmp_path: Path, changes: dict[str, Any], refus
         assert_same(tmp_path / "a", tmp_path / "b")
 
 
-@settings(draws, max_examples=300)
+@settings(draws, max_examples=100)
 @given(divisible(dim=16, inter_dim=8, moe_inter_dim=4), st.sampled_from([None, True, False]), st.booleans())
 def test_exported_configs_say_all(shape: dict[str, Any], gate_bias: bool | None, is_fp8: bool) -> None:
     try:
