@@ -1,4 +1,4 @@
-"""Reports of a training run: the lines of metrics.jsonl, speed, load of the experts, a sample, the progress bar."""
+"""Reports of a run: the lines of metrics.jsonl, its clock, speed, load of the experts, evaluation, progress bar."""
 
 import json
 import os
@@ -6,7 +6,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,12 @@ MAX_LINE_BYTES = 1 << 24
 MEASURING_S = 0.05  # how long a product of each size is repeated
 
 
-# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
-
-
 class Metrics:
     """The lines of `metrics.jsonl`: one JSON object for each log and evaluation.
 
-    The file appears with its first line, so that a run that fails earlier leaves nothing behind.
-
-    Args:
-        run: The run, or None to keep nothing.
-        step: Step to go on from: later lines, of steps that will be repeated, are dropped.
-        evaluated: Whether that step was evaluated; if not, its evaluation will be repeated as well.
-
-    Raises:
-        CheckpointError: The file that is there cannot be read or written.
+    The file appears with its first line, so that a run that fails earlier leaves nothing behind. Lines of steps after
+    `step`, which will be repeated, are dropped, as is that step's evaluation if it is to be repeated (not `evaluated`).
+    Without a run nothing is kept. A file that cannot be read or written is a CheckpointError.
     """
 
     def __init__(self, run: Run | None, step: int, evaluated: bool = True):
@@ -70,16 +62,11 @@ class Metrics:
                 self._file.write(b"\n")
 
     def write(self, **values: Any) -> None:
-        """Appends a line; floats are kept to 6 significant digits.
-
-        Raises:
-            CheckpointError: It cannot be written, or the folder is not where it was.
-        """
+        """Appends a line; floats are kept to 6 significant digits."""
         if self.run is None:
             return
-        path, folder_fd = self.run.path / METRICS_FILE, self.run.folder_fd()
-        if self._file is None:
-            self._file = open_append(path, folder_fd)
+        path, folder_fd = self.run.path / METRICS_FILE, self.run.folder_fd()  # which fails if the folder was moved
+        self._file = self._file or open_append(path, folder_fd)
         line = json.dumps({key: _rounded(value) for key, value in values.items()}).encode() + b"\n"
         with reporting(path):
             while line:
@@ -92,40 +79,26 @@ def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
-# --- Time ------------------------------------------------------------------------------------------------------------
-
-
+@dataclass
 class Clock:
     """How much of a run is done: by steps, or by the time since the process began.
 
     By time, what the last evaluation and save will take is held back, so that the process is over when the time is. A
     resumed run has the time left that it had when it was saved.
-
-    Args:
-        steps: Number of steps, or None.
-        minutes: Time for the whole process, or None.
-        now: Returns the time in seconds.
-        started: When the process began, by `now`.
-
-    Attributes:
-        earlier_s: Time of the runs before this one.
-        startup_s: Time before training and of the first step of each process, which the schedule leaves out.
-        eval_s: Time that the last evaluation and its sample will take, about.
-        save_s: Time that the last save will take, about.
     """
 
-    def __init__(
-        self,
-        steps: int | None,
-        minutes: float | None,
-        now: Callable[[], float] = time.monotonic,
-        started: float | None = None,
-    ):
-        self.steps, self.seconds = steps, None if minutes is None else 60 * minutes
-        self.now, self.started = now, command.STARTED if started is None else started
-        self.earlier_s, self.startup_s, self.save_s = 0.0, 0.0, 0.0
-        self.eval_s = EVALUATION_SHARE * (self.seconds or 0.0)  # until it is measured
-        self.first_step_s: float | None = None  # of this process
+    steps: int | None
+    minutes: float | None  # of the whole process
+    now: Callable[[], float] = time.monotonic
+    started: float = field(default_factory=lambda: command.STARTED)  # when the process began, by `now`
+    earlier_s: float = 0.0  # time of the runs before this one
+    startup_s: float = 0.0  # before training and of the first step of each process, which the schedule leaves out
+    save_s: float = 0.0  # what the last save will take, about
+    first_step_s: float | None = None  # of this process
+
+    def __post_init__(self) -> None:
+        self.seconds = None if self.minutes is None else 60 * self.minutes
+        self.eval_s = EVALUATION_SHARE * (self.seconds or 0.0)  # the last evaluation with its sample, until measured
         self._recent: deque[float] = deque(maxlen=9)  # durations of steps, without the first
 
     def elapsed_s(self) -> float:
@@ -141,10 +114,7 @@ class Clock:
             self._recent.append(seconds)
 
     def step_s(self) -> float:
-        """What a step takes, about: the median of recent ones, as some compile, and some meet a busy machine.
-
-        Until there were two steps it is 0: the first compiles and warms up.
-        """
+        """The median of recent steps, as some compile, and some meet a busy machine; 0 until there were two."""
         ordered = sorted(self._recent)
         return ordered[len(ordered) // 2 if len(ordered) > 2 else 0] if ordered else 0.0
 
@@ -170,13 +140,7 @@ class Due:
     """When to evaluate and to save, if no intervals are given: after tenths of a run, the last excluded.
 
     An evaluation is left out until another one has become affordable by `EVALUATION_SHARE` of the run so far. It runs
-    forward only, so by steps it is reckoned as a third of training on as many bytes.
-
-    Args:
-        clock: The clock of the run.
-        step: The step at which this process begins.
-        step_bytes: Bytes of a step.
-        val_bytes: Bytes of an evaluation.
+    forward only, so by steps it is reckoned as a third of training on as many bytes. This process begins at `step`.
     """
 
     def __init__(self, clock: Clock, step: int, step_bytes: int, val_bytes: int):
@@ -203,9 +167,6 @@ class Due:
         return evaluates, step % save_interval == 0 if save_interval else saves
 
 
-# --- Figures ---------------------------------------------------------------------------------------------------------
-
-
 def describe(model: Transformer, ctx: ParallelContext, peak_flops: float, n_train: int, n_val: int) -> str:
     """Describes in a line what will be trained, and on how many bytes."""
     total, active = model.n_params()
@@ -221,48 +182,33 @@ def describe(model: Transformer, ctx: ParallelContext, peak_flops: float, n_trai
 
 
 class Meter:
-    """Speed and load of the experts since the last line of metrics.
-
-    Args:
-        peak_flops: What the devices reach in a large matrix product, in FLOP/s.
-    """
+    """Speed and load of the experts since the last line of metrics; the devices reach `peak_flops`, in FLOP/s."""
 
     def __init__(self, peak_flops: float):
         self.peak_flops = peak_flops
-        self._reset()
-
-    def _reset(self) -> None:
-        self._seconds, self._bytes, self._flops, self._load = 1e-9, 0, 0.0, 0
+        self._sums: tuple[Any, ...] | None = None
 
     def add(self, seconds: float, n_bytes: int, flops: float, load: torch.Tensor) -> None:
         """Counts a step: its duration, bytes, floating-point operations, and load (MoE layers, experts)."""
-        self._seconds += seconds
-        self._bytes += n_bytes
-        self._flops += flops
-        self._load = self._load + load
+        step = (max(seconds, 1e-9), n_bytes, flops, load)
+        self._sums = step if self._sums is None else tuple(a + b for a, b in zip(self._sums, step, strict=True))
 
     def pop(self) -> dict[str, Any]:
         """Returns the figures, and begins anew. `mfu` is None if it would be above 1: then the peak is wrong."""
-        mfu = self._flops / self._seconds / self.peak_flops
-        figures = {"bytes_per_s": self._bytes / self._seconds, "mfu": mfu if mfu <= 1 else None}
-        figures |= load_summary(self._load)
-        self._reset()
+        (seconds, n_bytes, flops, load), self._sums = self._sums, None
+        mfu = flops / seconds / self.peak_flops
+        figures: dict[str, Any] = {"bytes_per_s": n_bytes / seconds, "mfu": mfu if mfu <= 1 else None}
+        if load.numel():  # of each expert, relative to its layer's mean
+            load = load / load.mean(dim=-1, keepdim=True)
+            figures["expert_load"] = [[round(x, 3) for x in row] for row in load.tolist()]
+            figures["max_load"] = load.max().item()
         return figures
 
 
-def load_summary(load: torch.Tensor) -> dict[str, Any]:
-    """Each expert's load relative to its layer's mean, and the largest of all."""
-    if not load.numel():
-        return {}
-    relative = load / load.mean(dim=-1, keepdim=True)
-    return {"expert_load": [[round(x, 3) for x in row] for row in relative.tolist()], "max_load": relative.max().item()}
-
-
 def measure_peak(device: str, dtype: torch.dtype) -> float:
-    """Measures how many floating-point operations a second a large matrix product reaches, in FLOP/s.
+    """Measures what a large matrix product reaches, in FLOP/s: the best of some sizes and repetitions.
 
-    The best of some sizes and repetitions, in the dtype of training and in float32: where the hardware has no bfloat16,
-    its products are emulated, and those in float32 are the faster ones.
+    That is in the dtype of training and in float32, which is the faster one where bfloat16 is emulated.
     """
     sizes = [256, 512, 1024] if torch.device(device).type == "cpu" else [1024, 4096, 8192]
     best = 0.0
@@ -288,9 +234,6 @@ def _product_seconds(device: str, dtype: torch.dtype, size: int) -> float:
             return fastest
 
 
-# --- Evaluation ------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def reading(ctx: ParallelContext) -> Iterator[None]:
     """Around reading the corpus: an error of one process is raised as a DataError in all of them."""
@@ -306,28 +249,20 @@ def evaluate(
     model: Transformer,
     data: Corpus,
     batch_size: int,
-    device: str,
+    ctx: ParallelContext,
+    seq_len: int | None = None,
     max_sequences: int | None = None,
     stop: Callable[[], bool] = lambda: False,
-    ctx: ParallelContext | None = None,
-    seq_len: int | None = None,
 ) -> float | None:
-    """Measures the loss over a whole split, in sequences that do not overlap.
+    """Measures the loss over a split, in sequences of `seq_len` bytes (default: the context) that do not overlap.
 
     Args:
-        model: The model.
-        data: The split, uint8.
-        batch_size: Sequences at a time.
-        device: Where the model is.
         max_sequences: If the split has more sequences than these, that many are taken, evenly spread over it.
         stop: Asked before each batch; True ends the evaluation.
-        ctx: The processes that share the batches.
-        seq_len: Bytes of a sequence; by default the model's context.
 
     Returns:
         Nats per byte; every byte but the first is predicted once. None after `stop`.
     """
-    ctx = ctx or ParallelContext(device)
     batches = EvaluationBatches(len(data), seq_len or model.args.max_seq_len, batch_size, max_sequences)
     total = torch.zeros((), dtype=torch.float64)
     model.eval()
@@ -337,7 +272,7 @@ def evaluate(
         # all ranks must go through the model equally often: one with no batch left repeats the last, for nothing
         starts, length = batches[min(i + ctx.dp_rank, len(batches) - 1)]
         with reading(ctx):
-            tokens, targets = read_batch(data, starts, length, device)
+            tokens, targets = read_batch(data, starts, length, ctx.device)
         loss = model.next_byte_loss(tokens, targets).item()
         if i + ctx.dp_rank < len(batches):
             total += loss * len(starts) * length
@@ -354,7 +289,7 @@ def sample_text(model: Transformer, n_bytes: int, device: str) -> str:
     text, token = "", EOS_ID
     for _ in range(min(n_bytes, model.args.max_seq_len)):
         logits = model(torch.tensor([[token]], device=device), cache)[0, -1]
-        token = torch.multinomial((logits.cpu() / 0.8).softmax(dim=-1), 1, generator=generator).item()
+        token = int(torch.multinomial((logits.cpu() / 0.8).softmax(dim=-1), 1, generator=generator))
         if token == EOS_ID:
             break
         text += decoder.feed([token])
@@ -362,24 +297,16 @@ def sample_text(model: Transformer, n_bytes: int, device: str) -> str:
     return text + decoder.flush()
 
 
-# --- Progress --------------------------------------------------------------------------------------------------------
-
-
-class ProgressBar:
+class ProgressBar(AbstractContextManager):
     """A bar on the terminal: the step, percent of the run, time, loss and speed. It moves twice a second.
 
-    Args:
-        is_shown: Whether this process shows it; nothing is shown where stderr is no terminal.
-        progress: How much of the run is done, 0 to 1.
+    Nothing is shown where stderr is no terminal, or unless `is_shown`; of the run, `progress` is done: 0 to 1.
     """
 
     def __init__(self, is_shown: bool, progress: float):
-        self._bar = tqdm(
-            total=100,
-            disable=None if is_shown else True,  # None: unless stderr is a terminal
-            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
-            initial=100 * progress,
-        )
+        form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        disable = None if is_shown else True  # None: unless stderr is a terminal
+        self._bar = tqdm(total=100, disable=disable, bar_format=form, initial=100 * progress)
         self._closed = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
         if not self._bar.disable:
@@ -399,9 +326,6 @@ class ProgressBar:
         """Sets the figures of the last line of metrics."""
         of_peak = "" if mfu is None else f", MFU {mfu:.0%}"
         self._bar.set_postfix_str(f"loss {loss:.3f}, {bytes_per_s:,.0f} bytes/s{of_peak}", refresh=False)
-
-    def __enter__(self) -> "ProgressBar":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()

@@ -1,12 +1,12 @@
 """Muon and the parameter groups: matrices are trained by Muon (or AdamW), all else by AdamW."""
 
-import argparse
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 import fp8_ops
 import parallel
@@ -19,19 +19,17 @@ STATE_KEYS = {"Muon": ["momentum_buffer"], "AdamW": ["step", "exp_avg", "exp_avg
 ROUTER_LR_DIM = 128  # width above which the routers' learning rate falls
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Muon (Jordan et al. 2024): momentum whose update is replaced by the nearest orthogonal matrix.
 
-    Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but takes stacks of matrices (..., rows, columns)
-    too and orthogonalises all matrices of a shape in one batch: a model has few shapes and many matrices.
+    Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, so that AdamW's rates fit, but takes stacks of
+    matrices (..., rows, columns) too and orthogonalises all matrices of a shape in one batch.
 
     Args:
         params: Parameters of two dimensions or more.
-        lr: Learning rate; the update has the size of AdamW's, so that AdamW's rates fit.
-        momentum: Decay of the running mean of gradients; Nesterov's look-ahead is on.
-        weight_decay: Decoupled weight decay.
+        lr, momentum, weight_decay: As torch's; Nesterov's look-ahead is on.
         dtype: What to orthogonalise in; bfloat16 is precise enough.
-        ctx: The processes over which the matrices are spread; each is orthogonalised as a whole.
+        ctx: The processes over which the matrices are sharded; each is orthogonalised as a whole.
     """
 
     def __init__(
@@ -44,14 +42,10 @@ class Muon(torch.optim.Optimizer):
         ctx: ParallelContext | None = None,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
-        self.ctx = ctx
-        # as torch's fused optimizers have them: float32 scalars on the device that divide gradients and skip a step
-        self.grad_scale: torch.Tensor | None = None
-        self.found_inf: torch.Tensor | None = None
+        self.dtype, self.ctx = dtype, ctx
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # without torch's closures
         """Updates all parameters that have a gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = {}
@@ -66,39 +60,30 @@ class Muon(torch.optim.Optimizer):
 
     def _momentum(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
         """Advances the running mean; returns the Nesterov update of full matrices, (matrices, rows, columns)."""
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        buffer = state["momentum_buffer"]
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffer = self.state[p]["momentum_buffer"]
         if (kernel := fp8_ops.kernels(p)) and type(p.grad) is torch.Tensor:  # no shard of FSDP
             update = torch.empty(p.shape, dtype=self.dtype, device=p.device)
-            kernel.momentum_update(p.grad, buffer, update, momentum, self.grad_scale, self.found_inf)
+            kernel.momentum_update(p.grad, buffer, update, momentum)
         else:
             buffer.lerp_(p.grad, 1 - momentum)
             update = p.grad.lerp(buffer, momentum).to(self.dtype)
         return update.view(-1, *p.shape[-2:]) if self.ctx is None else parallel.full_tensor(self.ctx, p, update)
 
-    def _apply(self, p: nn.Parameter, update: torch.Tensor, lr: float | torch.Tensor, decay: float) -> None:
+    def _apply(self, p: nn.Parameter, update: torch.Tensor, lr: float, decay: float) -> None:
         """Decays a parameter and subtracts its update, of which this process may hold a shard."""
         size = math.sqrt(max(update.shape[1:]))  # with 0.2, an update has the root mean square of AdamW's
         here = p if self.ctx is None else self.ctx.local_shard(p)[0]
         update = (update if self.ctx is None else parallel.local_part(self.ctx, p, update)).view_as(here)
         if kernel := fp8_ops.kernels(here):
-            lr = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=here.device)
-            kernel.apply_update(here, update.contiguous(), lr, decay, 0.2 * size, self.found_inf)
+            kernel.apply_update(here, update.contiguous(), torch.full((), lr, device=here.device), decay, 0.2 * size)
         else:
             here.mul_(1 - lr * decay).add_(update, alpha=-(lr * 0.2 * size))
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
-    """Pushes the singular values of matrices towards 1 by Newton-Schulz iterations.
-
-    Args:
-        x: Matrices (n, rows, columns).
-
-    Returns:
-        Matrices of the same shape and dtype.
-    """
+    """Pushes the singular values of matrices (n, rows, columns) towards 1 by Newton-Schulz iterations."""
     if (kernel := fp8_ops.kernels(x)) and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in x.shape[1:]):
         return kernel.newton_schulz(x, NS_COEFFICIENTS, NS_STEPS)
     a, b, c = NS_COEFFICIENTS
@@ -117,47 +102,42 @@ def is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
 
 
 def make_optimizers(
-    model: Transformer, args: argparse.Namespace, dtype: torch.dtype, ctx: ParallelContext | None = None
-) -> list[torch.optim.Optimizer]:
+    model: Transformer, flags: Any, dtype: torch.dtype, ctx: ParallelContext | None = None
+) -> list[Optimizer]:
     """Divides the parameters: hidden matrices by `--optimizer`; embedding, head, router and norms by AdamW.
 
-    Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink.
+    Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink. `flags`
+    are `TrainFlags`.
     """
-    matrices, routers, others = [], [], []
+    params: dict[str, list[nn.Parameter]] = {"matrices": [], "routers": [], "others": []}
     for name, p in model.named_parameters():
-        kind = matrices if is_hidden_matrix(name, p) else routers if name.endswith("gate.weight") else others
-        kind.append(p)
-    groups = [{"params": others, "lr": args.lr, "weight_decay": 0.0}]
-    if routers:
-        # AdamW moves each of a row's `dim` weights by the rate: at 1,024, scores would leap faster than biases balance
-        router_lr = args.lr * min(1.0, ROUTER_LR_DIM / model.args.dim)
-        groups.append({"params": routers, "lr": router_lr, "weight_decay": 0.0})
-    optimizers = []
-    if args.optimizer == "muon":
-        optimizers.append(Muon(matrices, args.matrix_lr, args.momentum, args.weight_decay, dtype, ctx))
+        is_router = name.endswith("gate.weight")
+        params["matrices" if is_hidden_matrix(name, p) else "routers" if is_router else "others"].append(p)
+    # AdamW moves each of a row's `dim` weights by the rate: at 1,024, scores would leap faster than biases balance
+    router_lr = flags.lr * min(1.0, ROUTER_LR_DIM / model.args.dim)
+    groups: list[dict[str, Any]] = [{"params": params["others"], "lr": flags.lr, "weight_decay": 0.0}]
+    groups += [{"params": params["routers"], "lr": router_lr, "weight_decay": 0.0}]  # may be none
+    optimizers: list[Optimizer] = []
+    if flags.optimizer == "muon":
+        optimizers.append(Muon(params["matrices"], flags.matrix_lr, flags.momentum, flags.weight_decay, dtype, ctx))
     else:
-        groups.append({"params": matrices, "lr": args.matrix_lr, "weight_decay": args.weight_decay})
-    optimizers.append(torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=1e-10, fused=True))
+        groups.append({"params": params["matrices"], "lr": flags.matrix_lr, "weight_decay": flags.weight_decay})
+    optimizers.append(torch.optim.AdamW(groups, betas=(flags.beta1, flags.beta2), eps=1e-10, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def optimizer_tensors(
-    model: Transformer, optimizers: list[torch.optim.Optimizer]
-) -> dict[str, dict[str, torch.Tensor]]:
+def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, dict[str, torch.Tensor]]:
     """Returns the optimizers' state of each parameter, by the parameter's name."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {names[p]: dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
 
 
 @torch.no_grad()
 def load_optimizer_tensors(
-    model: Transformer,
-    optimizers: list[torch.optim.Optimizer],
-    read: Callable[[str, nn.Parameter, list[str]], dict[str, torch.Tensor]],
-    ctx: ParallelContext,
+    model: nn.Module, optimizers: list[Optimizer], read: Callable[..., dict[str, torch.Tensor]], ctx: ParallelContext
 ) -> None:
     """Puts back what `optimizer_tensors` returned, which `read` knows of each parameter; see `checkpoint.load_run`."""
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -4,14 +4,12 @@
 
 Three rules make a run repeatable and safe to stop at any moment:
 
-- With --steps, a step depends on its number and the seed alone. Its sequences follow from a position
-  (`SequenceSampler`); they are not drawn from a generator that something else might have advanced.
+- With --steps, a step depends on its number and the seed alone: its sequences follow from a position.
 - A checkpoint holds all that the next step reads: weights, optimizer, routing biases, position. A run that was killed
   and resumed repeats the steps since, and on a CPU gives the same losses bit for bit.
 - A step whose loss or gradient is not finite is not taken.
 
-Matrices are trained by Muon (or AdamW), all else by AdamW. Weights are float32; the model computes in bfloat16 where
-the hardware does.
+Weights are float32; the model computes in bfloat16 where the hardware does.
 """
 
 if __name__ == "__main__":
@@ -31,12 +29,13 @@ from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 
 import command
 import fp8_ops
+import metrics
 import parallel
 import plan
 from byte_tokenizer import VOCAB_SIZE
@@ -44,19 +43,7 @@ from checkpoint import Run, has_run, load_run, read_config, save_run
 from command import integer, real, shorten
 from data.prepare import DataError, open_bytes, resolve
 from data.sampler import Corpus, SequenceSampler, fingerprint, read_batch, split
-from metrics import (
-    METRICS_FILE,
-    Clock,
-    Due,
-    Meter,
-    Metrics,
-    ProgressBar,
-    describe,
-    evaluate,
-    measure_peak,
-    reading,
-    sample_text,
-)
+from metrics import METRICS_FILE, Clock, Due, Meter, Metrics, ProgressBar, describe, evaluate, sample_text
 from model import ConfigError, Losses, ModelArgs, Transformer
 from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, optimizer_tensors
 from parallel import CollectiveError, DeviceError, ParallelContext, ParallelError, is_rank_zero
@@ -66,24 +53,22 @@ SHORT_UNTIL = 0.5  # which part of a run --short-seq-len is for
 LAST_EVALUATION_SHARE = 0.1  # of the time of a run by the clock, at most
 FEW_STEPS = 10  # a run by the clock with fewer is reported
 LEFTOVER = re.compile(rf"{METRICS_FILE}|step-\d{{8,}}|\..*\.(tmp|lock)")  # of a run killed before it saved
+KEPT = ("step", "best_val", "val_step", "val_loss", "eval_sequences")  # attributes of a trainer, in its state
 OLD_NAMES = {"windows": "sequences", "eval_windows": "eval_sequences", "short_windows": "short_seq_len"}
-
-
-class TrainError(ValueError):
-    """A run that cannot train a single step."""
 
 
 class NotFinite(RuntimeError):
     """The loss or the gradient of a step is NaN or infinite."""
 
 
-MISTAKES = (ConfigError, DataError, CheckpointError, DeviceError, ParallelError, CollectiveError, TrainError)
+MISTAKES = (ConfigError, DataError, CheckpointError, DeviceError, ParallelError, CollectiveError)
 
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 
 _POSITIVE, _BELOW_ONE, _FRACTION = real(0, open_low=True), real(0, 1, open_high=True), real(0, 1)
+_MINUTES = real(0, 1e6, open_low=True)
 
 
 def _flag(default: Any, help: str, parse: Callable[[str], Any] = str, **options: Any) -> Any:
@@ -103,11 +88,9 @@ class TrainFlags:
     save_path: Path | None = _flag(None, "folder of the run; without it nothing is kept", Path, fixed=True)
     resume: bool = _flag(False, "go on from the last checkpoint in --save-path, if any", fixed=True)
     steps: int | None = _flag(None, "optimizer steps", integer(1), group="length of the run (one of them)")
-    minutes: float | None = _flag(None, "time for the whole process, start to end", real(0, 1e7, open_low=True))
+    minutes: float | None = _flag(None, "time for the whole process, start to end", _MINUTES)
     batch_size: int = _flag(32, "sequences of max_seq_len bytes at a time", integer(1, 10**6), group="batch")
-    short_seq_len: int = _flag(
-        0, "bytes of the sequences in the first half of the run, where attention costs less; 0: as later", integer(0)
-    )
+    short_seq_len: int = _flag(0, "bytes of the sequences in the first half of the run; 0: as later", integer(0))
     accumulation: int = _flag(1, "batches whose gradients make one step", integer(1, 10**6))
     optimizer: str = _flag("muon", "for the hidden matrices", choices=["muon", "adamw"], group="optimizer")
     matrix_lr: float = _flag(0.01, "peak learning rate of hidden matrices", _POSITIVE)
@@ -122,19 +105,12 @@ class TrainFlags:
     decay: float = _flag(0.5, "fraction of the run (wsd)", _FRACTION)
     device: str | None = _flag(None, "default: the best there is", choices=["cuda", "mps", "cpu"], group="compute")
     dtype: str = _flag("auto", "of the activations", choices=["auto", "fp32", "bf16"])
-    gemm_impl: str | None = _flag(
-        None,
-        "products of the linear layers; default: as the config's dtype says. FP8 is fast on GPUs of compute "
-        "capability 8.9 or more",
-        choices=["bf16", "fp8"],
-    )
+    gemm_impl: str | None = _flag(None, "linear layers; default: by the config's dtype", choices=["bf16", "fp8"])
     compile: bool = _flag(False, "torch.compile the step: on a CPU that takes a C++ compiler")
     gradient_checkpointing: bool = _flag(False, "recompute blocks: less memory, slower")
     model_parallel: int = _flag(1, "processes that share one model's layers", integer(1, 10**4), metavar="M")
     fsdp: bool = _flag(False, "shard parameters, gradients and optimizer state over the data-parallel processes")
-    timeout: float = _flag(
-        parallel.TIMEOUT.total_seconds() / 60, "minutes to wait for another process", real(0, 1e6, open_low=True)
-    )
+    timeout: float = _flag(parallel.TIMEOUT / timedelta(minutes=1), "minutes to wait for another process", _MINUTES)
     seed: int = _flag(0, "of the weights and the order of the data", integer(0, 2**32 - 1))
     plan: bool = _flag(False, "print what each process would hold and send, and end", group="planning", fixed=True)
     world_size: int | None = _flag(None, "processes to plan for", integer(1, 10**6), metavar="N", fixed=True)
@@ -164,11 +140,7 @@ def build_parser() -> command.Parser:
 
 
 def config_flags(path: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Checks what a config has under "train" by the types and bounds of the flags.
-
-    Raises:
-        ConfigError: A key is no flag, or a value is of another type or out of bounds; the message names it.
-    """
+    """Checks what a config has under "train" by the types and bounds of the flags; a ConfigError names the key."""
     if "short_windows" in values and command.is_local_rank_zero():
         command.warn("train.py", f"{path}: train.short_windows is called short_seq_len now")
     flags = {flag.name: flag for flag in fields(TrainFlags) if not flag.metadata.get("fixed")}
@@ -235,13 +207,9 @@ def check_flags(parser: command.Parser, flags: TrainFlags, shape: ModelArgs) -> 
 
 
 def schedule(progress: float, kind: str, warmup: float, decay: float) -> float:
-    """The learning rate as a fraction of its peak.
+    """The learning rate as a fraction of its peak, when `progress` of training is done, 0 to 1.
 
-    Args:
-        progress: How much of training is done, 0 to 1.
-        kind: "wsd": warm up, stay, then go down linearly to 0. "cosine": warm up, then go down along a cosine to 0.
-        warmup: Fraction of training spent warming up, linearly.
-        decay: Fraction of training spent going down ("wsd").
+    It warms up linearly; "wsd" then stays, and falls linearly to 0 in the last fraction `decay`; "cosine" falls as one.
     """
     if progress < warmup:
         return progress / warmup
@@ -264,8 +232,9 @@ class Trainer:
     val_data: Corpus
     peak_flops: float  # of the matrix products of all devices, each second
     run: Run | None = None  # where it is saved
+    metrics: Metrics = field(default_factory=lambda: Metrics(None, 0))
     step: int = 0
-    best_val: float = math.inf
+    best_val: float | None = None
     val_step: int | None = None  # the step last evaluated, and its loss
     val_loss: float | None = None
     eval_sequences: int | None = None  # number of sequences of an evaluation; None: all
@@ -283,47 +252,27 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What besides tensors a resumed run needs, ready for JSON."""
-        return {
-            "step": self.step,
-            "sequences": self.step * self.step_sequences,
-            "elapsed_s": self.clock.elapsed_s(),
-            "startup_s": self.clock.startup_s,
-            "best_val": None if math.isinf(self.best_val) else self.best_val,
-            "val_step": self.val_step,
-            "val_loss": self.val_loss,
-            "eval_sequences": self.eval_sequences,
-            "settings": self.settings,
-        }
+        state = {name: getattr(self, name) for name in KEPT}
+        state |= {"elapsed_s": self.clock.elapsed_s(), "startup_s": self.clock.startup_s}
+        return state | {"sequences": self.step * self.step_sequences, "settings": self.settings}
 
     def resume(self, run: Path) -> None:
-        """Goes on from the last checkpoint of `run`.
-
-        Raises:
-            CheckpointError: There is none, it is damaged, or other flags or data made it.
-        """
+        """Goes on from the last checkpoint of `run`; a CheckpointError if other flags or data made it."""
         read, stored = load_run(run, self.model, self.ctx)
         state = check_state(run, stored, self.state())
         load_optimizer_tensors(self.model, self.optimizers, read, self.ctx)
         self.quantize_weights()
-        self.step, self.val_step, self.val_loss = state["step"], state["val_step"], state["val_loss"]
-        self.eval_sequences = state["eval_sequences"]
+        for name in KEPT:
+            setattr(self, name, state[name])
         self.clock.earlier_s, self.clock.startup_s = state["elapsed_s"], state["startup_s"]
-        self.best_val = math.inf if state["best_val"] is None else state["best_val"]
 
     def quantize_weights(self) -> None:
-        """Brings the FP8 copies of the weights up to date: once a step, however many batches it has.
-
-        Shards have none: there a layer's weights are quantised when they have been gathered.
-        """
-        if fp8_ops.gemm_impl == "fp8" and not self.ctx.fsdp:
+        """Brings the FP8 copies of the weights up to date: once a step, however many batches it has."""
+        if fp8_ops.gemm_impl == "fp8" and not self.ctx.fsdp:  # shards are quantised when they have been gathered
             self.model.quantize_weights()
 
     def train_step(self, progress: float) -> dict[str, Any]:
-        """Takes one step; returns its metrics as Python numbers.
-
-        Raises:
-            NotFinite, DataError: The loss or the gradient is, or data cannot be read; nothing has been changed then.
-        """
+        """Takes one step; returns its metrics. A NotFinite or DataError has changed nothing."""
         flags = self.flags
         losses, load = self._accumulate_gradients(self.short_sampler if progress < SHORT_UNTIL else self.sampler)
         grad_norm = parallel.clip_grad_norm(self.ctx, self.model, flags.grad_clip or math.inf)
@@ -339,19 +288,19 @@ class Trainer:
         self.model.update_gate_bias(load)
         self.quantize_weights()
         self.step += 1
-        metrics = {"train_loss": next_byte, "lr": flags.lr * factor, "matrix_lr": flags.matrix_lr * factor}
-        metrics |= {"grad_norm": norm, "balance_loss": balance}
-        return metrics | ({"mtp_loss": mtp} if len(self.model.mtp) else {}) | {"load": load}
+        figures = {"train_loss": next_byte, "lr": flags.lr * factor, "matrix_lr": flags.matrix_lr * factor}
+        figures |= {"grad_norm": norm, "balance_loss": balance, "load": load}
+        return figures | ({"mtp_loss": mtp} if len(self.model.mtp) else {})
 
     def _accumulate_gradients(self, sampler: SequenceSampler) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs a step forward and backward; returns mean losses (next byte, MTP, balance) and load of the experts."""
         ctx, n_batches, self.seq_len = self.ctx, self.flags.accumulation, sampler.seq_len
         count = self.flags.batch_size * self.context // self.seq_len  # as many bytes, in shorter sequences
         mine = ctx.data_parallel_slice(count)
-        with reading(ctx):
+        with metrics.reading(ctx):
             starts = [sampler.starts((self.step * n_batches + i) * count, count)[mine] for i in range(n_batches)]
             batches = [read_batch(self.train_data, offsets, self.seq_len, ctx.device) for offsets in starts]
-        means, load = 0, 0
+        means, load = torch.zeros(3, device=ctx.device), torch.zeros((), device=ctx.device)
         for i, (tokens, targets) in enumerate(batches):
             with ctx.no_sync(self.loss, i == n_batches - 1):
                 losses = self.loss(tokens, targets)
@@ -362,18 +311,15 @@ class Trainer:
         return ctx.all_reduce_dp(means / ctx.dp_size), ctx.all_reduce_dp(load)
 
     def evaluate(self, n_sequences: int | None, seq_len: int) -> float | None:
-        """`metrics.evaluate` over as many bytes as `n_sequences` of the context have (None: all of the split)."""
+        """The validation loss of as many bytes as `n_sequences` of the context have (None: of all)."""
         shorter, data, ctx = self.context // seq_len, self.val_data, self.ctx
         batch_size, limit = 4 * shorter * self.flags.batch_size // ctx.dp_size, n_sequences and shorter * n_sequences
-        return evaluate(self.model, data, batch_size, ctx.device, limit, self.stopped, ctx, seq_len)
+        return evaluate(self.model, data, batch_size, ctx, seq_len, limit, self.stopped)
 
-    def evaluate_and_save(self, metrics: Metrics) -> float | None:
+    def evaluate_and_save(self) -> float | None:
         """Evaluates in sequences as long as those of the last step, saves, prints the figures and a sample.
 
-        Returns the loss in nats per byte; None if a signal came first, and then nothing was saved.
-
-        Raises:
-            NotFinite: The loss is. The last step has caused that, so nothing is saved.
+        Returns the loss in nats per byte; None if a signal came first. Then, and after NotFinite, nothing is saved.
         """
         if self.val_step == self.step:  # resumed after its last step
             return self.val_loss
@@ -384,26 +330,25 @@ class Trainer:
         if not math.isfinite(val_loss):
             raise NotFinite(f"step {self.step}: the validation loss is {val_loss}")
         self.val_step, self.val_loss = self.step, val_loss
-        line, shorter = {"val_loss": val_loss, "val_bpb": val_loss / math.log(2)}, self.context // self.seq_len
-        if self.eval_sequences:
-            line["val_windows"] = shorter * self.eval_sequences
-        if shorter > 1:
-            line["window"] = self.seq_len
-        self.write(metrics, line)
-        is_best, self.best_val = val_loss < self.best_val, min(val_loss, self.best_val)
+        bpb, shorter = val_loss / math.log(2), self.context // self.seq_len
+        length = {"window": self.seq_len} if shorter > 1 else {}
+        limit = {"val_windows": shorter * self.eval_sequences} if self.eval_sequences else {}
+        self.write({"val_loss": val_loss, "val_bpb": bpb} | limit | length)
+        is_best = self.best_val is None or val_loss < self.best_val
+        self.best_val = val_loss if is_best else self.best_val
         self.save(is_best)
-        length = f" in sequences of {self.seq_len} bytes" if shorter > 1 else ""
-        say(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {line['val_bpb']:.4f} bits/byte{length}")
+        where = f" in sequences of {self.seq_len} bytes" if length else ""
+        say(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte{where}")
         if self.flags.sample_bytes:
             say(sample_text(self.model, self.flags.sample_bytes, self.ctx.device))
         if shorter == 1:  # as the last one is
             self.clock.eval_s = self.clock.now() - began - self.clock.save_s
         return val_loss
 
-    def write(self, metrics: Metrics, figures: dict[str, Any]) -> None:
+    def write(self, figures: dict[str, Any]) -> None:
         """Writes a line of metrics of the last step."""
         n_bytes = self.step * self.step_bytes
-        metrics.write(step=self.step, elapsed_s=self.clock.elapsed_s(), bytes=n_bytes, **figures)
+        self.metrics.write(step=self.step, elapsed_s=self.clock.elapsed_s(), bytes=n_bytes, **figures)
 
     def measure_closing(self) -> None:
         """Times an evaluation of few sequences and a short sample, to know what the last ones of a run will take.
@@ -464,11 +409,7 @@ def resume_settings(flags: TrainFlags, data: Corpus) -> dict[str, Any]:
 
 
 def check_state(run: Path, stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Checks the state in a run's checkpoint against that of a trainer; names of earlier versions become today's.
-
-    Raises:
-        CheckpointError: It is damaged, or has settings other than today's.
-    """
+    """Returns the state in a run's checkpoint, by today's names; it must be whole, and have the settings of ours."""
     state = {OLD_NAMES.get(key, key): value for key, value in stored.items()}
     for key in ours:
         if not is_state(key, state.get(key, "missing")):
@@ -476,10 +417,8 @@ def check_state(run: Path, stored: dict[str, Any], ours: dict[str, Any]) -> dict
     for name, value in state["settings"].items():
         key = OLD_NAMES.get(name, name)
         if (now := ours["settings"].get(key)) != value:
-            raise CheckpointError(
-                f"{run} was trained with {shorten(key)} = {shorten(value)}, now it is {now}; "
-                "resume with what it began with, or choose another --save-path"
-            )
+            was = f"{run} was trained with {shorten(key)} = {shorten(value)}, now it is {now}"
+            raise CheckpointError(f"{was}; resume with what it began with, or choose another --save-path")
     return state
 
 
@@ -488,42 +427,53 @@ def is_state(key: str, value: Any) -> bool:
     if key == "settings":
         return isinstance(value, dict)
     if value is None:
-        return key in ("best_val", "val_step", "val_loss", "eval_sequences")
-    kinds = int if key in ("step", "sequences", "val_step", "eval_sequences") else (int, float)
+        return key in KEPT and key != "step"
+    is_count = key in ("step", "sequences", "val_step", "eval_sequences")
     lowest = 1 if key == "eval_sequences" else 0
-    return isinstance(value, kinds) and not isinstance(value, bool) and lowest <= value < 2**53
+    return type(value) in ((int,) if is_count else (int, float)) and lowest <= value < 2**53
 
 
 # --- The loop --------------------------------------------------------------------------------------------------------
 
 
-def run(trainer: Trainer, metrics: Metrics) -> float | None:
-    """Trains until the clock says so or a signal comes; returns the last validation loss, None after a signal.
+def run(trainer: Trainer) -> int:
+    """Trains until the clock says so or a signal comes, and prints how that ended; returns the exit code.
 
-    Raises:
-        DataError: The data cannot be read any more; the last step is saved.
-        NotFinite, TrainError: See there; nothing is saved.
+    After a signal, and when the data cannot be read any more, the last step is saved.
     """
-    val_loss = None
+    path, val_loss = trainer.flags.save_path, None
+    with trainer.ctx.collective_section():
+        folder = trainer.run if is_rank_zero() else None
+        trainer.metrics = Metrics(folder, trainer.step, trainer.val_step == trainer.step)
+    handle_signals(trainer.stop)
     try:
-        train_steps(trainer, metrics)
+        train_steps(trainer)
         if not trainer.stopped():
-            with trainer.ctx.collective_section():
-                require_steps(trainer)
-            val_loss = trainer.evaluate_and_save(metrics)
-    except DataError as error:
-        where = ""
-        if trainer.run is not None and trainer.step:
+            require_steps(trainer)
+            val_loss = trainer.evaluate_and_save()
+        if val_loss is None:
             trainer.save(is_best=False)
-            where = f"; step {trainer.step} is saved in {trainer.run.path}"
-        with trainer.ctx.collective_section():
-            raise DataError(f"{error}{where}") from None
+    except DataError as error:  # in all processes: see `reading`
+        is_saved = path is not None and trainer.step > 0
+        if is_saved:
+            trainer.save(is_best=False)
+        raise CollectiveError(f"{error}; step {trainer.step} is saved in {path}" if is_saved else str(error)) from None
+    except NotFinite as error:
+        if is_rank_zero():
+            kept = f"; the last good checkpoint is in {path}" if path is not None and has_run(path) else ""
+            command.complain("train.py", f"{error}{kept}; train anew with a lower --lr or --matrix-lr")
+        return 1
+    where = f"model in {path}" if path is not None else "not saved, for want of --save-path"
     if val_loss is None:
-        trainer.save(is_best=False)
-    return val_loss
+        say(f"stopped by {signal.Signals(trainer.stop_signal).name} after step {trainer.step}: {where}")
+        return 0
+    if trainer.eval_sequences is not None:
+        say(f"validated on {trainer.eval_sequences:,} sequences, evenly spread: all would have taken too long")
+    say(f"step {trainer.step}, {trainer.clock.elapsed_s():.1f} s: val_loss {val_loss:.4f} nats/byte, {where}")
+    return 0
 
 
-def train_steps(trainer: Trainer, metrics: Metrics) -> None:
+def train_steps(trainer: Trainer) -> None:
     """Takes the steps of a run, with its logs, evaluations and saves."""
     flags, clock, ctx = trainer.flags, trainer.clock, trainer.ctx
     due, meter = Due(clock, trainer.step, trainer.step_bytes, len(trainer.val_data)), Meter(trainer.peak_flops)
@@ -542,12 +492,12 @@ def train_steps(trainer: Trainer, metrics: Metrics) -> None:
             if trainer.step % flags.log_interval == 0:
                 figures |= meter.pop()
                 bar.show_figures(figures["train_loss"], figures["bytes_per_s"], figures["mfu"])
-                trainer.write(metrics, figures)
+                trainer.write(figures)
             if is_first and clock.seconds is not None:
                 trainer.measure_closing()
             evaluates, saves = ctx.broadcast(*due.after(trainer.step, flags.eval_interval, flags.save_interval))
             if evaluates:
-                trainer.evaluate_and_save(metrics)
+                trainer.evaluate_and_save()
             elif saves:
                 trainer.save(is_best=False)
 
@@ -557,13 +507,14 @@ def require_steps(trainer: Trainer) -> None:
     clock, step = trainer.clock, trainer.step
     if clock.seconds is None or step >= FEW_STEPS:
         return
-    start_s, first_s = clock.elapsed_s() - clock.trained_s(), clock.first_step_s or 0.0
-    minutes, took = f"--minutes {clock.seconds / 60:g}", f"after {start_s - first_s:.1f} s to start"
+    first_s, end_s = clock.first_step_s or 0.0, clock.eval_s + clock.save_s
+    took = f"{clock.elapsed_s() - clock.trained_s() - first_s:.1f} s to start, {first_s:.1f} s for the first step"
+    text = f"--minutes {clock.minutes:g} left time for {step} steps only after {took} and {end_s:.1f} s to evaluate"
+    text += " and save; give more"
     if step == 0:
-        raise TrainError(f"{minutes} leaves no time for a step {took}; give more")
-    took += f", {first_s:.1f} s for the first step and {clock.eval_s + clock.save_s:.1f} s to evaluate and save"
+        raise CollectiveError(text)
     if is_rank_zero():
-        command.warn("train.py", f"{minutes} left time for {step} steps only {took}; give more")
+        command.warn("train.py", text)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -578,7 +529,7 @@ def say(text: str) -> None:
 def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> Trainer:
     """Opens the data and builds the model, sharded over the processes, and its optimizers."""
     dtype = parallel.pick_dtype(torch.device(ctx.device).type, flags.dtype)
-    fp8_ops.gemm_impl = flags.gemm_impl
+    fp8_ops.gemm_impl = cast(Any, flags.gemm_impl)
     with ctx.collective_section():
         ctx.check_divisible(shape, flags.batch_size)
         train_data, val_data = split(open_bytes(resolve(flags.data)), shape.max_seq_len)
@@ -591,18 +542,14 @@ def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> 
     if ctx.mp_size > 1:
         with torch.device("meta"):
             full_model = Transformer(shape, dtype)
-    peak_flops = ctx.world_size * measure_peak(ctx.device, dtype)
+    peak_flops = ctx.world_size * metrics.measure_peak(ctx.device, dtype)
     loss = parallel.parallelize(ctx, model, flags.compile)
     optimizers = make_optimizers(model, flags, dtype, ctx)
     return Trainer(flags, ctx, model, full_model, loss, optimizers, train_data, val_data, peak_flops)
 
 
 def find_run(flags: TrainFlags, ctx: ParallelContext) -> bool:
-    """Checks that a run may be written to --save-path; returns whether it holds one to go on with.
-
-    Raises:
-        CheckpointError: Something is in it that would be mixed with the run.
-    """
+    """Checks that nothing in --save-path would be mixed with the run; returns whether it holds one to go on with."""
     path = flags.save_path
     # workers that the elastic agent starts again go on where they were, with those of a node that has just come
     (restarts,) = ctx.all_reduce_max(parallel.read_launch().restart_count)
@@ -620,23 +567,16 @@ def find_run(flags: TrainFlags, ctx: ParallelContext) -> bool:
     return ctx.broadcast(float(is_run))[0] > 0  # where another process sees another disk, it must fail, not begin anew
 
 
-def print_plan(flags: TrainFlags, shape: ModelArgs) -> None:
-    """Prints what each process would hold and send, as --plan asks."""
-    flags.world_size = flags.world_size or parallel.read_launch().world_size
-    fp8_ops.gemm_impl = flags.gemm_impl
-
-    def n_states(name: str, p: torch.nn.Parameter) -> int:
-        return 1 if flags.optimizer == "muon" and is_hidden_matrix(name, p) else 2
-
-    dtype = torch.float32 if flags.dtype == "fp32" else torch.bfloat16
-    say(plan.show(plan.make_plan(shape, flags, dtype, n_states), shape, flags, flags.device_memory))
-
-
+@parallel.process_group("train.py", MISTAKES)
 def train(argv: list[str] | None) -> int:
     """Runs the command; returns its exit code."""
     flags, shape = parse_args(argv)
     if flags.plan:
-        print_plan(flags, shape)
+        is_muon, dtype = flags.optimizer == "muon", torch.float32 if flags.dtype == "fp32" else torch.bfloat16
+        n_states = lambda name, p: 1 if is_muon and is_hidden_matrix(name, p) else 2  # noqa: E731
+        flags.world_size = flags.world_size or parallel.read_launch().world_size
+        fp8_ops.gemm_impl = cast(Any, flags.gemm_impl)
+        say(plan.show(plan.make_plan(shape, flags, dtype, n_states), shape, flags, flags.device_memory))
         return 0
     parallel.keep_freed_memory()
     device = parallel.pick_device(flags.device)
@@ -655,40 +595,12 @@ def train(argv: list[str] | None) -> int:
             with ctx.collective_section():
                 trainer.resume(flags.save_path)
             say(f"resumed {flags.save_path} at step {trainer.step}")
-        return run_and_report(trainer)
-
-
-def run_and_report(trainer: Trainer) -> int:
-    """Trains, and prints how that ended; returns the exit code."""
-    path = trainer.flags.save_path
-    with trainer.ctx.collective_section():
-        metrics = Metrics(trainer.run if is_rank_zero() else None, trainer.step, trainer.val_step == trainer.step)
-    handle_signals(trainer.stop)
-    try:
-        val_loss = run(trainer, metrics)
-    except NotFinite as error:
-        if is_rank_zero():
-            kept = f"; the last good checkpoint is in {path}" if path is not None and has_run(path) else ""
-            command.complain("train.py", f"{error}{kept}; train anew with a lower --lr or --matrix-lr")
-        return 1
-    where = f"model in {path}" if path is not None else "not saved, for want of --save-path"
-    if val_loss is None:
-        say(f"stopped by {signal.Signals(trainer.stop_signal).name} after step {trainer.step}: {where}")
-        return 0
-    if trainer.eval_sequences is not None:
-        say(f"validated on {trainer.eval_sequences:,} sequences, evenly spread: all would have taken too long")
-    say(f"step {trainer.step}, {trainer.clock.elapsed_s():.1f} s: val_loss {val_loss:.4f} nats/byte, {where}")
-    return 0
+        return run(trainer)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-
-    def body() -> int:
-        with parallel.process_group("train.py", MISTAKES):
-            return train(argv)
-
-    return command.run("train.py", body, MISTAKES)
+    return command.run("train.py", lambda: train(argv), MISTAKES)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Which sequences of a corpus a step trains on, and an evaluation measures: a function of numbers alone.
+"""Which sequences of a corpus a step trains on, and an evaluation measures.
 
-Nothing here has a state that could be lost, and nothing is listed beforehand: a corpus of terabytes costs no memory.
+That is a function of numbers alone, without a state or a table: a corpus of terabytes costs no memory.
 """
 
 import math
@@ -12,30 +12,20 @@ import torch
 from data.prepare import ByteFile, DataError, read_sequences
 
 VAL_FRACTION = 0.1
-
 Corpus = ByteFile | np.ndarray
 
 
 class SequenceSampler:
-    """Sequences of a corpus in a random order that is a function of position, so that there is no state to lose.
+    """Sequences of a corpus in a random order that is a function of `seed` and position.
 
-    Each epoch cuts the corpus into sequences of `seq_len` targets, at an offset of its own, and goes through all of
-    them once in an order of its own. Positions count sequences from the start of training. The order is a permutation
-    of 0..n-1 that needs no table: a Feistel network on the smallest even number of bits, applied again while its result
-    is not below n ("cycle walking").
-
-    Args:
-        n_bytes: Length of the corpus.
-        seq_len: Targets per sequence; one more byte is read.
-        seed: Seed of the order.
+    Each epoch cuts the corpus of `n_bytes` into sequences of `seq_len` targets (one more byte is read), at an offset of
+    its own, and goes through all of them once in an order of its own. Positions count sequences from the start of
+    training. The order is a permutation of 0..n-1: a Feistel network on the smallest even number of bits, applied again
+    while its result is not below n ("cycle walking").
     """
 
-    _ROUNDS = 4
-
     def __init__(self, n_bytes: int, seq_len: int, seed: int):
-        self.last_start = n_bytes - 1 - seq_len
-        self.seq_len = seq_len
-        self.seed = seed
+        self.last_start, self.seq_len, self.seed = n_bytes - 1 - seq_len, seq_len, seed
         # one more than fit side by side: the first and the last of a shifted cut overlap their neighbours
         self.n_sequences = -(-(n_bytes - 1) // seq_len) + 1
         self._half_bits = np.uint64(max(1, math.ceil(math.log2(self.n_sequences) / 2)))
@@ -49,7 +39,7 @@ class SequenceSampler:
             chosen = epochs == epoch
             key = np.random.default_rng([self.seed, first_epoch + int(epoch)])
             offset = int(key.integers(self.seq_len))
-            keys = key.integers(1 << 63, size=self._ROUNDS, dtype=np.uint64)
+            keys = key.integers(1 << 63, size=4, dtype=np.uint64)
             number = self._permute(index[chosen].astype(np.uint64), keys).astype(np.int64)
             starts[chosen] = np.clip((number - 1) * self.seq_len + offset, 0, self.last_start)
         return starts
@@ -73,15 +63,8 @@ class SequenceSampler:
 class EvaluationBatches:
     """Batches of sequences that follow each other and cover a split, or `limit` of them, evenly spread over it.
 
-    Args:
-        n_bytes: Length of the split.
-        seq_len: Targets per sequence. What remains at the end of the split is one shorter sequence, unless there is a
-            limit.
-        batch_size: Sequences per batch.
-        limit: Largest number of sequences, if that is fewer than there are.
-
-    Attributes:
-        n_targets: Number of bytes that all batches together predict.
+    What remains at the end of the split is one shorter sequence, unless there is a limit. `n_targets` is the number of
+    bytes that all batches together predict.
     """
 
     def __init__(self, n_bytes: int, seq_len: int, batch_size: int, limit: int | None = None):
@@ -101,28 +84,18 @@ class EvaluationBatches:
         if first >= self.n_sequences:
             return np.array([self.n_available * self.seq_len]), self.rest
         numbers = range(first, min(first + self.batch_size, self.n_sequences))
-        if self.n_sequences < self.n_available:
-            gaps = max(self.n_sequences - 1, 1)
-            numbers = [n * (self.n_available - 1) // gaps for n in numbers]
-        return np.array(numbers) * self.seq_len, self.seq_len
+        gaps = max(self.n_sequences - 1, 1)  # as many as between all that there are, unless there is a limit
+        return np.array([n * (self.n_available - 1) // gaps * self.seq_len for n in numbers]), self.seq_len
 
 
 def read_batch(data: Corpus, starts: np.ndarray, seq_len: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads sequences of a corpus: tokens and targets, int64 (len(starts), seq_len) each, one byte apart.
-
-    Raises:
-        DataError: The file cannot be read any more.
-    """
+    """Reads sequences of a corpus: tokens and targets, int64 (len(starts), seq_len) each, one byte apart."""
     batch = torch.from_numpy(read_sequences(data, starts, seq_len + 1)).to(device).long()  # widened on the device
     return batch[:, :-1], batch[:, 1:]
 
 
 def split(data: Corpus, seq_len: int) -> tuple[Corpus, Corpus]:
-    """Splits a corpus for training and validation; the latter is its last tenth.
-
-    Raises:
-        DataError: One of them is too short for a single sequence.
-    """
+    """Splits a corpus for training and validation, which is its last tenth; a DataError if one is too short."""
     n_train = int((1 - VAL_FRACTION) * len(data))
     if n_train < seq_len + 1 or len(data) - n_train < 2:
         raise DataError(

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -83,8 +84,9 @@ def text(n_bytes: int, seed: int = 0) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def unchanged_process() -> Iterator[None]:
+def unchanged_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, for products this small; and the signal handlers that a run in this process leaves behind go."""
+    monkeypatch.setattr(metrics, "MEASURING_S", 0.0)
     threads = torch.get_num_threads()
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
@@ -169,8 +171,8 @@ def shake(model: nn.Module, seed: int = 0) -> None:
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
 
 
-@pytest.mark.parametrize("n_bytes", [2, 20, 32, 33, 34, 65, 200, 1000])
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("n_bytes", [2, 20, 33, 34, 65, 500])
+@pytest.mark.parametrize("batch_size", [3, 64])
 def test_evaluation_is_the_mean_over_every_byte(here: Here, n_bytes: int, batch_size: int) -> None:
     model = here.trainer().model
     shake(model)
@@ -181,7 +183,7 @@ def test_evaluation_is_the_mean_over_every_byte(here: Here, n_bytes: int, batch_
             window = torch.tensor(data[start : start + 33].astype(np.int64))
             logits = model(window[None, :-1])[0].double()
             total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-    assert evaluate(model, data, batch_size, "cpu") == pytest.approx(total / (n_bytes - 1), rel=1e-6)
+    assert evaluate(model, data, batch_size, ParallelContext("cpu")) == pytest.approx(total / (n_bytes - 1), rel=1e-6)
     assert model.training
 
 
@@ -263,6 +265,7 @@ def test_accumulation_is_a_larger_batch(here: Here, optimizer: str) -> None:
 
 def test_step_is_what_torch_would_do(here: Here) -> None:
     """One step by hand: the loss of the sampler's sequences, gradients clipped, rates by the schedule, biases moved."""
+    here.write_config(bias_update_speed=0.003)
     flags = ["--optimizer", "adamw", "--grad-clip", 0.1, "--weight-decay", 0.2, "--lr", 0.01, "--matrix-lr", 0.02]
     trainer, other = here.trainer(*flags), here.trainer(*flags)
     shake(trainer.model), shake(other.model)
@@ -291,15 +294,6 @@ def test_step_is_what_torch_would_do(here: Here) -> None:
         torch.testing.assert_close(gate.bias, expected)
 
 
-def test_training_learns(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
-    here.data.write_bytes(text(30_000))
-    assert main(here.flags("--steps", 120, "--batch-size", 8, save=False)) == 0
-    out = capsys.readouterr().out.splitlines()
-    first, last = (float(line.split("val_loss ")[1].split()[0]) for line in (out[1], out[-1]))
-    assert first > last and last < 0.5 * UNIFORM
-    assert out[-1].startswith("step 120, ") and "not saved" in out[-1]
-
-
 @pytest.mark.parametrize("gemm_impl", ["bf16", "fp8"])
 def test_gradient_checkpointing_changes_nothing(here: Here, gemm_impl: str) -> None:
     flags = ["--gemm-impl", gemm_impl]
@@ -315,11 +309,11 @@ def test_gradient_checkpointing_changes_nothing(here: Here, gemm_impl: str) -> N
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("gemm_impl", ["bf16", "fp8"])
-def test_compile_changes_nothing(here: Here, monkeypatch: pytest.MonkeyPatch, gemm_impl: str) -> None:
+@pytest.mark.slow
+def test_compile_changes_nothing(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is traced whole, forward and backward; the compiler behind it is torch's own matter."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    flags = ["--gemm-impl", gemm_impl]
+    flags = ["--gemm-impl", "fp8"]
     plain, compiled = here.trainer(*flags), here.trainer(*flags, "--compile")
     for trainer in (plain, compiled):
         shake(trainer.model)
@@ -344,14 +338,15 @@ def test_weights_are_quantised_once_a_step(here: Here, monkeypatch: pytest.Monke
         assert torch.equal(layer.weight_q.view(torch.uint8), q.view(torch.uint8)) and torch.equal(layer.weight_s, s)
 
 
-def test_training_in_fp8_learns_as_well(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
-    here.data.write_bytes(text(30_000))
+def test_training_learns_in_fp8_as_well(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    here.data.write_bytes(text(8_000))
     losses = []
     for gemm_impl in ("bf16", "fp8"):
-        assert main(here.flags("--steps", 60, "--batch-size", 8, "--gemm-impl", gemm_impl, save=False)) == 0
-        out = capsys.readouterr().out
-        assert ("products in FP8" in out) == (gemm_impl == "fp8")
-        losses.append(float(out.splitlines()[-1].split("val_loss ")[1].split()[0]))
+        assert main(here.flags("--steps", 40, "--batch-size", 8, "--gemm-impl", gemm_impl, save=False)) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert ("products in FP8" in out[0]) == (gemm_impl == "fp8")
+        assert out[-1].startswith("step 40, ") and "not saved" in out[-1]
+        losses.append(float(out[-1].split("val_loss ")[1].split()[0]))
     assert losses[0] < 0.6 * UNIFORM and losses[1] == pytest.approx(losses[0], rel=0.05) and losses[1] != losses[0]
 
 
@@ -367,20 +362,13 @@ def test_products_are_as_the_config_says(here: Here, dtype: str, flags: list[str
 
 def test_balancing_works(here: Here) -> None:
     """One expert of eight takes over on its own; with biases that follow the load, none does."""
-    here.data.write_bytes(text(50_000))
+    here.data.write_bytes(text(20_000))
     tail = {}
+    one_layer = {"n_layers": 1, "n_dense_layers": 0, "n_mtp_layers": 0, "n_routed_experts": 8, "n_activated_experts": 1}
     for speed in (0.0, 0.01):
-        here.write_config(
-            n_layers=1,
-            n_dense_layers=0,
-            n_mtp_layers=0,
-            n_routed_experts=8,
-            n_activated_experts=1,
-            aux_loss_alpha=0.0,
-            bias_update_speed=speed,
-        )
+        here.write_config(**one_layer, aux_loss_alpha=0.0, bias_update_speed=speed)
         here.run = here.path / f"run-{speed}"
-        assert main(here.flags("--steps", 300, "--log-interval", 100, "--eval-interval", 1000)) == 0
+        assert main(here.flags("--steps", 120, "--log-interval", 40, "--eval-interval", 1000)) == 0
         last = [row for row in lines(here.run) if "train_loss" in row][-1]
         tail[speed] = last["max_load"]
         (loads,) = last["expert_load"]
@@ -606,13 +594,13 @@ def test_a_run_folder_that_is_moved(
 # --- Resuming ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("optimizer", "gemm_impl"), [("muon", "bf16"), ("adamw", "bf16"), ("muon", "fp8")])
+@pytest.mark.parametrize(("optimizer", "gemm_impl"), [("muon", "bf16"), ("adamw", "fp8")])
 def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optimizer: str, gemm_impl: str) -> None:
-    flags = ["--steps", 6, "--eval-interval", 2, "--save-interval", 1, "--optimizer", optimizer, "--accumulation", 2]
+    flags = ["--steps", 4, "--eval-interval", 2, "--save-interval", 1, "--optimizer", optimizer, "--accumulation", 2]
     flags += ["--gemm-impl", gemm_impl, "--short-seq-len", 16]
     assert main(here.flags(*flags)) == 0
     whole, train_step = here.run, Trainer.train_step
-    for stop_at in range(6):
+    for stop_at in (0, 1, 3):
         here.run = here.path / f"stopped-at-{stop_at}"
 
         def step(self: Trainer, progress: float, stop_at: int = stop_at) -> dict[str, Any]:
@@ -625,7 +613,7 @@ def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optim
             with contextlib.suppress(Crash):
                 main(here.flags(*flags))
         assert main(here.flags(*flags, "--resume")) == 0
-        assert_same_run(here.run, whole, 6)
+        assert_same_run(here.run, whole, 4)
 
 
 def test_resumed_run_can_be_made_longer(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
@@ -733,34 +721,16 @@ def test_existing_run_is_refused_without_resume(here: Here, capsys: pytest.Captu
     assert {p: p.read_bytes() for p in here.run.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize(
-    ("key", "flags"),
-    [
-        ("seed", ["--seed", 1]),
-        ("batch_size", ["--batch-size", 3]),
-        ("accumulation", ["--accumulation", 2]),
-        ("optimizer", ["--optimizer", "adamw"]),
-        ("lr", ["--lr", 0.123]),
-        ("matrix_lr", ["--matrix-lr", 0.123]),
-        ("momentum", ["--momentum", 0.5]),
-        ("beta1", ["--beta1", 0.5]),
-        ("beta2", ["--beta2", 0.5]),
-        ("weight_decay", ["--weight-decay", 0.5]),
-        ("grad_clip", ["--grad-clip", 0.5]),
-        ("schedule", ["--schedule", "cosine"]),
-        ("warmup", ["--warmup", 0.9]),
-        ("decay", ["--decay", 0.9]),
-        ("gemm_impl", ["--gemm-impl", "fp8"]),
-    ],
-)
-def test_resume_with_another_flag_is_refused(
-    here: Here, capsys: pytest.CaptureFixture[str], key: str, flags: list[object]
-) -> None:
-    assert main(here.flags("--steps", 1, "--optimizer", "muon", "--schedule", "wsd")) == 0
+def test_resume_with_another_flag_is_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--optimizer", "muon", "--schedule", "wsd"]
+    assert main(here.flags("--steps", 1, *common)) == 0
     before = (here.run / "metrics.jsonl").read_bytes()
-    again = ["--steps", 2, "--optimizer", "muon", "--schedule", "wsd", "--resume", *flags]
-    assert_refused(capsys, here.flags(*again), here.run, f"{key} = ", str(flags[1]))
-    assert (here.run / "metrics.jsonl").read_bytes() == before
+    others = {"seed": 1, "batch_size": 3, "accumulation": 2, "optimizer": "adamw", "lr": 0.123, "matrix_lr": 0.123}
+    others |= {"momentum": 0.5, "beta1": 0.5, "beta2": 0.5, "weight_decay": 0.5, "grad_clip": 0.5, "warmup": 0.9}
+    for key, value in (others | {"schedule": "cosine", "decay": 0.9, "gemm_impl": "fp8"}).items():
+        again = ["--steps", 2, "--resume", *common, "--" + key.replace("_", "-"), value]
+        assert_refused(capsys, here.flags(*again), here.run, f"{key} = ", str(value))
+        assert (here.run / "metrics.jsonl").read_bytes() == before
 
 
 def test_resume_with_another_config_or_data_is_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
@@ -775,16 +745,6 @@ def test_resume_with_another_config_or_data_is_refused(here: Here, capsys: pytes
     assert_refused(capsys, resume, here.run, "training_bytes = 3600", "4500")
     here.data.write_bytes(text(4000))
     assert main(resume) == 0
-
-
-@pytest.mark.parametrize("key", ["step", "settings", "best_val", "elapsed_s"])
-def test_state_that_lacks_something_is_refused(here: Here, capsys: pytest.CaptureFixture[str], key: str) -> None:
-    assert main(here.flags("--steps", 1)) == 0
-    file = checkpoint(here.run) / "state.json"
-    state = json.loads(file.read_text())
-    del state[key]
-    file.write_text(json.dumps(state))
-    assert_refused(capsys, here.flags("--steps", 2, "--resume"), here.run, repr(key))
 
 
 def test_garbage_in_metrics_is_dropped(here: Here) -> None:
@@ -873,11 +833,10 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "kills"), [("adamw", 10), ("muon", 5)])
-def test_killed_at_random_moments(here: Here, processes: Processes, optimizer: str, kills: int) -> None:
+def test_killed_at_random_moments(here: Here, processes: Processes) -> None:
     """SIGKILL while it steps, saves, evaluates, starts or resumes: in the end nobody can tell."""
-    steps = 40
-    flags = ["--steps", steps, "--eval-interval", 5, "--save-interval", 1, "--optimizer", optimizer, "--batch-size", 2]
+    steps, kills = 30, 8
+    flags = ["--steps", steps, "--eval-interval", 5, "--save-interval", 1, "--batch-size", 2]
     processes.start(here.flags(*flags))
     assert processes.wait() == 0, processes.log.read_text()
     whole, here.run = here.run, here.path / "killed"
@@ -900,7 +859,7 @@ def test_killed_at_random_moments(here: Here, processes: Processes, optimizer: s
         killed += 1
         if chance.random() < 0.3 and pointer.exists():
             load_model(here.run)  # anybody can read it at any time
-    assert killed >= min(kills, 8) and len(set(resumed_at)) > killed / 2, resumed_at
+    assert killed == kills and len(set(resumed_at)) > killed / 2, resumed_at
     processes.start(here.flags(*flags, "--resume"))
     assert processes.wait() == 0, processes.log.read_text()
     assert_same_run(here.run, whole, steps)
@@ -1006,14 +965,14 @@ def test_data_of_one_process_that_shrinks(here: Here) -> None:
 def test_signal_before_the_first_step_and_twice(
     here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train.run
+    train_steps = train.train_steps
 
-    def interrupted(trainer: Trainer, lines_: Metrics) -> float | None:
+    def interrupted(trainer: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        return run(trainer, lines_)
+        train_steps(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "run", interrupted)
+        patch.setattr(train, "train_steps", interrupted)
         assert main(here.flags("--steps", 2)) == 0
     assert "after step 0" in capsys.readouterr().out
     assert main(here.flags("--steps", 2, "--resume")) == 0
@@ -1021,12 +980,12 @@ def test_signal_before_the_first_step_and_twice(
     assert main(here.flags("--steps", 2)) == 0
     assert lines(here.run) == lines(whole)
 
-    def impatient(trainer: Trainer, lines_: Metrics) -> float | None:
+    def impatient(trainer: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        return run(trainer, lines_)
+        train_steps(trainer)
 
-    monkeypatch.setattr(train, "run", impatient)
+    monkeypatch.setattr(train, "train_steps", impatient)
     assert main(here.flags("--steps", 4, "--resume")) == 130
 
     def panicking(*_: Any) -> None:
@@ -1036,7 +995,7 @@ def test_signal_before_the_first_step_and_twice(
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # while the stack is unwound
 
-    monkeypatch.setattr(train, "run", panicking)
+    monkeypatch.setattr(train, "train_steps", panicking)
     capsys.readouterr()
     assert main(here.flags("--steps", 4, "--resume")) == 130
     assert capsys.readouterr().err == ""
@@ -1050,19 +1009,20 @@ def test_a_run_that_lost_its_pointer_goes_on(here: Here) -> None:
     assert [row["step"] for row in lines(here.run) if "train_loss" in row] == list(range(1, 7))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("step", -5), ("step", "x"), ("step", True), ("step", 1.5), ("elapsed_s", "x"), ("elapsed_s", -1e9)]
-    + [("best_val", []), ("eval_sequences", 0), ("settings", 3), ("val_loss", -1), ("elapsed_s", None)],
-)
-def test_a_damaged_state_is_refused(here: Here, capsys: pytest.CaptureFixture[str], key: str, value: object) -> None:
-    """By the name of what is damaged, before anything is changed."""
+def test_a_damaged_state_is_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the name of what is damaged or not there, before anything is changed."""
     assert main(here.flags("--steps", 2)) == 0
     (path,) = here.run.glob("step-*/state.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    before = (here.run / "metrics.jsonl").read_bytes()
-    assert_refused(capsys, here.flags("--steps", 4, "--resume"), repr(key))
-    assert (here.run / "metrics.jsonl").read_bytes() == before
+    state, before = json.loads(path.read_text()), (here.run / "metrics.jsonl").read_bytes()
+    damaged = [("step", -5), ("step", "x"), ("step", True), ("step", 1.5), ("step", None), ("elapsed_s", "x")]
+    damaged += [("elapsed_s", -1e9), ("elapsed_s", None), ("best_val", []), ("eval_sequences", 0), ("settings", 3)]
+    lacking = [{k: v for k, v in state.items() if k != key} for key in ("step", "settings", "best_val", "elapsed_s")]
+    bad = [(key, state | {key: value}) for key, value in [*damaged, ("val_loss", -1)]]
+    bad += list(zip(("step", "settings", "best_val", "elapsed_s"), lacking, strict=True))
+    for key, values in bad:
+        path.write_text(json.dumps(values))
+        assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, repr(key))
+        assert (here.run / "metrics.jsonl").read_bytes() == before
 
 
 class Turned:
@@ -1099,17 +1059,19 @@ def test_minutes_are_kept(
     save: float,
 ) -> None:
     """A run ends in the last 3% of its time, however long its first step, the evaluation and the save take."""
-    here.data.write_bytes(text(20_000))
+    here.write_config(n_layers=1, n_mtp_layers=0)
+    here.data.write_bytes(text(1000))
     clock, seconds = Turned(monkeypatch), 60 * minutes
     clock.takes(Trainer, "train_step", lambda n: step if n else first)
     clock.takes(train, "evaluate", lambda n: evaluation)
     clock.takes(train, "save_run", lambda n: save)
-    assert main(here.flags("--minutes", minutes, "--sample-bytes", 20, "--batch-size", 64)) == 0
+    assert main(here.flags("--minutes", minutes, "--sample-bytes", 20)) == 0
     assert 0.97 * seconds <= clock.now <= seconds
     rows, done = lines(here.run), capsys.readouterr()
     last_step = rows[-1]["step"]
     last = done.out.splitlines()[-1]
-    assert last.startswith(f"step {last_step}, ") and f"val_loss {rows[-1]['val_loss']:.4f} nats/byte" in last
+    shown = float(re.search("val_loss ([0-9.]+) nats/byte", last)[1])
+    assert last.startswith(f"step {last_step}, ") and shown == pytest.approx(rows[-1]["val_loss"], abs=6e-5)
     assert str(here.run) in last and checkpoint(here.run).name == f"step-{last_step:08d}" and not done.err
     rates = [row["lr"] for row in rows if "lr" in row]
     assert rates[-1] < 0.05 * max(rates) and max(rates) == pytest.approx(0.003)
