@@ -846,4 +846,4 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    parallel.end(main())
+    sys.exit(main())

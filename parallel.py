@@ -1,4 +1,4 @@
-"""Many processes: how a model and its batches are sharded over them. `model.py` knows nothing of it.
+"""How a model and its batches are sharded over many processes, of which `model.py` knows nothing.
 
 `torchrun` starts N = data-parallel × tensor-parallel processes (ranks). With `--model-parallel M`, each M consecutive
 ranks are a tensor-parallel group, which holds one model; ranks with the same number in their groups hold copies of one
@@ -22,11 +22,12 @@ f). A replicated weight between the two computes the same everywhere, but gets o
 `all_reduce_replicated_grads` adds these up. `SHARDED_DIM` has the rules, which are those of a native checkpoint.
 
 Each data-parallel rank takes its slice of every batch. DDP averages their gradients, or FSDP2 shards parameters,
-gradients and optimizer state over them. How many ranks there are changes results by the rounding of sums alone.
+gradients and optimizer state over them.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import math
 import os
@@ -41,7 +42,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,7 @@ import command
 from model import Losses, ModelArgs, Transformer, draw_weight
 from safetensors_io import CheckpointError, Slice2D
 
-STORE_TIMEOUT = timedelta(minutes=1)  # for a connection to the store of a torchrun, which is there before its workers
-TIMEOUT = timedelta(minutes=10)  # for any other rank; a step or the saving of a checkpoint takes less
+TIMEOUT = timedelta(minutes=10)  # for another rank; a step or the saving of a checkpoint takes less
 MAX_PROCESSES = 1 << 20
 FAILED = "failed rank"  # key in the store: the first rank that failed
 
@@ -64,7 +64,7 @@ class ParallelError(ValueError):
 
 
 class LaunchError(ParallelError):
-    """Processes that were not started properly: an error that each rank may have for itself."""
+    """Processes that were not started properly: an error that a rank may have for itself."""
 
 
 class CollectiveError(ValueError):
@@ -89,21 +89,6 @@ def sharded_dim(name: str) -> int | None:
     return 0 if ".experts." in name else SHARDED_DIM.get(name.rsplit(".", 2)[-2])
 
 
-def native_slice(name: str, shape: tuple[int, ...], n_experts: int, rank: int, world: int) -> Slice2D | None:
-    """Returns the rectangle of a full tensor that a rank's file of a native checkpoint has; None: nothing of it.
-
-    Args:
-        name: The tensor's native name, where each routed expert has tensors of its own.
-        shape: Its full shape; a vector counts as one row.
-        n_experts: `n_routed_experts`.
-        rank: The tensor-parallel rank.
-        world: How many there are, a number that `check_model_parallel` accepts.
-    """
-    if rank not in ranks_with(name, n_experts, world):
-        return None
-    return _slice(shape, None if ".experts." in name else sharded_dim(name), rank, world)
-
-
 def ranks_with(name: str, n_experts: int, world: int) -> range:
     """Returns the tensor-parallel ranks that have something of a native tensor: one for a routed expert's, else all."""
     _, is_routed, rest = name.partition(".experts.")
@@ -113,16 +98,23 @@ def ranks_with(name: str, n_experts: int, world: int) -> range:
     return range(owner, owner + 1)
 
 
+def native_slice(name: str, shape: tuple[int, ...], n_experts: int, rank: int, world: int) -> Slice2D | None:
+    """Returns the rectangle of a full tensor that a rank's file of a native checkpoint has; None: nothing of it.
+
+    There, each of the `n_experts` routed experts has tensors of its own. A vector counts as one row. `world` is a
+    number of tensor-parallel ranks that `check_model_parallel` accepts.
+    """
+    if rank not in ranks_with(name, n_experts, world):
+        return None
+    return state_slice(name, shape, 0, 1) if ".experts." in name else state_slice(name, shape, rank, world)
+
+
 def state_slice(name: str, shape: tuple[int, ...], rank: int, world: int) -> Slice2D:
     """Returns the rectangle of a full tensor of `state_dict`, or of its optimizer's state, that a rank has.
 
     The rows of stacked matrices are counted through.
     """
-    return _slice(shape, sharded_dim(name), rank, world)
-
-
-def _slice(shape: tuple[int, ...], dim: int | None, rank: int, world: int) -> Slice2D:
-    rows, cols = math.prod(shape[:-1]), shape[-1]
+    rows, cols, dim = math.prod(shape[:-1]), shape[-1], sharded_dim(name)
     if dim == 0:
         return Slice2D(rows * rank // world, rows * (rank + 1) // world, 0, cols)
     if dim == 1:
@@ -131,13 +123,9 @@ def _slice(shape: tuple[int, ...], dim: int | None, rank: int, world: int) -> Sl
 
 
 def local_slice(name: str, tensor: torch.Tensor, shape: tuple[int, ...], ctx: ParallelContext) -> Slice2D:
-    """Returns the rectangle of a full tensor that this process has: of its `state_slice`, the rows that FSDP leaves.
+    """Returns the rectangle that this process has of a full tensor: of its `state_slice`, the rows that FSDP leaves.
 
-    Args:
-        name: Its name in `state_dict`.
-        tensor: The tensor in this rank's model.
-        shape: Its full shape.
-        ctx: The ranks.
+    `name` is that of `state_dict`, `tensor` is the one in this rank's model, and `shape` the full one's.
     """
     box = state_slice(name, shape, ctx.mp_rank, ctx.mp_size)
     shard, first = ctx.local_shard(tensor)
@@ -159,17 +147,12 @@ def full_shapes(model: Transformer, ctx: ParallelContext) -> dict[str, tuple[int
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is one of those in the dtype that the model computes in: norms and the router have their own."""
+    """Whether a tensor has the dtype that the model computes in: norms and the router have their own."""
     return len(shape) > 1 and not name.endswith("gate.weight")
 
 
 def check_model_parallel(args: ModelArgs, world: int, flag: str = "--model-parallel") -> None:
-    """Refuses a number of shards that does not divide a model.
-
-    Args:
-        args: The model's shape.
-        world: The number of shards.
-        flag: Where that number comes from, for the message.
+    """Refuses a number of shards, given by `flag`, that does not divide a model.
 
     Raises:
         CheckpointError: It does not divide some size of the model; the message has the numbers that do.
@@ -181,16 +164,14 @@ def check_model_parallel(args: ModelArgs, world: int, flag: str = "--model-paral
         sizes["n_shared_experts * moe_inter_dim"] = args.n_shared_experts * args.moe_inter_dim
     if not all(layers):
         sizes["inter_dim"] = args.inter_dim
-    common = math.gcd(*sizes.values())
+    works = _divisors(math.gcd(*sizes.values()))
     for key, size in sizes.items():
         if size % world:
-            works = ", ".join(str(n) for n in _divisors(common) if n <= 1024)
             raise CheckpointError(f"{key} = {size} cannot be cut into {world}; {flag} can be {works}")
 
 
-def _divisors(n: int) -> list[int]:
-    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*low, *(n // d for d in low)})
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, min(n, 1024) + 1) if n % d == 0)
 
 
 # --- The machine ------------------------------------------------------------------------------------------------------
@@ -201,11 +182,7 @@ class DeviceError(ValueError):
 
 
 def pick_device(name: str | None = None) -> str:
-    """Chooses where to compute: the device asked for, or else the best of this machine.
-
-    Raises:
-        DeviceError: It is not there.
-    """
+    """Returns the device asked for, or else the best of this machine; raises a DeviceError where it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
         return next(device for device, available in there.items() if available)
@@ -215,48 +192,33 @@ def pick_device(name: str | None = None) -> str:
 
 
 def pick_dtype(device: str, name: str = "auto") -> torch.dtype:
-    """Chooses what to compute in: bfloat16 where the hardware multiplies it natively, float32 elsewhere.
-
-    Args:
-        device: "cuda", "mps" or "cpu".
-        name: "fp32" or "bf16" to insist, "auto" to choose.
-    """
-    if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    if device == "cuda":
-        native = torch.cuda.get_device_capability() >= (8, 0)
-    elif device == "cpu":
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
+    """Chooses what to compute in: "fp32", "bf16", or by "auto" bfloat16 where the hardware multiplies it natively."""
+    is_native = name == "bf16"
+    if name == "auto" and device == "cuda":
+        is_native = torch.cuda.get_device_capability() >= (8, 0)
+    elif name == "auto" and device == "cpu":
+        is_native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if is_native else torch.float32
 
 
 def require_compiler(device: str) -> None:
-    """Refuses torch.compile on a CPU without the C++ compiler that it needs there.
-
-    Raises:
-        DeviceError: There is none.
-    """
-    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    """Raises a DeviceError on a CPU without the C++ compiler that torch.compile needs there."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if device == "cpu" and shutil.which(compiler) is None:
         raise DeviceError(f"--compile needs a C++ compiler, and there is no {compiler}; install one, or leave it out")
 
 
 def keep_freed_memory() -> None:
-    """Asks glibc's malloc to keep what is freed, instead of returning it to the system and fetching it again.
+    """Asks glibc's malloc, where there is one, to keep what is freed instead of returning it to the system.
 
-    Bands of a tensor, as activations in training, are a few megabytes that come and go hundreds of times a second. By
-    default each is a fresh mapping whose pages the kernel must clear, which costs more than the arithmetic on them.
-    Elsewhere than on glibc, nothing happens.
+    Activations are a few megabytes that come and go hundreds of times a second. By default each is a fresh mapping
+    whose pages the kernel must clear, which costs more than the arithmetic on them.
     """
-    m_trim_threshold, m_mmap_threshold, two_gib = -1, -3, (1 << 31) - 1
-    try:
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, two_gib)
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 # --- Launching and ending processes ----------------------------------------------------------------------------------
@@ -281,32 +243,28 @@ def read_launch() -> Launch:
         LaunchError: One of them is missing or makes no sense; the message names it.
     """
 
-    def integer(name: str, low: int, high: int, default: int | None) -> int:
-        text = os.environ.get(name)
-        if text is None and default is not None:
-            return default
-        with suppress(ValueError):
-            if low <= (value := int(text or "")) <= high:
-                return value
-        found = "but is not set" if text is None else f"got {command.shorten(repr(text), 40)}"
-        raise LaunchError(
-            f"the environment variable {name} must be an integer from {low} to {high}, {found}; "
-            "start several processes with torchrun, or unset WORLD_SIZE and RANK to start one"
-        )
+    def integer(name: str, low: int, high: int, default: str = "nothing") -> int:
+        try:
+            return command.integer(low, high)(os.environ.get(name, default))
+        except argparse.ArgumentTypeError as error:
+            raise LaunchError(
+                f"the environment variable {name} {error}; "
+                "start several processes with torchrun, or unset WORLD_SIZE and RANK to start one"
+            ) from None
 
-    world = integer("WORLD_SIZE", 1, MAX_PROCESSES, 1)
-    rank = integer("RANK", 0, world - 1, 0 if world == 1 else None)
-    here = integer("LOCAL_WORLD_SIZE", 1, world, 1)
-    local_rank = integer("LOCAL_RANK", 0, (here if here > 1 else world) - 1, 0)
-    restarts = integer("TORCHELASTIC_RESTART_COUNT", 0, 1 << 31, 0)
-    host, port = os.environ.get("MASTER_ADDR", ""), integer("MASTER_PORT", 1, 65535, None) if world > 1 else 0
+    world = integer("WORLD_SIZE", 1, MAX_PROCESSES, "1")
+    rank = integer("RANK", 0, world - 1, "0" if world == 1 else "nothing")
+    here = integer("LOCAL_WORLD_SIZE", 1, world, "1")
+    local_rank = integer("LOCAL_RANK", 0, (here if here > 1 else world) - 1, "0")
+    restarts = integer("TORCHELASTIC_RESTART_COUNT", 0, 1 << 31, "0")
+    host, port = os.environ.get("MASTER_ADDR", ""), integer("MASTER_PORT", 1, 65535) if world > 1 else 0
     if world > 1 and not host:
         raise LaunchError("the environment variable MASTER_ADDR must be the host of process 0; start with torchrun")
     return Launch(world, rank, local_rank, here, restarts, host, port)
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that prints results."""
+    """Whether this process prints results."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -348,7 +306,7 @@ def _report(prog: str, error: BaseException, mistakes: tuple[type[Exception], ..
     return code
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]  # frames of C++ follow
 
 
@@ -358,35 +316,13 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def abort(code: int) -> None:
-    """Ends this process at once if it has joined others, which get an error when its connections break.
+def abort(code: int) -> NoReturn:
+    """Ends this process, which has joined others, at once: they get an error when its connections break.
 
     Destroying the group, or Python's own way to end, would wait for threads that wait for the other ranks.
     """
-
-    def mark() -> None:
-        with suppress(dist.DistError):
-            _get_default_store().compare_set(FAILED, "", str(dist.get_rank()))
-
-    if dist.is_initialized():
-        thread = threading.Thread(target=mark, daemon=True)  # rank 0, which has the store, may not answer
-        thread.start()
-        thread.join(2)
-        _exit(code)
-
-
-def end(code: int) -> NoReturn:
-    """Ends a command that is over; one of several processes does so without Python's clean-up.
-
-    A thread of gloo may outlive its group by a moment. C++ aborts a process that drops such a thread, and torchrun
-    would take a run that is over for one that failed.
-    """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        _exit(code)
-    sys.exit(code)
-
-
-def _exit(code: int) -> NoReturn:
+    with suppress(dist.DistError):
+        _get_default_store().set(FAILED, str(dist.get_rank()))  # which waits for no answer
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -419,28 +355,22 @@ def _connect(launch: Launch, timeout: timedelta) -> dist.Store:
     Raises:
         LaunchError: It is not there, or something else is at its port.
     """
-    # torchrun's is there before its workers: one that does not reach it was left behind by a torchrun that was killed
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    timeout = min(timeout, STORE_TIMEOUT) if by_torchrun else timeout
-    is_server, deadline = launch.rank == 0 and not by_torchrun, time.monotonic() + timeout.total_seconds()
-    result: list[Any] = [TimeoutError(f"no answer within {timeout}")]
+    is_server = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    place, result = (launch.master_addr, launch.master_port), list[Any]()
 
     def connect() -> None:
         try:
-            while not is_server and not _accepts(launch):  # torch would wait as well, and write a page of warnings
-                if time.monotonic() > deadline:
-                    return
+            while not is_server and not _accepts(place):  # torch would wait as well, and write a page of warnings
                 time.sleep(0.1)
-            address = (launch.master_addr, launch.master_port, None, is_server)
-            result[0] = dist.TCPStore(*address, timeout=timeout, wait_for_workers=False)
+            result.append(dist.TCPStore(*place, None, is_server, timeout=timeout, wait_for_workers=False))
         except (RuntimeError, ValueError) as error:
-            result[0] = error
+            result.append(error)
 
     # in a thread: a signal would have to wait for it, and a stranger at the port might never answer
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(timeout.total_seconds() + 1)
-    store = result[0]
+    thread.join(timeout.total_seconds())
+    store = result[0] if result else TimeoutError(f"no answer within {timeout}")
     if isinstance(store, Exception):
         where = f"MASTER_ADDR {command.shorten(launch.master_addr)}, MASTER_PORT {launch.master_port}"
         doing = "cannot be process 0" if is_server else f"process {launch.rank} does not reach process 0"
@@ -449,9 +379,9 @@ def _connect(launch: Launch, timeout: timedelta) -> dist.Store:
     return store
 
 
-def _accepts(launch: Launch) -> bool:
-    """Whether something accepts connections at the launcher's address."""
-    with suppress(OSError, UnicodeError), socket.create_connection((launch.master_addr, launch.master_port), 5):
+def _accepts(place: tuple[str, int]) -> bool:
+    """Whether something accepts connections there."""
+    with suppress(OSError, UnicodeError), socket.create_connection(place, 5):
         return True
     return False
 
@@ -466,18 +396,17 @@ def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
 
     Raises:
         LaunchError: Some ranks have not come within the time-out.
+        ParallelError: Rank 0 has ended.
     """
     store, key, deadline = _connect(launch, timeout), secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     missing = set(range(1, launch.world_size)) if launch.rank == 0 else {0}
-    if launch.rank != 0:
-        store.set(f"request of {launch.rank}", key)
     try:
+        if launch.rank != 0:
+            store.set(f"request of {launch.rank}", key)
         while missing:
             if time.monotonic() > deadline:
                 names = command.shorten(", ".join(map(str, sorted(missing))), 60)
-                raise LaunchError(
-                    f"process {names} of {launch.world_size} has not come within {timeout}; start all of them"
-                )
+                raise LaunchError(f"process {names} of {launch.world_size} has not come within {timeout}; start all")
             for other in sorted(missing):
                 if launch.rank == 0 and store.check([f"{key} known to {other}"]):
                     missing.remove(other)
@@ -518,23 +447,26 @@ class ParallelContext:
         ParallelError: The number of processes is no multiple of `model_parallel`, or too large.
     """
 
+    dp_mesh: dist.DeviceMesh | None = None
+    dp_group: dist.ProcessGroup | None = None
+    mp_group: dist.ProcessGroup | None = None
+
     def __init__(
         self, device: str = "cpu", world_size: int = 1, rank: int = 0, model_parallel: int = 1, fsdp: bool = False
     ):
         if world_size > MAX_PROCESSES:
             raise ParallelError(f"{world_size} processes are too many: at most {MAX_PROCESSES} are possible")
         if world_size % model_parallel:
-            works = ", ".join(map(str, _divisors(world_size)))
             raise ParallelError(
-                f"{world_size} processes are no multiple of --model-parallel {model_parallel}, which can be {works}"
+                f"{world_size} processes are no multiple of --model-parallel {model_parallel}, "
+                f"which can be {_divisors(world_size)}"
             )
         self.device, self.world_size, self.rank = device, world_size, rank
         self.mp_size, self.dp_size = model_parallel, world_size // model_parallel
         self.mp_rank, self.dp_rank = rank % self.mp_size, rank // self.mp_size
         self.fsdp = fsdp and self.dp_size > 1
         self.writes_replicated = self.dp_rank == 0
-        self._n_texts = 0
-        self.counted, self.dp_mesh, self.dp_group, self.mp_group = 0, None, None, None
+        self.counted = self._n_texts = 0
 
     @classmethod
     def join(
@@ -542,11 +474,7 @@ class ParallelContext:
     ) -> ParallelContext:
         """Joins the processes that torchrun started, as the environment has them; one process alone without torchrun.
 
-        Args:
-            device: "cuda", "mps" or "cpu".
-            model_parallel: Number of tensor-parallel ranks.
-            fsdp: Whether FSDP shards the model over the data-parallel ranks.
-            timeout: How long a process waits for another.
+        Waits for another process no longer than `timeout`, here and in collectives.
 
         Raises:
             ParallelError: The environment makes no sense, the device cannot be shared, processes do not come, or one of
@@ -559,7 +487,7 @@ class ParallelContext:
         if device == "cuda" and here > gpus:
             raise ParallelError(f"{here} processes cannot share {gpus} GPUs; start at most {gpus} on this machine")
         if "TORCHELASTIC_RUN_ID" in os.environ:  # else workers outlive a torchrun that is killed, beside its next ones
-            torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+            torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
         ctx = cls(device, launch.world_size, launch.rank, model_parallel, fsdp)
         if launch.world_size > 1:
             ctx._init_groups(launch, timeout)
@@ -575,7 +503,8 @@ class ParallelContext:
         self._store = _rendezvous(launch, timeout)
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         if device == "cuda":
-            threading.Thread(target=_watch, args=(_get_default_store(), self.rank), daemon=True).start()
+            store = _get_default_store().clone()  # type: ignore[attr-defined]
+            threading.Thread(target=_watch, args=(store, self.rank), daemon=True).start()
         self.require_equal({"--device": device, "--model-parallel": self.mp_size, "--fsdp": self.fsdp})
         mesh = dist.init_device_mesh(device, (self.dp_size, self.mp_size), mesh_dim_names=("dp", "mp"))
         self.dp_mesh, self.dp_group, self.mp_group = mesh["dp"], mesh["dp"].get_group(), mesh["mp"].get_group()
@@ -584,10 +513,8 @@ class ParallelContext:
 
     def raise_if_any_failed(self, error: Exception | None = None) -> None:
         """Waits for all ranks; if one of them comes with an error, each raises a CollectiveError with its message."""
-        if self.world_size == 1:
-            if error is not None:
-                raise error
-            return
+        if self.world_size == 1 and error is not None:
+            raise error
         if self.all_reduce_max(float(error is not None))[0]:
             errors: list[str | None] = [None] * self.world_size
             dist.all_gather_object(errors, error and command.explain(error, (ValueError,))[1])
@@ -596,27 +523,25 @@ class ParallelContext:
     @contextmanager
     def collective_section(self) -> Iterator[None]:
         """Work of each rank, at whose end an error of one of them is raised on all."""
+        error: Exception | None = None
         try:
             yield
-        except (OSError, ValueError) as error:
-            self.raise_if_any_failed(error)
-        else:
-            self.raise_if_any_failed()
+        except (OSError, ValueError) as caught:
+            error = caught
+        self.raise_if_any_failed(error)
 
     def all_reduce_max(self, *values: float) -> list[float]:
         """Returns the largest of each value over all ranks."""
-        if self.world_size == 1:
-            return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
     def broadcast(self, *values: float) -> list[float]:
         """Returns rank 0's values: what it has measured or decided."""
-        if self.world_size == 1:
-            return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(tensor, 0)
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
         return tensor.tolist()
 
     def broadcast_bytes(self, read: Callable[[], bytes | None]) -> bytes | None:
@@ -663,19 +588,12 @@ class ParallelContext:
         return slice(self.dp_rank * each, (self.dp_rank + 1) * each)
 
     def check_divisible(self, args: ModelArgs, batch_size: int | None = None) -> None:
-        """Refuses a model or a batch that cannot be divided among the ranks.
-
-        Args:
-            args: The model's shape.
-            batch_size: Sequences at a time, of all data-parallel ranks.
+        """Refuses a model, or a batch of all data-parallel ranks, that cannot be divided among the ranks.
 
         Raises:
-            ParallelError: With what does not divide, and numbers that would.
+            CheckpointError, ParallelError: With what does not divide, and numbers that would.
         """
-        try:
-            check_model_parallel(args, self.mp_size)
-        except CheckpointError as error:
-            raise ParallelError(str(error)) from None
+        check_model_parallel(args, self.mp_size)
         if batch_size is not None and batch_size % self.dp_size:
             near = batch_size - batch_size % self.dp_size
             works = " or ".join(str(n) for n in (near, near + self.dp_size) if n)
@@ -685,7 +603,7 @@ class ParallelContext:
         """Returns a context in which DDP leaves averaging to the last of several batches that make one step."""
         return nullcontext() if is_last or self.dp_size == 1 or self.fsdp else loss.no_sync()
 
-    def local_shard(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+    def local_shard(self, tensor: Any) -> tuple[torch.Tensor, int | None]:
         """Returns this rank's FSDP shard of a tensor and its first row, or the tensor and None without."""
         if not self.fsdp or not hasattr(tensor, "device_mesh"):
             return tensor, None
@@ -699,11 +617,8 @@ class ParallelContext:
 def build(ctx: ParallelContext, args: ModelArgs, dtype: torch.dtype, fp8_weights: bool = False) -> Transformer:
     """Builds this rank's shard of a model, its weights undefined; only the shard's memory is touched.
 
-    Args:
-        ctx: The ranks.
-        args: The model's shape, which `check_divisible` accepts.
-        dtype: Dtype of the activations.
-        fp8_weights: Make room for weights stored in FP8.
+    `args` is what `check_divisible` accepts, `dtype` that of the activations; with `fp8_weights` there is room for
+    weights stored in FP8.
     """
     if ctx.mp_size == 1:
         return Transformer(args, dtype, fp8_weights, init=False)
@@ -718,16 +633,13 @@ def build(ctx: ParallelContext, args: ModelArgs, dtype: torch.dtype, fp8_weights
 
 def init_weights(ctx: ParallelContext, model: Transformer, seed: int) -> None:
     """Draws the weights of the full model as `Transformer.init_weights` does; each rank keeps its shard."""
-    if ctx.mp_size == 1:
-        return model.init_weights(seed)
     shapes = full_shapes(model, ctx)
     with torch.no_grad():
         for i, (name, p) in enumerate(model.named_parameters()):
             p.copy_(_shard(name, draw_weight(name, i, shapes[name], seed), ctx))
-        for gate in model.gates():
-            if gate.bias is not None:
-                gate.bias.zero_()
-    return None
+        for name, buffer in model.named_buffers():
+            if name.endswith("gate.bias"):
+                buffer.zero_()
 
 
 def _shard(name: str, full: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
@@ -762,7 +674,7 @@ def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
             half.register_forward_hook(leave)
         if hasattr(block.ffn, "experts"):
             block.ffn.experts.first_expert = ctx.mp_rank * (model.args.n_routed_experts // ctx.mp_size)
-    model.embed = _Embedding(model.embed.weight, ctx)
+    model.embed = _Embedding(cast(nn.Parameter, model.embed.weight), ctx)  # type: ignore[assignment]
     model.head.register_forward_pre_hook(enter)
     model.head.register_forward_hook(concatenate)
 
@@ -770,12 +682,9 @@ def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
 def parallelize(
     ctx: ParallelContext, model: Transformer, compiles: bool
 ) -> Callable[[torch.Tensor, torch.Tensor], Losses]:
-    """Connects the data-parallel ranks, by DDP or FSDP; returns the function that computes the loss.
+    """Connects the data-parallel ranks, by DDP or FSDP, and compiles; returns the function that computes the loss.
 
-    Args:
-        ctx: The ranks.
-        model: This rank's shard of the model; FSDP shards it further here.
-        compiles: Whether to use torch.compile.
+    FSDP shards the model further, which is this rank's shard.
     """
     if ctx.fsdp:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -791,7 +700,7 @@ def parallelize(
     else:
         loss = torch.compile(model.loss, fullgraph=True) if compiles else model.loss
     for name, p in model.named_parameters():  # which FSDP has replaced
-        p.sharded_dim = sharded_dim(name) if ctx.mp_size > 1 else None
+        p.sharded_dim = sharded_dim(name) if ctx.mp_size > 1 else None  # type: ignore[attr-defined]
     if ctx.fsdp or ctx.dp_size == 1:
         return loss
     return nn.parallel.DistributedDataParallel(
@@ -905,11 +814,10 @@ def clip_grad_norm(ctx: ParallelContext, model: Transformer, max_norm: float) ->
     return norm
 
 
-def full_tensor(ctx: ParallelContext, p: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
-    """Gathers the full matrices of an update that is sharded as its parameter is.
+def full_tensor(ctx: ParallelContext, p: Any, update: Any) -> torch.Tensor:
+    """Gathers the full matrices (n, rows, columns) of an update that is sharded as its parameter is.
 
-    Returns:
-        Full matrices (n, rows, columns); of a stack of experts, those that this rank holds.
+    Of a stack of experts, they are those that this rank holds.
     """
     if ctx.fsdp:
         update = update.full_tensor() if p.ndim == 2 else update.to_local()
@@ -920,7 +828,7 @@ def full_tensor(ctx: ParallelContext, p: nn.Parameter, update: torch.Tensor) -> 
     return update.reshape(-1, *update.shape[-2:])
 
 
-def local_part(ctx: ParallelContext, p: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
+def local_part(ctx: ParallelContext, p: Any, update: torch.Tensor) -> torch.Tensor:
     """Returns this rank's shard of the full matrices (n, rows, columns) that `full_tensor` gathered."""
     if p.ndim > 2:
         return update

@@ -18,23 +18,25 @@ from torch import nn
 from model import ModelArgs, Transformer
 from parallel import ParallelContext, build, replicated_parameters, sharded_dim
 
+NStates = Callable[[str, nn.Parameter], int]  # how many numbers the optimizer keeps per number of a parameter
+
 
 @dataclass
 class Plan:
     """Bytes by their purpose.
 
     Attributes:
+        n_params: Numbers of parameters of the full model: all, and those that one position goes through.
         held: Memory of a process that trains, by purpose.
-        cache: Its KV cache if it generated in bfloat16, `max_batch_size` sequences of `max_seq_len`.
         sent: Full tensors of the collectives in a step: a ring of n processes moves 2 (n - 1) / n times the bytes of an
             all-reduce, and (n - 1) / n times those of an all-gather or reduce-scatter.
-        n_params: Numbers of parameters of the full model: all, and those that one position goes through.
+        cache: Its KV cache if it generated in bfloat16, `max_batch_size` sequences of `max_seq_len`.
     """
 
+    n_params: tuple[int, int]
     held: dict[str, int] = field(default_factory=dict)
-    cache: int = 0
     sent: dict[str, int] = field(default_factory=dict)
-    n_params: tuple[int, int] = (0, 0)
+    cache: int = 0
 
     @property
     def total(self) -> int:
@@ -42,20 +44,14 @@ class Plan:
         return sum(self.held.values())
 
 
-def make_plan(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: Callable[[str, nn.Parameter], int]) -> Plan:
-    """Computes the memory and traffic of each process.
+def make_plan(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates) -> Plan:
+    """Computes the memory and traffic of each process, with train.py's `flags` and activations in `dtype`.
 
     All of it is linear in the number of leading dense layers, and in how often the pattern of the layers after them
     repeats. So no more than two of each are measured, however many there are.
 
-    Args:
-        args: The model's shape.
-        flags: train.py's flags, of which those of the processes, the batch and the precision count.
-        dtype: Dtype of the activations.
-        n_states: Returns how many numbers the optimizer keeps per number of a parameter, from its name and itself.
-
     Raises:
-        ParallelError: The model or the batch cannot be divided among these processes.
+        CheckpointError, ParallelError: The model or the batch cannot be divided among these processes.
     """
     ctx = ParallelContext("cpu", flags.world_size, 0, flags.model_parallel, flags.fsdp)
     ctx.check_divisible(args, flags.batch_size)
@@ -67,46 +63,35 @@ def make_plan(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: Callabl
         n_dense_layers = args.n_dense_layers - n_dense + dense  # MTP modules, which come after, keep their kind
         return _measure(replace(args, n_layers=n_layers, n_dense_layers=n_dense_layers), flags, dtype, n_states, ctx)
 
-    if n_dense <= 2 and n_repeats <= 2:
-        plan = measure(n_dense, n_repeats)
-    else:
-        dense, repeats = min(n_dense, 1), min(n_repeats, 1)
-        terms = [(1 - (n_dense - dense) - (n_repeats - repeats), measure(dense, repeats))]
-        terms += [(n_dense - 1, measure(2, repeats))] if n_dense > 1 else []
-        terms += [(n_repeats - 1, measure(dense, 2))] if n_repeats > 1 else []
-        plan = _weighted_sum(terms)
+    dense, repeats = min(n_dense, 1), min(n_repeats, 1)
+    terms = [(1 - (n_dense - dense) - (n_repeats - repeats), measure(dense, repeats))]
+    terms += [(n_dense - 1, measure(2, repeats))] if n_dense > 1 else []
+    terms += [(n_repeats - 1, measure(dense, 2))] if n_repeats > 1 else []
+    plan = _weighted_sum(terms)
     numbers = args.cache_numbers_per_position()[0] // (ctx.mp_size if args.kv_lora_rank == 0 else 1)
     plan.cache = numbers * args.max_seq_len * args.max_batch_size * 2
     return plan
 
 
 def _weighted_sum(terms: list[tuple[int, Plan]]) -> Plan:
-    def add(values: Callable[[Plan], dict[Any, int]]) -> dict[Any, int]:
-        return {key: sum(n * values(plan)[key] for n, plan in terms) for key in values(terms[0][1])}
+    def add(name: str) -> dict[str, int]:
+        return {key: sum(n * getattr(plan, name)[key] for n, plan in terms) for key in getattr(terms[0][1], name)}
 
-    n_params = add(lambda plan: dict(enumerate(plan.n_params)))
-    return Plan(add(lambda plan: plan.held), sent=add(lambda plan: plan.sent), n_params=(n_params[0], n_params[1]))
+    total, active = (sum(n * plan.n_params[i] for n, plan in terms) for i in range(2))
+    return Plan((total, active), add("held"), add("sent"))
 
 
-def _measure(
-    args: ModelArgs,
-    flags: Any,
-    dtype: torch.dtype,
-    n_states: Callable[[str, nn.Parameter], int],
-    ctx: ParallelContext,
-) -> Plan:
+def _measure(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates, ctx: ParallelContext) -> Plan:
     """Does what `make_plan` does, but for the cache, with every layer there is."""
     with torch.device("meta"):
-        n_params = Transformer(args).n_params()
+        plan = Plan(Transformer(args).n_params())
         model = build(ctx, args, dtype).train()
         model.gradient_checkpointing = flags.gradient_checkpointing
         tokens = torch.zeros(flags.batch_size // ctx.dp_size, args.max_seq_len, dtype=torch.int64)
         activations = run_once(model, tokens, ctx)
-    plan, per_batch = Plan(n_params=n_params), ctx.counted
     parameters = dict(model.named_parameters())
     sizes = {name: _local_numel(ctx, p) for name, p in parameters.items()}
-    plan.held["parameters"] = 4 * sum(sizes.values())
-    plan.held["gradients"] = 4 * sum(sizes.values())
+    plan.held["parameters"] = plan.held["gradients"] = 4 * sum(sizes.values())
     plan.held["optimizer state"] = sum(4 * n * n_states(name, parameters[name]) for name, n in sizes.items())
     if flags.gemm_impl == "fp8" and not ctx.fsdp:
         plan.held["FP8 copies of the weights"] = sum(2 * layer.weight.numel() for layer in model.fp8_layers())
@@ -114,8 +99,7 @@ def _measure(
         blocks = [sum(p.numel() for p in block.parameters()) for block in [*model.layers, *model.mtp]]
         plan.held["a block, all-gathered"] = 4 * max(blocks)
     plan.held["activations"] = activations
-    by_muon = {name: p for name, p in parameters.items() if n_states(name, p) == 1}
-    plan.sent = _sent(model, ctx, flags, per_batch, by_muon)
+    plan.sent = _sent(model, ctx, flags, {name: p for name, p in parameters.items() if n_states(name, p) == 1})
     return plan
 
 
@@ -126,13 +110,14 @@ def _local_numel(ctx: ParallelContext, p: nn.Parameter) -> int:
 
 def run_once(model: Transformer, tokens: torch.Tensor, ctx: ParallelContext) -> int:
     """Runs a batch forward and backward; returns the bytes of the tensors that are saved in between."""
-    weights = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    storages = [t.untyped_storage() for t in [*model.parameters(), *model.buffers()]]
+    weights = {storage._cdata: storage for storage in storages}  # kept, so that no other is taken for one of them
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            saved[storage._cdata] = storage  # kept, so that no other is taken for it
+            saved[storage._cdata] = storage
         return tensor
 
     ctx.counted = 0
@@ -149,17 +134,14 @@ def run_once(model: Transformer, tokens: torch.Tensor, ctx: ParallelContext) -> 
     return inputs + sum(storage.nbytes() for storage in saved.values())
 
 
-def _sent(
-    model: Transformer, ctx: ParallelContext, flags: Any, per_batch: int, by_muon: dict[str, nn.Parameter]
-) -> dict[str, int]:
-    """Returns the bytes of a step's collectives; `per_batch` are those of activations, `by_muon` Muon's parameters."""
+def _sent(model: Transformer, ctx: ParallelContext, flags: Any, by_muon: dict[str, nn.Parameter]) -> dict[str, int]:
+    """Returns the bytes of a step's collectives; `by_muon` are the parameters that Muon trains, by name."""
     sent = {}
     size = sum(p.numel() for p in model.parameters()) * 4
     if ctx.mp_size > 1:
-        sent["activations, all-reduced"] = per_batch * flags.accumulation
-        sent["replicated gradients, all-reduced"] = 4 * sum(
-            _local_numel(ctx, p) for p in replicated_parameters(ctx, model)
-        )
+        replicated = sum(_local_numel(ctx, p) for p in replicated_parameters(ctx, model))
+        sent["activations, all-reduced"] = ctx.counted * flags.accumulation
+        sent["replicated gradients, all-reduced"] = 4 * replicated
     if ctx.fsdp:
         sent["parameters, all-gathered"] = 2 * size * flags.accumulation
         sent["gradients, reduce-scattered"] = size * flags.accumulation
@@ -174,14 +156,7 @@ def _sent(
 
 
 def show(plan: Plan, args: ModelArgs, flags: Any, device_memory: float | None) -> str:
-    """Returns the plan as text, and whether it fits.
-
-    Args:
-        plan: The plan.
-        args: The model's shape.
-        flags: train.py's flags.
-        device_memory: GB (10⁹ bytes) of a device, or None.
-    """
+    """Returns the plan as text, and whether it fits a device of so many GB (10⁹ bytes)."""
     total, active = plan.n_params
     dp = flags.world_size // flags.model_parallel
     sequences = flags.batch_size // dp

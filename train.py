@@ -23,6 +23,7 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -604,4 +605,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    parallel.end(main())
+    sys.exit(main())

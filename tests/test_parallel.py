@@ -141,11 +141,11 @@ def check_rendezvous() -> None:
     """In a store that has the keys of starts before, each start gets a prefix of its own: no rank takes an old one."""
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     launch = parallel.read_launch()
-    kept = parallel._connect(launch, parallel.STORE_TIMEOUT)  # rank 0 serves it, as torchrun would
+    kept = parallel._connect(launch, parallel.TIMEOUT)  # rank 0 serves it, as torchrun would
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     kept.set("request of 1", "left by a process that was killed")
     for start in range(3):
-        store = parallel._rendezvous(launch, parallel.STORE_TIMEOUT)
+        store = parallel._rendezvous(launch, parallel.TIMEOUT)
         store.set(f"address of {launch.rank}", str(start))
         assert store.get(f"address of {1 - launch.rank}").decode() == str(start)  # not of the start before
     kept.set(f"done {launch.rank}", "")
@@ -173,7 +173,6 @@ def work(scenarios: list[dict[str, Any]]) -> None:
             except SystemExit as error:
                 code = error.code
             assert code == scenario.get("code", 0), (code, scenario)
-    parallel.end(0)
 
 
 # --- The tests --------------------------------------------------------------------------------------------------------
@@ -682,7 +681,7 @@ def body():
         time.sleep(1)
         threading.Thread(target=press, daemon=True).start()
         time.sleep(60)
-parallel.end(command.run("some.py", body))
+sys.exit(command.run("some.py", body))
 """
 
 

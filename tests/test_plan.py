@@ -148,7 +148,7 @@ def test_plans_divide_among_ranks() -> None:
         planned(world_size=10**15)
 
 
-@pytest.mark.parametrize("layers", [(5, 0, 1), (6, 3, 1), (8, 1, 2), (7, 2, 2), (4, 9, 1), (9, 0, 4), (4, 4, 1)])
+@pytest.mark.parametrize("layers", [(5, 0, 1), (8, 3, 2), (2, 4, 1)])
 @pytest.mark.parametrize(
     "flags", [{}, {"world_size": 4, "model_parallel": 2, "fsdp": True, "gradient_checkpointing": True}]
 )
@@ -163,11 +163,11 @@ def test_deep_models_are_measured_by_their_kinds_of_layers(layers: tuple[int, in
 
 
 def test_many_layers_cost_no_more_than_few() -> None:
-    args = ModelArgs.from_dict(CONFIG | {"n_layers": 9000, "n_dense_layers": 4000})
+    args = ModelArgs.from_dict(CONFIG | {"n_layers": 4000, "n_dense_layers": 1500})
     began = time.process_time()
     made = plan.make_plan(args, Flags(), torch.float32, lambda name, p: 2)
-    assert time.process_time() - began < 20  # of processor time: layer by layer, it would be minutes
-    assert made.held["parameters"] == 4 * made.n_params[0] > 9000 * 4 * 32 * 64
+    assert time.process_time() - began < 10  # of processor time: layer by layer, it would be a minute
+    assert made.held["parameters"] == 4 * made.n_params[0] > 4000 * 4 * 32 * 64
 
 
 def test_a_plan_says_whether_it_fits() -> None:
@@ -182,23 +182,11 @@ def test_a_plan_says_whether_it_fits() -> None:
 @pytest.mark.slow
 def test_plans_are_what_a_step_takes(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
-    layouts = [[], ["--fsdp"], ["--model-parallel", 2], ["--model-parallel", 2, "--gradient-checkpointing"]]
+    layouts: list[list[object]] = [[], ["--model-parallel", 2, "--gradient-checkpointing"]]
     layouts += [["--fsdp", "--optimizer", "adamw", "--accumulation", 2], ["--accumulation", 2]]
-    launch(
-        2,
-        [
-            {"call": "test_plan.check_plan", "args": {"flags": runs.flags("planned", *flags, steps=2)}}
-            for flags in layouts
-        ],
-    )
-    layouts = [["--model-parallel", 2, "--fsdp"], ["--model-parallel", 2]]
-    launch(
-        4,
-        [
-            {"call": "test_plan.check_plan", "args": {"flags": runs.flags("planned", *flags, steps=2)}}
-            for flags in layouts
-        ],
-    )
+    for world, flags in ((2, layouts), (4, [["--model-parallel", 2, "--fsdp"], ["--model-parallel", 2]])):
+        scenarios = [{"flags": runs.flags("planned", *more, steps=2)} for more in flags]
+        launch(world, [{"call": "test_plan.check_plan", "args": scenario} for scenario in scenarios])
 
 
 def test_plan_of_the_671b_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

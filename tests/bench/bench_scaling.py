@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from parallel import ParallelContext, end, keep_freed_memory, leave  # noqa: E402
+from parallel import ParallelContext, keep_freed_memory, leave  # noqa: E402
 
 WARM_UP = 3  # steps
 LAYOUTS = {
@@ -87,8 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work is not None:
-        work(args.work, args.steps)
-        end(0)
+        return work(args.work, args.steps)
     flags = ["--config", str(args.config), "--data", args.data, "--device", "cpu", "--steps", str(args.steps)]
     flags += args.train_flags.split()
     results: dict[str, list[list[float]]] = {name: [] for name in LAYOUTS}
