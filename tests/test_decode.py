@@ -369,7 +369,20 @@ def test_what_the_user_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     warning = decode.attach(model, keep_attn_impl=True)
     assert warning is not None and "with a cache" in warning and model_module.attn_impl == "absorb"
     model_module.attn_impl = "naive"
-    assert decode.attach(model) is None and model.decoder is None, "naive attention is what has changed"
+    assert decode.attach(model, keep_attn_impl=True) is None, "naive attention is what has changed"
+    assert model.decoder is None and model_module.attn_impl == "naive"
+
+
+def test_attaching_needs_no_setting_before() -> None:
+    """`generate.complete` attends through the latent where there is one, whatever `model.attn_impl` is."""
+    model_module.attn_impl = "naive"
+    model = as_trained()
+    assert decode.attach(model) is None and isinstance(model.decoder, decode.CDecoder)
+    assert model_module.attn_impl == "naive", "training goes on as before"
+    calls, forward = [], model.decoder.forward_with_hidden
+    model.decoder.forward_with_hidden = lambda *given: calls.append(1) or forward(*given)
+    generate.complete(model, b"ab", generate.Sampling(0, max_new_tokens=5))
+    assert calls
 
 
 def test_a_batch_that_masks_wrongly_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
