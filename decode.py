@@ -13,7 +13,7 @@ and numbers known to Python are part of a recording. So positions are a tensor i
 over a length that changes seldom, the next power of two, with what is not there yet masked.
 
 decode.c is a second implementation of the model, and even the modules have several: attention with and without a cache,
-naive and absorbed. `attach` compares them, so that whoever changes one of them does not get another model's text.
+naive and absorbed. `attach` compares them, so that whoever changes one does not get another model's text.
 """
 
 import contextlib
@@ -58,6 +58,8 @@ FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-str
 COMPILER_SECONDS = 60.0  # of one command; the first that takes longer is the last
 STALE_SECONDS = 3600.0  # after which a folder of a compiler is left over from a process that was killed
 
+Outputs = tuple[torch.Tensor, torch.Tensor]  # states (B, S, dim) and logits (B, S, vocab_size)
+
 MIN_LENGTH = 64  # that attention of a recorded call goes over
 REPEATS = 4  # calls of a kind before it is recorded, which takes as long as some calls
 MAX_GRAPHS = 64  # kept at a time, each with memory of its own
@@ -89,26 +91,24 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
             "attention with a cache differs from training's in this model.py, so text is not what was trained; "
             "bring MLA's branches, Transformer.positions and KVCache in line"
         )
-    warnings = ["absorbed attention differs from training's in this model.py, so decoding is naive, slower"]
-    warnings = warnings[: impl != impls[0]]
+    warnings = []
+    if impl != impls[0]:
+        warnings = ["absorbed attention differs from training's in this model.py, so decoding is naive, slower"]
     for decoder in (GraphDecoder, CDecoder):
         if fp8_ops.gemm_impl == "bf16" and impl in decoder.attn_impls and decoder.suits(model):
-            warnings += filter(None, [_attach(model, decoder, probe)])
+            if decoder is CDecoder and library() is None:
+                warnings += ["no C compiler that works, so decoding is slower; install one, or name it in CC"]
+                continue
+            reason = "it computes something else"
+            try:
+                model.decoder = probe.checked(decoder)
+                if isinstance(model.decoder, GraphDecoder):
+                    model.decoder.reset()  # what was recorded holds memory
+            except Exception as error:  # whatever a changed model makes of it, the modules still decode
+                reason = command.shorten(str(error) or type(error).__name__)
+            if model.decoder is None:
+                warnings += [f"{decoder.source} does not fit this model.py ({reason}), so the modules decode, slower"]
     return "; ".join(warnings) or None
-
-
-def _attach(model: Transformer, decoder: type["CDecoder"] | type["GraphDecoder"], probe: "_Probe") -> str | None:
-    """Attaches a decoder of this class if it is right; returns a warning if it is not."""
-    if decoder is CDecoder and library() is None:
-        return "no C compiler that works, so decoding is slower; install one, or name it in CC"
-    try:
-        model.decoder = probe.checked(decoder)
-        reason = "it computes something else"
-    except Exception as error:  # whatever a changed model makes of it, the modules still decode
-        reason = command.shorten(str(error) or type(error).__name__)
-    if model.decoder is not None:
-        return None
-    return f"{decoder.source} does not fit this model.py ({reason}), so the modules decode, slower"
 
 
 @contextlib.contextmanager
@@ -340,62 +340,44 @@ def _try_out(path: Path) -> bool:
     return True
 
 
-def _fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
-    return [(name, kind) for kind, names in groups for name in names.split()]
+def _struct(name: str, *fields: tuple[Any, str]) -> type[ctypes.Structure]:
+    names = [(field, kind) for kind, group in fields for field in group.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": names})
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = _fields((c_void_p, "data"), (c_int32, "kind n_in"))
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = _fields((c_void_p, "weight"), (c_float, "eps"), (c_int32, "size"))
-
-
-class _MLP(ctypes.Structure):
-    _fields_ = _fields((_Matrix, "w1 w2 w3"), (c_int32, "width"))
-
-
-class _Block(ctypes.Structure):
-    _fields_ = _fields(
-        (_Norm, "attn_norm q_norm kv_norm ffn_norm"), (_Matrix, "wq_a wq_b wkv_a w_k w_v wo"),
-        (_MLP, "mlp experts"), (_Matrix, "gate"), (c_void_p, "gate_bias"),
-    )  # fmt: skip
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = _fields(
-        (c_int32, "vocab dim heads rank nope rope v context n_experts n_chosen n_groups n_limited is_softmax act"),
-        (c_float, "route_scale scale"), (c_void_p, "cos sin"),
-    )  # fmt: skip
-
-
-class _Stack(ctypes.Structure):
-    _fields_ = _fields(
-        (_Matrix, "embed"), (_Norm, "enorm hnorm"), (_Matrix, "eh_proj"), (POINTER(_Block), "blocks"),
-        (c_int32, "n_blocks"), (_Norm, "norm"), (_Matrix, "head"),
-    )  # fmt: skip
-
-
-class _Call(ctypes.Structure):
-    _fields_ = _fields(
-        (c_void_p, "tokens positions before states logits kv_caches"), (c_int32, "n_rows n_each capacity kind threads")
-    )
+# fmt: off
+_Matrix = _struct("Matrix", (c_void_p, "data"), (c_int32, "kind n_in"))
+_Norm = _struct("Norm", (c_void_p, "weight"), (c_float, "eps"), (c_int32, "size"))
+_MLP = _struct("Mlp", (_Matrix, "w1 w2 w3"), (c_int32, "width"))
+_Block = _struct(
+    "Block", (_Norm, "attn_norm q_norm kv_norm ffn_norm"), (_Matrix, "wq_a wq_b wkv_a w_k w_v wo"),
+    (_MLP, "mlp experts"), (_Matrix, "gate"), (c_void_p, "gate_bias"),
+)
+_Shape = _struct(
+    "Shape", (c_int32, "vocab dim heads rank nope rope v context"),
+    (c_int32, "n_experts n_activated n_groups n_limited is_softmax act"),
+    (c_float, "route_scale scale"), (c_void_p, "cos sin"),
+)
+_Stack = _struct(
+    "Stack", (_Matrix, "embed"), (_Norm, "enorm hnorm"), (_Matrix, "eh_proj"), (POINTER(_Block), "blocks"),
+    (c_int32, "n_blocks"), (_Norm, "norm"), (_Matrix, "head"),
+)
+_Call = _struct(
+    "Call", (c_void_p, "tokens positions before states logits kv_caches"),
+    (c_int32, "n_rows n_each capacity kind threads"),
+)
+# fmt: on
 
 
 class CDecoder:
     """A model's layers and its MTP modules for a few positions at a time, by decode.c.
 
     Args:
-        model: The model, one that `suits`.
-
-    Raises:
-        ValueError: decode.c has no such model.
+        model: One that `suits`; a ValueError is raised for what decode.c does not have.
     """
 
     attn_impls = ("absorb",)
     source = "decode.c"
-    passes = 1
 
     @staticmethod
     def suits(model: Transformer) -> bool:
@@ -421,34 +403,31 @@ class CDecoder:
             *(ACTIVATIONS.index(args.hidden_act), args.route_scale, attn.softmax_scale),
             *(self._floats(table, *tables) for table in (model.rope_cos, model.rope_sin)),
         )
-        ends = {
-            "embed": self._matrix(model.embed.weight, args.vocab_size, args.dim),
-            "head": self._matrix(model.head, args.vocab_size, args.dim),
-        }
-        self.main = _Stack(**ends, norm=self._norm(model.norm, args.dim), **self._blocks(*layers))
-        self.mtp = [
-            _Stack(
-                **ends,
-                **{name: self._norm(getattr(module, name), args.dim) for name in ("enorm", "hnorm", "norm")},
-                eh_proj=self._matrix(module.eh_proj, args.dim, 2 * args.dim),
-                **self._blocks(module.block),
-            )
-            for module in modules
-        ]
+        ends = (self._matrix(weight, args.vocab_size, args.dim) for weight in (model.embed.weight, model.head))
+        stack = partial(_Stack, **dict(zip(("embed", "head"), ends, strict=True)))
+        self.main = stack(norm=self._norm(model.norm, args.dim), **self._blocks(*layers))
+        self.mtp = []
+        for module in modules:
+            norms = {name: self._norm(getattr(module, name), args.dim) for name in ("enorm", "hnorm", "norm")}
+            eh_proj = self._matrix(module.eh_proj, args.dim, 2 * args.dim)
+            self.mtp.append(stack(eh_proj=eh_proj, **norms, **self._blocks(module.block)))
 
-    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """Returns what `Transformer.forward_with_hidden` returns."""
         return self._run(self.main, 0, tokens, cache, None)
 
-    def mtp_forward(
-        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def mtp_forward(self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """Returns what `Transformer.mtp_forward` returns."""
         return self._run(self.mtp[depth], self.main.n_blocks + depth, tokens, cache, h.float().contiguous())
 
     def _run(
-        self, stack: _Stack, first_layer: int, tokens: torch.Tensor, cache: KVCache, before: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        stack: ctypes.Structure,
+        first_layer: int,
+        tokens: torch.Tensor,
+        cache: KVCache,
+        before: torch.Tensor | None,
+    ) -> Outputs:
         bsz, seqlen = tokens.shape
         layers = cache.layers[first_layer : first_layer + stack.n_blocks]
         kv_caches = (c_void_p * len(layers))(*(layer[0].data_ptr() for layer in layers))
@@ -489,16 +468,19 @@ class CDecoder:
         """How decode.c multiplies with these: a model in bfloat16 rounds the other side too."""
         return FP32 if numbers.dtype == torch.float32 else BF16 if self.dtype == torch.float32 else PAIRS
 
-    def _norm(self, norm: RMSNorm, size: int) -> _Norm:
+    def _norm(self, norm: RMSNorm, size: int) -> ctypes.Structure:
         return _Norm(self._floats(norm.weight, size), norm.eps, size)
 
-    def _matrix(self, weight: torch.Tensor | Linear, *shape: int) -> _Matrix:
+    def _matrix(self, weight: torch.Tensor | Linear, *shape: int) -> ctypes.Structure:
         """Keeps a weight (..., out, in) as the compute dtype has it, in bfloat16 where that loses nothing."""
-        weight = weight.dense_weight(self.dtype) if isinstance(weight, Linear) else weight
-        weight = _narrow(weight.detach(), self.dtype)
+        weight = (weight.dense_weight(self.dtype) if isinstance(weight, Linear) else weight).detach()
+        if weight.dtype != torch.bfloat16:
+            weight = weight.to(self.dtype)
+            narrow = weight.bfloat16()
+            weight = narrow if torch.equal(narrow.to(self.dtype), weight) else weight
         return _Matrix(self._keep(weight, *shape), self._kind(weight), shape[-1])
 
-    def _mlp(self, mlp: MLP, width: int, *stack: int) -> _MLP:
+    def _mlp(self, mlp: MLP, width: int, *stack: int) -> ctypes.Structure:
         dim = self.args.dim
         shapes = {"w1": (width, dim), "w2": (dim, width), "w3": (width, dim)}
         return _MLP(*(self._matrix(getattr(mlp, name), *stack, *shape) for name, shape in shapes.items()), width)
@@ -506,7 +488,7 @@ class CDecoder:
     def _blocks(self, *blocks: Block) -> dict[str, object]:
         return {"blocks": (_Block * len(blocks))(*map(self._block, blocks)), "n_blocks": len(blocks)}
 
-    def _block(self, block: Block) -> _Block:
+    def _block(self, block: Block) -> ctypes.Structure:
         args, attn, ffn = self.args, block.attn, block.ffn
         dim, heads, rank, rope = args.dim, args.n_heads, args.kv_lora_rank, attn.qk_rope_head_dim
         nope, v, q_rank = attn.qk_nope_head_dim, attn.v_head_dim, attn.q_lora_rank
@@ -532,17 +514,9 @@ class CDecoder:
         experts = args.n_routed_experts
         out.experts = self._mlp(ffn.experts, args.moe_inter_dim, experts)
         out.gate = _Matrix(self._floats(ffn.gate.weight, experts, dim), FP32, dim)  # routed in float32 throughout
-        out.gate_bias = None if ffn.gate.bias is None else self._floats(ffn.gate.bias, experts)
+        bias = cast(torch.Tensor | None, ffn.gate.bias)
+        out.gate_bias = None if bias is None else self._floats(bias, experts)
         return out
-
-
-def _narrow(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A weight in bfloat16 where that loses nothing, as it was stored so: half as much to keep, and to read."""
-    if weight.dtype == torch.bfloat16:
-        return weight
-    weight = weight.to(dtype)
-    narrow = weight.bfloat16()
-    return narrow if torch.equal(narrow.to(dtype), weight) else weight
 
 
 # --- CUDA graphs on a GPU ---------------------------------------------------------------------------------------------
@@ -551,7 +525,7 @@ def _narrow(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: list[torch.Tensor]
-    outputs: tuple[torch.Tensor, torch.Tensor]
+    outputs: Outputs
 
 
 class GraphDecoder:
@@ -583,49 +557,38 @@ class GraphDecoder:
         self.calls: Counter[tuple[object, ...]] = Counter()
         self.graphs: dict[tuple[object, ...], _Graph] = {}
 
-    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """What `Transformer.forward_with_hidden` returns."""
         return self._run(-1, cache, tokens)
 
-    def mtp_forward(
-        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def mtp_forward(self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """What `Transformer.mtp_forward` returns."""
         return self._run(depth, cache, tokens, h)
 
-    def _run(
-        self, depth: int, cache: KVCache, tokens: torch.Tensor, *before: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, depth: int, cache: KVCache, tokens: torch.Tensor, *before: torch.Tensor) -> Outputs:
         """Runs MTP module `depth`, or -1: the main model."""
         seq_len = tokens.shape[1]
         end = max(cache.lengths) + seq_len
         length = min(cache.capacity, max(MIN_LENGTH, 1 << (end - 1).bit_length()))
         index = torch.tensor([[n + i for i in range(seq_len)] for n in cache.lengths], device=tokens.device)
-        inputs = [tokens, index, *before]
-
-        def compute(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self._compute(depth, cache, length, *given)
-
+        inputs, compute = [tokens, index, *before], partial(self._compute, depth, cache, length)
         where = tuple(tensor.data_ptr() for layer in cache.layers for tensor in layer)
-        key = (depth, tuple(tokens.shape), length, where)
+        key = (depth, tuple(tokens.shape), length, cache.capacity, where)
         self.calls[key] += 1
         if key not in self.graphs:
             if self.calls[key] <= REPEATS:
                 return compute(*inputs)
-            self.graphs[key] = self._record(compute, inputs)
+            if len(self.graphs) >= MAX_GRAPHS:
+                self.reset()
+            graph, kept = torch.cuda.CUDAGraph(), [value.clone() for value in inputs]
+            with torch.cuda.graph(graph):
+                outputs = compute(*kept)
+            self.graphs[key] = _Graph(graph, kept, outputs)
         graph, recorded_inputs, outputs = self.graphs[key]
         for recorded, value in zip(recorded_inputs, inputs, strict=True):
             recorded.copy_(value)
         graph.replay()
         return outputs[0].clone(), outputs[1].clone()  # the next replay writes there
-
-    def _record(self, compute: Callable[..., tuple[torch.Tensor, torch.Tensor]], inputs: list[torch.Tensor]) -> _Graph:
-        if len(self.graphs) >= MAX_GRAPHS:
-            self.reset()
-        graph, inputs = torch.cuda.CUDAGraph(), [value.clone() for value in inputs]
-        with torch.cuda.graph(graph):
-            outputs = compute(*inputs)
-        return _Graph(graph, inputs, outputs)
 
     def reset(self) -> None:
         """Forgets all recordings, and frees their memory."""
@@ -634,7 +597,7 @@ class GraphDecoder:
 
     def _compute(
         self, depth: int, cache: KVCache, length: int, tokens: torch.Tensor, index: torch.Tensor, *before: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Outputs:
         """States and logits, by kernels that depend on nothing but shapes and `length`, that of the cache to attend to.
 
         `index` has the positions of the tokens in the cache, (B, S).
