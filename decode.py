@@ -13,7 +13,7 @@ and numbers known to Python are part of a recording. So positions are a tensor i
 over a length that changes seldom, the next power of two, with what is not there yet masked.
 
 decode.c is a second implementation of the model, and even the modules have several: attention with and without a cache,
-naive and absorbed. `attach` compares them, so that whoever changes one of them does not get another model's text.
+naive and absorbed. `attach` compares them, so that whoever changes one does not get another model's text.
 """
 
 import contextlib
@@ -32,23 +32,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_float, c_int32, c_void_p
-from functools import cache
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
 import command
 import fp8_ops
 import model as model_module
-from model import FEW_POSITIONS, MLP, Block, Experts, KVCache, Linear, ModelArgs, MoE, Positions, RMSNorm, Transformer
+from model import MLP, Block, Experts, KVCache, Linear, ModelArgs, MoE, MTPModule, Positions, RMSNorm, Transformer
 
-MAX_PROBE, MIN_PROBE = 512, 192  # positions of the text that implementations are compared on
-PROBE_WORK = {"cpu": 5_000_000_000, "cuda": 200_000_000_000}  # products of one pass over it, between these ends
+MAX_PROBE, MIN_PROBE = 512, 176  # positions of the text that implementations are compared on
+PROBE_WORK = {"cpu": 2_000_000_000}  # products of one pass over it, between these ends
 PERTURBATION = 1e-5  # of embeddings: several times float32's rounding, and so is what becomes of it
 TOLERANCE = 1e-4  # relative, in float32, for a model that does not amplify it
 NOISE = (3, 0.01)  # in bfloat16, what one way may differ by: so many times another's rounding, and so much
-MEDIAN, LOW, LEAST = 0.5, 0.2, 0.0  # which position counts: in bfloat16, rounding changes the experts of many
+MEDIAN, LOW = 0.5, 0.2  # which position counts: in bfloat16, rounding changes the experts of many
 
 FP32, BF16, PAIRS = range(3)  # decode.c's kinds of matrices
 ACTIVATIONS = ("silu", "gelu", "relu2")  # that decode.c has, by their numbers there
@@ -57,7 +57,8 @@ SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"]
 COMPILER_SECONDS = 60.0  # of one command; the first that takes longer is the last
 STALE_SECONDS = 3600.0  # after which a folder of a compiler is left over from a process that was killed
-MAX_LIBRARY_BYTES = 1 << 26
+
+Outputs = tuple[torch.Tensor, torch.Tensor]  # states (B, S, dim) and logits (B, S, vocab_size)
 
 MIN_LENGTH = 64  # that attention of a recorded call goes over
 REPEATS = 4  # calls of a kind before it is recorded, which takes as long as some calls
@@ -67,51 +68,51 @@ MAX_GRAPHS = 64  # kept at a time, each with memory of its own
 def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
     """Attaches the fastest decoder that suits a model and its device, if it computes what the modules compute.
 
-    To be called when `fp8_ops.gemm_impl` and `model.attn_impl` are set. The modules' own attention with a cache is
-    compared with training's, too: where "absorb" differs from it, `model.attn_impl` becomes "naive".
-
-    The model's weights must not change any more, or `model.decoder` be set to None before they do.
+    The modules' own attention with a cache is compared with training's, too. Where a latent's "absorb" differs from it,
+    "naive" is tried, and `model.attn_impl` set to it. To be called when `fp8_ops.gemm_impl` is set. The model's weights
+    must not change any more, or `model.decoder` be set to None before they do.
 
     Args:
         model: The model, in its evaluation mode.
-        keep_attn_impl: Leave `model.attn_impl` as it is, since the user asked for it.
+        keep_attn_impl: Compare today's `model.attn_impl` only, since the user asked for it.
 
     Returns:
         A warning for the user, one line, or None.
     """
     model.decoder = None
-    probe, warnings, impl = _Probe(model), [], model_module.attn_impl
-    if not probe.modules_agree():
-        model_module.attn_impl = impl if keep_attn_impl else "naive"
-        if model_module.attn_impl != impl and probe.modules_agree():
-            warnings += ["absorbed attention differs from training's in this model.py, so decoding is naive, slower"]
-        else:
-            warnings += [
-                "attention with a cache differs from training's in this model.py, so text is not what was trained; "
-                "bring MLA's branches, Transformer.positions and KVCache in line"
-            ]
+    probe, impls = _Probe(model), [model_module.attn_impl]
+    if model.args.kv_lora_rank and not keep_attn_impl:
+        impls = ["absorb", "naive"]
+    impl = next((impl for impl in impls if probe.modules_agree(impl)), None)
+    if impl != impls[0]:
+        model_module.attn_impl = impls[-1]
+    if impl is None:
+        return (
+            "attention with a cache differs from training's in this model.py, so text is not what was trained; "
+            "bring MLA's branches, Transformer.positions and KVCache in line"
+        )
+    warnings = []
+    if impl != impls[0]:
+        warnings = ["absorbed attention differs from training's in this model.py, so decoding is naive, slower"]
     for decoder in (GraphDecoder, CDecoder):
-        if fp8_ops.gemm_impl == "bf16" and model_module.attn_impl in decoder.attn_impls and decoder.suits(model):
-            warnings += filter(None, [_attach(model, decoder, probe)])
+        if fp8_ops.gemm_impl == "bf16" and impl in decoder.attn_impls and decoder.suits(model):
+            if decoder is CDecoder and library() is None:
+                warnings += ["no C compiler that works, so decoding is slower; install one, or name it in CC"]
+                continue
+            reason = "it computes something else"
+            try:
+                model.decoder = probe.checked(decoder)
+                if isinstance(model.decoder, GraphDecoder):
+                    model.decoder.reset()  # what was recorded holds memory
+            except Exception as error:  # whatever a changed model makes of it, the modules still decode
+                reason = command.shorten(str(error) or type(error).__name__)
+            if model.decoder is None:
+                warnings += [f"{decoder.source} does not fit this model.py ({reason}), so the modules decode, slower"]
     return "; ".join(warnings) or None
 
 
-def _attach(model: Transformer, decoder: type["CDecoder"] | type["GraphDecoder"], probe: "_Probe") -> str | None:
-    """Attaches a decoder of this class if it is right; returns a warning if it is not."""
-    if decoder is CDecoder and library() is None:
-        return "no C compiler that works, so decoding is slower; install one, or name it in CC"
-    try:
-        model.decoder = probe.checked(decoder)
-        reason = "it computes something else"
-    except Exception as error:  # whatever a changed model makes of it, the modules still decode
-        reason = command.shorten(str(error) or type(error).__name__)
-    if model.decoder is not None:
-        return None
-    return f"{decoder.source} does not fit this model.py ({reason}), so the modules decode, slower"
-
-
 @contextlib.contextmanager
-def _settings(model: Transformer, dtype: torch.dtype, attn_impl: str) -> Iterator[None]:
+def _settings(model: Transformer, dtype: torch.dtype, attn_impl: Literal["naive", "absorb"]) -> Iterator[None]:
     """Has a model compute in `dtype` for a while, with products that are not quantised."""
     before = model.compute_dtype, model_module.attn_impl, fp8_ops.gemm_impl
     model.compute_dtype, model_module.attn_impl, fp8_ops.gemm_impl = dtype, attn_impl, "bf16"
@@ -123,164 +124,119 @@ def _settings(model: Transformer, dtype: torch.dtype, attn_impl: str) -> Iterato
 
 
 class _Probe:
-    """Compares implementations of one model: training's on a random text, and those with a cache at places in it.
+    """Compares implementations of one model with training's, on a random text: calls with a cache at places in it.
 
     The mathematics is compared in float32, whatever the model computes in, since rounding hides little there. Rounding
-    also decides now and then which expert is chosen, and then a position differs by right: what counts are medians
-    over positions, and how far they move when the embeddings are changed by about as much as rounding does. In the
-    model's own dtype, one implementation may be several times as far from float32 as another.
-
-    Args:
-        model: The model. What is compared goes by its `attn_impl`.
+    also decides now and then which expert is chosen, and then a position differs by right: what counts are medians over
+    positions, and how far they move when the embeddings are changed by about as much as rounding does. In the model's
+    own dtype, one implementation may be several times as far from float32 as another.
     """
 
     def __init__(self, model: Transformer):
         self.model, device = model, model.head.weight.device
-        work = PROBE_WORK.get(device.type, PROBE_WORK["cuda"]) // max(model.n_params()[1], 1)
+        work = PROBE_WORK.get(device.type, 1 << 60) // max(model.n_params()[1], 1)
         n = min(model.args.max_seq_len, max(MIN_PROBE, min(MAX_PROBE, work)))
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(model.args.vocab_size, (n,), generator=generator).to(device)
-        width = min(n, FEW_POSITIONS // 8)
-        # rows of a batch look back as far as they can, most of them; one alone; and a prompt
-        rows = [int((n - width) * share) for share in (1, 0.95, 0.85, 0.4)]
-        singles = [([n - 1 - i], 1) for i in range(min(n, 3))]
-        self.groups = [singles, [(rows, 1)], [(rows, width)], [([0], min(n, FEW_POSITIONS // 2))]]
-        self.dtypes = list(dict.fromkeys([torch.float32, model.compute_dtype]))
-        self.caches: dict[torch.dtype, KVCache] = {}
-        self.steps: dict[torch.dtype, list[list[torch.Tensor]]] = {}  # by the modules
-        self.training = {dtype: self._train(dtype) for dtype in self.dtypes}
-        self.tolerance = max(TOLERANCE, 3 * self._sensitivity())
+        width = min(n, 5)
+        # calls by what is before each row: one alone, at either place; a prompt; rows, most of which look back far
+        rows = [int((n - width) * share) for share in (1, 0.95, 0.4)]
+        self.calls = [[([n - 1], 1), ([max(n - 2, 0)], 1)], [([0], width)], [(rows, 1)], [(rows, width)]]
+        self.impl: Literal["naive", "absorb"] = "naive"
+        self.exact: list[torch.Tensor] = []  # training's outputs in float32
+        self.exact = self._train(torch.float32)
+        self.trained = {torch.float32: self.exact}
+        if model.compute_dtype != torch.float32:
+            self.trained[model.compute_dtype] = self._train(model.compute_dtype)
 
-    def modules_agree(self) -> bool:
+    def modules_agree(self, attn_impl: Literal["naive", "absorb"]) -> bool:
         """Whether the modules compute with a cache what they compute in training."""
-        for dtype in self.dtypes:
-            with _settings(self.model, dtype, model_module.attn_impl):
-                self.caches[dtype] = cache = self.model.new_cache(1, len(self.tokens))
-                prefill = self._run(self.model, self._positions([0], len(self.tokens)), cache)
-                self.steps[dtype] = self._step(self.model, cache)
-            exact = [self.training[torch.float32]]
-            if dtype == torch.float32:
-                results, exact = [prefill, *self.steps[dtype]], exact + self._training_steps()
-                agree = _distance(results, exact, MEDIAN) <= self.tolerance
-            else:
-                ours, theirs = _distance([prefill], exact, LOW), _distance([self.training[dtype]], exact, LOW)
-                agree &= _is_rounding(ours, theirs) and _is_rounding(theirs, ours)
-        return agree
+        self.impl, n = attn_impl, len(self.tokens)
+        with _settings(self.model, torch.float32, attn_impl):
+            self.text = self.model.new_cache(1, n)
+            prefill = self._run(self.model, torch.arange(n, device=self.tokens.device)[None], self.text)
+        return self._is_exact(_relative(prefill, self.exact)) and self.checked(lambda model: model) is not None
 
-    def checked(self, kind: type["CDecoder"] | type["GraphDecoder"]) -> "CDecoder | GraphDecoder | None":
-        """Makes a decoder and returns it if it computes what the modules do, which `modules_agree` has run."""
-        decoder, exact, dtype = None, self.steps[torch.float32], self.model.compute_dtype
-        for dtype in self.dtypes:
-            with _settings(self.model, dtype, model_module.attn_impl):
-                decoder = kind(self.model)
-                passes = kind.passes if dtype == self.dtypes[-1] else 1
-                results = self._step(decoder, self.caches[dtype], passes)
-            if dtype == torch.float32:
-                is_right = _distance(results, exact, MEDIAN) <= self.tolerance
-            else:
-                is_right = _is_rounding(_distance(results, exact, LEAST), _distance(self.steps[dtype], exact, LEAST))
+    def checked(self, make: Callable[[Transformer], Any]) -> Any:
+        """Returns the model or a decoder, made by `make`, if it computes by few positions what training computes."""
+        for dtype, trained in self.trained.items():
+            with _settings(self.model, dtype, self.impl):
+                target = make(self.model)
+                passes = getattr(target, "passes", 1) if dtype == [*self.trained][-1] else 1
+                if dtype == torch.float32:
+                    step = partial(self._step, target, passes)
+                    is_right = all(any(self._is_exact(step(*call)) for call in calls) for calls in self.calls)
+                else:
+                    ours = _quantile(self._step(target, passes, *self.calls[-1][0]), LOW)
+                    theirs = _quantile(_relative(trained, self.exact), LOW)
+                    is_right = max(ours, theirs) <= NOISE[0] * min(ours, theirs) + NOISE[1]
             if not is_right:
                 return None
-        if isinstance(decoder, GraphDecoder):
-            decoder.reset()  # what was recorded holds memory
-        return decoder
+        return target
 
-    def _run(
-        self,
-        target: "Transformer | CDecoder | GraphDecoder",
-        index: torch.Tensor,
-        kv_cache: KVCache | None,
-        states: list[torch.Tensor] | None = None,
-    ) -> list[torch.Tensor]:
+    def _run(self, target: Any, index: torch.Tensor, kv_cache: KVCache | None) -> list[torch.Tensor]:
         """The states and logits of the main model and then of each MTP module, at positions `index` (B, S) of the text.
 
-        An MTP module goes on from the states before it: the target's own, or those of the whole text in `states`.
+        An MTP module goes on from the states that training has in float32.
         """
         outputs = [*target.forward_with_hidden(self.tokens[index], kv_cache)]
         for depth in range(len(self.model.mtp)):
-            before = outputs[2 * depth]
-            if states is not None:
-                before = states[2 * depth][0, index].to(self.model.compute_dtype)
+            before = self.exact[2 * depth][0, index] if self.exact else outputs[2 * depth]
             ahead = self.tokens[(index + 1 + depth) % len(self.tokens)]
-            outputs += target.mtp_forward(depth, before, ahead, kv_cache)
+            outputs += target.mtp_forward(depth, before.to(self.model.compute_dtype), ahead, kv_cache)
         return outputs
 
-    def _positions(self, lengths: list[int], width: int) -> torch.Tensor:
-        """The `width` positions after so many of each row, (B, width)."""
-        starts = torch.tensor(lengths, device=self.tokens.device)
-        return starts[:, None] + torch.arange(width, device=self.tokens.device)
-
-    def _train(self, dtype: torch.dtype, n: int | None = None) -> list[torch.Tensor]:
-        """What training computes: the first `n` positions at once, all of them if None, without a cache."""
+    def _train(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """What training computes: all positions at once, without a cache."""
         with _settings(self.model, dtype, "naive"):
-            return self._run(self.model, self._positions([0], n or len(self.tokens)), None)
+            return self._run(self.model, torch.arange(len(self.tokens), device=self.tokens.device)[None], None)
 
-    def _training_steps(self) -> list[list[torch.Tensor]]:
-        """What training computes where `_step` does, in float32."""
-        indices = [torch.cat([self._positions(*call).flatten() for call in group]) for group in self.groups]
-        return [[output[0, index] for output in self.training[torch.float32]] for index in indices]
+    def _step(self, target: Any, passes: int, lengths: list[int], width: int) -> torch.Tensor:
+        """How far a call is from training that has `lengths` positions of the text before its `width` in each row."""
+        device, end = self.tokens.device, max(lengths)
+        index = torch.tensor(lengths, device=device)[:, None] + torch.arange(width, device=device)
+        kv_cache = self.model.new_cache(len(lengths), len(self.tokens))
+        kv_cache.lengths, outputs = lengths, []
+        for _ in range(passes):
+            for layer, text in zip(kv_cache.layers, self.text.layers, strict=True):
+                for tensor, source in zip(layer, text, strict=True):
+                    tensor.zero_()
+                    tensor[:, :end] = source[:, :end]
+            outputs = self._run(target, index, kv_cache)
+        return _relative(outputs, [output[0, index] for output in self.exact])
 
-    def _sensitivity(self) -> float:
+    def _is_exact(self, distances: torch.Tensor) -> bool:
+        """Whether distances are those of rounding in float32."""
+        distance = _quantile(distances, MEDIAN)
+        return distance <= TOLERANCE or distance <= 3 * self.sensitivity
+
+    @cached_property
+    def sensitivity(self) -> float:
         """How far results move when the embeddings are perturbed."""
-        n = min(len(self.tokens), FEW_POSITIONS)
-        noise = torch.randn(1, n, self.model.args.dim, generator=torch.Generator().manual_seed(1)) * PERTURBATION
-        noise = noise.to(self.tokens.device)
-        handle = self.model.embed.register_forward_hook(lambda *given: given[-1].float() * (1 + noise))
+        noise = torch.randn(len(self.tokens), self.model.args.dim, generator=torch.Generator().manual_seed(1))
+        factor = (1 + noise * PERTURBATION).to(self.tokens.device)
+        handle = self.model.embed.register_forward_hook(lambda *given: given[-1].float() * factor)
         try:
-            perturbed = self._train(torch.float32, n)
+            return _quantile(_relative(self._train(torch.float32), self.exact), MEDIAN)
         finally:
             handle.remove()
-        return _distance([perturbed], [[output[:, :n] for output in self.training[torch.float32]]], MEDIAN)
-
-    def _step(
-        self, target: "Transformer | CDecoder | GraphDecoder", text: KVCache, passes: int = 1
-    ) -> list[list[torch.Tensor]]:
-        """Calls of few positions, after what a cache of the whole text has before them.
-
-        Returns:
-            For each group of calls the outputs, and the new entries of each layer's cache, a row for each position.
-        """
-        results = []
-        for group in self.groups:
-            calls = []
-            for lengths, width in group:
-                index, rows = self._positions(lengths, width), torch.arange(len(lengths))[:, None]
-                kv_cache = self.model.new_cache(len(lengths), len(self.tokens))
-                kv_cache.lengths = lengths
-                tensors = [tensor for layer in kv_cache.layers for tensor in layer]
-                for tensor, source in zip(tensors, (t for layer in text.layers for t in layer), strict=True):
-                    tensor.copy_(source.expand_as(tensor))
-                for _ in range(passes):
-                    for tensor in tensors:
-                        tensor[rows, index] = 0  # to see what is written there
-                    outputs = self._run(target, index, kv_cache, self.training[torch.float32])
-                calls.append(
-                    [t.flatten(0, 1) for t in outputs + [tensor[rows, index].flatten(2) for tensor in tensors]]
-                )
-            results.append([torch.cat(outputs) for outputs in zip(*calls, strict=True)])
-        return results
 
 
-def _distance(results: list[list[torch.Tensor]], expected: list[list[torch.Tensor]], quantile: float) -> float:
-    """How far groups of outputs (..., n) are from others: this quantile of the relative distances of an output's rows.
-
-    Of all outputs, the largest counts.
-    """
-    largest = 0.0
-    for group, wanted in zip(results, expected, strict=True):
-        for a, b in zip(group, wanted, strict=False):  # training has no cache entries
-            a, b = a.flatten(0, -2).float(), b.flatten(0, -2).float()
-            relative = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-30)
-            # a damaged weight makes both no numbers; where one alone is none, they differ
-            relative[~a.isfinite().all(-1) & ~b.isfinite().all(-1)] = 0
-            relative = relative.nan_to_num(float("inf")).sort().values
-            largest = max(largest, relative[int(quantile * (len(relative) - 1))].item())
-    return largest
+def _relative(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> torch.Tensor:
+    """The distances of outputs (B, S, ...) relative to others', (outputs, B·S)."""
+    rows = []
+    for a, b in zip(outputs, expected, strict=True):
+        a, b = a.flatten(0, 1).float(), b.flatten(0, 1).float()
+        distances = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-30)
+        # a damaged weight makes both no numbers; where one alone is none, they differ
+        distances[~a.isfinite().all(-1) & ~b.isfinite().all(-1)] = 0
+        rows.append(distances.nan_to_num(float("inf")))
+    return torch.stack(rows)
 
 
-def _is_rounding(distance: float, other: float) -> bool:
-    """Whether a distance from float32 is no more than rounding, given that of another implementation."""
-    return distance <= NOISE[0] * other + NOISE[1]
+def _quantile(distances: torch.Tensor, quantile: float) -> float:
+    """This quantile of the distances of each output's positions; of all outputs, the largest counts."""
+    return distances.sort().values[:, int(quantile * (distances.shape[1] - 1))].max().item()
 
 
 # --- C on a CPU -------------------------------------------------------------------------------------------------------
@@ -289,48 +245,36 @@ def _is_rounding(distance: float, other: float) -> bool:
 @cache
 def library() -> ctypes.CDLL | None:
     """Loads decode.c's library, compiled first where that was not done before; None where there is no compiler."""
-    temporary = None
     with contextlib.suppress(subprocess.TimeoutExpired):  # a compiler that hangs does so with other flags, too
-        with contextlib.suppress(OSError):
-            if (loaded := _library_in(command.private_cache_folder())) is not None:
-                return loaded
-        with contextlib.suppress(OSError):  # a quota, for instance, is met by the compiler only
-            temporary = _library_in(command.private_temporary_folder())
-    return temporary
-
-
-def _library_in(folder: Path) -> ctypes.CDLL | None:
-    """Loads the library from a folder, compiled there if need be; None where no compiler can."""
-    # Apple's compiler has no OpenMP: then one thread does it all; and some have another word for "native"
-    for extra in (["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []):
-        flags = [*FLAGS, *extra]
-        with contextlib.suppress(OSError, ValueError, AttributeError, subprocess.CalledProcessError):
-            compiler = shlex.split(os.environ.get("CC") or "cc")
-            # what "native" means here: a home folder may be shared by machines that differ
-            macros = _call([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
-            key = _digest(macros + SOURCE.read_bytes() + repr((compiler, flags)).encode())
-            for path in folder.glob(f"decode-{key}-*.so"):
-                with contextlib.suppress(OSError, AttributeError):
-                    return _load(path)
-            return _compile([*compiler, *flags, "-fPIC", "-shared", str(SOURCE), "-lm"], folder, key)
+        for folder in (command.private_cache_folder, command.private_temporary_folder):
+            # Apple's compiler has no OpenMP: then one thread does it all; and some have another word for "native"
+            for extra in (["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []):
+                with contextlib.suppress(OSError, ValueError, AttributeError, subprocess.CalledProcessError):
+                    return _library_in(folder(), [*FLAGS, *extra])
     return None
 
 
-def _compile(compiler: list[str], folder: Path, key: str) -> ctypes.CDLL:
-    """Compiles a library, tries it out in a process of its own, keeps it under its digest, and loads it."""
+def _library_in(folder: Path, flags: list[str]) -> ctypes.CDLL:
+    """Loads the library from a folder, compiled there if need be, tried out, and kept under its digest."""
+    compiler = [*shlex.split(os.environ.get("CC") or "cc"), *flags]
+    # what "native" means here: a home folder may be shared by machines that differ
+    macros = _call([*compiler, "-dM", "-E", "-x", "c", os.devnull])
+    key = _digest(macros + SOURCE.read_bytes() + repr(compiler).encode())
+    for path in folder.glob(f"decode-{key}-*.so"):
+        with contextlib.suppress(OSError):
+            return _load(path)
     for left in folder.glob("tmp*"):  # by a process that was killed
         if left.is_dir() and not left.is_symlink() and time.time() - left.lstat().st_mtime > STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / "decode.so"
-        _call([*compiler, "-o", str(made)])
+        _call([*compiler, "-fPIC", "-shared", str(SOURCE), "-lm", "-o", str(made)])
         made.chmod(0o600)
-        named = made.with_name(f"decode-{key}-{_digest(made.read_bytes())}.so")
-        made.rename(named)
-        _try_in_child(named)
-        loaded = _load(named)
+        made = made.rename(made.with_name(f"decode-{key}-{_digest(made.read_bytes())}.so"))
+        _try_in_child(made)
+        loaded = _load(made)
         with contextlib.suppress(OSError):  # something stands in its way: then it is for this time only
-            named.replace(folder / named.name)
+            made.replace(folder / made.name)
         return loaded
 
 
@@ -340,18 +284,11 @@ def _load(path: Path) -> ctypes.CDLL:
     Raises:
         OSError: It is damaged, no regular file, not this user's own, or others can write to it.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    info = os.fstat(descriptor)
-    is_library = stat.S_ISREG(info.st_mode) and command.is_private(info) and info.st_size <= MAX_LIBRARY_BYTES
-    with open(descriptor, "rb", closefd=False) as file:
-        if not is_library or not path.stem.endswith(_digest(file.read())):
-            os.close(descriptor)
-            raise OSError(f"{path} is no library that this program has made")
-    # what was checked is what is loaded; the descriptor stays open, since the loader knows libraries by their names
-    checked = Path(f"/proc/self/fd/{descriptor}")
-    loaded = ctypes.CDLL(str(checked if checked.exists() else path.absolute()))
-    loaded.run.restype = ctypes.c_int
-    return loaded
+    info = path.lstat()
+    is_own = stat.S_ISREG(info.st_mode) and command.is_private(info)
+    if not is_own or not path.stem.endswith(_digest(path.read_bytes())):
+        raise OSError(f"{path} is no library that this program has made")
+    return ctypes.CDLL(str(path))
 
 
 def _call(arguments: list[str]) -> bytes:
@@ -361,23 +298,14 @@ def _call(arguments: list[str]) -> bytes:
         OSError, subprocess.CalledProcessError: It cannot run, or it fails.
         subprocess.TimeoutExpired: It took too long, and was killed with its children.
     """
-    process = subprocess.Popen(
-        arguments,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # so that its children are known
-    )
-    try:
-        output, _ = process.communicate(timeout=COMPILER_SECONDS)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
-    finally:
-        if process.stdout is not None:
-            process.stdout.close()
+    none, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with subprocess.Popen(arguments, stdin=none, stdout=pipe, stderr=none, start_new_session=True) as process:
+        try:
+            output, _ = process.communicate(timeout=COMPILER_SECONDS)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, arguments)
     return output
@@ -388,11 +316,7 @@ def _digest(data: bytes) -> str:
 
 
 def _try_in_child(path: Path) -> None:
-    """Runs `_try_out` in a process of its own, which a library may crash.
-
-    Raises:
-        As `_call` does, if that fails.
-    """
+    """Runs `_try_out` in a process of its own, which a library may crash; raises what `_call` does if that fails."""
     _call([sys.executable, str(Path(__file__).resolve()), str(path)])
 
 
@@ -400,89 +324,60 @@ def _try_out(path: Path) -> bool:
     """Whether a new library computes what the modules do."""
     loaded = _load(path)
     globals()["library"] = lambda: loaded
-    model_module.attn_impl = "absorb"
     for dtype in (torch.float32, torch.bfloat16):
         args = ModelArgs(
             max_seq_len=300, dim=64, inter_dim=80, moe_inter_dim=32, n_layers=2, n_heads=3, n_routed_experts=4,
             n_activated_experts=2, q_lora_rank=24, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16,
             v_head_dim=20, n_mtp_layers=1,
         )  # fmt: skip
-        model = Transformer(args, dtype).to(dtype)
+        model = Transformer(args, dtype, init=False).to(dtype).eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
-        for p in model.requires_grad_(False).parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5 if p.ndim > 1 else 1.0)
-        probe = _Probe(model.eval())
-        if not probe.modules_agree() or probe.checked(CDecoder) is None:
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5 + (p.ndim == 1))
+        probe = _Probe(model)
+        if not probe.modules_agree("absorb") or probe.checked(CDecoder) is None:
             return False
     return True
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("kind", c_int32), ("n_in", c_int32)]
+def _struct(name: str, *fields: tuple[Any, str]) -> type[ctypes.Structure]:
+    names = [(field, kind) for kind, group in fields for field in group.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": names})
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = [("weight", c_void_p), ("eps", c_float), ("size", c_int32)]
-
-
-class _MLP(ctypes.Structure):
-    _fields_ = [*((name, _Matrix) for name in ("w1", "w2", "w3")), ("width", c_int32)]
-
-
-class _Block(ctypes.Structure):
-    _fields_ = [
-        *((name, _Norm) for name in ("attn_norm", "q_norm", "kv_norm", "ffn_norm")),
-        *((name, _Matrix) for name in ("wq_a", "wq_b", "wkv_a", "w_k", "w_v", "wo")),
-        *((name, _MLP) for name in ("mlp", "experts")),
-        ("gate", _Matrix),
-        ("gate_bias", c_void_p),
-    ]
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("vocab", "dim", "heads", "rank", "nope", "rope", "v", "context")),
-        *((name, c_int32) for name in ("n_experts", "n_chosen", "n_groups", "n_limited", "is_softmax", "act")),
-        ("route_scale", c_float),
-        ("scale", c_float),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-    ]
-
-
-class _Stack(ctypes.Structure):
-    _fields_ = [
-        ("embed", _Matrix),
-        ("enorm", _Norm),
-        ("hnorm", _Norm),
-        ("eh_proj", _Matrix),
-        ("blocks", POINTER(_Block)),
-        ("n_blocks", c_int32),
-        ("norm", _Norm),
-        ("head", _Matrix),
-    ]
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("tokens", "positions", "before", "states", "logits", "kv_caches")),
-        *((name, c_int32) for name in ("n_rows", "n_each", "capacity", "kind", "threads")),
-    ]
+# fmt: off
+_Matrix = _struct("Matrix", (c_void_p, "data"), (c_int32, "kind n_in"))
+_Norm = _struct("Norm", (c_void_p, "weight"), (c_float, "eps"), (c_int32, "size"))
+_MLP = _struct("Mlp", (_Matrix, "w1 w2 w3"), (c_int32, "width"))
+_Block = _struct(
+    "Block", (_Norm, "attn_norm q_norm kv_norm ffn_norm"), (_Matrix, "wq_a wq_b wkv_a w_k w_v wo"),
+    (_MLP, "mlp experts"), (_Matrix, "gate"), (c_void_p, "gate_bias"),
+)
+_Shape = _struct(
+    "Shape", (c_int32, "vocab dim heads rank nope rope v context"),
+    (c_int32, "n_experts n_activated n_groups n_limited is_softmax act"),
+    (c_float, "route_scale scale"), (c_void_p, "cos sin"),
+)
+_Stack = _struct(
+    "Stack", (_Matrix, "embed"), (_Norm, "enorm hnorm"), (_Matrix, "eh_proj"), (POINTER(_Block), "blocks"),
+    (c_int32, "n_blocks"), (_Norm, "norm"), (_Matrix, "head"),
+)
+_Call = _struct(
+    "Call", (c_void_p, "tokens positions before states logits kv_caches"),
+    (c_int32, "n_rows n_each capacity kind threads"),
+)
+# fmt: on
 
 
 class CDecoder:
     """A model's layers and its MTP modules for a few positions at a time, by decode.c.
 
     Args:
-        model: The model, one that `suits`.
-
-    Raises:
-        ValueError: decode.c has no such model.
+        model: One that `suits`; a ValueError is raised for what decode.c does not have.
     """
 
     attn_impls = ("absorb",)
     source = "decode.c"
-    passes = 1
 
     @staticmethod
     def suits(model: Transformer) -> bool:
@@ -496,7 +391,8 @@ class CDecoder:
         self.retreat = SHORT_RETREAT  # how many calls that is the next time
         self.kept: list[torch.Tensor] = []  # what the pointers below point to
         self.args = args = model.args
-        attn = model.layers[0].attn
+        layers, modules = cast(list[Block], model.layers), cast(list[MTPModule], model.mtp)
+        attn = layers[0].attn
         if args.hidden_act not in ACTIVATIONS:
             raise ValueError(f"it has no activation {args.hidden_act!r}")
         tables = (args.max_seq_len, 1, attn.qk_rope_head_dim // 2)
@@ -507,34 +403,31 @@ class CDecoder:
             *(ACTIVATIONS.index(args.hidden_act), args.route_scale, attn.softmax_scale),
             *(self._floats(table, *tables) for table in (model.rope_cos, model.rope_sin)),
         )
-        ends = {
-            "embed": self._matrix(model.embed.weight, args.vocab_size, args.dim),
-            "head": self._matrix(model.head, args.vocab_size, args.dim),
-        }
-        self.main = _Stack(**ends, norm=self._norm(model.norm, args.dim), **self._blocks(*model.layers))
-        self.mtp = [
-            _Stack(
-                **ends,
-                **{name: self._norm(getattr(module, name), args.dim) for name in ("enorm", "hnorm", "norm")},
-                eh_proj=self._matrix(module.eh_proj, args.dim, 2 * args.dim),
-                **self._blocks(module.block),
-            )
-            for module in model.mtp
-        ]
+        ends = (self._matrix(weight, args.vocab_size, args.dim) for weight in (model.embed.weight, model.head))
+        stack = partial(_Stack, **dict(zip(("embed", "head"), ends, strict=True)))
+        self.main = stack(norm=self._norm(model.norm, args.dim), **self._blocks(*layers))
+        self.mtp = []
+        for module in modules:
+            norms = {name: self._norm(getattr(module, name), args.dim) for name in ("enorm", "hnorm", "norm")}
+            eh_proj = self._matrix(module.eh_proj, args.dim, 2 * args.dim)
+            self.mtp.append(stack(eh_proj=eh_proj, **norms, **self._blocks(module.block)))
 
-    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """Returns what `Transformer.forward_with_hidden` returns."""
         return self._run(self.main, 0, tokens, cache, None)
 
-    def mtp_forward(
-        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def mtp_forward(self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """Returns what `Transformer.mtp_forward` returns."""
         return self._run(self.mtp[depth], self.main.n_blocks + depth, tokens, cache, h.float().contiguous())
 
     def _run(
-        self, stack: _Stack, first_layer: int, tokens: torch.Tensor, cache: KVCache, before: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        stack: ctypes.Structure,
+        first_layer: int,
+        tokens: torch.Tensor,
+        cache: KVCache,
+        before: torch.Tensor | None,
+    ) -> Outputs:
         bsz, seqlen = tokens.shape
         layers = cache.layers[first_layer : first_layer + stack.n_blocks]
         kv_caches = (c_void_p * len(layers))(*(layer[0].data_ptr() for layer in layers))
@@ -575,16 +468,19 @@ class CDecoder:
         """How decode.c multiplies with these: a model in bfloat16 rounds the other side too."""
         return FP32 if numbers.dtype == torch.float32 else BF16 if self.dtype == torch.float32 else PAIRS
 
-    def _norm(self, norm: RMSNorm, size: int) -> _Norm:
+    def _norm(self, norm: RMSNorm, size: int) -> ctypes.Structure:
         return _Norm(self._floats(norm.weight, size), norm.eps, size)
 
-    def _matrix(self, weight: torch.Tensor | Linear, *shape: int) -> _Matrix:
+    def _matrix(self, weight: torch.Tensor | Linear, *shape: int) -> ctypes.Structure:
         """Keeps a weight (..., out, in) as the compute dtype has it, in bfloat16 where that loses nothing."""
-        weight = weight.dense_weight(self.dtype) if isinstance(weight, Linear) else weight
-        weight = _narrow(weight.detach(), self.dtype)
+        weight = (weight.dense_weight(self.dtype) if isinstance(weight, Linear) else weight).detach()
+        if weight.dtype != torch.bfloat16:
+            weight = weight.to(self.dtype)
+            narrow = weight.bfloat16()
+            weight = narrow if torch.equal(narrow.to(self.dtype), weight) else weight
         return _Matrix(self._keep(weight, *shape), self._kind(weight), shape[-1])
 
-    def _mlp(self, mlp: MLP, width: int, *stack: int) -> _MLP:
+    def _mlp(self, mlp: MLP, width: int, *stack: int) -> ctypes.Structure:
         dim = self.args.dim
         shapes = {"w1": (width, dim), "w2": (dim, width), "w3": (width, dim)}
         return _MLP(*(self._matrix(getattr(mlp, name), *stack, *shape) for name, shape in shapes.items()), width)
@@ -592,7 +488,7 @@ class CDecoder:
     def _blocks(self, *blocks: Block) -> dict[str, object]:
         return {"blocks": (_Block * len(blocks))(*map(self._block, blocks)), "n_blocks": len(blocks)}
 
-    def _block(self, block: Block) -> _Block:
+    def _block(self, block: Block) -> ctypes.Structure:
         args, attn, ffn = self.args, block.attn, block.ffn
         dim, heads, rank, rope = args.dim, args.n_heads, args.kv_lora_rank, attn.qk_rope_head_dim
         nope, v, q_rank = attn.qk_nope_head_dim, attn.v_head_dim, attn.q_lora_rank
@@ -618,17 +514,9 @@ class CDecoder:
         experts = args.n_routed_experts
         out.experts = self._mlp(ffn.experts, args.moe_inter_dim, experts)
         out.gate = _Matrix(self._floats(ffn.gate.weight, experts, dim), FP32, dim)  # routed in float32 throughout
-        out.gate_bias = None if ffn.gate.bias is None else self._floats(ffn.gate.bias, experts)
+        bias = cast(torch.Tensor | None, ffn.gate.bias)
+        out.gate_bias = None if bias is None else self._floats(bias, experts)
         return out
-
-
-def _narrow(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A weight in bfloat16 where that loses nothing, as it was stored so: half as much to keep, and to read."""
-    if weight.dtype == torch.bfloat16:
-        return weight
-    weight = weight.to(dtype)
-    narrow = weight.bfloat16()
-    return narrow if torch.equal(narrow.to(dtype), weight) else weight
 
 
 # --- CUDA graphs on a GPU ---------------------------------------------------------------------------------------------
@@ -637,7 +525,7 @@ def _narrow(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: list[torch.Tensor]
-    outputs: tuple[torch.Tensor, ...]
+    outputs: Outputs
 
 
 class GraphDecoder:
@@ -669,47 +557,38 @@ class GraphDecoder:
         self.calls: Counter[tuple[object, ...]] = Counter()
         self.graphs: dict[tuple[object, ...], _Graph] = {}
 
-    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """What `Transformer.forward_with_hidden` returns."""
         return self._run(-1, cache, tokens)
 
-    def mtp_forward(
-        self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def mtp_forward(self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """What `Transformer.mtp_forward` returns."""
         return self._run(depth, cache, tokens, h)
 
-    def _run(self, depth: int, cache: KVCache, tokens: torch.Tensor, *before: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _run(self, depth: int, cache: KVCache, tokens: torch.Tensor, *before: torch.Tensor) -> Outputs:
         """Runs MTP module `depth`, or -1: the main model."""
         seq_len = tokens.shape[1]
         end = max(cache.lengths) + seq_len
         length = min(cache.capacity, max(MIN_LENGTH, 1 << (end - 1).bit_length()))
         index = torch.tensor([[n + i for i in range(seq_len)] for n in cache.lengths], device=tokens.device)
-        inputs = [tokens, index, *before]
-
-        def compute(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self._compute(depth, cache, length, *given)
-
+        inputs, compute = [tokens, index, *before], partial(self._compute, depth, cache, length)
         where = tuple(tensor.data_ptr() for layer in cache.layers for tensor in layer)
-        key = (depth, tuple(tokens.shape), length, where)
+        key = (depth, tuple(tokens.shape), length, cache.capacity, where)
         self.calls[key] += 1
         if key not in self.graphs:
             if self.calls[key] <= REPEATS:
                 return compute(*inputs)
-            self.graphs[key] = self._record(compute, inputs)
+            if len(self.graphs) >= MAX_GRAPHS:
+                self.reset()
+            graph, kept = torch.cuda.CUDAGraph(), [value.clone() for value in inputs]
+            with torch.cuda.graph(graph):
+                outputs = compute(*kept)
+            self.graphs[key] = _Graph(graph, kept, outputs)
         graph, recorded_inputs, outputs = self.graphs[key]
         for recorded, value in zip(recorded_inputs, inputs, strict=True):
             recorded.copy_(value)
         graph.replay()
-        return tuple(output.clone() for output in outputs)  # the next replay writes there
-
-    def _record(self, compute: Callable[..., tuple[torch.Tensor, ...]], inputs: list[torch.Tensor]) -> _Graph:
-        if len(self.graphs) >= MAX_GRAPHS:
-            self.reset()
-        graph, inputs = torch.cuda.CUDAGraph(), [value.clone() for value in inputs]
-        with torch.cuda.graph(graph):
-            outputs = compute(*inputs)
-        return _Graph(graph, inputs, outputs)
+        return outputs[0].clone(), outputs[1].clone()  # the next replay writes there
 
     def reset(self) -> None:
         """Forgets all recordings, and frees their memory."""
@@ -718,7 +597,7 @@ class GraphDecoder:
 
     def _compute(
         self, depth: int, cache: KVCache, length: int, tokens: torch.Tensor, index: torch.Tensor, *before: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Outputs:
         """States and logits, by kernels that depend on nothing but shapes and `length`, that of the cache to attend to.
 
         `index` has the positions of the tokens in the cache, (B, S).

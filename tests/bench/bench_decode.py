@@ -1,6 +1,6 @@
 """How fast text is decoded, as ratios of what takes turns within one run: the median of each.
 
-    python tests/bench_decode.py [--only NAME ...] [--ckpt-path DIR] [--minutes M] [--repeat N] …
+    python tests/bench/bench_decode.py [--only NAME ...] [--ckpt-path DIR] [--minutes M] [--repeat N] …
 
 transformers  its `generate`, one and sixteen texts at a time, both from one checkpoint of 17 million random weights in
               bfloat16, as models are published; with --dtype fp32, greedy texts are the same
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 
