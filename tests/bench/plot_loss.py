@@ -1,6 +1,6 @@
 """Draws the loss curves of runs, from their metrics.jsonl, as the README shows them.
 
-python tests/plot_loss.py --out .github/loss.svg out/nano out/gpt
+python tests/bench/plot_loss.py --out .github/loss.svg out/nano out/gpt
 """
 
 import argparse

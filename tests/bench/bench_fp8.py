@@ -1,8 +1,8 @@
 """FP8 measured: dequantisation, casting a checkpoint, the GPU's kernels, and training against bfloat16.
 
-    python tests/bench_fp8.py dequant cast           a CPU will do
-    python tests/bench_fp8.py kernels                needs a GPU of compute capability 8.9 or more
-    python tests/bench_fp8.py train --data FILE      shakespeare.json in both; --figure draws the curves (matplotlib)
+    python tests/bench/bench_fp8.py dequant cast           a CPU will do
+    python tests/bench/bench_fp8.py kernels                needs a GPU of compute capability 8.9 or more
+    python tests/bench/bench_fp8.py train --data FILE      shakespeare.json in both; --figure draws the curves (matplotlib)
 
 Each part compares two ways in the same run, repeats them alternately and prints the medians. With no part named, all
 that this machine can do are run.
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402

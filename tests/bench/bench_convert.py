@@ -1,6 +1,6 @@
 """How fast checkpoints are converted, as a fraction of copying them, and in how much memory.
 
-    python tests/bench_convert.py [--gb 4] [--folder DIR] [--repeat 3]
+    python tests/bench/bench_convert.py [--gb 4] [--folder DIR] [--repeat 3]
 
 Each line is the median of several runs in processes of their own, copying and converting in turn, of which Python's
 start and its imports are left out. "cp" copies the files that are read and, like a conversion, waits until they are on
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 import checkpoint  # noqa: E402
