@@ -207,7 +207,7 @@ def _file_shape(shape: tuple[int, ...], box: Slice2D) -> tuple[int, ...]:
 def _weights_of(args: ModelArgs, folder: Path, count: int) -> tuple[_Shapes, set[str]]:
     """Asks the model, made without memory, for the shapes of its weights, and for those that may be FP8.
 
-    A config that wants many more than the `count` tensors that there are is refused before it is made.
+    A config that wants many more than the `count` tensors that there are is refused first.
     """
     moe = sum(args.is_moe(i) for i in range(min(args.n_layers + args.n_mtp_layers, count)))
     if args.n_layers + args.n_mtp_layers + moe * args.n_routed_experts > count:
@@ -319,10 +319,10 @@ def _write_weights(model: Transformer, path: Path, ctx: ParallelContext) -> None
             box = native_slice(native, shape, model.args.n_routed_experts, ctx.mp_rank, ctx.mp_size)
             if box is not None:
                 tensors[native] = tensor.dtype, shape, box
-    _write_shards("model", path, tensors, _native_slices(model, ctx, to_write=True), ctx)
+    _write_shards("model", path, tensors, list(_native_slices(model, ctx, to_write=True)), ctx)
 
 
-def _write_shards(kind: str, path: Path, tensors: dict, slices: Iterable[_Slice], ctx: ParallelContext) -> None:
+def _write_shards(kind: str, path: Path, tensors: dict, slices: list[_Slice], ctx: ParallelContext) -> None:
     """Writes a file of `path` for each tensor-parallel rank, named by `kind`.
 
     `tensors` has dtype, full shape and rectangle of each tensor in the file, `slices` what this process writes of them.
