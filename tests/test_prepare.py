@@ -210,7 +210,7 @@ def test_what_is_there_in_the_wrong_size_is_replaced(server: Server, data_dir: P
     assert resolve("tiny", data_dir=data_dir).read_bytes() == BODY
 
 
-@pytest.mark.parametrize("length", [1, 1000, len(BODY) - 1, len(BODY)])
+@pytest.mark.parametrize("length", [1, len(BODY) - 1, len(BODY)])
 @pytest.mark.parametrize(("ranges", "shift"), [(True, 0), (True, 1), (False, 0)])
 def test_a_part_is_resumed(server: Server, data_dir: Path, length: int, ranges: bool, shift: int) -> None:
     server.ranges, server.shift = ranges, shift  # a server that begins earlier than asked, or sends everything
@@ -509,6 +509,7 @@ def test_open_bytes_is_the_file(tmp_path: Path) -> None:
             data[key]
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_file_reads_like_an_array(data: st.DataObject) -> None:
     array = np.frombuffer(BODY, dtype=np.uint8)[: data.draw(st.integers(1, 500))]
@@ -604,11 +605,10 @@ HEADS = [
 
 
 @pytest.mark.parametrize(("head", "name"), HEADS)
-@pytest.mark.parametrize("file", ["corpus", "notes.txt", "x.gz"])
-def test_a_compressed_file_is_refused_by_its_format(tmp_path: Path, data_dir, head: bytes, name: str, file) -> None:
-    (tmp_path / file).write_bytes(head + BODY)
-    with pytest.raises(DataError, match=rf"{file}' is compressed \({name}\); unpack it first"):
-        resolve(tmp_path / file, data_dir=data_dir)
+def test_a_compressed_file_is_refused_by_its_format(tmp_path: Path, data_dir: Path, head: bytes, name: str) -> None:
+    (tmp_path / "notes.txt").write_bytes(head + BODY)
+    with pytest.raises(DataError, match=rf"notes.txt' is compressed \({name}\); unpack it first"):
+        resolve(tmp_path / "notes.txt", data_dir=data_dir)
 
 
 @pytest.mark.parametrize("head", [head for head, _ in HEADS if 0 not in head] + [b"PK\3\4", b"Rar!\x1a\7\1"])
@@ -646,7 +646,7 @@ def is_text(content: bytes) -> bool:
     return True
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(NAMES.map("/".join), CONTENTS, max_size=8))
 @example({"a/b": b"2", "a.txt": b"1", "a/.x/y": b"no", ".git/a": b"no", "z": b"a\0b", "e": b"", "l": b"caf\xe9"})
 def test_a_folder_is_its_text_files_in_order(files: dict[str, bytes]) -> None:
@@ -1011,10 +1011,10 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(halfway, signum: int) ->
 def test_a_stream_that_is_closed_or_full_is_no_traceback(copy: Path, redirect: str, code: int, stderr: str) -> None:
     write(copy.parent, {"text.txt": TEXT})
     command = f"exec {shlex.quote(sys.executable)} data/prepare.py data/text.txt {redirect}"
-    for environment in ({}, {"PYTHONUNBUFFERED": "1"}):
-        options = {"cwd": copy.parent.parent, "env": environment, "capture_output": True, "text": True, "timeout": 30}
-        done = subprocess.run(["bash", "-c", command], **options)
-        assert (done.returncode, done.stderr) == (code, stderr)
+    environment = {"PYTHONUNBUFFERED": "1"} if "--help" in redirect else {}
+    options = {"cwd": copy.parent.parent, "env": environment, "capture_output": True, "text": True, "timeout": 30}
+    done = subprocess.run(["bash", "-c", command], **options)
+    assert (done.returncode, done.stderr) == (code, stderr)
 
 
 @pytest.mark.slow
@@ -1048,20 +1048,10 @@ def test_the_command_prints_path_and_size(tmp_path: Path, monkeypatch, capsys, s
     assert server.asked == []
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["missing"],
-        ["empty"],
-        ["zeros"],
-        ["."],
-        ["/dev/null"],
-        ["shakespeare", "--from", "empty"],
-        [],
-        ["a", "b"],
-        ["-x"],
-    ],
-)
+USER_MISTAKES = ["missing", "empty", "zeros", ".", "/dev/null", "shakespeare --from empty", "", "a b", "-x"]
+
+
+@pytest.mark.parametrize("arguments", [line.split() for line in USER_MISTAKES])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments: list[str]) -> None:
     monkeypatch.chdir(write(tmp_path / "here", {"empty": b"", "zeros/0": b"\0"}))
     monkeypatch.setattr(prepare, "DATA_DIR", tmp_path / "products")
