@@ -9,33 +9,19 @@ In Python:
     from generate import complete, load_model
     print(complete(load_model("runs/mine"), "To be"))
 
-A language model gives the probabilities of the next byte after some bytes. Generation asks for them, draws one byte,
-appends it and asks again, until byte 0 ends the document. Five ideas make that useful:
+Five ideas make drawing one byte after another, until byte 0 ends the document, useful:
 
-The KV cache. What attention computed for earlier positions stays valid, so each step runs the model on one new byte.
-    `Batch` keeps this: texts of different lengths that advance together, one product for all of them.
-
-The context. Of a text that outgrows it, the model sees what follows the first multiple of half a context from which
-    the text fits: more than half a context, always. When that start moves, the cache of the row is filled anew. The
-    start depends on the length of the text alone: continuing a text in two calls is continuing it in one.
-
-Sampling. Temperature sharpens or flattens the probabilities, top-k keeps the k likeliest bytes, and top-p (nucleus,
-    Holtzman et al. 2019) then keeps the fewest of these that together reach p. Each row draws from a random generator
-    of its own, seeded by the seed and the row's number: what else is in the batch changes nothing but the rounding of
-    the model's numbers, and equal prompts in different rows get different texts.
-
-Speculation (Leviathan et al. 2023; DeepSeek-V3 report, section 5.4.3). The multi-token prediction (MTP) modules draft
-    the next bytes, one each, as they were trained to: a module reads the hidden states of the one before it and the
-    byte that this one drafted. Past the last module, that one goes on from its own hidden states. The model verifies
-    the drafts in one forward pass, not much slower than for one byte: a byte x drafted with probability q(x) is
-    accepted with min(1, p(x) / q(x)), and the first that is not is drawn anew from max(p - q, 0), normalised. That
-    gives the model's own p exactly. `step` is all of it; `Drafter` is the modules' side.
-
-The stop string. It ends a text without being part of it, so bytes which may be its beginning are held back until it is
+The KV cache: what attention computed for earlier positions stays valid. `Batch` keeps it, for texts of different
+    lengths that advance together.
+The context: of a text that outgrows it, the model sees what follows the first multiple of half a context from which the
+    text fits. So the cache is filled anew only when that start moves, and continuing a text in two calls is as in one.
+Sampling: temperature, then top-k, then top-p (Holtzman et al. 2019). Each row draws from a generator of its own,
+    seeded by the seed and the row's number: nothing depends on what else is in the batch.
+Speculation (Leviathan et al. 2023; DeepSeek-V3 report, section 5.4.3): MTP modules draft the next bytes, one each, and
+    the last goes on from its own hidden states. The model verifies the drafts in one forward pass, by which texts have
+    exactly the model's own probabilities. `step` is all of it; `Drafter` is the modules' side.
+The stop string: it ends a text without being part of it, so what may be its beginning is held back until that is
     certain. It counts in what the model writes, not in the prompt.
-
-The first half of this file is the engine: bytes in, bytes out. The second half is the command, which deals with
-terminals: what a model writes is shown there, never obeyed.
 """
 
 if __name__ == "__main__":
@@ -56,8 +42,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -95,10 +82,7 @@ output:
 
 --interactive:
   Each line is added to the text so far, which is then continued; an empty line just goes on. On a terminal, the line
-  begins on a line of its own. /clear forgets the text, /exit or Ctrl-D ends, Ctrl-C stops the reply.
-
-context:
-  A text longer than the model's context is seen from the first multiple of half a context on from which it fits."""
+  begins on a line of its own. /clear forgets the text, /exit or Ctrl-D ends, Ctrl-C stops the reply."""
 WELCOME = "Each line is added to the text and continued. /clear forgets the text, /exit or Ctrl-D ends, Ctrl-C stops."
 
 
@@ -107,6 +91,7 @@ class GenerationError(parallel.CollectiveError):
 
 
 MISTAKES = (CheckpointError, ConfigError, parallel.DeviceError, parallel.ParallelError, parallel.CollectiveError)
+Generators = Sequence[torch.Generator | None]
 
 
 @dataclass(frozen=True)
@@ -119,9 +104,7 @@ class Sampling:
     seed: int = 0  # of the random generators: equal seeds, equal texts
     max_new_tokens: int = 256  # bytes after which a text ends at the latest
     stop: bytes = b""  # bytes that end a text; empty: none
-    # Bytes that MTP modules draft at a time; 0: none. They change how fast a text comes and, above temperature 0, which
-    # one a seed gives; not how probable it is.
-    speculate: int = 0
+    speculate: int = 0  # bytes that MTP modules draft at a time: above temperature 0, a seed then gives another text
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:  # so written, NaN fails too
@@ -136,10 +119,7 @@ class Sampling:
 def distribution(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
     """Computes the probabilities that bytes are drawn with, float64 (B, V), from logits, float (B, V), on any device.
 
-    At temperature 0, the likeliest byte has probability 1.
-
-    Raises:
-        GenerationError: A row of logits has no finite maximum.
+    At temperature 0, the likeliest byte has probability 1. A row without a finite maximum raises a GenerationError.
     """
     numbers = logits.detach().cpu().double().numpy()  # for so few, torch takes longer to begin than to compute
     best = numbers.max(axis=-1, keepdims=True)
@@ -170,14 +150,8 @@ def _truncate(probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     return kept
 
 
-Generators = Sequence[torch.Generator | None]
-
-
 def draw(probs: np.ndarray, generators: Generators) -> list[int]:
-    """Draws a byte for each row of probabilities, float64 (B, V); without a generator, the row gets its likeliest byte.
-
-    This is done on the CPU: equal probabilities give equal bytes on every device.
-    """
+    """Draws a byte for each row of probabilities, float64 (B, V); without generators, each gets its likeliest byte."""
     if not any(generators):
         return probs.argmax(axis=-1).tolist()
     # where the running sum first exceeds a uniform number is a byte drawn with its probability, never one of 0
@@ -194,16 +168,10 @@ def uniform(generator: torch.Generator | None) -> float:
 def accept(
     p: np.ndarray, q: np.ndarray, drafts: Sequence[int], generator: torch.Generator | None
 ) -> tuple[int, np.ndarray]:
-    """Decides how many of a row's drafts are accepted (Leviathan et al. 2023, algorithm 1).
+    """Decides how many of a row's n drafts are accepted (Leviathan et al. 2023, algorithm 1).
 
-    Args:
-        p: The model's probabilities of each drafted byte, and of the one after, float64 (n + 1 or more, V).
-        q: Those that the drafts were drawn with, float64 (n or more, V).
-        drafts: The n bytes drafted.
-        generator: Gives one number for each draft up to the first that is rejected.
-
-    Returns:
-        The number of accepted drafts, and the distribution (V,) of the byte after them.
+    The model has the probabilities `p` of them and of the byte after, float64 (n + 1 or more, V); they were drawn with
+    `q`, (n or more, V). Returns the number of accepted drafts, and the distribution (V,) of the byte after them.
     """
     for i, byte in enumerate(drafts):
         if uniform(generator) * q[i, byte] >= p[i, byte]:
@@ -227,11 +195,6 @@ def context_start(length: int, max_seq_len: int) -> int:
 class Batch:
     """Texts of any lengths that advance together, and the KV cache of their contexts.
 
-    Args:
-        model: The model.
-        texts: What the rows begin with. An empty one begins with byte 0, as a document does.
-        sampling: How many bytes a row can get, and how many are drafted at a time.
-
     Attributes:
         texts: All bytes of each row. Between two steps, the cache lacks the last one.
         cache: The KV cache, of the model and of its MTP modules.
@@ -241,7 +204,7 @@ class Batch:
 
     def __init__(self, model: Transformer, texts: Sequence[bytes], sampling: Sampling):
         self.model = model
-        self.texts = [bytearray(text or [EOS_ID]) for text in texts]
+        self.texts = [bytearray(text or [EOS_ID]) for text in texts]  # byte 0 begins a document
         self.n_drafts = min(sampling.speculate, model.args.max_seq_len - 1) if model.args.n_mtp_layers else 0
         capacity = min(model.args.max_seq_len, max(map(len, self.texts)) + sampling.max_new_tokens)
         self.cache = model.new_cache(len(texts), capacity, self.n_drafts)
@@ -305,11 +268,11 @@ class Drafter:
     ) -> tuple[list[list[int]], np.ndarray]:
         """Drafts as many bytes for each row as the largest limit; those beyond a row's own are of no use.
 
-        Returns:
-            The drafts (B, n), and the probabilities that they were drawn with, float64 (B, n, V).
+        Returns the drafts (B, n), and the probabilities that they were drawn with, float64 (B, n, V).
         """
         model, cache, ends = self.batch.model, self.batch.cache, self.batch.cache.lengths
-        drafts, probs = [[] for _ in limits], []
+        probs: list[np.ndarray] = []
+        drafts: list[list[int]] = [[] for _ in limits]
         for i in range(max(limits)):
             if i < self.depth:
                 h, logits = self._forward_module(i, ends, drafts)
@@ -388,15 +351,8 @@ def step(
 ) -> tuple[list[list[int]], np.ndarray]:
     """Forwards the last byte of each row, and drafts of the bytes after it, in one pass.
 
-    Args:
-        batch: The batch. Its cache gets the accepted drafts, its texts do not.
-        drafter: Its drafter.
-        sampling: How to choose.
-        generators: For each row, a CPU generator; None takes the likeliest byte.
-        limits: How many drafts each row can take.
-
-    Returns:
-        The accepted drafts of each row, and the probabilities of the byte after them, float64 (B, V).
+    The cache of the batch gets the accepted drafts, its texts do not. `limits` is how many drafts each row can take.
+    Returns the accepted drafts of each row, and the probabilities of the byte after them, float64 (B, V).
     """
     fill_stale(batch, drafter)
     drafts, q = drafter.draft(sampling, generators, limits)
@@ -417,12 +373,10 @@ def step(
 def prefill(
     model: Transformer, texts: Sequence[bytes | bytearray], cache: KVCache, hidden: torch.Tensor | None = None
 ) -> None:
-    """Forwards texts, apart from the last byte of each, into the rows of a cache, from its beginning.
+    """Forwards texts, apart from the last byte of each, into the rows of a cache, a bounded number of positions a time.
 
-    This goes by a bounded number of positions at a time. Shorter rows are padded on the right: the padding comes after
-    what it could disturb, and is forgotten at the end.
-
-    `hidden` has what MTP modules read at the last positions, to be filled: see `Drafter`. Without it, no modules run.
+    Shorter rows are padded on the right, after what that could disturb. `hidden`, what MTP modules read at the last
+    positions (see `Drafter`), is filled too; without it, no modules run.
     """
     depth, ring = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[2])
     longest = max(map(len, texts))
@@ -498,7 +452,7 @@ class Tally:
         return f"{text}, {self.accepted / self.drafted:.0%} of {self.drafted:,} drafts accepted"
 
 
-def choose_attn_impl(args: ModelArgs, wanted: str | None = None) -> str:
+def choose_attn_impl(args: ModelArgs, wanted: str | None = None) -> Any:
     """Returns how attention is computed: as wanted, else through the latent ("absorb") where there is one."""
     if wanted == "absorb" and args.kv_lora_rank == 0:
         raise GenerationError("--attn-impl absorb needs a model with a latent, this one has kv_lora_rank 0; use naive")
@@ -506,7 +460,7 @@ def choose_attn_impl(args: ModelArgs, wanted: str | None = None) -> str:
 
 
 @contextlib.contextmanager
-def step_settings(attn_impl: str, n_multiplied: float) -> Iterator[None]:
+def step_settings(attn_impl: Any, n_multiplied: float) -> Iterator[None]:
     """Sets how attention is computed, and the number of CPU threads, for a step that multiplies so many numbers."""
     before, threads = model_module.attn_impl, torch.get_num_threads()
     model_module.attn_impl = attn_impl
@@ -526,21 +480,11 @@ def generate(
     tally: Tally | None = None,
     attn_impl: str | None = None,
 ) -> Iterator[tuple[int, bytes]]:
-    """Continues prompts, `max_batch_size` of them at a time.
+    """Continues prompts, `max_batch_size` of them at a time; an empty one stands for the beginning of a document.
 
-    Args:
-        model: The model.
-        prompts: Any number of prompts of any length. An empty one stands for the beginning of a document.
-        sampling: How to choose, and when to end.
-        tally: Counts the drafts.
-        attn_impl: "naive" or "absorb"; None: absorb where there is a latent.
-
-    Yields:
-        A prompt's number and the bytes that come next in its text, as soon as they are certain. Prompts of a batch take
-        turns. An empty piece ends a text: each prompt gets one, as its last.
-
-    Raises:
-        GenerationError: The model's output is not a number.
+    `attn_impl` is "naive" or "absorb"; None: absorb where there is a latent. Yields a prompt's number and the bytes
+    that come next in its text, as soon as they are certain. Prompts of a batch take turns. An empty piece ends a text:
+    each prompt gets one, as its last.
     """
     if sampling.max_new_tokens == 0:
         yield from ((row, b"") for row in range(len(prompts)))
@@ -588,7 +532,7 @@ def _generate_batch(
 def complete(model: Transformer, prompt: str | bytes, sampling: Sampling | None = None) -> Any:
     """Returns what follows a prompt, without the prompt: str for str (U+FFFD for what is no UTF-8), bytes for bytes.
 
-    Without `sampling` it is that of `Sampling()`, whose seed is 0. An empty prompt is the beginning of a document.
+    Without `sampling` it is that of `Sampling()`, whose seed is 0.
     """
     if isinstance(prompt, str):
         return decode_text(complete(model, encode(prompt), sampling))
@@ -606,17 +550,14 @@ class Writer:
 
     def __init__(self, mark: bytes = b"", rule: str = ""):
         self.is_terminal = is_rank_zero() and sys.stdout.isatty()
-        self.mark = mark
-        self.rule = rule
-        self.decoder = StreamDecoder()
-        self.line_open = False
+        self.mark, self.rule, self.decoder, self.line_open = mark, rule, StreamDecoder(), False
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         """Adds bytes to the text; on a terminal, a character appears with its last byte."""
         if self.is_terminal:
             self._show(self.decoder.feed(data))
         elif is_rank_zero():  # the other processes compute their part, and have nothing to write
-            command.write(data)
+            command.write(bytes(data))
 
     def end(self) -> None:
         """Ends the text, and on a terminal its last line."""
@@ -723,27 +664,20 @@ def choose_speculate(args: ModelArgs, wanted: int | None, n_prompts: int) -> int
 
 
 def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
-    """Loads the model and sets how it multiplies and attends.
-
-    Weights stored in FP8 stay so where the hardware multiplies them or --gemm-impl fp8 asks for it; else they are
-    dequantised once.
-    """
+    """Loads the model and sets how it multiplies and attends."""
+    # weights stored in FP8 stay so where the hardware multiplies them or the user asks for it
     fast = fp8_ops.multiplies_fp8(torch.device(ctx.device))
     keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
     dtype = parallel.pick_dtype(torch.device(ctx.device).type, arguments.dtype)
     model = load_model(arguments.ckpt_path, ctx.device, dtype, keep_fp8, partial(parallel.build, ctx), ctx)
-    if model.args.vocab_size != VOCAB_SIZE:
-        raise GenerationError(
-            f"{arguments.ckpt_path}: vocab_size is {model.args.vocab_size}, no model of bytes; "
-            f"take one with {VOCAB_SIZE}, as train.py makes them"
-        )
+    if (size := model.args.vocab_size) != VOCAB_SIZE:
+        raise GenerationError(f"{arguments.ckpt_path}: vocab_size is {size}; a model of bytes has {VOCAB_SIZE}")
     stored = any(layer.scale is not None for layer in model.fp8_layers())
     fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored else "bf16")
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
-    warning = decode.attach(model, keep_attn_impl=arguments.attn_impl is not None)
-    if warning is not None:
+    if warning := decode.attach(model, keep_attn_impl=arguments.attn_impl is not None):
         command.warn("generate.py", warning)
     return model
 
@@ -753,10 +687,9 @@ def warn_if_too_long(prompts: Sequence[bytes], max_seq_len: int) -> bool:
     long = [(i, len(prompt)) for i, prompt in enumerate(prompts, 1) if len(prompt) > max_seq_len]
     if long and is_rank_zero():
         number, length = long[0]
-        message = f"prompt {number} is longer than the context of {max_seq_len:,} bytes: the model sees only the last "
-        message += f"{length - context_start(length, max_seq_len):,} of its {length:,} bytes"
-        message += f"; {len(long) - 1:,} more are too long as well" if len(long) > 1 else ""
-        command.warn("generate.py", message)
+        seen = f"the model sees only the last {length - context_start(length, max_seq_len):,} of its {length:,} bytes"
+        text = f"prompt {number} is longer than the context of {max_seq_len:,} bytes: {seen}"
+        command.warn("generate.py", text + (f"; {len(long) - 1:,} more are too long" if len(long) > 1 else ""))
     return bool(long)
 
 
@@ -802,7 +735,7 @@ def converse(model: Transformer, sampling: Sampling, tally: Tally, ctx: Parallel
     if is_rank_zero() and sys.stdin.isatty() and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() editing and history; only here, as it talks to the terminal
-        sys.stdin.reconfigure(errors="surrogateescape")
+        cast(TextIOWrapper, sys.stdin).reconfigure(errors="surrogateescape")
         command.note(WELCOME)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # stops a reply, as often as it is pressed
         read_line = keyboard_line
@@ -818,11 +751,9 @@ def run(argv: Sequence[str] | None) -> None:
     """Parses the flags, loads the model, writes the texts, and reports the speed on stderr."""
     arguments = make_parser().parse_args(argv)
     with parallel.process_group("generate.py", MISTAKES):
-        prompts = []
+        prompts = [] if arguments.prompt is None else [encode(arguments.prompt)]
         if arguments.input_file is not None:
             prompts = read_prompts(arguments.input_file)
-        elif arguments.prompt is not None:
-            prompts = [encode(arguments.prompt)]
         parallel.keep_freed_memory()
         # each process that torchrun starts is a part of the model, and must have been told the same
         ctx = ParallelContext.join(parallel.pick_device(arguments.device), parallel.read_launch().world_size)

@@ -1,6 +1,7 @@
 """Reports of a run: the lines of metrics.jsonl, its clock, speed, load of the experts, evaluation, progress bar."""
 
 import json
+import math
 import os
 import threading
 import time
@@ -105,6 +106,11 @@ class Clock:
         """Seconds of training so far, with those of the runs that this one resumes."""
         return self.earlier_s + self.now() - self.started
 
+    def left_s(self) -> float:
+        """Seconds until the process must leave, of a run by the clock."""
+        leaving_s = 0.0 if self.seconds is None else min(max(0.5, 0.01 * self.seconds), 2.0)
+        return math.inf if self.seconds is None else self.seconds - self.elapsed_s() - leaving_s
+
     def add_step(self, seconds: float) -> None:
         """Notes how long a step took."""
         if self.first_step_s is None:
@@ -122,8 +128,7 @@ class Clock:
         """How much is done in the middle of `step`, 0 to 1; 1 means that it is not to be taken."""
         if self.steps is not None:
             return (step + 0.5) / self.steps if step < self.steps else 1.0
-        leaving_s = min(max(0.5, 0.01 * self.seconds), 2.0)
-        left = self.seconds - self.elapsed_s() - 1.05 * (self.eval_s + self.save_s) - leaving_s
+        left = self.left_s() - 1.05 * (self.eval_s + self.save_s)
         step_s = self.step_s()
         if left <= (step_s or (self.first_step_s or 0.0) / 10):  # a second step may well take a tenth of the first
             return 1.0
@@ -281,8 +286,8 @@ def evaluate(
 
 
 @torch.inference_mode()
-def sample_text(model: Transformer, n_bytes: int, device: str) -> str:
-    """Samples from the start of a document: at most `n_bytes` and the context, at temperature 0.8, seed 0."""
+def sample_text(model: Transformer, n_bytes: int, device: str, stop: Callable[[], bool] = lambda: False) -> str:
+    """Samples from a document's start, `n_bytes` or the context at most, until `stop`; at temperature 0.8, seed 0."""
     generator, decoder = torch.Generator().manual_seed(0), StreamDecoder()
     model.eval()
     cache = model.new_cache(1, model.args.max_seq_len)
@@ -290,7 +295,7 @@ def sample_text(model: Transformer, n_bytes: int, device: str) -> str:
     for _ in range(min(n_bytes, model.args.max_seq_len)):
         logits = model(torch.tensor([[token]], device=device), cache)[0, -1]
         token = int(torch.multinomial((logits.cpu() / 0.8).softmax(dim=-1), 1, generator=generator))
-        if token == EOS_ID:
+        if token == EOS_ID or stop():
             break
         text += decoder.feed([token])
     model.train()

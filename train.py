@@ -341,15 +341,16 @@ class Trainer:
         where = f" in sequences of {self.seq_len} bytes" if length else ""
         say(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte{where}")
         if self.flags.sample_bytes:
-            say(sample_text(self.model, self.flags.sample_bytes, self.ctx.device))
+            is_over = lambda: self.ctx.broadcast(self.clock.left_s())[0] <= 0  # noqa: E731 - a busy machine is slower
+            say(sample_text(self.model, self.flags.sample_bytes, self.ctx.device, is_over))
         if shorter == 1:  # as the last one is
             self.clock.eval_s = self.clock.now() - began - self.clock.save_s
         return val_loss
 
     def write(self, figures: dict[str, Any]) -> None:
         """Writes a line of metrics of the last step."""
-        n_bytes = self.step * self.step_bytes
-        self.metrics.write(step=self.step, elapsed_s=self.clock.elapsed_s(), bytes=n_bytes, **figures)
+        elapsed_s, n_bytes = self.clock.elapsed_s(), self.step * self.step_bytes
+        self.metrics.write(step=self.step, elapsed_s=elapsed_s, bytes=n_bytes, **figures)
 
     def measure_closing(self) -> None:
         """Times an evaluation of few sequences and a short sample, to know what the last ones of a run will take.
@@ -438,10 +439,7 @@ def is_state(key: str, value: Any) -> bool:
 
 
 def run(trainer: Trainer) -> int:
-    """Trains until the clock says so or a signal comes, and prints how that ended; returns the exit code.
-
-    After a signal, and when the data cannot be read any more, the last step is saved.
-    """
+    """Trains until the time or a signal ends it, saves the last step, and prints it; returns the exit code."""
     path, val_loss = trainer.flags.save_path, None
     with trainer.ctx.collective_section():
         folder = trainer.run if is_rank_zero() else None

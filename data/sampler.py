@@ -1,7 +1,4 @@
-"""Which sequences of a corpus a step trains on, and an evaluation measures.
-
-That is a function of numbers alone, without a state or a table: a corpus of terabytes costs no memory.
-"""
+"""Which sequences a step trains on and an evaluation measures: functions of numbers, without a state or a table."""
 
 import math
 import zlib

@@ -218,14 +218,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the engine ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attn_impl", ["naive", "absorb"])
-@pytest.mark.parametrize("name", ["latent", "plain", "odd", "one"])
-@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(("name", "attn_impl", "temperature"), [
+    ("latent", "naive", 1.0), ("latent", "absorb", 0), ("plain", "absorb", 1.0), ("odd", "naive", 0),
+    ("odd", "absorb", 1.0), ("one", "naive", 1.0), ("one", "absorb", 0),
+])  # fmt: skip
 def test_batches_write_what_the_uncached_model_writes_past_the_context(
     models: dict[str, Transformer], name: str, attn_impl: str, temperature: float
 ) -> None:
     model_module.attn_impl = attn_impl
-    sampling = replace(GREEDY, temperature=temperature, seed=3)
+    sampling = replace(GREEDY, temperature=temperature, seed=3, max_new_tokens=30)
     texts = collect(models[name], PROMPTS, sampling)
     assert texts == [by_hand(models[name], prompt, sampling, row) for row, prompt in enumerate(PROMPTS)]
     assert sum(map(len, texts)) > 100
@@ -354,7 +355,7 @@ def test_a_prompt_may_be_text_and_needs_nothing_else(
     for name in ("latent", "plain"):
         text = complete(models[name], "é")
         assert text == complete(models[name], "é".encode()).decode("utf-8", "replace")
-        assert text == complete(models[name], "é", Sampling(seed=0)) != complete(models[name], "é", Sampling(seed=1))
+    assert text == complete(models["plain"], "é", Sampling(seed=0)) != complete(models["plain"], "é", Sampling(seed=1))
     assert caches and all(len(layer) == 1 for cache in caches for layer in cache.layers)  # the latent is cached
     assert model_module.attn_impl == "naive"  # as before
     with pytest.raises(generate.GenerationError, match="kv_lora_rank 0"):
@@ -490,7 +491,7 @@ def speculations(draw: st.DrawFn) -> tuple[Transformer, list[bytes], Sampling]:
     return guessing(draw(st.integers(0, 10**6)), **changes), prompts, sampling
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(speculations(), st.sampled_from(["naive", "absorb"]))
 def test_greedy_text_is_the_same_with_drafts(
     speculation: tuple[Transformer, list[bytes], Sampling], attn_impl: str
@@ -501,7 +502,7 @@ def test_greedy_text_is_the_same_with_drafts(
     assert collect(model, prompts, sampling) == collect(model, prompts, replace(sampling, speculate=0))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(speculations())
 def test_sampled_text_with_drafts_depends_on_prompt_seed_and_row_alone(
     speculation: tuple[Transformer, list[bytes], Sampling],
@@ -523,8 +524,7 @@ def test_drafts_are_right_now_and_then_and_save_calls(monkeypatch: pytest.Monkey
     assert len(calls) == 2 + (len(text) - 1 - tally.accepted)  # the prompt in two, then once for each byte not drafted
 
 
-@pytest.mark.parametrize("attn_impl", ["naive", "absorb"])
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize(("attn_impl", "depth"), [("naive", 1), ("absorb", 2), ("naive", 3)])
 def test_drafts_come_from_all_states_and_bytes_before(
     attn_impl: str, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -592,8 +592,9 @@ def exact(model: Transformer, prompt: bytes, sampling: Sampling, n: int) -> dict
     return texts
 
 
-@pytest.mark.parametrize("how", [{}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 1.7, "top_k": 3, "top_p": 0.9}])
-@pytest.mark.parametrize("speculate", [1, 3])
+@pytest.mark.parametrize(("speculate", "how"), [
+    (1, {}), (1, {"top_k": 2}), (3, {"top_p": 0.7}), (3, {"temperature": 1.7, "top_k": 3, "top_p": 0.9}),
+])  # fmt: skip
 def test_texts_with_drafts_come_with_their_exact_probabilities(how: dict[str, float], speculate: int) -> None:
     model_module.attn_impl = "absorb"
     model, n = tiny(vocab_size=4, max_batch_size=1000, n_mtp_layers=min(speculate, 2)), 6000
@@ -632,7 +633,8 @@ def test_the_command_drafts_unless_told_otherwise(folder: Path, capfd: pytest.Ca
 
 
 def flags_for(folder: Path, checkpoint: str, *arguments: str) -> list[str]:
-    return ["--ckpt-path", str(folder / checkpoint), "--device", "cpu", "--dtype", "fp32", *arguments]
+    short = ["--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "60"]
+    return ["--ckpt-path", str(folder / checkpoint), *short, *arguments]
 
 
 def test_a_pipe_gets_the_bytes_as_they_are(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -663,7 +665,7 @@ def test_a_file_of_prompts_gives_each_result_in_order_and_a_zero(
     file.write_bytes(b"one\n\n\xffthree\r\r\nfour\nfive\n\na prompt longer than the context")
     assert generate.main(flags_for(folder, "tiny", "--input-file", str(file), "--seed", "4")) == 0
     out, err = capfdbinary.readouterr()
-    texts = collect(tiny(), prompts, Sampling(seed=4, speculate=1))
+    texts = collect(tiny(), prompts, Sampling(seed=4, speculate=1, max_new_tokens=60))
     assert out == b"".join(prompt + text + b"\0" for prompt, text in zip(prompts, texts, strict=True))
     warning, speed = err.decode().splitlines()
     assert warning == (
@@ -1105,7 +1107,7 @@ def is_prepared(pid: int) -> bool:
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_at_any_moment_ends_quietly(folder: Path, signum: int) -> None:
-    for delay in (0, 0.1, 0.3, 0.6, 1, 1.5, 2.5, 4):
+    for delay in (0, 0.3, 1, 2.5):
         with start(folder, stdout=subprocess.DEVNULL) as process:
             while not is_prepared(process.pid):
                 assert process.poll() is None
@@ -1117,15 +1119,14 @@ def test_a_signal_at_any_moment_ends_quietly(folder: Path, signum: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_conversation_in_a_pipe(folder: Path, signum: int) -> None:
+def test_a_signal_ends_a_conversation_in_a_pipe(folder: Path) -> None:
     flags = flags_for(folder, "parrot", "--interactive", "--temperature", "0", "--max-new-tokens", "1000000000")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "generate.py", *flags], cwd=FOLDER, **pipes) as process:
         process.stdin.write(b"a\n")
         process.stdin.flush()
         assert process.stdout.read(3) == b"bca"
-        process.send_signal(signum)
+        process.send_signal(signal.SIGINT)
         process.stdout.read()
         assert (process.wait(60), process.stderr.read()) == (130, b"")
 
@@ -1144,17 +1145,13 @@ def test_sigterm_ends_a_conversation_with_a_human(folder: Path) -> None:
     ("source", "redirection", "code", "out", "err"),
     [
         ("--prompt S", ">&-", 0, b"", rb"\d+ bytes in .*\n"),
-        ("--prompt S", "2>&-", 0, HOSTILE, b""),
         ("--prompt S", "2>/dev/full", 0, HOSTILE, b""),
         ("--prompt S", "<&- >&- 2>&-", 0, b"", b""),
         ("--input-file one", ">/dev/full", 2, b"", rb"generate.py: error: cannot write to standard output: No .*\n"),
         ("--input-file one", "<&-", 0, HOSTILE + b"\0", rb"\d+ bytes in .*\n"),
-        ("--input-file -", "2>&-", 2, b"", b""),
         ("--interactive", "<&-", 0, b"", rb"0 bytes in .*\n"),
         ("--interactive", "</dev/full >/dev/full", 2, b"", rb"generate.py: error: [^\n]+\n"),
-        ("--interactive", "<one >/dev/full", 2, b"", rb"generate.py: error: cannot write to standard output: No .*\n"),
         ("--help", ">/dev/full", 2, b"", rb"generate.py: error: cannot write to standard output: No .*\n"),
-        ("--foo", ">&- 2>&-", 2, b"", b""),
     ],
 )
 def test_standard_streams_may_be_closed_or_full(

@@ -1046,7 +1046,7 @@ class Turned:
 
 @pytest.mark.parametrize(
     ("minutes", "step", "first", "evaluation", "save"),
-    [(0.5, 0.25, 0.25, 1.0, 0.0), (0.8, 0.2, 30.0, 0.4, 0.3), (1, 0.5, 6.0, 3.0, 1.0), (2.8, 0.3, 65.0, 4.0, 2.0)],
+    [(0.5, 0.25, 0.25, 1.0, 0.0), (0.8, 0.2, 30.0, 0.4, 0.3), (1, 0.5, 6.0, 3.0, 1.0), (2.8, 0.8, 65.0, 4.0, 2.0)],
 )
 def test_minutes_are_kept(
     here: Here,
@@ -1078,6 +1078,15 @@ def test_minutes_are_kept(
     assert rates[1] < 0.5 * max(rates)  # the first step does not count as warm-up
     assert len({row["step"] for row in rows if "val_loss" in row}) == sum("val_loss" in row for row in rows)
     assert sum("val_loss" in row for row in rows) * evaluation <= 0.05 * seconds + evaluation
+
+
+def test_a_sample_ends_when_the_time_does(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine became a hundred times slower after it was measured, the text is shorter."""
+    clock = Turned(monkeypatch)
+    clock.takes(Trainer, "train_step", lambda n: 0.5)
+    clock.takes(model_module.Transformer, "forward", lambda n: 0.5 if n > 2 else 0.005)
+    assert main(here.flags("--minutes", 1, "--sample-bytes", 32, "--eval-interval", 10**6)) == 0
+    assert 0.97 * 60 <= clock.now <= 60
 
 
 def test_a_run_of_few_steps_is_reported(
