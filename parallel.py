@@ -82,10 +82,8 @@ SHARDED_DIM = {
 
 
 def sharded_dim(name: str) -> int | None:
-    """Returns the dimension of a tensor of `state_dict` that is divided among tensor-parallel ranks; None: replicated.
-
-    In `state_dict`, routed experts are stacked along dimension 0.
-    """
+    """Returns the dimension of a tensor of `state_dict` that tensor-parallel ranks divide; None: replicated."""
+    # routed experts are stacked along dimension 0
     return 0 if ".experts." in name else SHARDED_DIM.get(name.rsplit(".", 2)[-2])
 
 
@@ -110,10 +108,7 @@ def native_slice(name: str, shape: tuple[int, ...], n_experts: int, rank: int, w
 
 
 def state_slice(name: str, shape: tuple[int, ...], rank: int, world: int) -> Slice2D:
-    """Returns the rectangle of a full tensor of `state_dict`, or of its optimizer's state, that a rank has.
-
-    The rows of stacked matrices are counted through.
-    """
+    """Returns the rectangle of a full tensor of `state_dict` that a rank has; stacked matrices are below each other."""
     rows, cols, dim = math.prod(shape[:-1]), shape[-1], sharded_dim(name)
     if dim == 0:
         return Slice2D(rows * rank // world, rows * (rank + 1) // world, 0, cols)
@@ -152,11 +147,7 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def check_model_parallel(args: ModelArgs, world: int, flag: str = "--model-parallel") -> None:
-    """Refuses a number of shards, given by `flag`, that does not divide a model.
-
-    Raises:
-        CheckpointError: It does not divide some size of the model; the message has the numbers that do.
-    """
+    """Raises a CheckpointError, with numbers that would do, if `world` shards, set by `flag`, do not divide a model."""
     sizes = {"vocab_size": args.vocab_size, "n_heads": args.n_heads}
     layers = [args.is_moe(i) for i in range(args.n_layers + args.n_mtp_layers)]
     if any(layers):
@@ -237,10 +228,9 @@ class Launch(NamedTuple):
 
 
 def read_launch() -> Launch:
-    """Reads and checks the environment variables of a launcher; without them, this is one process alone.
+    """Reads the environment variables of a launcher; without them, this is one process alone.
 
-    Raises:
-        LaunchError: One of them is missing or makes no sense; the message names it.
+    Raises a LaunchError that names the one that is missing or makes no sense.
     """
 
     def integer(name: str, low: int, high: int, default: str = "nothing") -> int:
@@ -274,11 +264,8 @@ def process_group(prog: str, mistakes: tuple[type[Exception], ...] = ()) -> Iter
 
     An error of this rank alone ends its process here and at once, reported as `command.run` would: the other ranks get
     an error when its connections break. An error that all ranks have (CollectiveError, ParallelError, and a mistake
-    before there is a group) is reported by one process a machine. Without a group, exceptions go on to `command.run`.
-
-    Args:
-        prog: Name of the script, for messages.
-        mistakes: Exception classes that mean a user's mistake, as for `command.run`.
+    before there is a group) is reported by one process a machine. Without a group, exceptions go on to `command.run`,
+    whose arguments these are.
     """
     try:
         yield
@@ -323,9 +310,8 @@ def abort(code: int) -> NoReturn:
     """
     with suppress(dist.DistError):
         _get_default_store().set(FAILED, str(dist.get_rank()))  # which waits for no answer
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(code)
 
 
@@ -350,17 +336,15 @@ def _watch(store: dist.Store, rank: int) -> None:
 
 
 def _connect(launch: Launch, timeout: timedelta) -> dist.Store:
-    """Connects to the key-value store of rank 0, or of torchrun.
-
-    Raises:
-        LaunchError: It is not there, or something else is at its port.
-    """
+    """Connects to the key-value store of rank 0, or of torchrun; raises a LaunchError if it is not at its port."""
     is_server = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     place, result = (launch.master_addr, launch.master_port), list[Any]()
 
     def connect() -> None:
         try:
-            while not is_server and not _accepts(place):  # torch would wait as well, and write a page of warnings
+            while not is_server:  # torch would wait as well, and write a page of warnings
+                with suppress(OSError, UnicodeError), socket.create_connection(place, 5):
+                    break
                 time.sleep(0.1)
             result.append(dist.TCPStore(*place, None, is_server, timeout=timeout, wait_for_workers=False))
         except (RuntimeError, ValueError) as error:
@@ -379,13 +363,6 @@ def _connect(launch: Launch, timeout: timedelta) -> dist.Store:
     return store
 
 
-def _accepts(place: tuple[str, int]) -> bool:
-    """Whether something accepts connections there."""
-    with suppress(OSError, UnicodeError), socket.create_connection(place, 5):
-        return True
-    return False
-
-
 def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
     """Waits for all ranks; returns the store in which they leave their addresses, under a prefix of this start alone.
 
@@ -393,10 +370,6 @@ def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
     addresses of processes that were killed. Its count of restarts is no prefix, as it differs between nodes. So rank 0
     draws one and sends it to each rank in answer to a key of that rank's process, which confirms it: a request that is
     left from a process before is answered in vain.
-
-    Raises:
-        LaunchError: Some ranks have not come within the time-out.
-        ParallelError: Rank 0 has ended.
     """
     store, key, deadline = _connect(launch, timeout), secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     missing = set(range(1, launch.world_size)) if launch.rank == 0 else {0}
@@ -428,14 +401,8 @@ class ParallelContext:
     """The ranks of this process, and the collectives between all of them.
 
     Constructed directly it communicates with nobody: one process alone, or with a `world_size` the plan of a run, which
-    counts the bytes that would be sent. `join` is for the processes of torchrun.
-
-    Args:
-        device: Where this process computes.
-        world_size: Number of processes.
-        rank: Number of this process.
-        model_parallel: Number of tensor-parallel ranks that hold one model.
-        fsdp: Whether FSDP shards parameters over the data-parallel ranks.
+    counts the bytes that would be sent. `join` is for the processes of torchrun. Each `model_parallel` consecutive
+    ranks hold one model; with `fsdp`, the data-parallel ranks shard it.
 
     Attributes:
         mp_size, mp_rank: Size of the tensor-parallel group, and the rank in it.
@@ -474,11 +441,8 @@ class ParallelContext:
     ) -> ParallelContext:
         """Joins the processes that torchrun started, as the environment has them; one process alone without torchrun.
 
-        Waits for another process no longer than `timeout`, here and in collectives.
-
-        Raises:
-            ParallelError: The environment makes no sense, the device cannot be shared, processes do not come, or one of
-                them has other flags.
+        Raises a ParallelError where the environment makes no sense, the device cannot be shared, processes do not come,
+        or one of them has other flags.
         """
         launch, gpus = read_launch(), torch.cuda.device_count()
         if launch.world_size > 1 and device == "mps":
@@ -512,7 +476,7 @@ class ParallelContext:
             _set_pg_timeout(timeout, group)
 
     def raise_if_any_failed(self, error: Exception | None = None) -> None:
-        """Waits for all ranks; if one of them comes with an error, each raises a CollectiveError with its message."""
+        """Waits for all ranks; if one of them has an error, each raises a CollectiveError with its message."""
         if self.world_size == 1 and error is not None:
             raise error
         if self.all_reduce_max(float(error is not None))[0]:
@@ -558,11 +522,7 @@ class ParallelContext:
         return texts[0]
 
     def require_equal(self, settings: dict[str, Any]) -> None:
-        """Compares settings that all ranks must have the same, though each has a command and files of its own.
-
-        Raises:
-            ParallelError: On all ranks, if one differs.
-        """
+        """Raises a ParallelError on all ranks if one has other settings: each has a command and files of its own."""
         if self.world_size == 1:
             return
         gathered: list[Any] = [None] * self.world_size
@@ -590,8 +550,7 @@ class ParallelContext:
     def check_divisible(self, args: ModelArgs, batch_size: int | None = None) -> None:
         """Refuses a model, or a batch of all data-parallel ranks, that cannot be divided among the ranks.
 
-        Raises:
-            CheckpointError, ParallelError: With what does not divide, and numbers that would.
+        Raises a CheckpointError or ParallelError with what does not divide, and numbers that would.
         """
         check_model_parallel(args, self.mp_size)
         if batch_size is not None and batch_size % self.dp_size:

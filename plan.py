@@ -3,9 +3,9 @@ forward and backward once on torch's meta device, where tensors have shapes and 
 
     python train.py --config configs/base.json --plan --world-size 8 --fsdp --device-memory 80
 
-So nothing here is a formula that could forget a layer: the sizes are those of the tensors that a process would have,
-the activations are the tensors that autograd saves for the backward pass, and all-reduces between tensor-parallel ranks
-are counted where they would be sent. Temporary memory of kernels is not in it, nor the allocator's waste.
+So no formula could forget a layer: the sizes are those of a process's tensors, the activations those that autograd
+saves, and all-reduces between tensor-parallel ranks are counted where they would be sent. Temporary memory of kernels
+is not in it, nor the allocator's waste.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,7 @@ class Plan:
     Attributes:
         n_params: Numbers of parameters of the full model: all, and those that one position goes through.
         held: Memory of a process that trains, by purpose.
-        sent: Full tensors of the collectives in a step: a ring of n processes moves 2 (n - 1) / n times the bytes of an
-            all-reduce, and (n - 1) / n times those of an all-gather or reduce-scatter.
+        sent: Full tensors of the collectives in a step.
         cache: Its KV cache if it generated in bfloat16, `max_batch_size` sequences of `max_seq_len`.
     """
 
@@ -50,8 +49,7 @@ def make_plan(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates
     All of it is linear in the number of leading dense layers, and in how often the pattern of the layers after them
     repeats. So no more than two of each are measured, however many there are.
 
-    Raises:
-        CheckpointError, ParallelError: The model or the batch cannot be divided among these processes.
+    Raises what `check_divisible` does.
     """
     ctx = ParallelContext("cpu", flags.world_size, 0, flags.model_parallel, flags.fsdp)
     ctx.check_divisible(args, flags.batch_size)
