@@ -326,6 +326,7 @@ CHANGES: dict[str, tuple[tuple[Any, str, Callable[..., Any]], str]] = {
         (RMSNorm, "forward", lambda self, x: F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-2)),
         "C",
     ),
+    "norm of latents": (after(RMSNorm, "forward", lambda y, self, x: y * (1 + 0.05 * (len(self.weight) == 32))), "C"),
     "rotation": ((model_module, "apply_rotary_emb", rotated_halves), "C"),
     "router": (after(Gate, "forward", of_probabilities), "C"),
     "shared experts": (after(MoE, "forward", with_more_shared), "C"),
@@ -359,8 +360,12 @@ def test_small_and_large_differences_are_seen(residual: float, monkeypatch: pyte
     """After a few steps of training, attention hardly counts."""
     model = as_trained(residual=residual)
     attached(model)
-    monkeypatch.setattr(MLA, "_attend", attend(window=128))
-    assert decode.attach(model) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(MLA, "_attend", attend(window=128))
+        assert decode.attach(model) is not None
+    # of what C writes, little is read in a call after many others
+    monkeypatch.setattr(*CHANGES["norm of latents"][0])
+    assert "decode.c" in str(decode.attach(model))
 
 
 def test_the_same_model_written_otherwise_keeps_its_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,6 +394,13 @@ def test_attaching_needs_no_setting_before() -> None:
     model.decoder.forward_with_hidden = lambda *given: calls.append(1) or forward(*given)
     generate.complete(model, b"ab", generate.Sampling(0, max_new_tokens=5))
     assert calls
+
+
+def test_what_only_bfloat16_does_otherwise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, training in bfloat16 attends by another function."""
+    monkeypatch.setattr(*after(model_module, "attend_in_products", lambda out, *_: out.flip(1)))
+    assert decode.attach(as_trained(residual=1.0)) is None
+    assert "with a cache" in str(decode.attach(as_trained(torch.bfloat16, residual=1.0)))
 
 
 def test_a_batch_that_masks_wrongly_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
