@@ -1,19 +1,15 @@
 /* The model for a few positions at a time on a CPU: compiled and called by decode.py.
 
-The mathematics is model.py's under "absorb", step by step: names are those of its modules, and the comment of a
-function names the one that it computes. decode.py compares the two when a model is loaded, so change both. Sums are in
-float32.
+The mathematics is model.py's under "absorb": names are those of its modules, and the comment of a function names the
+one that it computes. decode.py compares the two when a model is loaded, so change both. Sums are in float32.
 
 Decoding reads every weight that a byte needs for two operations on it, so it is as fast as memory if nothing else takes
 time: no calls between operations, no copies, no thread that waits. One call of `run` does all layers and the head.
-
-Weights lie as the modules have them, in float32 or bfloat16: rows of `n_in` numbers, one for each output.
-Threads go through all layers side by side. Each computes some outputs of a product, so it reads its own rows of the
+Threads go through the layers side by side. Each computes some outputs of a product, so it reads its own rows of the
     weights, for all positions at once; then they wait for each other. What is small each computes for itself instead.
 Experts are visited one after the other, each by the positions that are routed to it, so that it is read once.
-The KV cache is divided among threads by positions. Each attends to its own, all heads at a time, with the softmax's
-    maximum and sum carried along; these partial sums are then merged (Milakov and Gimelshein 2018; Dao et al. 2023,
-    "Flash-Decoding").
+The KV cache is divided among threads by positions. Each attends to its own, with the softmax's maximum and sum carried
+    along; these partial sums are then merged (Milakov and Gimelshein 2018; Dao et al. 2023, "Flash-Decoding").
 
 Shapes: N positions of the call, `n_rows` rows of `n_each`; H heads; C `kv_lora_rank`; R `qk_rope_head_dim`; K experts a
 position, E experts. */
@@ -49,11 +45,11 @@ position, E experts. */
 #endif
 /* Four of a quad of `a` and the same of `b` (from B on), alike in every quad of a vector. */
 #define B LANES
+#define TWO_QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
 #if LANES == 16
-#define QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4, QUADS_AFTER(i + 8, j + 8, k + 8, l + 8)
-#define QUADS_AFTER(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
+#define QUADS(i, j, k, l) TWO_QUADS(i, j, k, l), TWO_QUADS(i + 8, j + 8, k + 8, l + 8)
 #else
-#define QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
+#define QUADS TWO_QUADS
 #endif
 #if defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()
@@ -416,7 +412,7 @@ static void linear_heads(
     }
 }
 
-/* o[q] += sum over t of p[q][t] * cache[t], for n queries and `vectors` columns from i on. */
+/* o[q] += sum over t of p[q][t] * cache[t], for n queries and so many vectors of columns from i on. */
 INLINE void accumulate_columns(const void *cache, int kind, int width, int count, const float *p, float *o,
                                long stride, int n, int vectors, int i) {
     vec sums[ROWS][2];
@@ -504,11 +500,8 @@ static void accumulate_values(const void *cache, int kind, int width, int rank, 
 /* Softmax of one query over a block of positions: its scores become exponentials, and the sums over the blocks before,
    at `partial`, are scaled to the new maximum. */
 static void softmax_block(float *p, int visible, float scale, float *partial, int rank) {
-    if (visible == 0) { /* it may not look here */
-        memset(p, 0, BLOCK * sizeof *p);
-        return;
-    }
-    for (int i = visible; i < BLOCK; i++) p[i] = -INFINITY;
+    for (int i = visible; i < BLOCK; i++) p[i] = visible ? -INFINITY : 0;
+    if (visible == 0) return; /* it may not look here */
     vec sums = {}, highest = *(vec *)p;
     for (int i = LANES; i < visible; i += LANES)
         highest = select_lanes(*(vec *)(p + i) > highest, *(vec *)(p + i), highest);
@@ -577,9 +570,9 @@ static void merge_partials(const Step *s, long i, float *mean) {
 static void attention(const Step *s, const Block *b, void *cache) {
     const Shape *a = s->s;
     int n = s->n, t = s->t, threads = s->threads, rank = a->rank, heads = a->heads;
-    for (int i = 0; i < n; i++) normalize(b->attn_norm, s->x + (long)i * a->dim, s->h + (long)i * a->dim);
-    linear(s, b->wkv_a, rank + a->rope, s->h, s->kv, 0);
     float *h = s->h;
+    for (int i = 0; i < n; i++) normalize(b->attn_norm, s->x + (long)i * a->dim, h + (long)i * a->dim);
+    linear(s, b->wkv_a, rank + a->rope, h, s->kv, 0);
     if (b->wq_a.data) {
         int q_rank = b->wq_b.n_in;
         linear(s, b->wq_a, q_rank, s->h, s->q_a, 0);
@@ -689,14 +682,13 @@ static void feed_forward(const Step *s, const Block *b) {
     Rows out = {s->x + from, a->dim};
     for (int i = 0; i < n; i++) normalize(b->ffn_norm, s->x + (long)i * a->dim, s->h + (long)i * a->dim);
     if (b->mlp.width) mlp_hidden(s, &b->mlp, 0, 0, 0, s->gate, s->up, n);
+    if (b->experts.width) linear(s, b->gate, n_experts, s->h, s->scores, 0);
+    wait_for_all(s);
     if (!b->experts.width) {
-        wait_for_all(s);
         matmul(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
         wait_for_all(s);
         return;
     }
-    linear(s, b->gate, n_experts, s->h, s->scores, 0);
-    wait_for_all(s);
     int *experts = s->chosen, *position = experts + n * k, *ends = position + n * k, *flags = ends + n_experts + 1;
     float *weights = s->probs, *sorted = weights + n * k + n_experts, *choice = sorted + n * k;
     for (int i = 0; i < n; i++) /* weights has room for a row of scores */

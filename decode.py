@@ -1,8 +1,7 @@
 """Fast decoding: calls of a few positions by C on a CPU, by CUDA graphs on a GPU.
 
 When a byte is decoded, each weight is read for two operations. The modules of model.py then take several times as long
-as memory needs: on a CPU because of torch's products and the Python between them, on a GPU because Python launches each
-of some hundred small kernels by itself.
+as memory needs: Python stands between torch's many small products.
 
 `CDecoder` has decode.c run all layers and the head in one call. decode.c is compiled when it is first needed, for this
 machine, and kept in the user's cache folder. Weights stay where they are, unless bfloat16 holds them without loss: then
@@ -246,11 +245,12 @@ def _quantile(distances: torch.Tensor, quantile: float) -> float:
 def library() -> ctypes.CDLL | None:
     """Loads decode.c's library, compiled first where that was not done before; None where there is no compiler."""
     with contextlib.suppress(subprocess.TimeoutExpired):  # a compiler that hangs does so with other flags, too
-        for folder in (command.private_cache_folder, command.private_temporary_folder):
-            # Apple's compiler has no OpenMP: then one thread does it all; and some have another word for "native"
-            for extra in (["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []):
-                with contextlib.suppress(OSError, ValueError, AttributeError, subprocess.CalledProcessError):
-                    return _library_in(folder(), [*FLAGS, *extra])
+        # Apple's compiler has no OpenMP: then one thread does it all; and some have another word for "native"
+        for extra in (["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []):
+            with contextlib.suppress(ValueError, subprocess.CalledProcessError):
+                for folder in (command.private_cache_folder, command.private_temporary_folder):
+                    with contextlib.suppress(OSError):
+                        return _library_in(folder(), [*FLAGS, *extra])
     return None
 
 
@@ -279,11 +279,7 @@ def _library_in(folder: Path, flags: list[str]) -> ctypes.CDLL:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Loads a library whose name ends with the digest of its content.
-
-    Raises:
-        OSError: It is damaged, no regular file, not this user's own, or others can write to it.
-    """
+    """Loads a library whose name ends with the digest of its content, and that nobody but this user can have made."""
     info = path.lstat()
     is_own = stat.S_ISREG(info.st_mode) and command.is_private(info)
     if not is_own or not path.stem.endswith(_digest(path.read_bytes())):
@@ -292,12 +288,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _call(arguments: list[str]) -> bytes:
-    """Runs a command that may neither wait for input nor for ever, and returns what it writes.
-
-    Raises:
-        OSError, subprocess.CalledProcessError: It cannot run, or it fails.
-        subprocess.TimeoutExpired: It took too long, and was killed with its children.
-    """
+    """Returns the output of a command; one that takes too long is killed, with its children (TimeoutExpired)."""
     none, pipe = subprocess.DEVNULL, subprocess.PIPE
     with subprocess.Popen(arguments, stdin=none, stdout=pipe, stderr=none, start_new_session=True) as process:
         try:
@@ -370,10 +361,10 @@ _Call = _struct(
 
 
 class CDecoder:
-    """A model's layers and its MTP modules for a few positions at a time, by decode.c.
+    """A model's layers and MTP modules for a few positions at a time, by decode.c.
 
-    Args:
-        model: One that `suits`; a ValueError is raised for what decode.c does not have.
+    Raises:
+        ValueError: decode.c has no such model.
     """
 
     attn_impls = ("absorb",)
@@ -531,10 +522,8 @@ class _Graph(NamedTuple):
 class GraphDecoder:
     """The modules' kernels for a few positions at a time, recorded as CUDA graphs and replayed.
 
-    Calls that were not recorded yet run the same kernels one by one, so that recording changes no bit of a text.
-
-    Args:
-        model: The model, whose weights must stay where they are.
+    Calls that were not recorded yet run the same kernels one by one, so that recording changes no bit of a text. The
+    model's weights must stay where they are.
     """
 
     attn_impls = ("naive", "absorb")

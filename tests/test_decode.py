@@ -101,11 +101,11 @@ def error(model: Transformer, lengths: list[int], width: int, threads: int, size
     return torch.tensor(distances(outputs(model, lengths, width, size, expected), expected)).max().item()  # or NaN
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.one_of(st.integers(0, 9), st.integers(0, 600)), min_size=1, max_size=4),
     st.integers(1, 16),
-    st.integers(1, 5),
+    st.integers(1, 3),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.sampled_from([0.1, 1.0, 10.0]),
 )
@@ -120,13 +120,12 @@ def test_memories_rows_and_threads(
     assert model.decoder.main.head.kind == (decode.BF16 if stored == torch.bfloat16 else decode.FP32)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    "values",
+    ("values", "threads"),
     [
-        {"kv_lora_rank": 64},
-        {"kv_lora_rank": 32, "v_head_dim": 32, "dim": 64, "n_heads": 4},
-        {"kv_lora_rank": 33, "qk_nope_head_dim": 300, "n_heads": 16},
+        ({"kv_lora_rank": 64}, 1),
+        ({"kv_lora_rank": 32, "v_head_dim": 32, "dim": 64, "n_heads": 4}, 2),
+        ({"kv_lora_rank": 33, "qk_nope_head_dim": 300, "n_heads": 16}, 2),
     ],
 )
 @pytest.mark.parametrize(("lengths", "width"), [([3, 100, 302], 1), ([3, 100, 302], 3), ([301], 4)])
@@ -151,8 +150,15 @@ def test_bfloat16(values: dict[str, int], threads: int, lengths: list[int], widt
     assert main.head.kind == main.blocks[0].wo.kind == decode.PAIRS and main.blocks[1].gate.kind == decode.FP32
 
 
-@pytest.mark.parametrize("values", [{}, {"q_lora_rank": 24}, {"n_routed_experts": 0}, {"n_shared_experts": 0}])
-@pytest.mark.parametrize("act", ["silu", "gelu", "relu2"])
+@pytest.mark.parametrize(
+    ("act", "values"),
+    [
+        ("silu", {}),
+        ("gelu", {"q_lora_rank": 24}),
+        ("relu2", {"n_shared_experts": 0}),
+        ("silu", {"n_routed_experts": 0, "q_lora_rank": 24}),
+    ],
+)
 def test_kinds_of_layers(values: dict[str, int], act: str) -> None:
     assert error(make(hidden_act=act, **values), [70, 0], 2, 2) < 1e-5
 
@@ -320,6 +326,7 @@ CHANGES: dict[str, tuple[tuple[Any, str, Callable[..., Any]], str]] = {
         (RMSNorm, "forward", lambda self, x: F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-2)),
         "C",
     ),
+    "norm of latents": (after(RMSNorm, "forward", lambda y, self, x: y * (1 + 0.05 * (len(self.weight) == 32))), "C"),
     "rotation": ((model_module, "apply_rotary_emb", rotated_halves), "C"),
     "router": (after(Gate, "forward", of_probabilities), "C"),
     "shared experts": (after(MoE, "forward", with_more_shared), "C"),
@@ -353,8 +360,12 @@ def test_small_and_large_differences_are_seen(residual: float, monkeypatch: pyte
     """After a few steps of training, attention hardly counts."""
     model = as_trained(residual=residual)
     attached(model)
-    monkeypatch.setattr(MLA, "_attend", attend(window=128))
-    assert decode.attach(model) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(MLA, "_attend", attend(window=128))
+        assert decode.attach(model) is not None
+    # of what C writes, little is read in a call after many others
+    monkeypatch.setattr(*CHANGES["norm of latents"][0])
+    assert "decode.c" in str(decode.attach(model))
 
 
 def test_the_same_model_written_otherwise_keeps_its_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,6 +394,13 @@ def test_attaching_needs_no_setting_before() -> None:
     model.decoder.forward_with_hidden = lambda *given: calls.append(1) or forward(*given)
     generate.complete(model, b"ab", generate.Sampling(0, max_new_tokens=5))
     assert calls
+
+
+def test_what_only_bfloat16_does_otherwise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, training in bfloat16 attends by another function."""
+    monkeypatch.setattr(*after(model_module, "attend_in_products", lambda out, *_: out.flip(1)))
+    assert decode.attach(as_trained(residual=1.0)) is None
+    assert "with a cache" in str(decode.attach(as_trained(torch.bfloat16, residual=1.0)))
 
 
 def test_a_batch_that_masks_wrongly_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,7 +467,7 @@ def trained_models(draw: st.DrawFn) -> Transformer:
     return as_trained(dtype, residual, **values)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(trained_models())
 def test_no_false_alarms(model: Transformer) -> None:
     model_module.attn_impl = "absorb"
@@ -530,8 +548,8 @@ def test_compiles_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_at_a_time(fresh: Path) -> None:
     """Processes that start together each find a whole file."""
     program = "import decode; decode.FLAGS[0] = '-O0'; assert decode.library()"
-    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=Path(decode.__file__).parent) for _ in range(3)]
-    assert [process.wait(240) for process in processes] == [0, 0, 0]
+    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=Path(decode.__file__).parent) for _ in range(2)]
+    assert [process.wait(240) for process in processes] == [0, 0]
     assert len(list(fresh.iterdir())) == 1
 
 
@@ -549,44 +567,42 @@ def test_without_a_compiler_the_modules_decode(compiler: str, fresh: Path, monke
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("untried")
-@pytest.mark.parametrize("damage", ["cut", "zeros", "empty", "folder", "fifo", "link", "writable", "foreign"])
-def test_what_is_not_this_users_own_work_is_not_loaded(damage: str, fresh: Path, tmp_path: Path) -> None:
+def test_what_is_not_this_users_own_work_is_not_loaded(fresh: Path, tmp_path: Path) -> None:
     """Neither damaged files nor planted ones, whose names have the right digest; and none hangs."""
     assert decode.library() is not None
     (made,) = fresh.iterdir()
     content = made.read_bytes()
-    made.unlink()  # the process has it mapped: no byte of it may change
-    planted = made
-    if damage in ("link", "writable", "foreign"):  # code that leaves a trace when it is loaded
-        if damage == "foreign" and os.geteuid() != 0:
-            pytest.skip("only root gives files away")
-        source = tmp_path / "planted.c"
-        source.write_text(
-            f'#include <stdio.h>\n__attribute__((constructor)) void f(void) {{ fopen("{tmp_path}/ran", "w"); }}\n'
-            "int run(void) { return 0; }\n"
-        )
-        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", tmp_path / "planted.so"], check=True)
-        code = (tmp_path / "planted.so").read_bytes()
-        planted = made.with_name(f"{made.stem.rpartition('-')[0]}-{decode._digest(code)}.so")
-        if damage == "link":
-            planted.symlink_to(tmp_path / "planted.so")
-        else:
-            planted.write_bytes(code)
-            planted.chmod(0o666 if damage == "writable" else 0o600)
-            if damage == "foreign":
-                os.chown(planted, 12345, 12345)
-    elif damage == "folder":
-        made.mkdir()
-    elif damage == "fifo":
-        os.mkfifo(made, 0o600)
-    else:
-        zeros = content[:0x2000] + bytes(0x2000) + content[0x4000:]
-        made.write_bytes({"cut": content[:4096], "zeros": zeros, "empty": b""}[damage])
-    decode.library.cache_clear()
-    assert decode.library() is not None
-    assert error(make(max_seq_len=30), [3], 1, 1) < 1e-5
-    assert not (tmp_path / "ran").exists()
-    assert damage == "folder" or made.read_bytes() == content
+    source = tmp_path / "planted.c"  # code that leaves a trace when it is loaded
+    source.write_text(
+        f'#include <stdio.h>\n__attribute__((constructor)) void f(void) {{ fopen("{tmp_path}/ran", "w"); }}\n'
+        "int run(void) { return 0; }\n"
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", tmp_path / "planted.so"], check=True)
+    code = (tmp_path / "planted.so").read_bytes()
+    planted = made.with_name(f"{made.stem.rpartition('-')[0]}-{decode._digest(code)}.so")
+    zeros = content[:0x2000] + bytes(0x2000) + content[0x4000:]
+    damages: dict[str, Callable[[], object]] = {
+        "cut": lambda: made.write_bytes(content[:4096]),
+        "zeros": lambda: made.write_bytes(zeros),
+        "empty": lambda: made.write_bytes(b""),
+        "folder": made.mkdir,
+        "fifo": lambda: os.mkfifo(made, 0o600),
+        "link": lambda: planted.symlink_to(tmp_path / "planted.so"),
+        "writable": lambda: (planted.write_bytes(code), planted.chmod(0o666)),
+    }
+    if os.geteuid() == 0:  # only root gives files away
+        damages["foreign"] = lambda: (planted.write_bytes(code), os.chown(planted, 12345, 12345))
+    for damage, inflict in damages.items():
+        for path in (made, planted):
+            if path.is_dir():
+                path.rmdir()
+            path.unlink(missing_ok=True)  # the process has it mapped: no byte of it may change
+        inflict()
+        decode.library.cache_clear()
+        assert decode.library() is not None, damage
+        assert error(make(max_seq_len=30), [3], 1, 1) < 1e-5, damage
+        assert not (tmp_path / "ran").exists(), damage
+        assert damage == "folder" or made.read_bytes() == content, damage
 
 
 def wrapper(path: Path, script: str) -> str:
@@ -602,7 +618,6 @@ def wrapper(path: Path, script: str) -> str:
     "script",
     [
         'echo garbage > "$last"',
-        "echo 'int x;' | cc -shared -x c - -o \"$last\"",
         # a trap, a loop without end, and an exponential that is a little off
         "echo 'int run(void) { __builtin_trap(); }' | cc -shared -x c - -o \"$last\"",
         "echo 'int run(void) { for (;;) ; }' | cc -shared -x c - -o \"$last\"",
@@ -615,7 +630,7 @@ def test_what_a_strange_compiler_makes_is_not_kept(
     """It is tried out in another process: this one goes on."""
     script = script.replace("{source}", str(decode.SOURCE))
     monkeypatch.setenv("CC", wrapper(tmp_path / "compiler", script))
-    monkeypatch.setattr(decode, "COMPILER_SECONDS", 30.0)
+    monkeypatch.setattr(decode, "COMPILER_SECONDS", 10.0 if "for (;;)" in script else 60.0)
     assert decode.library() is None and not list(fresh.iterdir())
 
 
