@@ -18,8 +18,7 @@ Multi-token prediction (MTP; section 2.2). Module k takes the model's state at p
 The names are those of DeepSeek's own inference code. Shapes in comments: B batch, S positions of the call, T positions
 to attend to, H heads, d their width, C `kv_lora_rank`, R `qk_rope_head_dim`, N = B·S, K experts a position, E experts.
 
-This file is the mathematics for one device: it knows nothing of files, flags or the environment. Where it calls
-`fp8_ops`, a large input on a GPU goes through one fused kernel.
+This file is the mathematics for one device, without files and flags; `fp8_ops` has what differs by device.
 """
 
 import math

@@ -799,6 +799,28 @@ def test_permute_and_combine(n: int, k: int, dim: int, dtype: torch.dtype, seed:
     assert (ours.grad.cpu() - theirs.grad).abs().max() <= 1e-2 * max(1.0, theirs.grad.abs().max().item())
 
 
+@runs
+@pytest.mark.parametrize("values", [{}, {"kv_lora_rank": 0, "q_lora_rank": 8}])
+def test_model_by_kernels(values: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss and all gradients of a model are those of plain torch."""
+    sizes = {"dim": 16, "inter_dim": 12, "moe_inter_dim": 8, "n_layers": 2, "n_heads": 2, "kv_lora_rank": 8}
+    sizes |= {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 4}
+    net = model.Transformer(model.ModelArgs(**{**sizes, "n_activated_experts": 2, **values}))
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.add_(0.2 * randn(*p.shape, seed=i))
+    net, tokens = net.to(DEVICE), torch.randint(256, (2, 8), generator=generator(1)).to(DEVICE)
+    results = []
+    for module in (None, kernel_fused):
+        monkeypatch.setattr(fp8_ops, "activation_kernels", lambda x, module=module: module)
+        net.zero_grad()
+        loss = net.loss(tokens[:, :-1], tokens[:, 1:]).total
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in net.parameters())])
+    for by_torch, by_kernels in zip(*results, strict=True):
+        assert (by_torch - by_kernels).abs().max() <= 1e-4 * max(1e-2, by_torch.abs().max().item())
+
+
 # --- Muon ---------------------------------------------------------------------------------------------------------
 
 
