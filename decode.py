@@ -377,7 +377,7 @@ class CDecoder:
 
     @torch.no_grad()
     def __init__(self, model: Transformer):
-        self.dtype = model.compute_dtype
+        self.model, self.dtype = model, model.compute_dtype
         self.n_alone = 0  # calls to come by one thread, as other programs want the processors
         self.retreat = SHORT_RETREAT  # how many calls that is the next time
         self.kept: list[torch.Tensor] = []  # what the pointers below point to
@@ -386,13 +386,11 @@ class CDecoder:
         attn = layers[0].attn
         if args.hidden_act not in ACTIVATIONS:
             raise ValueError(f"it has no activation {args.hidden_act!r}")
-        tables = (args.max_seq_len, 1, attn.qk_rope_head_dim // 2)
         self.shape = _Shape(
             *(args.vocab_size, args.dim, args.n_heads, args.kv_lora_rank, attn.qk_nope_head_dim, attn.qk_rope_head_dim),
             *(args.v_head_dim, args.max_seq_len, args.n_routed_experts, args.n_activated_experts),
             *(args.n_expert_groups, args.n_limited_groups, args.score_func == "softmax"),
             *(ACTIVATIONS.index(args.hidden_act), args.route_scale, attn.softmax_scale),
-            *(self._floats(table, *tables) for table in (model.rope_cos, model.rope_sin)),
         )
         ends = (self._matrix(weight, args.vocab_size, args.dim) for weight in (model.embed.weight, model.head))
         stack = partial(_Stack, **dict(zip(("embed", "head"), ends, strict=True)))
@@ -422,6 +420,8 @@ class CDecoder:
         bsz, seqlen = tokens.shape
         layers = cache.layers[first_layer : first_layer + stack.n_blocks]
         kv_caches = (c_void_p * len(layers))(*(layer[0].data_ptr() for layer in layers))
+        self.tables = self.model.rope_tables(min(max(cache.lengths) + seqlen, self.args.max_seq_len))
+        self.shape.cos, self.shape.sin = (table.data_ptr() for table in self.tables)
         positions = (c_int32 * tokens.numel())(*(n + i for n in cache.lengths for i in range(seqlen)))
         tokens = tokens.long().contiguous()
         states, logits = torch.empty(bsz, seqlen, self.args.dim), torch.empty(bsz, seqlen, self.args.vocab_size)
@@ -517,6 +517,7 @@ class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: list[torch.Tensor]
     outputs: Outputs
+    tables: Outputs  # of rotary angles, which the kernels read also when the model has longer ones
 
 
 class GraphDecoder:
@@ -572,8 +573,8 @@ class GraphDecoder:
             graph, kept = torch.cuda.CUDAGraph(), [value.clone() for value in inputs]
             with torch.cuda.graph(graph):
                 outputs = compute(*kept)
-            self.graphs[key] = _Graph(graph, kept, outputs)
-        graph, recorded_inputs, outputs = self.graphs[key]
+            self.graphs[key] = _Graph(graph, kept, outputs, self.model.rope_tables(1))
+        graph, recorded_inputs, outputs, _ = self.graphs[key]
         for recorded, value in zip(recorded_inputs, inputs, strict=True):
             recorded.copy_(value)
         graph.replay()
@@ -594,7 +595,8 @@ class GraphDecoder:
         model = self.model
         angle = index.clamp(max=model.args.max_seq_len - 1)  # of a draft past the context, which nobody reads
         mask = torch.arange(length, device=index.device) <= index[:, None, :, None]
-        where = Positions(model.rope_cos[angle], model.rope_sin[angle], index, mask)
+        cos, sin = model.rope_tables(min(length, model.args.max_seq_len))
+        where = Positions(cos[angle], sin[angle], index, mask)
         still = copy.copy(cache)
         still.lengths = [length - tokens.shape[1]] * len(tokens)
         embedded = model.embed(tokens)

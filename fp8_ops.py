@@ -1,4 +1,4 @@
-"""FP8 on every device: the format, and the matrix products of every linear layer.
+"""The operators of `model.py` that differ by device: matrix products, in FP8 or not, and rows of experts.
 
 FP8 here is `float8_e4m3fn`: a sign, 4 bits of exponent, 3 of mantissa, values up to 448. That is too little range for a
 tensor, so each small block of it carries a float32 scale that stores the block's largest value as 448 (DeepSeek-V3
@@ -41,23 +41,25 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # so that a scale's reciprocal is finite; all-zero blocks get this one
 SCALE_FORMATS = (None, "ue8m0")
+QUERY_BLOCK = 256  # queries of one product in `attend_in_products`: larger blocks compute more masked scores
+# Numbers of an activation from which a fused kernel is used. A launch from Python takes the CPU longer than torch's own
+# operations, and a GPU with little to do waits for it: an eager step of small.json, 16 × 512, takes 91 ms by torch and
+# 113 ms by kernels. The bound can go once training replays its steps as CUDA graphs, which launch nothing from Python.
+MIN_FUSED_NUMEL = 1 << 23
 
 
 @cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a device that runs Triton kernels; (0, 0) for others."""
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available()
+    if not is_nvidia or importlib.util.find_spec("triton") is None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether a device has FP8 tensor cores that kernel.py can use: compute capability 8.9 or more, and Triton."""
-    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
-        return False
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-@cache
-def _runs_triton(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether a device has FP8 tensor cores that kernel.py can use."""
+    return _capability(device) >= (8, 9)
 
 
 def kernels(x: torch.Tensor) -> Any:
@@ -65,11 +67,18 @@ def kernels(x: torch.Tensor) -> Any:
 
     None elsewhere: there plain torch computes the same, and torch.compile fuses it by itself.
     """
-    if x.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling() or not _runs_triton(x.device):
+    if x.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling():
+        return None
+    if _capability(x.device) < (8, 0):
         return None
     import kernel_fused
 
     return kernel_fused
+
+
+def activation_kernels(x: torch.Tensor) -> Any:
+    """`kernels(x)` for an activation that is worth a launch, of `MIN_FUSED_NUMEL` numbers or more; else None."""
+    return kernels(x) if x.numel() >= MIN_FUSED_NUMEL else None
 
 
 def _runs_kernel(x: torch.Tensor, block_size: int = BLOCK) -> bool:
@@ -290,12 +299,7 @@ def _from_e4m3(q: torch.Tensor, out: torch.Tensor, shift: int, bits: torch.Tenso
 
     A float16 has the layout of e4m3 with one more bit of exponent and seven of mantissa. So `seeeemmm` moved to
     `s0eeeemmm0000000` is the number times 2^(7 - 15), subnormals included. NaN has to be put back.
-
-    Args:
-        q: FP8 numbers.
-        out: Room for the result: float32 in the shape of `q`.
-        shift: What `_shift` says.
-        bits: Room to work in: int16, as many as there are numbers, or more.
+    `out` is float32 in the shape of `q`, `shift` is from `_shift`, and `bits` is room to work in: an int16 a number.
     """
     if not shift:
         out.copy_(q)
@@ -308,28 +312,31 @@ def _from_e4m3(q: torch.Tensor, out: torch.Tensor, shift: int, bits: torch.Tenso
             out.masked_fill_(q.isnan(), float("nan"))
 
 
+# What torch.compile is told of each result: shape, dtype and strides.
+
+
 @torch.library.register_fake("bytegpt::act_quant")
-def _(x: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _(x, block_size=BLOCK, scale_fmt=None):
     q = torch.empty(x.shape, dtype=E4M3, device=x.device)
     return q, x.new_empty(*x.shape[:-1], -(-x.shape[-1] // block_size), dtype=torch.float32)
 
 
 @torch.library.register_fake("bytegpt::act_quant_both")
-def _(x: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(x, scale_fmt=None):
     (m, k), new = x.shape, x.new_empty
     s, s_t = (new(a, -(-b // BLOCK), dtype=torch.float32) for a, b in ((m, k), (k, m)))
     return new(m, k, dtype=E4M3), s, new(k, m, dtype=E4M3), s_t.view(-1, k).T
 
 
 @torch.library.register_fake("bytegpt::weight_quant")
-def _(w: torch.Tensor, block_size: int = BLOCK, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _(w, block_size=BLOCK, scale_fmt=None):
     n, k = w.shape[-2:]
     q = torch.empty(w.shape, dtype=E4M3, device=w.device)
     return q, w.new_empty(*w.shape[:-2], -(-n // block_size), -(-k // block_size), dtype=torch.float32)
 
 
 @torch.library.register_fake("bytegpt::weight_dequant")
-def _(q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def _(q, s, block_size=BLOCK, dtype=torch.bfloat16):
     return torch.empty(q.shape, dtype=dtype, device=s.device)
 
 
@@ -340,7 +347,7 @@ def _(q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK, dtype: torch.dt
 def fp8_gemm(
     a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """Multiplies quantised matrices, `a @ b.T`, summing in float32.
+    """Multiplies quantised matrices, `a @ b.T`, summing in float32. Returns (..., N).
 
     Args:
         a: float8_e4m3fn (..., K), quantised by `act_quant`.
@@ -349,9 +356,6 @@ def fp8_gemm(
         b_s: Its scales, float32 (⌈N/128⌉, ⌈K/128⌉) or (N, ⌈K/128⌉).
         dtype: Dtype to return.
 
-    Returns:
-        Shape (..., N).
-
     Raises:
         ValueError: The operands or their scales do not fit each other.
     """
@@ -359,36 +363,21 @@ def fp8_gemm(
     if _runs_kernel(a):
         import kernel
 
-        return kernel.gemm(a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1]), b, b_s, dtype).view(
-            *a.shape[:-1], len(b)
-        )
+        c = kernel.gemm(a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1]), b, b_s, dtype)
+        return c.view(*a.shape[:-1], len(b))
     return (act_dequant(a, a_s) @ _right_operand(b, b_s).mT).to(dtype)
 
 
 @_operator
 def fp8_grouped_gemm(
-    a: torch.Tensor,
-    a_s: torch.Tensor,
-    b: torch.Tensor,
-    b_s: torch.Tensor,
-    offsets: torch.Tensor,
+    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor,
     dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Multiplies consecutive groups of rows by a quantised weight each: `a[group g] @ b[g].T`.
 
-    Args:
-        a: float8_e4m3fn (rows, K), quantised by `act_quant`: the rows of group 0 first, then those of group 1, ...
-        a_s: Its scales, float32 (rows, ⌈K/128⌉).
-        b: float8_e4m3fn (groups, N, K), quantised by `weight_quant`.
-        b_s: Its scales, float32 (groups, ⌈N/128⌉, ⌈K/128⌉).
-        offsets: Where each group's rows end, int32 (groups,), ascending, the last equal to `rows`.
-        dtype: Dtype to return.
-
-    Returns:
-        Shape (rows, N).
-
-    Raises:
-        ValueError: The operands or their scales do not fit each other.
+    As `fp8_gemm` for `a` (rows, K), the rows of group 0 first, then those of group 1, ..., and `b` (groups, N, K) with
+    scales of blocks; returns (rows, N). `offsets` has where each group's rows end, int32 (groups,), ascending, the last
+    equal to `rows`.
     """
     _check_operands(a, a_s, b, b_s, offsets)
     if _runs_kernel(a):
@@ -400,30 +389,14 @@ def fp8_grouped_gemm(
 
 @_operator
 def fp8_grouped_outer(
-    a: torch.Tensor,
-    a_s: torch.Tensor,
-    b: torch.Tensor,
-    b_s: torch.Tensor,
-    offsets: torch.Tensor,
+    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor,
     dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Multiplies consecutive groups of columns with each other: `a[:, group g] @ b[:, group g].T`.
 
-    It is the weight gradient of `fp8_grouped_gemm`. A tile of 128 columns may span two groups, which share its scale.
-
-    Args:
-        a: float8_e4m3fn (N, rows), a transposed output of `act_quant_both`.
-        a_s: Its scales, float32 (N, ⌈rows/128⌉).
-        b: float8_e4m3fn (K, rows), likewise.
-        b_s: Its scales, float32 (K, ⌈rows/128⌉).
-        offsets: Where each group's columns end, int32 (groups,), ascending, the last equal to `rows`.
-        dtype: Dtype to return.
-
-    Returns:
-        Shape (groups, N, K); zeros for an empty group.
-
-    Raises:
-        ValueError: The operands or their scales do not fit each other.
+    It is the weight gradient of `fp8_grouped_gemm`: (groups, N, K), zeros for an empty group. Both operands are
+    transposed outputs of `act_quant_both`, (N, rows) and (K, rows) with scales (·, ⌈rows/128⌉); `offsets` is as there.
+    A tile of 128 columns may span two groups, which share its scale.
     """
     _check_operands(a, a_s, b, b_s)
     if _runs_kernel(a):
@@ -457,33 +430,17 @@ def _right_operand(b: torch.Tensor, b_s: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.register_fake("bytegpt::fp8_gemm")
-def _(
-    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+def _(a, a_s, b, b_s, dtype=torch.bfloat16):
     return a_s.new_empty(*a.shape[:-1], b.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake("bytegpt::fp8_grouped_gemm")
-def _(
-    a: torch.Tensor,
-    a_s: torch.Tensor,
-    b: torch.Tensor,
-    b_s: torch.Tensor,
-    offsets: torch.Tensor,
-    dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
+def _(a, a_s, b, b_s, offsets, dtype=torch.bfloat16):
     return a_s.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
 @torch.library.register_fake("bytegpt::fp8_grouped_outer")
-def _(
-    a: torch.Tensor,
-    a_s: torch.Tensor,
-    b: torch.Tensor,
-    b_s: torch.Tensor,
-    offsets: torch.Tensor,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+def _(a, a_s, b, b_s, offsets, dtype=torch.float32):
     return a_s.new_empty(offsets.shape[0], a.shape[0], b.shape[0], dtype=dtype)
 
 
@@ -630,13 +587,9 @@ class _FP8Linear(torch.autograd.Function):
 
 
 def _gemm(
-    a: torch.Tensor,
-    a_s: torch.Tensor,
-    b: torch.Tensor,
-    b_s: torch.Tensor,
-    offsets: torch.Tensor | None,
+    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor | None,
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     if offsets is None:
         return fp8_gemm(a, a_s, b, b_s, dtype)
     return fp8_grouped_gemm(a, a_s, b, b_s, offsets, dtype)
@@ -688,12 +641,12 @@ def _grouped_outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -
 
 
 @torch.library.register_fake("bytegpt::grouped_mm")
-def _(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _(x, weight, offsets):
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
 @torch.library.register_fake("bytegpt::grouped_outer")
-def _(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _(x, grad, offsets):
     return x.new_empty(offsets.shape[0], grad.shape[1], x.shape[1]).transpose(1, 2)
 
 
@@ -709,3 +662,73 @@ def _grouped_mm_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | N
 
 
 torch.library.register_autograd("bytegpt::grouped_mm", _grouped_mm_backward, setup_context=_save_for_backward)
+
+
+# --- Rows of experts ----------------------------------------------------------------------------------------------
+
+
+def sort_by_expert(
+    x: torch.Tensor, experts: torch.Tensor, n_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Repeats each row of x (N, dim) for its `experts` (N, K), sorted by expert.
+
+    Returns the rows (N·K, dim), where each choice stands among them (N, K), and where each expert's rows end, int32.
+    """
+    if kernel := activation_kernels(x):
+        places, ends = kernel.sort_by_expert(experts, n_experts)
+        return kernel.permute(x, places), places, ends
+    in_order, order = experts.flatten().sort(stable=True)
+    places = order.argsort().view_as(experts)
+    ends = torch.searchsorted(in_order, torch.arange(n_experts, device=x.device), right=True).int()
+    return _Permute.apply(x, order, places), places, ends
+
+
+def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sums (N, dim) of rows of x (N·K, dim) at `places` (N, K), weighted by `weights`, float32 (N, K)."""
+    if kernel := activation_kernels(x):
+        return kernel.combine(x, places, weights)
+    return _sum_rows(x, places, weights.to(x.dtype))
+
+
+def _sum_rows(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    if x.device.type not in ("cuda", "mps"):  # without a copy of the rows; on a GPU it has no gradient for bfloat16
+        return F.embedding_bag(places, x, mode="sum", per_sample_weights=weights)
+    rows = x.index_select(0, places.flatten()).unflatten(0, places.shape)
+    return (rows if weights is None else rows * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class _Permute(torch.autograd.Function):
+    """Repeats rows of `x` K times and sorts them: the gradient is a gather too, not a scatter of single rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, order // places.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return _sum_rows(grad, places), None, None
+
+
+# --- Attention ----------------------------------------------------------------------------------------------------
+
+
+def attend_in_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal softmax attention as two matrix products for each block of queries, over the keys up to its end.
+
+    torch's fused attention does not use a CPU's bfloat16 products: there this is two to three times as fast, forward
+    and backward. The backward pass keeps the probabilities: memory grows with the square of S, unlike torch's.
+
+    Queries and keys are (B, S, H, d), values and the result (B, S, H, d_v); `scale` is the factor of the scores.
+    """
+    bsz, seqlen, heads, _ = q.shape
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B·H, S, ·)
+    blocks = []
+    for start in range(0, seqlen, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, seqlen)
+        hidden = torch.full((end - start, end), float("-inf"), dtype=q.dtype, device=q.device).triu(start + 1)
+        scores = torch.baddbmm(hidden, q[:, start:end], k[:, :end].mT, alpha=scale)
+        blocks.append(torch.bmm(scores.softmax(dim=-1), v[:, :end]))
+    out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    return out.unflatten(0, (bsz, heads)).transpose(1, 2)

@@ -20,6 +20,7 @@ some scale, others multiply.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -179,7 +180,7 @@ def weight_dequant(q: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> torc
     return w
 
 
-def _set_block_shapes(args: dict[str, object]) -> None:
+def _set_block_shapes(args: dict[str, Any]) -> None:
     """Cuts the descriptors of both operands to the tiles about to be tried or run."""
     args["a_desc"].block_shape = [args["BLOCK_M"], 128]
     args["b_desc"].block_shape = [args["BLOCK_N"], 128]
@@ -439,7 +440,7 @@ def _load_tiles(
             m = gl.minimum(gl.arange(0, BLOCK_M, flat), M - 1 - row)
             a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
             if B_IN_BLOCKS:  # a tile is as wide as a block: one scale for all of it
-                b_s_at = bs_ptr + e.to(gl.int64) * bs_stride_e + tile_n * bs_stride_n
+                b_s_at = bs_ptr + e.to(gl.int64) * bs_stride_e + tile_n * bs_stride_n  # type: ignore[attr-defined]
                 b_row = e * N + col
             else:
                 n = gl.minimum(gl.arange(0, 128, flat), N - 1 - col)
@@ -523,7 +524,7 @@ def _multiply_tiles(
         first, last = _steps(k_begin, k_end)
         c = c_ptr
         if OUTER:
-            c += e.to(gl.int64) * M * N
+            c += e.to(gl.int64) * M * N  # type: ignore[attr-defined]
         while tile < n_tiles_m * n_tiles_n:
             tile_m, tile_n = _corner(tile, n_tiles_m, n_tiles_n)
             product = gl.zeros([64, 128], gl.float32, layout)
@@ -567,11 +568,11 @@ def _hopper_kernel(
 ):  # fmt: skip
     """All three products: `_gemm_kernel`'s, and with OUTER `_grouped_outer_kernel`'s, in tiles of BLOCK_M×128.
 
-    There is a program for each multiprocessor, which takes every so manieth tile. One warp fills a ring of STAGES in
+    A persistent program on each multiprocessor makes every P-th tile, of P programs. One warp fills a ring of STAGES in
     shared memory, each of them a step of 128 along K: (BLOCK_M + 128)·128 bytes of operands, and their scales. Two
-    groups of four warps empty it, each for one half of the tile's rows; they run on their own, so that the tensor cores
-    multiply for one while the other scales, or stores its tile. A stage is full when its bytes have been counted and
-    its scales stored, and empty when both groups have said so.
+    groups of four warps empty it, each for one half of the tile's rows, without waiting for each other: so the tensor
+    cores multiply for one while the other scales, or stores its tile. A stage is full when its bytes have been counted
+    and its scales stored, and empty when both groups have arrived at its barrier.
 
     Bound by the tensor cores; by the scaling where b has a scale per row, which makes it twice the work.
     """

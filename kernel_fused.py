@@ -279,7 +279,8 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _Rope.forward(ctx, grad, *ctx.angles, True), None, None, None
+        cos, sin = ctx.angles
+        return _Rope.forward(ctx, grad, cos, sin, True), None, None, None
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,31 +1,28 @@
 """DeepSeek-V3's architecture over bytes: multi-head latent attention, mixture of experts, multi-token prediction.
 
-A block is `x + attn(attn_norm(x))` followed by `x + ffn(ffn_norm(x))`, and nothing else. What is special is inside:
+A block is `x + attn(attn_norm(x))` followed by `x + ffn(ffn_norm(x))`. Three parts are special:
 
 Multi-head latent attention (MLA; DeepSeek-V2 report, section 2.1). Keys and values of all heads are expanded from one
-    small latent vector per position, `c = kv_norm(W_kv_a x)` with `kv_lora_rank` numbers, plus one rotary key of
-    `qk_rope_head_dim` numbers that all heads share. Only these are cached. Two implementations give the same numbers:
+    small latent vector per position, `c = kv_norm(W_kv_a x)`, plus one rotary key that all heads share. Only these are
+    cached. Two implementations give the same numbers:
       naive    expands keys and values, then attends as usual: few large products, for training.
       absorb   moves the expansion to the other side, `q·(W_k c) = (W_kᵀ q)·c`: queries and outputs are projected into
                the latent space, where all heads read the same cache: little memory to read, for decoding.
-
-Mixture of experts (MoE; DeepSeek-V3 report, section 2.1.2). A router scores `n_routed_experts` small MLPs for each
-    position and sends it through the best `n_activated_experts`, plus `n_shared_experts` that every position visits.
-    The load is balanced without an auxiliary loss: each expert has a bias that is added to its score for choosing,
-    though not to its weight, and that is moved against the expert's load after every batch.
-
+Mixture of experts (MoE; DeepSeek-V3 report, section 2.1.2). A router sends each position through the best
+    `n_activated_experts` of `n_routed_experts` small MLPs, and through `n_shared_experts` that every position visits.
+    A bias per expert, moved against its load after each batch, balances the choice without an auxiliary loss.
 Multi-token prediction (MTP; section 2.2). Module k takes the model's state at position i and the byte at i+k, and
     predicts the byte at i+k+1 through one more block and the shared head: a denser training signal, and drafts for
     speculative decoding.
 
 The names are those of DeepSeek's own inference code. Shapes in comments: B batch, S positions of the call, T positions
-to attend to, H heads, C `kv_lora_rank`, R `qk_rope_head_dim`, N = B·S, K experts per position, E experts.
+to attend to, H heads, d their width, C `kv_lora_rank`, R `qk_rope_head_dim`, N = B·S, K experts a position, E experts.
 
-This file is the mathematics for one device: it knows nothing of files, flags or the environment. Where a line asks for
-`fp8_ops.kernels`, a GPU runs one fused kernel for what the plain lines beside it compute.
+This file is the mathematics for one device, without files and flags; `fp8_ops` has what differs by device.
 """
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -39,23 +36,21 @@ import fp8_ops
 attn_impl: Literal["naive", "absorb"] = "naive"
 
 FEW_POSITIONS = 64  # of a call, up to which a decoder is faster than the modules
-QUERY_BLOCK = 256  # queries of one product in `attend_in_products`: larger blocks compute more masked scores
 EMBEDDING_STD = 0.3  # at the start; with 1, small models learn more slowly
 BIAS_GAIN = 0.02  # of the routers' biases; 0.05 chatters, which costs 1% of the loss, 0.01 follows too slowly
 LATENT_NORM_EPS = 1e-6  # of q_norm and kv_norm, whatever norm_eps is, in DeepSeek's code and in transformers
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "relu2": lambda x: F.relu(x).square(),
 }
-_CHOICES = {
+_CHOICES: dict[str, Collection[str | None]] = {
     "dtype": ("fp32", "bf16", "fp8"),
     "scale_fmt": (None, "ue8m0"),
     "score_func": ("softmax", "sigmoid"),
     "hidden_act": ACTIVATIONS,
 }
-# The lowest and the highest value of each number. The highest are beyond any model that was ever published, and such
-# that no weight has 2^63 bytes.
+# The lowest and the highest value of each number: beyond any published model, and such that no weight has 2^63 bytes.
 # fmt: off
 _BOUNDS: dict[str, tuple[float, float]] = {
     "max_batch_size": (1, 1 << 20), "max_seq_len": (1, 1 << 30), "vocab_size": (1, 1 << 24), "dim": (1, 1 << 20),
@@ -81,91 +76,51 @@ class ModelArgs:
     """The shape of a model: the fields of DeepSeek's `inference/configs/*.json`, and a few more.
 
     The defaults are DeepSeek's, apart from the vocabulary of bytes, so that its files mean here what they mean there.
-
-    Attributes:
-        max_batch_size: Sequences that generation decodes at a time.
-        max_seq_len: Context in positions.
-        dtype: What the linear layers' weights are stored in. Training keeps its master weights in float32 anyway.
-        scale_fmt: "ue8m0" rounds FP8 scales up to powers of two.
-        vocab_size: Number of token ids; 256 for bytes.
-        dim: Width of the residual stream.
-        inter_dim: Hidden width of the dense MLPs.
-        moe_inter_dim: Hidden width of one expert.
-        n_layers: Number of blocks.
-        n_dense_layers: How many of the first blocks are dense.
-        moe_layer_freq: Distance between MoE blocks after those: 1 makes all of them MoE, 2 every other one.
-        n_heads: Number of attention heads.
-        n_routed_experts: Experts to choose from. With 0, every layer is dense.
-        n_shared_experts: Experts that every position visits, computed as one MLP.
-        n_activated_experts: Routed experts that a position visits.
-        n_expert_groups: Groups the experts are divided into.
-        n_limited_groups: How many groups a position may choose its experts from.
-        score_func: Router scores: "softmax" over all experts, or "sigmoid" of each, normalised over the chosen ones.
-        gate_bias: Whether choosing adds a bias per expert (balancing without auxiliary loss). None: with sigmoid only.
-        route_scale: Factor of the routed experts' weights.
-        bias_update_speed: The step of that bias after each batch (gamma in the V3 report, section 2.1.2; 0.001 there).
-            None: in proportion to how far the load is from the mean, for runs of any length.
-        aux_loss_alpha: Weight of the sequence-wise balance loss (alpha there, equation 17).
-        hidden_act: Activation of the gate in MLPs and experts: "silu", "gelu" or "relu2" (squared ReLU).
-        q_lora_rank: Rank of the query's compression; 0: a plain projection.
-        kv_lora_rank: Rank of the latent of keys and values; 0: plain keys and values, ordinary multi-head attention.
-        qk_nope_head_dim: Width of a head's query and key without position.
-        qk_rope_head_dim: Width of their rotary part.
-        v_head_dim: Width of a head's value.
-        original_seq_len: Context that the rotary frequencies are made for.
-        use_yarn: Whether YaRN stretches them for a longer one. None, as in DeepSeek's files: if `max_seq_len` is above
-            `original_seq_len`. The answer belongs to the weights: it is saved, and stays when `max_seq_len` changes.
-        rope_theta: Base of the rotary frequencies.
-        rope_factor: How far YaRN stretches them.
-        beta_fast: Rotations over `original_seq_len` above which YaRN leaves a frequency as it is.
-        beta_slow: Rotations below which it is divided by `rope_factor` in full.
-        mscale: Strength of YaRN's correction of the attention's temperature.
-        norm_eps: Epsilon of the RMS norms, those of the latent vectors excepted: `LATENT_NORM_EPS`.
-        n_mtp_layers: Multi-token prediction modules, each looking one byte further ahead.
-        mtp_loss_weight: Weight of their mean loss (lambda in the V3 report, equation 25).
-
-    Raises:
-        ConfigError: A value of the wrong type or out of range, or sizes that do not fit each other.
+    A value of the wrong type or out of range, or sizes that do not fit each other, raise a ConfigError.
     """
 
-    max_batch_size: int = 8
-    max_seq_len: int = 4096 * 4
-    dtype: str = "bf16"
-    scale_fmt: str | None = None
-    vocab_size: int = 256
-    dim: int = 2048
-    inter_dim: int = 10944
-    moe_inter_dim: int = 1408
-    n_layers: int = 27
-    n_dense_layers: int = 1
-    moe_layer_freq: int = 1
+    max_batch_size: int = 8  # sequences that generation decodes at a time
+    max_seq_len: int = 4096 * 4  # context in positions
+    dtype: str = "bf16"  # of the stored weights of linear layers; training keeps master weights in float32 anyway
+    scale_fmt: str | None = None  # "ue8m0" rounds FP8 scales up to powers of two
+    vocab_size: int = 256  # number of token ids; 256 for bytes
+    dim: int = 2048  # width of the residual stream
+    inter_dim: int = 10944  # hidden width of the dense MLPs
+    moe_inter_dim: int = 1408  # hidden width of one expert
+    n_layers: int = 27  # number of blocks
+    n_dense_layers: int = 1  # how many of the first blocks are dense
+    moe_layer_freq: int = 1  # distance between MoE blocks after those: 1 makes all of them MoE, 2 every other one
     n_heads: int = 16
-    n_routed_experts: int = 64
-    n_shared_experts: int = 2
-    n_activated_experts: int = 6
-    n_expert_groups: int = 1
-    n_limited_groups: int = 1
-    score_func: str = "softmax"
-    gate_bias: bool | None = None
-    route_scale: float = 1.0
+    n_routed_experts: int = 64  # experts to choose from; with 0, every layer is dense
+    n_shared_experts: int = 2  # experts that every position visits, computed as one MLP
+    n_activated_experts: int = 6  # routed experts that a position visits
+    n_expert_groups: int = 1  # groups that the experts are divided into
+    n_limited_groups: int = 1  # groups that a position may choose its experts from
+    score_func: str = "softmax"  # router scores: over all experts; "sigmoid": of each, normalised over the chosen ones
+    gate_bias: bool | None = None  # choosing adds a bias per expert, which balances the load; None: with sigmoid only
+    route_scale: float = 1.0  # factor of the routed experts' weights
+    # Step of that bias after each batch (gamma in the V3 report, section 2.1.2; 0.001 there). None: in proportion to
+    # how far the load is from the mean, for runs of any length.
     bias_update_speed: float | None = None
-    aux_loss_alpha: float = 0.0001
-    hidden_act: str = "silu"
-    q_lora_rank: int = 0
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    original_seq_len: int = 4096
+    aux_loss_alpha: float = 0.0001  # weight of the sequence-wise balance loss (alpha there, equation 17)
+    hidden_act: str = "silu"  # activation of the gate in MLPs and experts: or "gelu", "relu2" (squared ReLU)
+    q_lora_rank: int = 0  # rank of the query's compression; 0: a plain projection
+    kv_lora_rank: int = 512  # rank of the latent of keys and values; 0: ordinary multi-head attention
+    qk_nope_head_dim: int = 128  # width of a head's query and key without position
+    qk_rope_head_dim: int = 64  # width of their rotary part
+    v_head_dim: int = 128  # width of a head's value
+    original_seq_len: int = 4096  # context that the rotary frequencies are made for
+    # Whether YaRN stretches them for a longer one. None, as in DeepSeek's files: if `max_seq_len` is above
+    # `original_seq_len`. The answer belongs to the weights: it is saved, and stays when `max_seq_len` changes.
     use_yarn: bool | None = None
-    rope_theta: float = 10000.0
-    rope_factor: float = 40.0
-    beta_fast: int = 32
-    beta_slow: int = 1
-    mscale: float = 1.0
-    norm_eps: float = 1e-6
-    n_mtp_layers: int = 0
-    mtp_loss_weight: float = 0.3
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_factor: float = 40.0  # how far YaRN stretches them
+    beta_fast: int = 32  # rotations over `original_seq_len` above which YaRN leaves a frequency as it is
+    beta_slow: int = 1  # rotations below which it is divided by `rope_factor` in full
+    mscale: float = 1.0  # strength of YaRN's correction of the attention's temperature
+    norm_eps: float = 1e-6  # of the RMS norms, those of the latent vectors excepted: `LATENT_NORM_EPS`
+    n_mtp_layers: int = 0  # multi-token prediction modules, each looking one byte further ahead
+    mtp_loss_weight: float = 0.3  # weight of their mean loss (lambda in the V3 report, equation 25)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelArgs":
@@ -186,40 +141,44 @@ class ModelArgs:
             self.gate_bias = self.score_func == "sigmoid"
         if self.use_yarn is None:
             self.use_yarn = self.max_seq_len > self.original_seq_len
-        self._check_fit()
+        for wrong, message in self._misfits():
+            if wrong:
+                raise ConfigError(message)
 
-    def _check_fit(self) -> None:
-        if self.beta_fast < self.beta_slow:
-            raise ConfigError(f"beta_fast must be at least beta_slow ({self.beta_slow}), got {self.beta_fast}")
-        if self.rope_theta == 1:
-            raise ConfigError("rope_theta must be greater than 1, got 1.0")
-        if self.qk_rope_head_dim % 2:
-            raise ConfigError(f"qk_rope_head_dim must be even (rotary pairs), got {self.qk_rope_head_dim}")
-        if self.qk_nope_head_dim + self.qk_rope_head_dim == 0:
-            raise ConfigError("qk_nope_head_dim and qk_rope_head_dim cannot both be 0")
-        if any(not self.is_moe(i) for i in range(self.n_layers + self.n_mtp_layers)) and self.inter_dim == 0:
-            raise ConfigError("inter_dim must be greater than 0, since the model has dense layers")
-        if self.n_routed_experts == 0:
-            return
+    def _misfits(self) -> list[tuple[bool, str]]:
+        """How sizes can fail to fit each other: whether they do, and the message for it."""
         experts, groups = self.n_routed_experts, self.n_expert_groups
-        if self.moe_inter_dim <= 0:
-            raise ConfigError(f"moe_inter_dim must be greater than 0, got {self.moe_inter_dim}")
-        if not 1 <= self.n_activated_experts <= experts:
-            raise ConfigError(
-                f"n_activated_experts must be 1 to n_routed_experts ({experts}), got {self.n_activated_experts}"
-            )
-        if groups < 1 or experts % groups:
-            raise ConfigError(f"n_expert_groups must divide n_routed_experts ({experts}), got {groups}")
-        if not 1 <= self.n_limited_groups <= groups:
-            raise ConfigError(f"n_limited_groups must be 1 to n_expert_groups ({groups}), got {self.n_limited_groups}")
-        reachable = experts // groups * self.n_limited_groups
-        if self.n_activated_experts > reachable:
-            raise ConfigError(
-                f"n_activated_experts must be at most {reachable}, the experts of n_limited_groups groups, "
-                f"got {self.n_activated_experts}"
-            )
-        if self.gate_bias and groups > 1 and experts // groups < 2:
-            raise ConfigError("n_expert_groups must leave two experts a group, whose best two scores rank it")
+        topk, limited = self.n_activated_experts, self.n_limited_groups
+        nope, rope, fast, slow = self.qk_nope_head_dim, self.qk_rope_head_dim, self.beta_fast, self.beta_slow
+        has_dense = not all(self.is_moe(i) for i in range(self.n_layers + self.n_mtp_layers))
+        of_any = [
+            (fast < slow, f"beta_fast must be at least beta_slow ({slow}), got {fast}"),
+            (self.rope_theta == 1, "rope_theta must be greater than 1, got 1.0"),
+            (rope % 2 != 0, f"qk_rope_head_dim must be even (rotary pairs), got {rope}"),
+            (nope + rope == 0, "qk_nope_head_dim and qk_rope_head_dim cannot both be 0"),
+            (has_dense and self.inter_dim == 0, "inter_dim must be greater than 0, since the model has dense layers"),
+        ]
+        if experts == 0:
+            return of_any
+        per_group = experts // max(groups, 1)
+        reachable = per_group * limited  # the experts of the groups that a position may choose from
+        return of_any + [
+            (self.moe_inter_dim == 0, "moe_inter_dim must be greater than 0, got 0"),
+            (not 1 <= topk <= experts, f"n_activated_experts must be 1 to n_routed_experts ({experts}), got {topk}"),
+            (
+                groups < 1 or experts % groups > 0,
+                f"n_expert_groups must divide n_routed_experts ({experts}), got {groups}",
+            ),
+            (not 1 <= limited <= groups, f"n_limited_groups must be 1 to n_expert_groups ({groups}), got {limited}"),
+            (
+                topk > reachable,
+                f"n_activated_experts must be at most {reachable}, the experts of n_limited_groups groups, got {topk}",
+            ),
+            (
+                self.gate_bias and groups > 1 and per_group < 2,
+                "n_expert_groups must leave two experts a group, whose best two scores rank it",
+            ),
+        ]
 
     def is_moe(self, layer_id: int) -> bool:
         """Whether block `layer_id` is a mixture of experts; MTP modules count on from `n_layers`."""
@@ -236,13 +195,9 @@ class ModelArgs:
 def check_field(name: str, value: Any) -> Any:
     """Checks a value of a field of `ModelArgs` by itself: its type, its bounds, the choices that there are.
 
-    Returns:
-        The value; an integer as a float where the field is one.
-
-    Raises:
-        ConfigError: The message names the field.
+    Returns the value, an integer as a float where the field is one, or raises a ConfigError that names the field.
     """
-    wanted = ModelArgs.__dataclass_fields__[name].type
+    wanted: Any = ModelArgs.__dataclass_fields__[name].type
     shown = f"{value!r:.100}" if type(value) is not int or value.bit_length() < 100 else "a number of many digits"
     if type(value) is int and wanted in (float, float | None) and value.bit_length() < 64:
         value = float(value)
@@ -264,31 +219,17 @@ class KVCache:
     Under "absorb" a layer keeps one tensor (B, capacity, C + R); under "naive", keys (B, capacity, H, qk_head_dim) and
     values (B, capacity, H, v_head_dim). What lies at positions from a row's length on is never read.
 
-    Args:
-        args: The model's shape.
-        batch_size: Number of sequences, B.
-        capacity: Positions of each.
-        n_heads: Heads of this process, H.
-        dtype: Dtype of the entries.
-        device: Their device.
-        spare: Positions that a call may go past the context; what it computes there is not used.
-
-    Attributes:
-        lengths: Filled positions of each sequence. Lowering one drops the positions after it.
+    `capacity` is the positions of each sequence, `n_heads` this process's heads, H, and `spare` how many positions a
+    call may go past the context: what it computes there is not used. `lengths` has the filled positions of each
+    sequence; lowering one drops the positions after it.
     """
 
     def __init__(
-        self,
-        args: ModelArgs,
-        batch_size: int,
-        capacity: int,
-        n_heads: int,
-        dtype: torch.dtype,
-        device: torch.device | str | None = None,
-        spare: int = 0,
-    ):
+        self, args: ModelArgs, batch_size: int, capacity: int, n_heads: int, dtype: torch.dtype,
+        device: torch.device | str | None = None, spare: int = 0,
+    ):  # fmt: skip
         if args.kv_lora_rank and attn_impl == "absorb":
-            shapes = [(args.kv_lora_rank + args.qk_rope_head_dim,)]
+            shapes: list[tuple[int, ...]] = [(args.kv_lora_rank + args.qk_rope_head_dim,)]
         else:
             shapes = [(n_heads, args.qk_nope_head_dim + args.qk_rope_head_dim), (n_heads, args.v_head_dim)]
         self.capacity = capacity + spare
@@ -309,17 +250,12 @@ class KVCache:
     def update(self, layer_id: int, positions: torch.Tensor | slice, *new: torch.Tensor) -> list[torch.Tensor]:
         """Writes a layer's new entries (B, S, ...) at `positions` and returns all that may be read (B, T, ...)."""
         end = max(self.lengths) + new[0].shape[1]
-        for tensor, entries in zip(self.layers[layer_id], new, strict=True):
-            self.write(tensor, positions, entries)
-        return [tensor[:, :end] for tensor in self.layers[layer_id]]
-
-    @staticmethod
-    def write(tensor: torch.Tensor, positions: torch.Tensor | slice, entries: torch.Tensor) -> None:
-        """Writes entries (B, S, ...) at `positions` of a layer's tensor (B, capacity, ...)."""
-        rows = slice(None)
+        rows: torch.Tensor | slice = slice(None)
         if isinstance(positions, torch.Tensor):
-            rows = torch.arange(len(tensor), device=positions.device)[:, None]
-        tensor[rows, positions] = entries.to(tensor.dtype)
+            rows = torch.arange(len(positions), device=positions.device)[:, None]
+        for tensor, entries in zip(self.layers[layer_id], new, strict=True):
+            tensor[rows, positions] = entries.to(tensor.dtype)
+        return [tensor[:, :end] for tensor in self.layers[layer_id]]
 
 
 class Positions(NamedTuple):
@@ -327,7 +263,8 @@ class Positions(NamedTuple):
 
     cos: torch.Tensor  # of the rotary angles, float32 (S, 1, R/2), or (B, S, 1, R/2) where rows differ
     sin: torch.Tensor
-    index: torch.Tensor | slice | None = None  # in the cache: (B, S), or a slice equal in all rows; None without one
+    # in the cache: (B, S), or a slice equal in all rows; None without a cache
+    index: torch.Tensor | slice | None = None  # type: ignore[assignment]  # tuples have a method of this name
     mask: torch.Tensor | None = None  # True where a query may look, (B or 1, 1, S, T); None: causal, or one query
 
 
@@ -353,23 +290,16 @@ class Linear(nn.Module):
 
     A trained weight is kept in the parameter's own precision; for FP8 products, `quantize` makes a quantised copy once
     a step. A weight stored in FP8, as in a checkpoint, is itself the parameter, and `scale` holds its scales.
-
-    Args:
-        args: The model's shape.
-        in_features: Width of the input.
-        out_features: Width of the output.
-        stack: Number of matrices; None for a single one.
-        high_precision: Never in FP8 (V3 report, section 3.3.1: embedding, head, router and norms are not).
+    `stack` is the number of matrices; None: a single one. With `high_precision` it is never in FP8 (V3 report, section
+    3.3.1: embedding, head, router and norms are not).
     """
 
+    scale: torch.Tensor | None
+
     def __init__(
-        self,
-        args: ModelArgs,
-        in_features: int,
-        out_features: int,
-        stack: int | None = None,
-        high_precision: bool = False,
-    ):
+        self, args: ModelArgs, in_features: int, out_features: int,
+        stack: int | None = None, high_precision: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.scale_fmt = args.scale_fmt
         self.high_precision = high_precision
@@ -399,17 +329,14 @@ class Linear(nn.Module):
             return
         for name, new in fp8_ops.quantize(self.weight, self.scale_fmt)._asdict().items():
             old = getattr(self, f"weight_{name}")
-            if old is None:
-                setattr(self, f"weight_{name}", new)
-            else:
-                old.copy_(new)
+            setattr(self, f"weight_{name}", new if old is None else old.copy_(new))
 
     def quantized(self) -> fp8_ops.QuantizedWeight:
         """The weight for FP8 products: as `quantize` made it, or as it is stored, or else made now."""
         if self.scale is not None:
             return fp8_ops.QuantizedWeight(self.weight, self.scale, self.weight.mT)
         if self.weight_q is not None:
-            return fp8_ops.QuantizedWeight(self.weight_q, self.weight_s, self.weight_q_t)
+            return fp8_ops.QuantizedWeight(*(getattr(self, f"weight_{n}") for n in fp8_ops.QuantizedWeight._fields))
         return fp8_ops.quantize(self.weight, self.scale_fmt)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -425,7 +352,7 @@ def project(x: torch.Tensor, *layers: Linear, offsets: torch.Tensor | None = Non
     if fp8_ops.gemm_impl == "fp8" and not layers[0].high_precision:
         quantized = [layer.quantized() for layer in layers]  # FP8 quantises, and keeps, the input once for all
         return fp8_ops.fp8_linear(x, [layer.weight for layer in layers], quantized, offsets, layers[0].scale_fmt)
-    if len(layers) > 1 and fp8_ops.kernels(x):
+    if len(layers) > 1 and fp8_ops.activation_kernels(x):
         return project_joined(x, *layers, offsets=offsets).split([layer.weight.shape[-2] for layer in layers], dim=-1)
     return tuple(fp8_ops.linear(x, layer.dense_weight(x.dtype), offsets) for layer in layers)
 
@@ -449,7 +376,7 @@ class RMSNorm(nn.Module):
 
     def add(self, x: torch.Tensor, update: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns `x + update` (`x` without one) and its norm: a residual stream needs both."""
-        if kernel := fp8_ops.kernels(x):
+        if kernel := fp8_ops.activation_kernels(x):
             return kernel.add_rms_norm(x, update, self.weight, self.eps)
         x = x if update is None else x + update
         return x, F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -481,45 +408,17 @@ def rope_frequencies(args: ModelArgs) -> torch.Tensor:
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (x0, x1), (x2, x3), ... of x (B, S, H, R) by angles broadcast against (B, S, H, R/2).
+    """Rotates the last R numbers of x (B, S, H, d), pairs (x0, x1), (x2, x3), ..., by angles (B or none, S, 1, R/2).
 
     The result has the pairs' first numbers in front and the second ones behind. Queries and keys are laid out alike, so
     their products are the same, and putting the pairs back together would cost a pass over memory.
     """
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()  # in float32: bfloat16 has 8 bits for the angle
-    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
-
-
-def causal_mask(seq_len: int, device: torch.device) -> torch.Tensor:
-    """True where a query may look in a sequence of `seq_len` without a cache: (1, 1, S, S)."""
-    return torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
-
-
-def attend_in_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal softmax attention as two matrix products for each block of queries, over the keys up to its end.
-
-    torch's fused attention does not use a CPU's bfloat16 products: there this is two to three times as fast, forward
-    and backward. The backward pass keeps the probabilities: memory grows with the square of S, unlike torch's.
-
-    Args:
-        q: Queries (B, S, H, d).
-        k: Keys (B, S, H, d).
-        v: Values (B, S, H, d_v).
-        scale: Factor of the scores.
-
-    Returns:
-        Shape (B, S, H, d_v).
-    """
-    bsz, seqlen, heads, _ = q.shape
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B·H, S, ·)
-    blocks = []
-    for start in range(0, seqlen, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, seqlen)
-        hidden = torch.full((end - start, end), float("-inf"), dtype=q.dtype, device=q.device).triu(start + 1)
-        scores = torch.baddbmm(hidden, q[:, start:end], k[:, :end].mT, alpha=scale)
-        blocks.append(torch.bmm(scores.softmax(dim=-1), v[:, :end]))
-    out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-    return out.unflatten(0, (bsz, heads)).transpose(1, 2)
+    if cos.ndim == 3 and (kernel := fp8_ops.activation_kernels(x)):
+        return kernel.rope(x, cos, sin)
+    nope, pe = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
+    even, odd = pe[..., 0::2].float(), pe[..., 1::2].float()  # in float32: bfloat16 has 8 bits for the angle
+    pe = torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
+    return torch.cat([nope, pe], dim=-1) if nope.shape[-1] else pe
 
 
 class MLA(nn.Module):
@@ -555,65 +454,35 @@ class MLA(nn.Module):
             self.softmax_scale *= mscale * mscale
 
     def forward(self, x: torch.Tensor, positions: Positions, cache: KVCache | None) -> torch.Tensor:
+        angles = positions.cos, positions.sin
         # the projections of x are made together: (B, S, q_lora_rank or H·d), then (B, S, C + R), or keys and values
-        q, *rest = project(
-            x,
-            self.wq_a if self.q_lora_rank else self.wq,
-            *([self.wkv_a] if self.kv_lora_rank else [self.wk, self.wv]),
-        )
+        wq = self.wq_a if self.q_lora_rank else self.wq
+        q, *rest = project(x, wq, *([self.wkv_a] if self.kv_lora_rank else [self.wk, self.wv]))
         if self.q_lora_rank:
             q = self.wq_b(self.q_norm(q))
-        q = q.unflatten(-1, (self.n_heads, self.qk_head_dim))  # (B, S, H, d)
-        if cache is None and attn_impl == "naive" and (kernel := fp8_ops.kernels(q)):
-            q, k, v = self._rotated_by_kernels(kernel, q, *rest, positions=positions)
-            return self.wo(self._attend(q, k, v, positions, None).flatten(2))
-        q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q_pe = apply_rotary_emb(q_pe, positions.cos, positions.sin)
+        q = apply_rotary_emb(q.unflatten(-1, (self.n_heads, self.qk_head_dim)), *angles)  # (B, S, H, d)
         if self.kv_lora_rank == 0:
-            k, v = self._plain_kv(*rest, positions)
+            k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in rest)  # (B, S, H, d), (B, S, H, v_head_dim)
+            return self.wo(self._attend(q, apply_rotary_emb(k, *angles), v, positions, cache).flatten(2))
+        kv, k_pe = rest[0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv = self.kv_norm(kv)  # (B, S, C)
+        if attn_impl == "absorb":
+            k_pe = apply_rotary_emb(k_pe.unsqueeze(2), *angles)  # (B, S, 1, R), for all heads
+            return self.wo(self._attend_absorbed(q, kv, k_pe, positions, cache).flatten(2))
+        kv = self.wkv_b(kv).unflatten(-1, (self.n_heads, -1))  # (B, S, H, qk_nope_head_dim + v_head_dim)
+        if positions.cos.ndim == 3 and (kernel := fp8_ops.activation_kernels(kv)):
+            k, v = kernel.keys_and_values(kv, k_pe, *angles, self.qk_nope_head_dim)
         else:
-            kv, k_pe = rest[0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            kv = self.kv_norm(kv)  # (B, S, C)
-            k_pe = apply_rotary_emb(k_pe.unsqueeze(2), positions.cos, positions.sin)  # (B, S, 1, R), for all heads
-            if attn_impl == "absorb":
-                return self.wo(self._attend_absorbed(q_nope, q_pe, kv, k_pe, positions, cache).flatten(2))
-            k, v = self._split_kv(self.wkv_b(kv), k_pe)
-        out = self._attend(torch.cat([q_nope, q_pe], dim=-1), k, v, positions, cache)
-        return self.wo(out.flatten(2))
+            k, v = self._keys_and_values(kv, apply_rotary_emb(k_pe.unsqueeze(2), *angles))
+        return self.wo(self._attend(q, k, v, positions, cache).flatten(2))
 
-    def _rotated_by_kernels(
-        self, kernel: Any, q: torch.Tensor, kv: torch.Tensor, v: torch.Tensor | None = None, *, positions: Positions
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values as `forward` makes them, without a pass over memory for each cat and cast."""
-        angles = positions.cos, positions.sin
-        if v is not None:  # plain attention: kv are the keys
-            k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in (kv, v))
-            return kernel.rope(q, *angles), kernel.rope(k, *angles), v
-        kv, k_pe = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        kv = self.wkv_b(self.kv_norm(kv)).unflatten(-1, (self.n_heads, -1))
-        return kernel.rope(q, *angles), *kernel.keys_and_values(kv, k_pe, *angles, self.qk_nope_head_dim)
-
-    def _plain_kv(self, k: torch.Tensor, v: torch.Tensor, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of ordinary multi-head attention, straight from projections: each (B, S, H, its width)."""
-        k = k.unflatten(-1, (self.n_heads, self.qk_head_dim))
-        k_nope, k_pe = k.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        k = torch.cat([k_nope, apply_rotary_emb(k_pe, positions.cos, positions.sin)], dim=-1)
-        return k, v.unflatten(-1, (self.n_heads, self.v_head_dim))
-
-    def _split_kv(self, kv: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each head's keys and values from what `wkv_b` makes of the latent and the shared rotary key (B, S, 1, R)."""
-        kv = kv.unflatten(-1, (self.n_heads, self.qk_nope_head_dim + self.v_head_dim))
+    def _keys_and_values(self, kv: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each head's keys (B, S, H, d) and values, from `wkv_b`'s output by heads and the rotated key (B, S, 1, R)."""
         k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat([k_nope, k_pe.expand(-1, -1, self.n_heads, -1)], dim=-1), v
 
     def _attend_absorbed(
-        self,
-        q_nope: torch.Tensor,
-        q_pe: torch.Tensor,
-        kv: torch.Tensor,
-        k_pe: torch.Tensor,
-        positions: Positions,
-        cache: KVCache | None,
+        self, q: torch.Tensor, kv: torch.Tensor, k_pe: torch.Tensor, positions: Positions, cache: KVCache | None
     ) -> torch.Tensor:
         """Attends through the latents, one key of C + R for all heads. Returns (B, S, H, v_head_dim)."""
         bsz, seqlen = kv.shape[:2]
@@ -626,14 +495,17 @@ class MLA(nn.Module):
         # for a query, the latent space is the wider one; for a position to attend to, expanding is a product more
         wider = 2 * self.kv_lora_rank - self.qk_nope_head_dim - self.v_head_dim
         if seqlen * wider > self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim):
-            k, v = self._split_kv(F.linear(values, wkv_b), latent[..., self.kv_lora_rank :].unsqueeze(2))
-            return self._attend(torch.cat([q_nope, q_pe], dim=-1), k, v, positions, None)
+            kv = F.linear(values, wkv_b).unflatten(-1, (self.n_heads, -1))
+            k, v = self._keys_and_values(kv, latent[..., self.kv_lora_rank :].unsqueeze(2))
+            return self._attend(q, k, v, positions, None)
         w_k, w_v = wkv_b.view(self.n_heads, -1, self.kv_lora_rank).split([self.qk_nope_head_dim, self.v_head_dim], 1)
-        q = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_k).transpose(0, 1)  # W_kᵀ q: (B·S, H, C)
-        q = torch.cat([q, q_pe.flatten(0, 1)], dim=-1).view(bsz, -1, latent.shape[-1]) * self.softmax_scale
+        q_nope, q_pe = q.flatten(0, 1).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)  # W_kᵀ q: (B·S, H, C)
+        q = torch.cat([q, q_pe], dim=-1).view(bsz, -1, latent.shape[-1]) * self.softmax_scale
         scores = torch.bmm(q, latent.mT)  # (B, S·H, T): no copy of the cache, and no cast
         if positions.mask is not None or seqlen > 1:
-            mask = positions.mask if positions.mask is not None else causal_mask(seqlen, kv.device)
+            causal = torch.ones(1, 1, seqlen, seqlen, dtype=torch.bool, device=kv.device).tril()
+            mask = causal if positions.mask is None else positions.mask  # True where a query may look
             scores = scores.unflatten(1, (seqlen, -1)).masked_fill(~mask.transpose(1, 2), float("-inf")).flatten(1, 2)
         out = torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(kv.dtype), values)  # (B, S·H, C)
         out = torch.bmm(out.view(bsz * seqlen, self.n_heads, -1).transpose(0, 1), w_v.mT)  # (H, B·S, v_head_dim)
@@ -647,15 +519,10 @@ class MLA(nn.Module):
             k, v = (t.to(q.dtype) for t in cache.update(self.layer_id, positions.index, k, v))
         in_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and positions.mask is None
         if in_products and 1 < q.shape[1] == k.shape[1]:
-            return attend_in_products(q, k, v, self.softmax_scale)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=positions.mask,
-            is_causal=positions.mask is None and (positions.index is None or q.shape[1] > 1),
-            scale=self.softmax_scale,
-        )
+            return fp8_ops.attend_in_products(q, k, v, self.softmax_scale)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        is_causal = positions.mask is None and (positions.index is None or q.shape[2] > 1)
+        out = F.scaled_dot_product_attention(q, k, v, positions.mask, is_causal=is_causal, scale=self.softmax_scale)
         return out.transpose(1, 2)
 
 
@@ -673,7 +540,7 @@ class MLP(nn.Module):
     def forward(
         self, x: torch.Tensor, offsets: torch.Tensor | None = None, is_here: torch.Tensor | None = None
     ) -> torch.Tensor:
-        kernel = fp8_ops.kernels(x)
+        kernel = fp8_ops.activation_kernels(x)
         if kernel and fp8_ops.gemm_impl != "fp8":
             gate_up = project_joined(x, self.w1, self.w3, offsets=offsets)  # (N, 2·inter_dim)
             gate_up = gate_up if is_here is None else gate_up.where(is_here, 0)
@@ -687,6 +554,8 @@ class MLP(nn.Module):
 class Gate(nn.Module):
     """The router: which experts a position visits, and with what weight (V3 report, equations 12 to 16)."""
 
+    bias: torch.Tensor | None
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.topk = args.n_activated_experts
@@ -698,14 +567,13 @@ class Gate(nn.Module):
         self.register_buffer("bias", torch.zeros(args.n_routed_experts) if args.gate_bias else None)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Routes positions (N, dim).
-
-        Returns:
-            Weights float32 (N, K), the experts' indices int64 (N, K), and all scores float32 (N, E).
-        """
+        """Returns each position's weights float32 (N, K), experts int64 (N, K) and all scores float32 (N, E)."""
         scores = F.linear(x.float(), self.weight.float())  # in float32: a rounding error could choose another expert
         scores = scores.softmax(dim=-1) if self.score_func == "softmax" else scores.sigmoid()
-        indices = self.choose(scores.detach())
+        if kernel := fp8_ops.activation_kernels(x):
+            indices = kernel.route(scores.detach(), self.bias, self.n_groups, self.topk_groups, self.topk)
+        else:
+            indices = self.choose(scores.detach())
         weights = scores.gather(1, indices)  # without the bias, which only chooses
         if self.score_func == "sigmoid":
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -713,8 +581,6 @@ class Gate(nn.Module):
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
         """The experts (N, K) with the highest scores (N, E) plus bias, out of the best groups."""
-        if kernel := fp8_ops.kernels(scores):
-            return kernel.route(scores, self.bias, self.n_groups, self.topk_groups, self.topk)
         choice = scores if self.bias is None else scores + self.bias
         if self.n_groups > 1:
             choice = choice.view(-1, self.n_groups, choice.shape[-1] // self.n_groups)
@@ -730,28 +596,6 @@ class Gate(nn.Module):
         return f"{dim} -> {self.topk} of {n}, from {self.topk_groups} of {self.n_groups} groups"
 
 
-def _sum_rows(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """The sums of K rows each of `x`, which stand at `places` int64 (N, K), weighted by `weights` (N, K)."""
-    if x.device.type not in ("cuda", "mps"):  # without a copy of the rows; on a GPU it has no gradient for bfloat16
-        return F.embedding_bag(places, x, mode="sum", per_sample_weights=weights)
-    rows = x.index_select(0, places.flatten()).unflatten(0, places.shape)
-    return (rows if weights is None else rows * weights.unsqueeze(-1)).sum(dim=1)
-
-
-class _Permute(torch.autograd.Function):
-    """Repeats rows of `x` K times and sorts them: the gradient is a gather too, not a scatter of single rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        return x.index_select(0, order // places.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return _sum_rows(grad, places), None, None
-
-
 class Experts(MLP):
     """The routed experts: one MLP whose weights are stacks, so that each step of it is one grouped product."""
 
@@ -760,37 +604,25 @@ class Experts(MLP):
         self.n_experts = args.n_routed_experts
         self.first_expert = 0  # of this process's, where processes share them
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sends each position through its experts: rows are sorted by expert once, so an idle expert costs nothing.
 
-        Args:
-            x: Shape (N, dim).
-            weights: Weight of each choice, float32 (N, K).
-            indices: The experts chosen, int64 (N, K).
-
-        Returns:
-            The weighted sums (N, dim), over the experts of this process, and the load of all experts, float32 (E,).
+        The weights of the choices are float32 (N, K). Returns the weighted sums (N, dim), over the experts of this
+        process, and the load of all experts, float32 (E,).
         """
         here = len(self.w1.weight)
         choices = (indices - self.first_expert) % self.n_experts  # this process's experts come first
-        if kernel := fp8_ops.kernels(x):
-            places, ends = kernel.sort_by_expert(choices, self.n_experts)  # (N, K), and where each expert's rows end
-            rows = kernel.permute(x, places)  # (N·K, dim)
-        else:
-            experts, order = choices.flatten().sort(stable=True)
-            places = order.argsort().view_as(indices)
-            ends = torch.searchsorted(experts, torch.arange(self.n_experts, device=x.device), right=True).int()
-            rows = _Permute.apply(x, order, places)
+        # (N·K, dim), where each choice stands there (N, K), and where each expert's rows end (E,)
+        rows, places, ends = fp8_ops.sort_by_expert(x, choices, self.n_experts)
         offsets = ends[:here]
         if here == self.n_experts:
             h = super().forward(rows, offsets)
         else:  # the rows of the others come last; what a grouped product leaves there is undefined, both ways
             is_here = (torch.arange(len(rows), device=x.device) < offsets[-1]).unsqueeze(1)
             h = super().forward(rows.where(is_here, 0), offsets, is_here).where(is_here, 0)
-        y = kernel.combine(h, places, weights) if kernel else _sum_rows(h, places, weights.to(x.dtype))
-        return y, ends.diff(prepend=ends.new_zeros(1)).roll(self.first_expert).float()
+        return fp8_ops.combine(h, places, weights), ends.diff(prepend=ends.new_zeros(1)).roll(self.first_expert).float()
 
 
 class MoE(nn.Module):
@@ -819,13 +651,7 @@ class MoE(nn.Module):
 def sequence_balance_loss(scores: torch.Tensor, indices: torch.Tensor, batch_size: int) -> torch.Tensor:
     """The complementary sequence-wise balance loss (V3 report, equations 17 to 20), before its weight alpha.
 
-    Args:
-        scores: All router scores, float32 (B·S, E).
-        indices: The experts chosen, int64 (B·S, K).
-        batch_size: Number of sequences, B.
-
-    Returns:
-        The mean over sequences of `sum_i f_i P_i`, a scalar: 1 at perfect balance.
+    From all scores (B·S, E) and the chosen (B·S, K): the mean over sequences of `sum_i f_i P_i`, 1 at perfect balance.
     """
     n_experts, k = scores.shape[1], indices.shape[1]
     chosen = torch.zeros_like(scores).scatter_(1, indices, 1.0)
@@ -867,16 +693,9 @@ class MTPModule(nn.Module):
     def forward(
         self, h: torch.Tensor, embedded: torch.Tensor, positions: Positions, cache: KVCache | None
     ) -> tuple[torch.Tensor, Routing | None]:
-        """Predicts one byte further.
+        """Returns states for the head and the next module from `h`, of the model or the module before, (B, S, dim).
 
-        Args:
-            h: States (B, S, dim) of the main model after its norm, or of the module before.
-            embedded: Embeddings (B, S, dim) of the byte after the last one that `h` depends on.
-            positions: The positions of `h`.
-            cache: The cache, or None.
-
-        Returns:
-            States (B, S, dim) for the head and for the next module, and the statistics of its experts, if any.
+        `embedded` are embeddings of the byte after the last one that `h` depends on.
         """
         x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(h)], dim=-1))
         x, routing = self.block(x, positions, cache)
@@ -888,16 +707,7 @@ def draw_weight(name: str, index: int, shape: tuple[int, ...], seed: int) -> tor
 
     Matrices are normal with standard deviation 1/sqrt(fan-in), so that activations keep their scale. Those that write
     into the residual stream, and the head, start at zero: each block begins as the identity and each byte as equally
-    likely. Norms start at one.
-
-    Args:
-        name: The parameter's name in the model.
-        index: Its number there.
-        shape: Its full shape.
-        seed: Seed of all weights.
-
-    Returns:
-        float32 of that shape, on the CPU.
+    likely. Norms start at one. `name`, `index` and `shape` are those in the full model. Returns float32 on the CPU.
     """
     if len(shape) == 1:
         return torch.ones(shape)
@@ -914,37 +724,26 @@ class Transformer(nn.Module):
     Weights keep the dtype they were made or loaded in; `compute_dtype` is that of the activations, and every product
     casts its weight to it. So float32 masters train in bfloat16, and what is stored in bfloat16 is used as it is.
 
-    Args:
-        args: The model's shape.
-        compute_dtype: Dtype of the activations between the layers.
-        fp8_weights: Make room for weights stored in FP8 and their scales, as an FP8 checkpoint has them.
-        init: Draw weights, as `init_weights` does. Without, and on the meta device, they are undefined: to be loaded.
-
-    Attributes:
-        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
-        decoder: A faster path for calls of few positions under its `attn_impls` (see decode.py); None: there is none.
+    With `fp8_weights` there is room for weights stored in FP8 and their scales, as an FP8 checkpoint has them. Without
+    `init`, and on the meta device, weights are undefined: to be loaded; else `init_weights` draws them.
     """
 
     def __init__(
-        self,
-        args: ModelArgs,
-        compute_dtype: torch.dtype = torch.float32,
-        fp8_weights: bool = False,
-        init: bool = True,
+        self, args: ModelArgs, compute_dtype: torch.dtype = torch.float32, fp8_weights: bool = False, init: bool = True
     ):
         super().__init__()
         self.args = args
         self.compute_dtype = compute_dtype
-        self.gradient_checkpointing = False
-        self.decoder: Any = None
+        self.gradient_checkpointing = False  # whether the backward pass computes each block again, which saves memory
+        self.decoder: Any = None  # a faster path for calls of few positions under its `attn_impls`: see decode.py
         # of given memory: an Embedding draws its own otherwise
         self.embed = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
-        self.layers = nn.ModuleList(Block(i, args) for i in range(args.n_layers))
+        self.layers: Any = nn.ModuleList(Block(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.head = Linear(args, args.dim, args.vocab_size, high_precision=True)
         self.mtp = nn.ModuleList(MTPModule(args.n_layers + k, args) for k in range(args.n_mtp_layers))
-        for name in ("_rope_cos", "_rope_sin"):  # grown by `rope_tables`
-            self.register_buffer(name, torch.empty(0, 1, args.qk_rope_head_dim // 2), persistent=False)
+        self._rope_cos: torch.Tensor = nn.Buffer(torch.empty(0, 1, args.qk_rope_head_dim // 2), persistent=False)
+        self._rope_sin: torch.Tensor = nn.Buffer(self._rope_cos.clone(), persistent=False)  # grown by `rope_tables`
         if fp8_weights:
             for layer in self.fp8_layers():
                 layer.store_fp8()
@@ -969,16 +768,6 @@ class Transformer(nn.Module):
                 angles = torch.outer(positions, rope_frequencies(self.args)).unsqueeze(1)
                 self._rope_cos, self._rope_sin = (t.to(self._rope_cos.device) for t in (angles.cos(), angles.sin()))
         return self._rope_cos, self._rope_sin
-
-    @property
-    def rope_cos(self) -> torch.Tensor:
-        """The cosines of the full context, which may be long: see `rope_tables`."""
-        return self.rope_tables(self.args.max_seq_len)[0][: self.args.max_seq_len]
-
-    @property
-    def rope_sin(self) -> torch.Tensor:
-        """The sines of the full context."""
-        return self.rope_tables(self.args.max_seq_len)[1][: self.args.max_seq_len]
 
     def fp8_layers(self) -> list[Linear]:
         """The layers that multiply in FP8 if `fp8_ops.gemm_impl` is "fp8"."""
@@ -1021,18 +810,11 @@ class Transformer(nn.Module):
         return KVCache(self.args, batch_size, capacity, n_heads, self.compute_dtype, device, spare)
 
     def forward(self, tokens: torch.Tensor | bytes, cache: KVCache | None = None) -> torch.Tensor:
-        """Computes the logits of the next token at every position.
+        """Computes the logits of the next token at every position, float32 (B, S, vocab_size).
 
-        Args:
-            tokens: Token ids, integers (B, S); or of one sequence, (S,) or bytes.
-            cache: What came before in each row. The tokens are appended to it, and `cache.lengths` advances by S; for
-                rows whose last tokens were padding, the caller lowers the length again.
-
-        Returns:
-            Logits, float32 (B, S, vocab_size), or (S, vocab_size) for one sequence.
-
-        Raises:
-            ValueError: No tokens of such a shape, or more positions than the context or the cache has.
+        `tokens` are integers (B, S); or of one sequence, (S,) or bytes: then the logits are (S, vocab_size). They are
+        appended to `cache`, whose `lengths` advance by S; for rows whose last tokens were padding, the caller lowers
+        them again. Raises a ValueError for other shapes, or more positions than the context or the cache has.
         """
         if isinstance(tokens, (bytes, bytearray)):
             tokens = torch.tensor(list(tokens), dtype=torch.int64, device=self.head.weight.device)
@@ -1050,11 +832,7 @@ class Transformer(nn.Module):
     def forward_with_hidden(
         self, tokens: torch.Tensor, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward`, but `cache.lengths` stays, so that MTP modules can run at the same positions.
-
-        Returns:
-            The states (B, S, dim), for `mtp_forward`, and the logits, float32 (B, S, vocab_size).
-        """
+        """States (B, S, dim) and `forward`'s logits; `cache.lengths` stays, so that `mtp_forward` can follow."""
         if self._decodes(tokens, cache):
             return self.decoder.forward_with_hidden(tokens, cache)
         h, _ = self.forward_hidden(tokens, cache)
@@ -1072,17 +850,10 @@ class Transformer(nn.Module):
     def mtp_forward(
         self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs MTP module `depth` (from 0) on states and the bytes after them, at the positions after `cache.lengths`.
+        """Runs MTP module `depth` (from 0) at the positions after `cache.lengths`.
 
-        Args:
-            depth: Which module.
-            h: States (B, S, dim), of `forward_with_hidden` or of an earlier call.
-            tokens: Token ids, int64 (B, S).
-            cache: What came before in each row.
-
-        Returns:
-            The module's states (B, S, dim), and the logits of the byte after each of `tokens`, float32
-            (B, S, vocab_size).
+        `h` are states of `forward_with_hidden` or of an earlier call, (B, S, dim), `tokens` the bytes after them, int64
+        (B, S). Returns the module's states and the logits of the byte after each of `tokens`, float32.
         """
         if self._decodes(tokens, cache):
             return self.decoder.mtp_forward(depth, h, tokens, cache)
@@ -1129,14 +900,9 @@ class Transformer(nn.Module):
         return layer(*inputs)
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> Losses:
-        """Computes the training loss of a batch of sequences, each term a mean over all positions with a target.
+        """The training loss of tokens and the targets after them, int64 (B, S): means over all positions with a target.
 
-        Args:
-            tokens: Token ids, int64 (B, S).
-            targets: The ids one position further, int64 (B, S).
-
-        Raises:
-            ValueError: The sequences are too short for the MTP modules to have a target.
+        Raises a ValueError for sequences so short that an MTP module has no target.
         """
         if targets.shape[1] <= len(self.mtp):
             raise ValueError(f"{len(self.mtp)} MTP modules need longer sequences, got {targets.shape[1]}")
@@ -1170,10 +936,8 @@ class Transformer(nn.Module):
 
         With `bias_update_speed`, by that fixed step (V3 report, section 2.1.2), which is made for 100,000 batches and
         more. Without, by a step in proportion to the logarithm of how far the load is from the mean: an expert that
-        few positions reach comes back within tens of batches, and one near the mean stays.
-
-        Args:
-            load: Positions per expert over the whole batch, (MoE layers, E), as `Losses.load` has them.
+        few positions reach comes back within tens of batches, and one near the mean stays. `load` is `Losses.load`,
+        summed over the whole batch.
         """
         speed = self.args.bias_update_speed
         for gate, counts in zip(self.gates(), load, strict=True):

@@ -304,8 +304,9 @@ def with_more_shared(out: Any, self: MoE, x: torch.Tensor) -> Any:
 
 
 def rotated_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    half = cos.shape[-1]
+    nope, a, b = x.float().split([x.shape[-1] - 2 * half, half, half], dim=-1)
+    return torch.cat([nope, a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def with_the_byte_before(out: Any, self: Block, x: torch.Tensor, *_: Any) -> Any:

@@ -251,7 +251,7 @@ def check_quantised(sample: Sample, kind: str, q: torch.Tensor, s: torch.Tensor)
     assert_within(exact(q, s, kind, block_size), x, scale * half_ulp + 3 * UNIT * x.abs() + 2.0**-150)
 
 
-@draws(50)
+@draws(30)
 @given(samples())
 def test_act_quant(sample: Sample) -> None:
     q, s = act_quant(*sample)
@@ -269,7 +269,7 @@ def test_act_quant_both(sample: Sample) -> None:
     check_quantised(Sample(x.T, 128, scale_fmt), "tiles", q_t, s_t.contiguous())
 
 
-@draws(50)
+@draws(30)
 @given(samples())
 def test_weight_quant(sample: Sample) -> None:
     q, s = weight_quant(*sample)
@@ -464,7 +464,7 @@ def stored_weights(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
     return q.view(E4M3), laid_out(s, draw(st.sampled_from(LAYOUTS[:2]))), block_size
 
 
-@draws(50)
+@draws(30)
 @given(stored_weights(), dtypes)
 def test_weight_dequant(stored: tuple[torch.Tensor, torch.Tensor, int], dtype: torch.dtype) -> None:
     check_dequantised(*stored, dtype)
@@ -538,7 +538,7 @@ edges = st.one_of(st.integers(1, 300), st.sampled_from([1, 127, 128, 129, 256]))
 out_dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
 
-@draws(50)
+@draws(30)
 @given(
     st.lists(st.integers(0, 4), max_size=2),
     edges,
@@ -586,7 +586,7 @@ counts_of_rows = st.one_of(
 )
 
 
-@draws(50)
+@draws(30)
 @given(counts_of_rows, st.integers(1, 200), st.integers(1, 280), out_dtypes, seeds)
 def test_fp8_grouped_gemm(counts: list[int], n: int, k: int, dtype: torch.dtype, seed: int) -> None:
     """Group by group against float64; groups may be empty and end anywhere."""
@@ -600,7 +600,7 @@ def test_fp8_grouped_gemm(counts: list[int], n: int, k: int, dtype: torch.dtype,
         assert_within(out[rows], value, sum_bound(k, magnitude, value, dtype))
 
 
-@draws(50)
+@draws(30)
 @given(counts_of_rows, st.integers(1, 200), st.integers(1, 200), out_dtypes, formats, seeds)
 def test_fp8_grouped_outer(
     counts: list[int], n: int, k: int, dtype: torch.dtype, scale_fmt: str | None, seed: int
@@ -713,7 +713,7 @@ def run_layer(
     return [y.detach() for y in outputs], x.grad, [w.grad for w in leaves]
 
 
-@draws(35)
+@draws(25)
 @given(
     st.one_of(st.none(), counts_of_rows),
     st.integers(1, 260),
@@ -911,6 +911,7 @@ def test_quantize_a_weight(scale_fmt: str | None) -> None:
     assert not any(t.requires_grad for t in (q, s, q_t))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shapes", "scale_fmt"),
     [(((5, 200), (130, 200)), None), (((300, 3), (1, 3)), "ue8m0"), (((0, 20), (30, 20)), None)],
@@ -1147,6 +1148,7 @@ def test_gradient_checkpointing_changes_nothing(compute_dtype: torch.dtype) -> N
     assert len(calls) == 2 * 2  # each block ran again in the backward pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compute_dtype", "at_once"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_compiles_as_one_graph(compute_dtype: torch.dtype, at_once: bool) -> None:
     """`fullgraph` raises at a graph break; the graph follows when the weights are quantised anew.
@@ -1345,3 +1347,11 @@ def test_training_in_fp8_is_like_training_in_float32(kind: str) -> None:
     assert falls["bf16"] > 2
     assert falls["fp8"] == pytest.approx(falls["bf16"], rel=0.01)
     assert falls["fp8"] != falls["bf16"]
+
+
+def test_small_activations_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fp8_ops, "_capability", lambda device: (9, 0))
+    few, many = (torch.empty(fp8_ops.MIN_FUSED_NUMEL - missing, device="meta") for missing in (1, 0))
+    assert fp8_ops.activation_kernels(few) is None and fp8_ops.kernels(few) is not None
+    assert fp8_ops.activation_kernels(many) is fp8_ops.kernels(many)

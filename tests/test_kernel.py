@@ -799,6 +799,28 @@ def test_permute_and_combine(n: int, k: int, dim: int, dtype: torch.dtype, seed:
     assert (ours.grad.cpu() - theirs.grad).abs().max() <= 1e-2 * max(1.0, theirs.grad.abs().max().item())
 
 
+@runs
+@pytest.mark.parametrize("values", [{}, {"kv_lora_rank": 0, "q_lora_rank": 8}])
+def test_model_by_kernels(values: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss and all gradients of a model are those of plain torch."""
+    sizes = {"dim": 16, "inter_dim": 12, "moe_inter_dim": 8, "n_layers": 2, "n_heads": 2, "kv_lora_rank": 8}
+    sizes |= {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 4}
+    net = model.Transformer(model.ModelArgs(**{**sizes, "n_activated_experts": 2, **values}))
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.add_(0.2 * randn(*p.shape, seed=i))
+    net, tokens = net.to(DEVICE), torch.randint(256, (2, 8), generator=generator(1)).to(DEVICE)
+    results = []
+    for module in (None, kernel_fused):
+        monkeypatch.setattr(fp8_ops, "activation_kernels", lambda x, module=module: module)
+        net.zero_grad()
+        loss = net.loss(tokens[:, :-1], tokens[:, 1:]).total
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in net.parameters())])
+    for by_torch, by_kernels in zip(*results, strict=True):
+        assert (by_torch - by_kernels).abs().max() <= 1e-4 * max(1e-2, by_torch.abs().max().item())
+
+
 # --- Muon ---------------------------------------------------------------------------------------------------------
 
 
@@ -940,7 +962,33 @@ def compile_all(arch: int) -> list[dict[str, Any]]:
             kernel.gemm(fp8(1, 100), torch.empty(1, 1), fp8(200, 100), torch.empty(200, 1), torch.float64)
             kernel.grouped_gemm(a, a_s, fp8(4, 256, 384), torch.empty(4, 2, 3), offsets, torch.bfloat16)
             kernel.grouped_outer(a, per_row, a, per_row, offsets, torch.float32)
+        if arch == 90:
+            compile_fused()
     return compiled
+
+
+def compile_fused() -> None:
+    """Calls all functions of `kernel_fused.py`, forward and backward, for activations of a small model in bfloat16."""
+    x, wide = (torch.empty(4, 32, n, dtype=torch.bfloat16, requires_grad=True) for n in (256, 512))
+    w, rows = torch.empty(256, requires_grad=True), x.flatten(0, 1)
+    angles = torch.empty(32, 1, 16), torch.empty(32, 1, 16)
+    heads, pe = x.unflatten(-1, (4, 64)), torch.empty(4, 32, 32, dtype=torch.bfloat16, requires_grad=True)
+    choices, scores = torch.zeros(128, 2, dtype=torch.int64), torch.empty(128, 8)
+    places, ends = kernel_fused.sort_by_expert(choices, 8)
+    outputs = [
+        *kernel_fused.add_rms_norm(x, x, w, 1e-6),
+        *(kernel_fused.glu(wide, None, act) for act in model.ACTIVATIONS),
+        kernel_fused.rope(heads, *angles),
+        *kernel_fused.keys_and_values(heads, pe, *angles, 32),
+        kernel_fused.permute(rows, places),
+        kernel_fused.combine(wide.view(256, 256), places, scores[:, :2].clone().requires_grad_()),
+    ]
+    torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    kernel_fused.route(scores, torch.empty(8), 4, 2, 2)
+    kernel_fused.newton_schulz(x.detach(), (3.4, -4.8, 2.0), 1)
+    grad, p, one = torch.empty(5000), torch.empty(5000), torch.ones(())
+    kernel_fused.momentum_update(grad, p, torch.empty(5000, dtype=torch.bfloat16), 0.95, one, one)
+    kernel_fused.apply_update(p, grad, one, 0.1, 2.0, one)
 
 
 @pytest.fixture(scope="module")
@@ -962,11 +1010,14 @@ def binaries(request: pytest.FixtureRequest, all_binaries: dict[str, list[dict]]
     return request.param, all_binaries[str(request.param)]
 
 
+@pytest.mark.slow
 def test_compiles(binaries: tuple[int, list[dict[str, Any]]]) -> None:
     """All kernels become machine code of this compute capability, and their casts the hardware's own."""
     arch, compiled = binaries
-    names = {name for name, value in vars(kernel).items() if re.fullmatch(r"_\w+_kernel", name) and value is not None}
-    assert {row["kernel"] for row in compiled} == (names if arch == 90 else names - {"_hopper_kernel"})
+    names, fused = (
+        {name for name in vars(module) if re.fullmatch(r"_\w+_kernel", name)} for module in (kernel, kernel_fused)
+    )
+    assert {row["kernel"] for row in compiled} == (names | fused if arch == 90 else names - {"_hopper_kernel"})
     for row in compiled:
         assert row["cubin"] > 0
         assert [target.rstrip("a") for target in row["target"]] == [f"sm_{arch}"]
@@ -976,6 +1027,7 @@ def test_compiles(binaries: tuple[int, list[dict[str, Any]]]) -> None:
             assert row["casts"] and all(cast.startswith("cvt.rn.satfinite.e4m3x2.f32") for cast in row["casts"])
 
 
+@pytest.mark.slow
 def test_multiplies_on_fp8_tensor_cores(binaries: tuple[int, list[dict[str, Any]]]) -> None:
     """With every candidate of 64 rows or more; for fewer, Hopper and Blackwell have FP8 in no tensor core."""
     arch, compiled = binaries
@@ -987,6 +1039,7 @@ def test_multiplies_on_fp8_tensor_cores(binaries: tuple[int, list[dict[str, Any]
             assert all(re.match(TENSOR_CORES[arch], name) for name in row["multiplies"]), row
 
 
+@pytest.mark.slow
 def test_shared_memory_suffices(binaries: tuple[int, list[dict[str, Any]]]) -> None:
     """For every kernel, and of a product's candidates for at least two on compute capability 8.9, for all on others."""
     arch, compiled = binaries

@@ -30,13 +30,14 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 import decode
+import fp8_ops
 import model
 from fp8_ops import linear
 from model import ConfigError, ModelArgs, Transformer
 
 TOLERANCE = 1e-5  # float32, logits of order 1
 VOCAB = 23
-draws = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+draws = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -418,7 +419,7 @@ def test_mtp_module(args: ModelArgs, seed: int) -> None:
             assert_near(states, run_mtp_layer(layer, theirs, embedded, h))
 
 
-@draws
+@settings(draws, max_examples=30)
 @given(mtp_shapes, st.integers(0, 99))
 def test_mtp_loss(args: ModelArgs, seed: int) -> None:
     """The total loss and all its gradients: transformers' modules, chained by plain indexing into the whole window."""
@@ -720,7 +721,7 @@ def test_attention_in_products(bsz: int, seqlen: int, heads: int, d: int, d_v: i
     q, k, v, grad = (torch.randn(bsz, seqlen, heads, n, generator=generator).bfloat16() for n in (d, d, d_v, d_v))
     ours, exact = [[t.detach().to(dtype).requires_grad_() for t in (q, k, v)] for dtype in (q.dtype, torch.float64)]
     scale = d**-0.5
-    out = model.attend_in_products(*ours, scale)
+    out = fp8_ops.attend_in_products(*ours, scale)
     expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in exact), is_causal=True, scale=scale)
     expected = expected.transpose(1, 2)
     pairs = zip(
@@ -763,8 +764,8 @@ def test_permute(rows: int, k: int, width: int, seed: int) -> None:
     x = torch.randn(rows, width, generator=generator, dtype=torch.float64, requires_grad=True)
     order = torch.randperm(rows * k, generator=generator)
     places = order.argsort().view(rows, k)
-    assert torch.equal(model._Permute.apply(x, order, places), x.repeat_interleave(k, dim=0)[order])
-    assert torch.autograd.gradcheck(lambda a: model._Permute.apply(a, order, places), (x,))
+    assert torch.equal(fp8_ops._Permute.apply(x, order, places), x.repeat_interleave(k, dim=0)[order])
+    assert torch.autograd.gradcheck(lambda a: fp8_ops._Permute.apply(a, order, places), (x,))
 
 
 # --- losses and balance ----------------------------------------------------------------------------------------------
@@ -927,8 +928,8 @@ def test_gradient_checkpointing_changes_nothing(compute_dtype: torch.dtype) -> N
         assert torch.equal(grads[name], recomputed[name]), name
 
 
-@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("impl", ["naive", "absorb"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("compute_dtype", "impl"), [(torch.float32, "absorb"), (torch.bfloat16, "naive")])
 def test_compiles_as_one_graph(compute_dtype: torch.dtype, impl: str) -> None:
     """`fullgraph` raises at a graph break; traced and run by the same kernels, the numbers are eager's."""
     net = build(small(n_layers=2, n_mtp_layers=1), compute_dtype=compute_dtype)
@@ -1083,12 +1084,13 @@ def test_rope_tables_are_as_long_as_what_is_used() -> None:
     tokens = random_tokens(1, 1500)
     with torch.inference_mode():
         net(tokens[:, :9])
+    decode.CDecoder(net)
     assert len(net._rope_cos) <= 1024
     net(tokens)
     assert 1500 <= len(net._rope_cos) <= 3000
     for grown, whole in zip(net.rope_tables(1), (net.rope_tables(3000)), strict=True):
         assert torch.equal(grown, whole[: len(grown)])
-    assert short.rope_cos.shape == short.rope_sin.shape == (64, 1, 4)
+    assert [table.shape for table in short.rope_tables(64)] == 2 * [(64, 1, 4)]
     with torch.enable_grad():
         net.loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
 

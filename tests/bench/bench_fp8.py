@@ -2,7 +2,7 @@
 
     python tests/bench/bench_fp8.py dequant cast           a CPU will do
     python tests/bench/bench_fp8.py kernels                needs a GPU of compute capability 8.9 or more
-    python tests/bench/bench_fp8.py train --data FILE      shakespeare.json in both; --figure draws the curves (matplotlib)
+    python tests/bench/bench_fp8.py train --data FILE   shakespeare.json in both; --figure draws the curves (matplotlib)
 
 Each part compares two ways in the same run, repeats them alternately and prints the medians. With no part named, all
 that this machine can do are run.
