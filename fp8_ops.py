@@ -43,9 +43,10 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # so that a scale's reciprocal
 SCALE_FORMATS = (None, "ue8m0")
 QUERY_BLOCK = 256  # queries of one product in `attend_in_products`: larger blocks compute more masked scores
 # Numbers of an activation from which a fused kernel is used. A launch from Python takes the CPU longer than torch's own
-# operations, and a GPU with little to do waits for it: an eager step of small.json, 16 × 512, takes 91 ms by torch and
-# 113 ms by kernels. The bound can go once training replays its steps as CUDA graphs, which launch nothing from Python.
-MIN_FUSED_NUMEL = 1 << 23
+# operations, and a GPU with little to do waits for it. On an H100, eager: small.json, 16 × 512, takes 91 ms a step by
+# torch and 113 ms by kernels; base.json, 32 × 1,024 (2^25 numbers), 171 and 125 to 142 ms. The bound can go once
+# training replays its steps as CUDA graphs, which launch nothing from Python.
+MIN_FUSED_NUMEL = 1 << 25
 
 
 @cache

@@ -358,7 +358,7 @@ class Trainer:
         If the whole split would take more than its share of the time, evaluations take only so many of its sequences.
         """
         clock, n_available = self.clock, max(1, len(self.val_data) // self.context)
-        count = min(self.flags.batch_size, n_available)
+        count = min(4 * self.flags.batch_size, n_available)  # a batch of `evaluate`
         times = [clock.now()]
         for _ in range(2):  # the first warms up
             self.evaluate(count, self.context)
