@@ -206,7 +206,7 @@ def keep_freed_memory() -> None:
     whose pages the kernel must clear, which costs more than the arithmetic on them.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
-    with suppress(AttributeError):
+    with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(m_mmap_threshold, 1 << 30)
         mallopt(m_trim_threshold, (1 << 31) - 1)
