@@ -48,8 +48,8 @@ CONFIG = {
     **{"n_mtp_layers": 1, "max_seq_len": 32, "original_seq_len": 32, "aux_loss_alpha": 0.01},
 }
 PLAIN = CONFIG | {"q_lora_rank": 0, "kv_lora_rank": 0, "n_routed_experts": 0, "n_mtp_layers": 0}
-SMALL = CONFIG | {"n_layers": 2, "n_mtp_layers": 0}
-STEPS = 15
+SMALL = CONFIG | {"n_layers": 1, "n_dense_layers": 0, "n_mtp_layers": 0}  # takes less to compile
+STEPS = 12
 
 
 # --- What a process does ----------------------------------------------------------------------------------------------
@@ -271,8 +271,8 @@ KINDS: dict[str, list[object]] = {"muon": [], "adamw": ["--optimizer", "adamw"],
 KINDS |= {"bf16": ["--dtype", "bf16"], "fp8": ["--gemm-impl", "fp8"]}
 LAYOUTS = {
     "dp2": ["muon"],
-    "mp2": ["muon", "plain", "bf16", "fp8"],
-    "fsdp2": ["muon", "bf16", "fp8"],
+    "mp2": ["muon", "plain", "fp8"],
+    "fsdp2": ["muon", "bf16"],
     "dp2 --batch-size 4 --accumulation 2": ["adamw"],
     "mp2 --gradient-checkpointing": ["adamw"],
     "fsdp2 --gradient-checkpointing": ["adamw"],
@@ -837,7 +837,7 @@ def test_generating_on_several_ranks_writes_the_same(runs: Runs) -> None:
     convert.convert(runs.folder / "mp1", runs.folder / "cut4", 4)
     convert.convert(runs.folder / "mp1", runs.folder / "hf", is_hf=True)
     (runs.folder / "prompts").write_text("12 is\n\n90\n")
-    common = ["--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "30", "--seed", "5"]
+    common = ["--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "10", "--seed", "5"]
     scenarios = []
     asked, many = ["--prompt", "7 is ", "--temperature", "0"], ["--input-file", str(runs.folder / "prompts")]
     for folder, *flags in (("mp1", *asked), ("cut4", *many), ("hf", *asked), ("mp1", *many)):
