@@ -130,6 +130,7 @@ def run(prog: str, body: Callable[[], int | None], mistakes: tuple[type[Exceptio
             sys.stdout.flush()
         return code
     finally:
+        _settle_stderr()
         sys.unraisablehook = hook
         for signum, handler in before.items():  # of a script, the process ends now: a signal has nothing left to stop
             signal.signal(signum, signal.SIG_IGN if _is_script else handler)
@@ -224,6 +225,15 @@ def is_local_rank_zero() -> bool:
 def _to_stderr(line: str) -> None:
     with suppress(OSError, ValueError, AttributeError):  # where stderr fails there is nobody to tell
         print(line, file=sys.stderr, flush=True)
+
+
+def _settle_stderr() -> None:
+    """Drops what stderr does not take: at the end of the process, Python would make exit code 120 of it."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def shorten(value: Any, limit: int = 150) -> str:
