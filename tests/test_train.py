@@ -294,6 +294,15 @@ def test_step_is_what_torch_would_do(here: Here) -> None:
         torch.testing.assert_close(gate.bias, expected)
 
 
+def test_training_learns(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    here.data.write_bytes(text(30_000))
+    assert main(here.flags("--steps", 120, "--batch-size", 8, "--eval-interval", 12, save=False)) == 0
+    out = capsys.readouterr().out.splitlines()
+    first, last = (float(line.split("val_loss ")[1].split()[0]) for line in (out[1], out[-1]))
+    assert first > last and last < 0.5 * UNIFORM
+    assert out[-1].startswith("step 120, ") and "not saved" in out[-1]
+
+
 @pytest.mark.parametrize("gemm_impl", ["bf16", "fp8"])
 def test_gradient_checkpointing_changes_nothing(here: Here, gemm_impl: str) -> None:
     flags = ["--gemm-impl", gemm_impl]
