@@ -61,10 +61,8 @@ def start() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one, which the next file would get
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        cast(io.TextIOWrapper, stream).reconfigure(
-            errors="backslashreplace"
-        )  # a model writes characters that a terminal may not have
+    for stream in (sys.stdout, sys.stderr):  # a model writes characters that a terminal may not have
+        cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         with suppress(OSError):  # many functions of torch, optimizers for one, open its compiler's folder, used or not
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_cache_folder() / "torchinductor")

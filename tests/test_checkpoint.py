@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY, tiny
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -26,41 +27,10 @@ from parallel import ParallelContext, build
 from safetensors_io import CheckpointError, temporary_path
 
 WEIGHTS = "model0-mp1.safetensors"
-TINY = {
-    "max_seq_len": 16,
-    "original_seq_len": 16,
-    "dtype": "fp32",
-    "dim": 16,
-    "inter_dim": 24,
-    "moe_inter_dim": 8,
-    "n_layers": 3,
-    "n_dense_layers": 1,
-    "moe_layer_freq": 2,
-    "n_heads": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "n_activated_experts": 2,
-    "score_func": "sigmoid",
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 4,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 4,
-    "n_mtp_layers": 1,
-}
 ATTENTION = ["wq.weight", "wkv_a.weight", "kv_norm.weight", "wkv_b.weight", "wo.weight"]
 MOE = ["gate.weight", "gate.bias"]
 MOE += [f"experts.{e}.{w}.weight" for e in range(4) for w in ("w1", "w2", "w3")]
 MOE += [f"shared_experts.{w}.weight" for w in ("w1", "w2", "w3")]
-
-
-def tiny(seed: int = 1, **changes: object) -> Transformer:
-    """A small model no two numbers of which are equal, routing biases included."""
-    model = Transformer(ModelArgs.from_dict(TINY | changes))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-    return model.eval()
 
 
 def block(name: str, ffn: list[str]) -> list[str]:
