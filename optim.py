@@ -23,13 +23,14 @@ class Muon(Optimizer):
     """Muon (Jordan et al. 2024): momentum whose update is replaced by the nearest orthogonal matrix.
 
     Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, so that AdamW's rates fit, but takes stacks of
-    matrices (..., rows, columns) too and orthogonalises all matrices of a shape in one batch.
+    matrices (..., rows, columns) too and orthogonalises all matrices of a shape in one batch, divided among the
+    processes: each matrix is orthogonalised once.
 
     Args:
         params: Parameters of two dimensions or more.
         lr, momentum, weight_decay: As torch's; Nesterov's look-ahead is on.
         dtype: What to orthogonalise in; bfloat16 is precise enough.
-        ctx: The processes over which the matrices are sharded; each is orthogonalised as a whole.
+        ctx: The processes that hold shards or replicas of the matrices.
     """
 
     def __init__(
@@ -42,24 +43,26 @@ class Muon(Optimizer):
         ctx: ParallelContext | None = None,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype, self.ctx = dtype, ctx
+        self.dtype, self.ctx = dtype, ctx or ParallelContext()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override] # without torch's closures
         """Updates all parameters that have a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+            batches: dict[Any, list[tuple[nn.Parameter, torch.Tensor]]] = {}  # one per shape and way of sharding
             for p in group["params"]:
                 if p.grad is not None:
-                    update = self._momentum(p, group["momentum"])
-                    by_shape.setdefault(update.shape[1:], []).append((p, update))
-            for pairs in by_shape.values():
-                updates = orthogonalize(torch.cat([update for _, update in pairs]))  # one batch per shape
+                    update, key = self._momentum(p, group["momentum"])
+                    batches.setdefault(key, []).append((p, update))
+            for (_, shards, full_shape), pairs in batches.items():
+                stacked = torch.cat([update for _, update in pairs])
+                updates = parallel.map_full_matrices(shards, stacked, orthogonalize)
+                scale = 0.2 * math.sqrt(max(full_shape))  # an update has the root mean square of AdamW's
                 for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
-                    self._apply(p, update, group["lr"], group["weight_decay"])
+                    self._apply(p, update, group["lr"], group["weight_decay"], scale)
 
-    def _momentum(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
-        """Advances the running mean; returns the Nesterov update of full matrices, (matrices, rows, columns)."""
+    def _momentum(self, p: nn.Parameter, momentum: float) -> tuple[torch.Tensor, Any]:
+        """Advances the running mean; returns the Nesterov update (matrices, rows, columns) and the key of its batch."""
         if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffer = self.state[p]["momentum_buffer"]
@@ -69,17 +72,18 @@ class Muon(Optimizer):
         else:
             buffer.lerp_(p.grad, 1 - momentum)
             update = p.grad.lerp(buffer, momentum).to(self.dtype)
-        return update.view(-1, *p.shape[-2:]) if self.ctx is None else parallel.full_tensor(self.ctx, p, update)
+        shards, full_shape = parallel.matrix_shards(self.ctx, p)
+        local = parallel.local_matrices(self.ctx, p, update)
+        return local, (local.shape[1:], tuple(shards), full_shape)
 
-    def _apply(self, p: nn.Parameter, update: torch.Tensor, lr: float, decay: float) -> None:
-        """Decays a parameter and subtracts its update, of which this process may hold a shard."""
-        size = math.sqrt(max(update.shape[1:]))  # with 0.2, an update has the root mean square of AdamW's
-        here = p if self.ctx is None else self.ctx.local_shard(p)[0]
-        update = (update if self.ctx is None else parallel.local_part(self.ctx, p, update)).view_as(here)
+    def _apply(self, p: nn.Parameter, update: torch.Tensor, lr: float, decay: float, scale: float) -> None:
+        """Decays a parameter and subtracts its scaled update, of which this process may hold a shard."""
+        here, _ = self.ctx.local_shard(p)
+        update = update.reshape(-1, *here.shape[1:])[: len(here)]  # without the padding of FSDP's last shards
         if kernel := fp8_ops.kernels(here):
-            kernel.apply_update(here, update.contiguous(), torch.full((), lr, device=here.device), decay, 0.2 * size)
+            kernel.apply_update(here, update.contiguous(), torch.full((), lr, device=here.device), decay, scale)
         else:
-            here.mul_(1 - lr * decay).add_(update, alpha=-(lr * 0.2 * size))
+            here.mul_(1 - lr * decay).add_(update, alpha=-(lr * scale))
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:

@@ -103,19 +103,38 @@ def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing
     parallel.leave()
 
 
-def check_optimizer_updates() -> None:
-    """What is gathered for an update is the full matrix, and what is kept of it is this rank's."""
-    ctx = parallel.ParallelContext.join("cpu", 2)
-    net = parallel.build(ctx, ModelArgs.from_dict(CONFIG), torch.float32)
+def check_full_matrices(mp: int, fsdp: bool) -> None:
+    """A function of full matrices is computed once for each, and this rank gets its shards of the results."""
+    ctx = parallel.ParallelContext.join("cpu", mp, fsdp)
+    args = ModelArgs.from_dict(CONFIG | {"q_lora_rank": 5})  # rows that two or four ranks cannot share evenly
+    net = parallel.build(ctx, args, torch.float32)
     parallel.init_weights(ctx, net, 0)
     parallel.parallelize(ctx, net, compiles=False)
-    full, _ = reference_gradients(ModelArgs.from_dict(CONFIG), torch.zeros(1, 4).long(), torch.zeros(1, 4).long())
+    full, _ = reference_gradients(args, torch.zeros(1, 4).long(), torch.zeros(1, 4).long())
     matrices = dict(full.named_parameters())
+    n_seen = 0
+
+    def transform(x: torch.Tensor) -> torch.Tensor:
+        nonlocal n_seen
+        n_seen += int((x != 0).any(dim=(1, 2)).sum())
+        return x.cumsum(1).cumsum(2)  # of which each number depends on others
+
     for name, p in net.named_parameters():
-        if p.ndim == 2:
-            update = parallel.full_tensor(ctx, p, p.detach())
-            assert torch.equal(update, matrices[name].unsqueeze(0)), name
-            assert torch.equal(parallel.local_part(ctx, p, update), p), name
+        if parallel.is_matrix(name, p.shape):
+            shards, shape = parallel.matrix_shards(ctx, p)
+            local = parallel.local_matrices(ctx, p, p.detach())
+            result = parallel.map_full_matrices(shards, torch.cat([local, 2 * local, -local]), transform)
+            box = parallel.local_slice(name, p, tuple(matrices[name].shape), ctx)
+            wanted = matrices[name].detach().cumsum(-2).cumsum(-1).reshape(-1, shape[1])
+            wanted = wanted[box.top : box.bottom, box.left : box.right]
+            for scaled, factor in zip(result.chunk(3), (1, 2, -1), strict=True):
+                here = scaled.reshape(-1, scaled.shape[-1])[: len(wanted)]  # without the padding of FSDP's last rank
+                torch.testing.assert_close(here, factor * wanted, rtol=1e-6, atol=1e-6, msg=name)
+    seen = torch.tensor(n_seen)
+    torch.distributed.all_reduce(seen)
+    assert seen == 3 * sum(
+        p.numel() // p.shape[-1] // p.shape[-2] for n, p in matrices.items() if parallel.is_matrix(n, p.shape)
+    )
     parallel.leave()
 
 
@@ -318,9 +337,14 @@ def grads(*layouts: tuple[int, bool, bool], configs: int = 3) -> list[dict[str, 
     ]
 
 
+def full_matrices(*layouts: tuple[int, bool]) -> list[dict[str, Any]]:
+    return [{"call": "check_full_matrices", "args": {"mp": mp, "fsdp": fsdp}} for mp, fsdp in layouts]
+
+
 def test_two_ranks() -> None:
     """The basic functions, in two processes that are started once."""
-    checks = [{"call": name} for name in ("check_rendezvous", "check_collectives", "check_optimizer_updates")]
+    checks: list[dict[str, Any]] = [{"call": name} for name in ("check_rendezvous", "check_collectives")]
+    checks += full_matrices((1, False), (1, True), (2, False))
     launch(2, checks + grads((1, False, False), (1, True, False), (2, False, True), configs=1))
 
 
@@ -462,6 +486,7 @@ def test_only_the_first_prints(two: list[str]) -> None:
 def test_four_processes_compute_as_one_and_runs_move_between_layouts(runs: Runs, two: list[str]) -> None:
     """One process, two, four and one again, 3 steps each, are one run of 12 steps."""
     checks = grads((4, False, False), configs=1) + grads((2, True, True), (2, False, False), (1, True, False))
+    checks += full_matrices((1, True), (2, True), (2, False))
     launch(4, checks + [train_in(runs, layout, "muon") for layout in ("fsdp2mp2", "mp4")] + move(runs, "fsdp2mp2"))
     for layout in ("fsdp2mp2", "mp4"):
         runs.assert_same(f"{layout}-muon", "one-muon")
