@@ -658,13 +658,18 @@ def parallelize(
         loss = model.loss
     else:
         loss = torch.compile(model.loss, fullgraph=True) if compiles else model.loss
-    for name, p in model.named_parameters():  # which FSDP has replaced
-        p.sharded_dim = sharded_dim(name) if ctx.mp_size > 1 else None  # type: ignore[attr-defined]
+    note_sharded_dims(ctx, model)  # of parameters that FSDP has replaced
     if ctx.fsdp or ctx.dp_size == 1:
         return loss
     return nn.parallel.DistributedDataParallel(
         _LossModule(model, loss), process_group=ctx.dp_group, gradient_as_bucket_view=True
     )
+
+
+def note_sharded_dims(ctx: ParallelContext, model: Transformer) -> None:
+    """Notes on each parameter along which dimension tensor-parallel ranks hold shards of it, for the optimizer."""
+    for name, p in model.named_parameters():
+        p.sharded_dim = sharded_dim(name) if ctx.mp_size > 1 else None  # type: ignore[attr-defined]
 
 
 def _compile_training(layer: nn.Module) -> None:
@@ -829,6 +834,18 @@ def map_full_matrices(
     pieces = torch.cat(F.pad(full, (0, 0, 0, padding)).chunk(size, dim))
     dist.all_to_all_single(result, pieces, group=group)
     return result[: len(x)]
+
+
+def numbers_sent(shards: Sequence[MatrixShards], n: int, rows: int, columns: int) -> int:
+    """Returns how many numbers `map_full_matrices` sends, or gathers, for n shards of rows × columns."""
+    if not shards:
+        return 0
+    _, size, _, dim, length = shards[0]
+    mine, shape = -(-n // size), [rows, columns]
+    sent = mine * size * rows * columns * (1 if dim is None else 2)  # a gather of results, or there and back
+    if dim is not None:
+        shape[dim - 1] = length
+    return sent + numbers_sent(shards[1:], mine, *shape)
 
 
 def local_matrices(ctx: ParallelContext, p: Any, update: Any) -> torch.Tensor:

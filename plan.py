@@ -8,6 +8,7 @@ saves, and all-reduces between tensor-parallel ranks are counted where they woul
 is not in it, nor the allocator's waste.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,14 @@ import torch
 from torch import nn
 
 from model import ModelArgs, Transformer
-from parallel import ParallelContext, build, replicated_parameters, sharded_dim
+from parallel import (
+    ParallelContext,
+    build,
+    matrix_shards,
+    note_sharded_dims,
+    numbers_sent,
+    replicated_parameters,
+)
 
 NStates = Callable[[str, nn.Parameter], int]  # how many numbers the optimizer keeps per number of a parameter
 
@@ -30,12 +38,14 @@ class Plan:
         held: Memory of a process that trains, by purpose.
         sent: Full tensors of the collectives in a step.
         cache: Its KV cache if it generated in bfloat16, `max_batch_size` sequences of `max_seq_len`.
+        matrices: Numbers of matrices that Muon trains, by their shards and shape, for `parallel.numbers_sent`.
     """
 
     n_params: tuple[int, int]
     held: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     cache: int = 0
+    matrices: dict[Any, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -67,6 +77,8 @@ def make_plan(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates
     terms += [(n_repeats - 1, measure(dense, 2))] if n_repeats > 1 else []
     plan = _weighted_sum(terms)
     numbers = args.cache_numbers_per_position()[0] // (ctx.mp_size if args.kv_lora_rank == 0 else 1)
+    exchanged = sum(numbers_sent(shards, n, rows, columns) for (shards, rows, columns), n in plan.matrices.items())
+    plan.sent |= {"matrices for Muon, exchanged": exchanged * dtype.itemsize} if exchanged else {}
     plan.cache = numbers * args.max_seq_len * args.max_batch_size * 2
     return plan
 
@@ -76,11 +88,11 @@ def _weighted_sum(terms: list[tuple[int, Plan]]) -> Plan:
         return {key: sum(n * getattr(plan, name)[key] for n, plan in terms) for key in getattr(terms[0][1], name)}
 
     total, active = (sum(n * plan.n_params[i] for n, plan in terms) for i in range(2))
-    return Plan((total, active), add("held"), add("sent"))
+    return Plan((total, active), add("held"), add("sent"), 0, add("matrices"))
 
 
 def _measure(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates, ctx: ParallelContext) -> Plan:
-    """Does what `make_plan` does, but for the cache, with every layer there is."""
+    """Does what `make_plan` does, but for the cache and Muon's traffic, with every layer there is."""
     with torch.device("meta"):
         plan = Plan(Transformer(args).n_params())
         model = build(ctx, args, dtype).train()
@@ -97,7 +109,8 @@ def _measure(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates,
         blocks = [sum(p.numel() for p in block.parameters()) for block in [*model.layers, *model.mtp]]
         plan.held["a block, all-gathered"] = 4 * max(blocks)
     plan.held["activations"] = activations
-    plan.sent = _sent(model, ctx, flags, {name: p for name, p in parameters.items() if n_states(name, p) == 1})
+    plan.sent = _sent(model, ctx, flags)
+    plan.matrices = _matrices(model, ctx, [p for name, p in parameters.items() if n_states(name, p) == 1])
     return plan
 
 
@@ -132,8 +145,8 @@ def run_once(model: Transformer, tokens: torch.Tensor, ctx: ParallelContext) -> 
     return inputs + sum(storage.nbytes() for storage in saved.values())
 
 
-def _sent(model: Transformer, ctx: ParallelContext, flags: Any, by_muon: dict[str, nn.Parameter]) -> dict[str, int]:
-    """Returns the bytes of a step's collectives; `by_muon` are the parameters that Muon trains, by name."""
+def _sent(model: Transformer, ctx: ParallelContext, flags: Any) -> dict[str, int]:
+    """Returns the bytes of the collectives of a step, but for Muon's."""
     sent = {}
     size = sum(p.numel() for p in model.parameters()) * 4
     if ctx.mp_size > 1:
@@ -145,12 +158,18 @@ def _sent(model: Transformer, ctx: ParallelContext, flags: Any, by_muon: dict[st
         sent["gradients, reduce-scattered"] = size * flags.accumulation
     elif ctx.dp_size > 1:
         sent["gradients, all-reduced"] = size
-    matrices = {name: p.numel() for name, p in by_muon.items() if p.ndim == 2}  # stacks of experts stay where they are
-    gathered = sum(matrices.values()) if ctx.fsdp else 0
-    if ctx.mp_size > 1:
-        gathered += sum(ctx.mp_size * n for name, n in matrices.items() if sharded_dim(name) is not None)
-    sent["matrices for Muon, all-gathered"] = gathered * model.compute_dtype.itemsize
     return {name: n for name, n in sent.items() if n}
+
+
+def _matrices(model: Transformer, ctx: ParallelContext, by_muon: list[nn.Parameter]) -> dict[Any, int]:
+    """Returns how many matrices of each shape and way of sharding Muon trains, which it divides among the processes."""
+    note_sharded_dims(ctx, model)
+    found: Counter[Any] = Counter()
+    for p in by_muon:
+        shards, _ = matrix_shards(ctx, p)
+        rows = -(-len(p) // ctx.dp_size) if ctx.fsdp and p.ndim == 2 else p.shape[-2]
+        found[tuple(shards), rows, p.shape[-1]] += p.numel() // p.shape[-2:].numel()
+    return dict(found)
 
 
 def show(plan: Plan, args: ModelArgs, flags: Any, device_memory: float | None) -> str:
