@@ -282,11 +282,12 @@ def _derive_rope(left: dict[str, Any], max_seq_len: int, is_plain: bool) -> dict
             value = int(value)  # some configs have 32.0
         values[ours] = _check_hf_field(ours, value)
     mscale, attention = rope.pop("mscale"), rope.pop("attention_factor")
-    if is_plain:  # it has the temperature in cosines and sines
-        wanted = _attention_factor(values["mscale"], values["rope_factor"])
-        if attention != wanted:
+    if is_plain and attention is None and not (mscale and values["mscale"]):
+        values["mscale"] = 1.0  # which is then the default of transformers
+    elif is_plain:
+        if attention != (wanted := _attention_factor(values["mscale"], values["rope_factor"])):
             given = f"rope_scaling.attention_factor = {shorten(attention)}"
-            raise ConfigError(f"{given} is not {wanted}, as follows from factor and mscale_all_dim")
+            raise ConfigError(f"{given} is not {wanted}, as factor and mscale_all_dim have it")
     elif attention != 1 and (attention is not None or not mscale or mscale != values["mscale"]):
         raise ConfigError("rope_scaling.mscale must equal mscale_all_dim, or attention_factor be 1")
     _check_fixed(rope, HF_FIXED, "rope_scaling.")
