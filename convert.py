@@ -189,7 +189,7 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
     derived, extra = _derive(config), shown_dict("bytegpt", config.get("bytegpt", {}))
     if derived["use_yarn"]:  # of a model exported without YaRN, to which somebody added it: it replaces these
         extra = {key: value for key, value in extra.items() if key not in HF_ROPE_KEYS}
-    with _in_hf_names(extra):
+    with _in_hf_names(HF_KEYS if derived["kv_lora_rank"] else HF_PLAIN_KEYS, extra):
         args = ModelArgs.from_dict(derived | extra)
     again = _derive(hf_config(args, torch.float32, False)) if extra else derived
     for key, value in derived.items():
@@ -213,7 +213,8 @@ def _derive(config: dict[str, Any]) -> dict[str, Any]:
         if theirs not in left:
             raise ConfigError(f"{theirs} is missing")
         value = HF_NULLS.get(ours) if left[theirs] is None else left[theirs]
-        values[ours] = _check_hf_field(ours, value)
+        with _in_hf_names(keys):
+            values[ours] = check_field(ours, value)
     left = {key: value for key, value in left.items() if key not in keys.values()}
     if not _is_activation_of_hf(values["hidden_act"]):
         raise ConfigError(f"hidden_act {values['hidden_act']} is not computed here as transformers does")
@@ -350,9 +351,9 @@ def shown_dict(name: str, value: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _in_hf_names(kept: Set[str] | dict[str, Any] = frozenset()) -> Iterator[None]:
-    """Renames the fields of `ModelArgs` in a ConfigError to Hugging Face's, but for those in `kept`."""
-    names = HF_KEYS | {key: f"rope_scaling.{name}" for key, name in HF_ROPE_KEYS.items()}
+def _in_hf_names(keys: dict[str, str] = HF_KEYS, kept: Set[str] | dict[str, Any] = frozenset()) -> Iterator[None]:
+    """Renames the fields of `ModelArgs` in a ConfigError to Hugging Face's, by `keys`, but for those in `kept`."""
+    names = keys | {key: f"rope_scaling.{name}" for key, name in HF_ROPE_KEYS.items()}
     names |= {"n_dense_layers": "first_k_dense_replace", "n_mtp_layers": "num_nextn_predict_layers"}
     names = {ours: theirs for ours, theirs in names.items() if ours not in kept}
     try:
@@ -406,10 +407,8 @@ def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, An
         config |= {"topk_group": min(groups, args.n_limited_groups), "aux_loss_alpha": args.aux_loss_alpha}
         config["topk_method"] = "noaux_tc" if not is_v2 else "group_limited_greedy" if groups > 1 else "greedy"
         config |= HF_ROUTING["softmax" if is_v2 else "sigmoid"]
-    if kind == "glm4_moe_lite":
-        config["mlp_layer_types"] = ["sparse" if is_moe else "dense" for is_moe in layout]
-    elif kind != "ernie4_5":
-        config |= {"first_k_dense_replace": n_dense, "moe_layer_freq": 1}
+        types = {"mlp_layer_types": ["sparse" if is_moe else "dense" for is_moe in layout]}
+        config |= types if kind == "glm4_moe_lite" else {"first_k_dense_replace": n_dense, "moe_layer_freq": 1}
     if is_fp8:
         config["quantization_config"] = HF_FP8 | ({"scale_fmt": args.scale_fmt} if args.scale_fmt else {})
     extra = _fields_without_place(args, config)
@@ -425,7 +424,6 @@ def _obstacles(args: ModelArgs, has_moe: bool, is_v2: bool, is_contiguous: bool,
         f"{plain} q_lora_rank above 0": is_plain and args.q_lora_rank > 0,
         f"{plain} qk_nope_head_dim above 0": is_plain and args.qk_nope_head_dim > 0,
         f"{plain} a v_head_dim that is not qk_rope_head_dim": is_plain and args.v_head_dim != args.qk_rope_head_dim,
-        f"the hidden_act {args.hidden_act} of model.py": not _is_activation_of_hf(args.hidden_act),
         "MoE layers without shared experts": has_moe and args.n_shared_experts == 0,
         "gate_bias with score_func softmax": is_v2 and args.gate_bias,
         "score_func sigmoid without gate_bias": has_moe and not is_v2 and not args.gate_bias,
@@ -476,14 +474,9 @@ def tokenizer_files(max_seq_len: int) -> dict[str, dict[str, Any]]:
     end = {"id": 0, "content": "\0", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     vocab = {letters[byte] if byte else "\0": byte for byte in range(256)}
-    tokenizer: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [end | {"special": True}],
-    }
-    tokenizer |= {"normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level}
-    tokenizer |= {"model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    tokenizer: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None}
+    tokenizer |= {"added_tokens": [end | {"special": True}], "normalizer": None, "pre_tokenizer": level}
+    tokenizer |= {"post_processor": None, "decoder": level, "model": {"type": "BPE", "vocab": vocab, "merges": []}}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "\0", "pad_token": "\0"}
     config |= {"clean_up_tokenization_spaces": False, "model_max_length": max_seq_len}
     config["padding_side"] = "left"  # so that every row of a batch goes on where its prompt ends

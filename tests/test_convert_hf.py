@@ -343,6 +343,8 @@ def test_plain_attention_refused_by_name(tmp_path: Path, changes: dict[str, Any]
         ("n_routed_experts", 4),
         ("use_bias", True),
         ("head_dim", None),
+        ("head_dim", 3),
+        ("head_dim", 1 << 64),
         ("num_key_value_heads", 1),
         ("num_key_value_heads", ...),
         ("tie_word_embeddings", ...),
@@ -358,7 +360,7 @@ def test_plain_attention_read_only_as_it_is(tmp_path: Path, key: str, value: Any
     (hf / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
     with pytest.raises(ConfigError) as error:
         open_checkpoint(hf)
-    one_line(error, hf / "config.json", key)
+    one_line(error, hf / "config.json", f" {key}")
 
 
 # --- Published models -------------------------------------------------------------------------------------------------
