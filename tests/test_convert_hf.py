@@ -59,7 +59,7 @@ def test_logits_of_transformers(tmp_path_factory: pytest.TempPathFactory, kind: 
     fixed = {"n_routed_experts": 8, "dim": 32} | KINDS[kind]
     if "n_dense_layers" not in fixed:
         fixed |= {"n_layers": 2, "n_dense_layers": data.draw(st.integers(0, 1))}
-    if kind == "Ernie4_5ForCausalLM":  # heads that have one width, n_heads times which need not be dim
+    if kind == "Ernie4_5ForCausalLM":  # heads of one width, which times n_heads need not be dim
         fixed |= dict.fromkeys(("qk_rope_head_dim", "v_head_dim"), data.draw(st.sampled_from([2, 4, 8, 32])))
     tmp = tmp_path_factory.mktemp("hf")
     model = tiny(**data.draw(divisible(**fixed)))
