@@ -89,9 +89,10 @@ HF_CLASSES = {  # model_type: architecture
     "deepseek_v3": "DeepseekV3ForCausalLM",  # sigmoid routing, the first layers dense
     "deepseek_v2": "DeepseekV2ForCausalLM",  # softmax routing, the first layers dense
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",  # sigmoid routing, a list of which layers are dense
+    "ernie4_5": "Ernie4_5ForCausalLM",  # a plain GPT: Llama's, but for rotary pairs side by side, as they are here
 }
 HF_ALIASES = {"kimi_k2": "deepseek_v3"}
-HF_KEYS = {  # field of ModelArgs: field of all these classes
+HF_KEYS = {  # field of ModelArgs: field of DeepSeek's classes
     "vocab_size": "vocab_size", "dim": "hidden_size", "inter_dim": "intermediate_size",
     "moe_inter_dim": "moe_intermediate_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_routed_experts": "n_routed_experts", "n_shared_experts": "n_shared_experts",
@@ -100,6 +101,15 @@ HF_KEYS = {  # field of ModelArgs: field of all these classes
     "kv_lora_rank": "kv_lora_rank", "qk_nope_head_dim": "qk_nope_head_dim", "qk_rope_head_dim": "qk_rope_head_dim",
     "v_head_dim": "v_head_dim", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
 }
+HF_PLAIN = {  # fields of ModelArgs, and their values in an ernie4_5: plain attention and dense layers
+    "q_lora_rank": 0, "kv_lora_rank": 0, "qk_nope_head_dim": 0, "n_routed_experts": 0, "n_shared_experts": 0,
+}
+HF_PLAIN_KEYS = {  # field of ModelArgs: field of ernie4_5
+    "vocab_size": "vocab_size", "dim": "hidden_size", "inter_dim": "intermediate_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "hidden_act": "hidden_act", "qk_rope_head_dim": "head_dim",
+    "v_head_dim": "head_dim", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+}
+HF_PLAIN_DEFAULTS = {"num_key_value_heads": 2, "tie_word_embeddings": True}  # of ernie4_5, where a config lacks them
 HF_NULLS = {"q_lora_rank": 0, "n_shared_experts": 0, "n_expert_groups": 1, "n_limited_groups": 1}  # what null means
 HF_ROPE_KEYS = {  # field of ModelArgs: field of rope_scaling
     "rope_factor": "factor", "original_seq_len": "original_max_position_embeddings", "mscale": "mscale_all_dim",
@@ -114,7 +124,7 @@ HF_ROUTING = {  # score_func: fields of the classes that have it
 HF_FIXED = {  # fields that would change the mathematics, and the value that they have in every model here
     "attention_bias": False, "attention_dropout": 0.0, "ep_size": 1, "is_causal": True, "is_encoder_decoder": False,
     "mlp_bias": False, "moe_layer_freq": 1, "output_router_logits": False, "partial_rotary_factor": 1.0,
-    "pretraining_tp": 1, "rope_interleave": True, "tie_word_embeddings": False, "truncate": True,
+    "pretraining_tp": 1, "rope_interleave": True, "tie_word_embeddings": False, "truncate": True, "use_bias": False,
 }
 HF_IGNORED = set("""architectures auto_map bytegpt chunk_size_feed_forward dtype finetuning_task gradient_checkpointing
     id2label initializer_range label2id model_type num_labels output_attentions output_hidden_states problem_type
@@ -135,8 +145,8 @@ HF_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # as tran
 HF_NAMES = {  # part of a native tensor's name: part of Hugging Face's
     "embed": "embed_tokens", "attn": "self_attn", "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm", "wq": "q_proj", "wq_a": "q_a_proj", "q_norm": "q_a_layernorm",
-    "wq_b": "q_b_proj", "wkv_a": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "wkv_b": "kv_b_proj",
-    "wo": "o_proj", "ffn": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
+    "wq_b": "q_b_proj", "wk": "k_proj", "wv": "v_proj", "wkv_a": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm",
+    "wkv_b": "kv_b_proj", "wo": "o_proj", "ffn": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
     "bias": "e_score_correction_bias",
 }
 # fmt: on
@@ -169,7 +179,7 @@ def mtp_copies(args: ModelArgs) -> Iterator[tuple[str, str]]:
 
 
 def args_from_hf(config: dict[str, Any]) -> ModelArgs:
-    """Translates the config.json of a DeepSeek-V2, DeepSeek-V3, Kimi-K2 or GLM-4-MoE-Lite model.
+    """Translates the config.json of a DeepSeek-V2, DeepSeek-V3, Kimi-K2, GLM-4-MoE-Lite or ERNIE-4.5 model.
 
     Fields of `ModelArgs` that such a config has no place for are in an object "bytegpt", where an export puts them.
 
@@ -179,7 +189,7 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
     derived, extra = _derive(config), shown_dict("bytegpt", config.get("bytegpt", {}))
     if derived["use_yarn"]:  # of a model exported without YaRN, to which somebody added it: it replaces these
         extra = {key: value for key, value in extra.items() if key not in HF_ROPE_KEYS}
-    with _in_hf_names(extra):
+    with _in_hf_names(HF_KEYS if derived["kv_lora_rank"] else HF_PLAIN_KEYS, extra):
         args = ModelArgs.from_dict(derived | extra)
     again = _derive(hf_config(args, torch.float32, False)) if extra else derived
     for key, value in derived.items():
@@ -197,16 +207,23 @@ def _derive(config: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"model_type {shorten(config.get('model_type'))} is not one of {known}")
     left = {key: value for key, value in config.items() if key not in HF_IGNORED}
     values: dict[str, Any] = {"aux_loss_alpha": _agreed(ModelArgs.aux_loss_alpha, left, "aux_loss_alpha")}
-    for ours, theirs in HF_KEYS.items():
+    is_plain = kind == "ernie4_5"
+    keys = HF_PLAIN_KEYS if is_plain else HF_KEYS
+    for ours, theirs in keys.items():
         if theirs not in left:
             raise ConfigError(f"{theirs} is missing")
-        value = left.pop(theirs)
-        values[ours] = _check_hf_field(ours, HF_NULLS.get(ours) if value is None else value)
+        value = HF_NULLS.get(ours) if left[theirs] is None else left[theirs]
+        with _in_hf_names(keys):
+            values[ours] = check_field(ours, value)
+    left = {key: value for key, value in left.items() if key not in keys.values()}
     if not _is_activation_of_hf(values["hidden_act"]):
         raise ConfigError(f"hidden_act {values['hidden_act']} is not computed here as transformers does")
     values["n_mtp_layers"] = _agreed(0, left, "num_nextn_predict_layers", "num_mtp_layers")
-    values |= _derive_layout(left, values["n_layers"]) | _derive_rope(left, values["max_seq_len"])
-    values |= _derive_routing(left, kind)
+    values |= _derive_rope(left, values["max_seq_len"], is_plain)
+    if is_plain:
+        values, left = values | HF_PLAIN, HF_PLAIN_DEFAULTS | left
+    else:
+        values |= _derive_layout(left, values["n_layers"]) | _derive_routing(left, kind)
     values["scale_fmt"] = check_quantization(left.pop("quantization_config", None))
     sizes = {"num_key_value_heads": values["n_heads"], "head_dim": values["qk_rope_head_dim"]}
     sizes |= dict.fromkeys(("num_experts", "num_local_experts"), values["n_routed_experts"])
@@ -249,7 +266,7 @@ def _derive_layout(left: dict[str, Any], n_layers: int) -> dict[str, Any]:
     return {"n_dense_layers": first, "moe_layer_freq": step}
 
 
-def _derive_rope(left: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
+def _derive_rope(left: dict[str, Any], max_seq_len: int, is_plain: bool) -> dict[str, Any]:
     """Takes the fields of the rotary frequencies: whether YaRN stretches them does not depend on the context."""
     theta, rope = _take_rope(left)
     kind = rope.pop("type")
@@ -266,7 +283,13 @@ def _derive_rope(left: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
             value = int(value)  # some configs have 32.0
         values[ours] = _check_hf_field(ours, value)
     mscale, attention = rope.pop("mscale"), rope.pop("attention_factor")
-    if attention != 1 and (attention is not None or not mscale or mscale != values["mscale"]):
+    if is_plain and attention is None and not (mscale and values["mscale"]):
+        values["mscale"] = 1.0  # which is then the default of transformers
+    elif is_plain:
+        if attention != (wanted := _attention_factor(values["mscale"], values["rope_factor"])):
+            given = f"rope_scaling.attention_factor = {shorten(attention)}"
+            raise ConfigError(f"{given} is not {wanted}, as factor and mscale_all_dim have it")
+    elif attention != 1 and (attention is not None or not mscale or mscale != values["mscale"]):
         raise ConfigError("rope_scaling.mscale must equal mscale_all_dim, or attention_factor be 1")
     _check_fixed(rope, HF_FIXED, "rope_scaling.")
     return values | {"rope_theta": theta, "use_yarn": True}
@@ -328,9 +351,9 @@ def shown_dict(name: str, value: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _in_hf_names(kept: Set[str] | dict[str, Any] = frozenset()) -> Iterator[None]:
-    """Renames the fields of `ModelArgs` in a ConfigError to Hugging Face's, but for those in `kept`."""
-    names = HF_KEYS | {key: f"rope_scaling.{name}" for key, name in HF_ROPE_KEYS.items()}
+def _in_hf_names(keys: dict[str, str] = HF_KEYS, kept: Set[str] | dict[str, Any] = frozenset()) -> Iterator[None]:
+    """Renames the fields of `ModelArgs` in a ConfigError to Hugging Face's, by `keys`, but for those in `kept`."""
+    names = keys | {key: f"rope_scaling.{name}" for key, name in HF_ROPE_KEYS.items()}
     names |= {"n_dense_layers": "first_k_dense_replace", "n_mtp_layers": "num_nextn_predict_layers"}
     names = {ours: theirs for ours, theirs in names.items() if ours not in kept}
     try:
@@ -363,31 +386,29 @@ def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, An
     """
     layout = [args.is_moe(i) for i in range(args.n_layers)]
     n_dense = layout.index(True) if any(layout) else args.n_layers
-    has_moe, is_contiguous = (
-        any(args.is_moe(i) for i in range(args.n_layers + args.n_mtp_layers)),
-        all(layout[n_dense:]),
-    )
-    is_v2 = args.score_func == "softmax" and has_moe
+    has_moe = any(args.is_moe(i) for i in range(args.n_layers + args.n_mtp_layers))
+    is_contiguous, is_v2 = all(layout[n_dense:]), args.score_func == "softmax" and has_moe
     kind = "deepseek_v2" if is_v2 else "deepseek_v3" if is_contiguous else "glm4_moe_lite"
+    kind = kind if args.kv_lora_rank else "ernie4_5"
     # to choose from all groups is the same as having one
     groups = 1 if args.n_limited_groups == args.n_expert_groups else args.n_expert_groups
     if obstacles := _obstacles(args, has_moe, is_v2, is_contiguous, groups):
         raise ConfigError(f"this model cannot be exported: no class of transformers has {obstacles[0]}")
-    config: dict[str, Any] = {theirs: getattr(args, ours) for ours, theirs in HF_KEYS.items()}
-    config |= {"architectures": [HF_CLASSES[kind]], "model_type": kind}
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    config |= {"q_lora_rank": args.q_lora_rank or None, "num_key_value_heads": args.n_heads, "n_group": groups}
-    config |= {"topk_group": min(groups, args.n_limited_groups), "topk_method": "noaux_tc"}
-    config |= {"num_nextn_predict_layers": args.n_mtp_layers, "aux_loss_alpha": args.aux_loss_alpha}
-    config |= {"attention_bias": False, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0}
+    keys = HF_KEYS if args.kv_lora_rank else HF_PLAIN_KEYS
+    config: dict[str, Any] = {theirs: getattr(args, ours) for ours, theirs in keys.items()}
+    config |= {"architectures": [HF_CLASSES[kind]], "model_type": kind, "num_key_value_heads": args.n_heads}
+    config |= {"torch_dtype": str(dtype).removeprefix("torch."), "num_nextn_predict_layers": args.n_mtp_layers}
+    config |= {"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0}
     config |= {"rope_theta": args.rope_theta, "rope_scaling": _rope_scaling(args) if args.use_yarn else None}
-    config |= HF_ROUTING["softmax" if is_v2 else "sigmoid"]
-    if is_v2:
-        config["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
-    if kind == "glm4_moe_lite":
-        config["mlp_layer_types"] = ["sparse" if is_moe else "dense" for is_moe in layout]
+    if kind == "ernie4_5":
+        config["use_bias"] = False
     else:
-        config |= {"first_k_dense_replace": n_dense, "moe_layer_freq": 1}
+        config |= {"q_lora_rank": args.q_lora_rank or None, "attention_bias": False, "n_group": groups}
+        config |= {"topk_group": min(groups, args.n_limited_groups), "aux_loss_alpha": args.aux_loss_alpha}
+        config["topk_method"] = "noaux_tc" if not is_v2 else "group_limited_greedy" if groups > 1 else "greedy"
+        config |= HF_ROUTING["softmax" if is_v2 else "sigmoid"]
+        types = {"mlp_layer_types": ["sparse" if is_moe else "dense" for is_moe in layout]}
+        config |= types if kind == "glm4_moe_lite" else {"first_k_dense_replace": n_dense, "moe_layer_freq": 1}
     if is_fp8:
         config["quantization_config"] = HF_FP8 | ({"scale_fmt": args.scale_fmt} if args.scale_fmt else {})
     extra = _fields_without_place(args, config)
@@ -396,10 +417,13 @@ def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, An
 
 def _obstacles(args: ModelArgs, has_moe: bool, is_v2: bool, is_contiguous: bool, groups: int) -> list[str]:
     """Lists what keeps a model from being one of transformers' classes; contiguous MoE layers go on to the last."""
+    is_plain, plain = args.kv_lora_rank == 0, "plain attention (kv_lora_rank = 0) that rotates neighbouring pairs, with"
     reasons = {
-        "kv_lora_rank = 0, plain attention": args.kv_lora_rank == 0,
         "qk_rope_head_dim = 0": args.qk_rope_head_dim == 0,
-        f"the hidden_act {args.hidden_act} of model.py": not _is_activation_of_hf(args.hidden_act),
+        f"{plain} MoE layers": is_plain and has_moe,
+        f"{plain} q_lora_rank above 0": is_plain and args.q_lora_rank > 0,
+        f"{plain} qk_nope_head_dim above 0": is_plain and args.qk_nope_head_dim > 0,
+        f"{plain} a v_head_dim that is not qk_rope_head_dim": is_plain and args.v_head_dim != args.qk_rope_head_dim,
         "MoE layers without shared experts": has_moe and args.n_shared_experts == 0,
         "gate_bias with score_func softmax": is_v2 and args.gate_bias,
         "score_func sigmoid without gate_bias": has_moe and not is_v2 and not args.gate_bias,
@@ -412,9 +436,17 @@ def _obstacles(args: ModelArgs, has_moe: bool, is_v2: bool, is_contiguous: bool,
     return [reason for reason, holds in reasons.items() if holds]
 
 
+def _attention_factor(mscale: float, factor: float) -> float:
+    """Returns the factor of cosines and sines by which YaRN corrects the temperature of plain attention."""
+    return 0.1 * mscale * math.log(factor) + 1.0
+
+
 def _rope_scaling(args: ModelArgs) -> dict[str, Any]:
     rope = {theirs: getattr(args, ours) for ours, theirs in HF_ROPE_KEYS.items()}
-    rope |= {"rope_type": "yarn", "type": "yarn", "mscale": args.mscale}  # older versions read "type"
+    rope |= {"rope_type": "yarn", "type": "yarn"}  # older versions read "type"
+    if args.kv_lora_rank == 0:
+        return rope | {"attention_factor": _attention_factor(args.mscale, args.rope_factor)}
+    rope["mscale"] = args.mscale
     return rope if args.mscale else rope | {"attention_factor": 1.0}
 
 
@@ -442,16 +474,14 @@ def tokenizer_files(max_seq_len: int) -> dict[str, dict[str, Any]]:
     end = {"id": 0, "content": "\0", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     vocab = {letters[byte] if byte else "\0": byte for byte in range(256)}
-    tokenizer: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [end | {"special": True}],
-    }
-    tokenizer |= {"normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level}
-    tokenizer |= {"model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    tokenizer: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None}
+    tokenizer |= {"added_tokens": [end | {"special": True}], "normalizer": None, "pre_tokenizer": level}
+    tokenizer |= {"post_processor": None, "decoder": level, "model": {"type": "BPE", "vocab": vocab, "merges": []}}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "\0", "pad_token": "\0"}
     config |= {"clean_up_tokenization_spaces": False, "model_max_length": max_seq_len}
+    config["padding_side"] = "left"  # so that every row of a batch goes on where its prompt ends
+    # nothing between messages: a base model goes on with the text, and what was written before went on so as well
+    config["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
 

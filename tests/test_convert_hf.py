@@ -3,7 +3,11 @@
 import json
 import math
 import shutil
+import socket
+import time
+import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_convert import TINY, TOKENS, assert_same, change, divisible, draws, logits, one_line, tiny
+from test_convert import TINY, TOKENS, assert_same, change, divisible, draws, logits, one_line, tensors_of, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.activations import ACT2FN
 
@@ -25,8 +29,10 @@ import model as models
 import parallel
 from checkpoint import save_model
 from convert import args_from_hf, hf_config, load_model, open_checkpoint
-from model import ConfigError, ModelArgs
+from model import ConfigError, ModelArgs, Transformer
 from safetensors_io import CheckpointError
+
+MISSING = [name for name in ("fastapi", "uvicorn", "openai", "pydantic") if find_spec(name) is None]  # of `serve`
 
 
 @pytest.fixture
@@ -42,6 +48,7 @@ KINDS = {
     "DeepseekV3ForCausalLM": {"score_func": "sigmoid", "moe_layer_freq": 1},
     "Glm4MoeLiteForCausalLM": {"score_func": "sigmoid", "moe_layer_freq": 2, "n_layers": 3, "n_dense_layers": 0},
     "DeepseekV2ForCausalLM": {"score_func": "softmax", "moe_layer_freq": 1, "kv_lora_rank": 140},
+    "Ernie4_5ForCausalLM": {"n_routed_experts": 0, "q_lora_rank": 0, "kv_lora_rank": 0, "qk_nope_head_dim": 0},
 }
 
 
@@ -52,6 +59,8 @@ def test_logits_of_transformers(tmp_path_factory: pytest.TempPathFactory, kind: 
     fixed = {"n_routed_experts": 8, "dim": 32} | KINDS[kind]
     if "n_dense_layers" not in fixed:
         fixed |= {"n_layers": 2, "n_dense_layers": data.draw(st.integers(0, 1))}
+    if kind == "Ernie4_5ForCausalLM":  # heads of one width, which times n_heads need not be dim
+        fixed |= dict.fromkeys(("qk_rope_head_dim", "v_head_dim"), data.draw(st.sampled_from([2, 4, 8, 32])))
     tmp = tmp_path_factory.mktemp("hf")
     model = tiny(**data.draw(divisible(**fixed)))
     save_model(model, tmp / "a")
@@ -135,10 +144,64 @@ def test_tokenizer_knows_all_bytes(byte_tokenizer: Any) -> None:
     assert byte_tokenizer.eos_token_id == 0 and byte_tokenizer.pad_token_id == 0
     for value in range(1, 256):  # those too that are no UTF-8 by themselves
         assert byte_tokenizer.decode([value]) == bytes([value]).decode(errors="replace")
-    assert byte_tokenizer(["a", "bcd"], padding=True)["input_ids"] in (
-        [[97, 0, 0], [98, 99, 100]],
-        [[0, 0, 97], [98, 99, 100]],
-    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_go_on_as_each_alone(tmp_path: Path, kind: str) -> None:
+    hf = exported(tmp_path, max_seq_len=64, original_seq_len=64, dim=32, **KINDS[kind])
+    tokenizer, theirs = AutoTokenizer.from_pretrained(hf), AutoModelForCausalLM.from_pretrained(hf)
+    prompts = ["a", "The quick brown fox", "\n", "é = 1"]
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    length = len(prompts[1])
+    assert batch["input_ids"].tolist() == [[0] * (length - len(t.encode())) + list(t.encode()) for t in prompts]
+    together = theirs.generate(**batch, max_new_tokens=16, do_sample=False)[:, length:]
+    for prompt, row in zip(prompts, together.tolist(), strict=True):
+        alone = theirs.generate(torch.tensor([list(prompt.encode())]), max_new_tokens=16, do_sample=False)
+        new = alone[0, len(prompt.encode()) :].tolist()
+        assert len(new) > 4 and row == new + [0] * (len(row) - len(new))
+
+
+def test_chat_template_joins_contents(byte_tokenizer: Any, tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": " Grüße\n"}, {"role": "user", "content": "def f("}]
+    messages += [{"role": "assistant", "content": "x):\n\n"}, {"role": "user", "content": "    return "}]
+    text = " Grüße\ndef f(x):\n\n    return "
+    byte_tokenizer.save_pretrained(tmp_path)  # the template becomes a file of its own
+    for tokenizer in (byte_tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
+        assert tokenizer.apply_chat_template(messages)["input_ids"] == list(text.encode())
+        assert tokenizer.padding_side == "left"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MISSING != [], reason=f"transformers[serving] is not installed: {', '.join(MISSING)} missing")
+def test_chat_completion_of_transformers_serve(tmp_path: Path) -> None:
+    model = tiny(max_seq_len=64, original_seq_len=64, n_mtp_layers=0)
+    with torch.no_grad():
+        model.head.weight[0] = model.head.weight[128:] = 0.0  # so that the answer is text and does not end
+    save_model(model, tmp_path / "a")
+    convert.convert(tmp_path / "a", tmp_path / "hf", is_hf=True)
+    prompt = torch.tensor([list("Grüß dich,\n".encode())])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False)[0, prompt.shape[1] :]
+
+    from transformers.cli.serve import Serve  # the command `transformers serve`, which can run beside a test
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    messages = [{"role": "user", "content": "Grüß dich,"}, {"role": "assistant", "content": "\n"}]
+    request = {"model": str(tmp_path / "hf"), "messages": messages, "temperature": 0, "max_tokens": 24}
+    server = Serve(str(tmp_path / "hf"), device="cpu", host="127.0.0.1", port=port, non_blocking=True)
+    try:
+        while not server.server.started:
+            time.sleep(0.05)
+        url, kind = f"http://127.0.0.1:{port}/v1/chat/completions", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(request).encode(), kind)) as response:
+            answer = json.load(response)
+    finally:
+        server.kill_server()
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": bytes(expected.tolist()).decode()}
+    assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["prompt_tokens"] == prompt.shape[1]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +305,62 @@ def test_other_vocabularies_keep_their_tokenizer(tmp_path: Path) -> None:
     convert.convert(tmp_path / "hf", tmp_path / "again", is_hf=True)
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == 299
     assert (tmp_path / "again" / "tokenizer.json").read_text() == "theirs"
+
+
+@pytest.mark.parametrize(("n_heads", "world"), [(3, 1), (4, 2)])  # 4 · 32 is more than dim
+def test_gpt_json_is_exported(tmp_path: Path, n_heads: int, world: int) -> None:
+    config = json.loads((Path(convert.__file__).parent / "configs" / "gpt.json").read_text())
+    config = {key: value for key, value in config.items() if key != "train"} | {"n_heads": n_heads}
+    save_model(Transformer(ModelArgs.from_dict(config)), tmp_path / "a")
+    convert.convert(tmp_path / "a", tmp_path / "hf", is_hf=True)
+    convert.convert(tmp_path / "hf", tmp_path / "sharded", world)
+    convert.convert(tmp_path / "sharded", tmp_path / "again", is_hf=True)
+    convert.convert(tmp_path / "again", tmp_path / "b")
+    assert_same(tmp_path / "hf", tmp_path / "again")
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"kv_lora_rank": 0}, "MoE"),
+        (KINDS["Ernie4_5ForCausalLM"] | {"q_lora_rank": 8}, "q_lora_rank"),
+        (KINDS["Ernie4_5ForCausalLM"] | {"qk_nope_head_dim": 8}, "qk_nope_head_dim"),
+        (KINDS["Ernie4_5ForCausalLM"] | {"v_head_dim": 8}, "v_head_dim"),
+    ],
+)
+def test_plain_attention_refused_by_name(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
+    save_model(tiny(**changes), tmp_path / "a")
+    with pytest.raises(ConfigError) as error:
+        convert.convert(tmp_path / "a", tmp_path / "hf", is_hf=True)
+    one_line(error, tmp_path / "a" / "config.json", "kv_lora_rank = 0", part)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kv_lora_rank", 8),
+        ("n_routed_experts", 4),
+        ("use_bias", True),
+        ("head_dim", None),
+        ("head_dim", 3),
+        ("head_dim", 1 << 64),
+        ("num_key_value_heads", 1),
+        ("num_key_value_heads", ...),
+        ("tie_word_embeddings", ...),
+        ("head_dim", ...),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "attention_factor": 2}),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "mscale_all_dim": "1"}),
+    ],
+)
+def test_plain_attention_read_only_as_it_is(tmp_path: Path, key: str, value: Any) -> None:
+    """`...` takes the field away, so that the default of the class holds, which is that of a published model."""
+    hf = exported(tmp_path, n_heads=4, **KINDS["Ernie4_5ForCausalLM"])
+    config = json.loads((hf / "config.json").read_text()) | {key: value}
+    (hf / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    with pytest.raises(ConfigError) as error:
+        open_checkpoint(hf)
+    one_line(error, hf / "config.json", f" {key}")
 
 
 # --- Published models -------------------------------------------------------------------------------------------------
@@ -508,10 +627,15 @@ def test_moe_in_mtp_modules_alone(tmp_path: Path, changes: dict[str, Any], refus
 
 
 @settings(draws, max_examples=100)
-@given(divisible(dim=16, inter_dim=8, moe_inter_dim=4), st.sampled_from([None, True, False]), st.booleans())
-def test_exported_configs_say_all(shape: dict[str, Any], gate_bias: bool | None, is_fp8: bool) -> None:
+@given(
+    divisible(dim=16, inter_dim=8, moe_inter_dim=4),
+    st.sampled_from([{}, KINDS["Ernie4_5ForCausalLM"] | {"v_head_dim": 8, "qk_rope_head_dim": 8}]),
+    st.sampled_from([None, True, False]),
+    st.booleans(),
+)
+def test_exported_configs_say_all(shape: dict, plain: dict, gate_bias: bool | None, is_fp8: bool) -> None:
     try:
-        args = ModelArgs.from_dict(TINY | shape | {"gate_bias": gate_bias})
+        args = ModelArgs.from_dict(TINY | shape | plain | {"gate_bias": gate_bias})
         config = hf_config(args, torch.bfloat16, is_fp8)
     except ConfigError:
         return
@@ -584,11 +708,18 @@ YARNS = [
     {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 12, "attention_factor": 1.0},
     YARN | {"factor": 8, "beta_fast": 4.0, "beta_slow": None, "mscale": 0.707, "mscale_all_dim": 0.707},
 ]
+PLAIN_YARNS = [  # for attention that has the temperature in the rotary factors, where 1 is no default
+    {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64},
+    {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 12, "attention_factor": 1.0},
+    YARN | {"factor": 8.0, "mscale_all_dim": 0.5, "attention_factor": 0.05 * math.log(8) + 1},
+]
 
 
 @pytest.mark.parametrize("context", [12, 16, 64, 65, 500])
-@pytest.mark.parametrize("yarn", YARNS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "yarn"),
+    [(kind, yarn) for kind in KINDS for yarn in (PLAIN_YARNS if kind == "Ernie4_5ForCausalLM" else YARNS)],
+)
 def test_yarn_whatever_the_context(tmp_path: Path, kind: str, yarn: dict[str, Any], context: int) -> None:
     """A config with YaRN computes the same with any `max_position_embeddings`: what transformers computes."""
     hf = exported(tmp_path, dim=32, **KINDS[kind])
@@ -766,6 +897,28 @@ def test_mtp_modules_that_transformers_dropped(
     convert.convert(tmp_path / "theirs", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["n_mtp_layers"] == 0
     assert torch.equal(logits(tmp_path / "back"), logits(hf))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_modules", [0, 1])
+def test_saved_by_transformers_and_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, n_modules: int
+) -> None:
+    hf = exported(tmp_path, dim=32, n_mtp_layers=n_modules, **KINDS[kind])
+    AutoModelForCausalLM.from_pretrained(hf).save_pretrained(tmp_path / "theirs", max_shard_size="15KB")
+    AutoTokenizer.from_pretrained(hf).save_pretrained(tmp_path / "theirs")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
+    capsys.readouterr()
+    assert convert.main(["--ckpt-path", str(tmp_path / "theirs"), "--save-path", str(tmp_path / "back")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == n_modules and all("read as a model without MTP modules" in line for line in lines)
+    (before,), (after,) = (tensors_of(tmp_path / name).values() for name in ("native", "back"))
+    assert after.keys() == {name for name in before if not name.startswith("mtp.")}
+    for name, tensor in after.items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("native", "back")]
+    assert configs[1] == configs[0] | {"n_mtp_layers": 0}
+    assert torch.equal(logits(tmp_path / "back"), logits(tmp_path / "native"))
 
 
 @pytest.mark.parametrize("gone", ["model.layers.4.", "model.layers.3.", "model.layers.4.mlp.gate.weight", ".eh_proj."])
