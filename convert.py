@@ -660,7 +660,8 @@ def _texts_of_hf(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, di
     Bytes have a tokenizer of our own. That of another vocabulary is copied, and its special ids come from the source.
     """
     ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    if checkpoint.args.vocab_size == 256:
+    if checkpoint.args.vocab_size == 256:  # as generate.py samples; servers heed a request's temperature only with this
+        ids |= {"do_sample": True, "temperature": 0.8, "top_k": 0}
         return {CONFIG_FILE: config, GENERATION_FILE: ids} | tokenizer_files(checkpoint.args.max_seq_len)
     ids = {key: checkpoint.config.get(key) for key in ids}
     if (path := checkpoint.folder / GENERATION_FILE).exists():

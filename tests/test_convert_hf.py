@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_convert import TINY, TOKENS, assert_same, change, divisible, draws, logits, one_line, tensors_of, tiny
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 from transformers.activations import ACT2FN
 
 import checkpoint as checkpoints
@@ -98,6 +98,8 @@ def test_folder_is_complete(saved: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "hf").iterdir()} == names
     config = AutoConfig.from_pretrained(tmp_path / "hf")
     assert config.eos_token_id == 0 and config.dtype == torch.float32 and config.vocab_size == 256
+    sampling = GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (sampling.do_sample, sampling.temperature, sampling.top_k) == (True, generate.Sampling().temperature, 0)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     tensors = load_file(tmp_path / "hf" / "model-00001-of-00001.safetensors")
     assert index["weight_map"] == dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
