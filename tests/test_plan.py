@@ -98,18 +98,18 @@ def check_plan(flags: list[str]) -> None:
     traffic, saved = Traffic(), Saved(trainer)
     with traffic:
         trainer.train_step(0.5)
-    figures = traffic.sent["sum"] - sum(planned.sent.get(name, 0) for name in ("gradients, all-reduced", REPLICATED))
+    figures = traffic.sent["sum"] - sum(planned.traffic.get(name, 0) for name in ("gradients, all-reduced", REPLICATED))
     assert 0 <= figures < 200, figures  # the losses, the norm and the load of each expert
     for what, name in (("functional sum", ACTIVATIONS), ("gather", GATHERED), ("scatter", SCATTERED), ("Muon", MUON)):
-        assert traffic.sent[what] == planned.sent.get(name, 0), (what, traffic.sent, planned.sent)
+        assert traffic.sent[what] == planned.traffic.get(name, 0), (what, traffic.sent, planned.traffic)
     if not args.fsdp and not args.gradient_checkpointing:  # else not all is saved in the forward pass
-        assert saved.size == pytest.approx(planned.held["activations"], rel=2e-3)
+        assert saved.size == pytest.approx(planned.memory["activations"], rel=2e-3)
     here = sum(ctx.local_shard(p)[0].numel() for p in trainer.model.parameters())
     most = max(ctx.all_reduce_max(here))
-    assert 4 * most == planned.held["parameters"] == planned.held["gradients"]
+    assert 4 * most == planned.memory["parameters"] == planned.memory["gradients"]
     kept = optimizer_tensors(trainer.model, trainer.optimizers)
     numbers = sum(ctx.local_shard(t)[0].numel() for state in kept.values() for t in state.values() if t.ndim)
-    assert 4 * max(ctx.all_reduce_max(numbers)) == planned.held["optimizer state"]
+    assert 4 * max(ctx.all_reduce_max(numbers)) == planned.memory["optimizer state"]
     parallel.leave()
 
 
@@ -132,16 +132,16 @@ def test_a_plan_of_one_process_counts_every_parameter() -> None:
     alone = planned()
     with torch.device("meta"):
         numel = sum(p.numel() for p in plan.Transformer(ModelArgs.from_dict(CONFIG)).parameters())
-    assert alone.held["parameters"] == alone.held["gradients"] == 4 * numel
-    assert alone.held["optimizer state"] == 8 * numel and alone.sent == {}
+    assert alone.memory["parameters"] == alone.memory["gradients"] == 4 * numel
+    assert alone.memory["optimizer state"] == 8 * numel and alone.traffic == {}
 
 
 def test_plans_divide_among_ranks() -> None:
     """FSDP keeps a quarter on each of 4 ranks, rounded up; tensor parallelism halves activations' inner sizes alone."""
     alone, fsdp, tensor = planned(), planned(world_size=4, fsdp=True), planned(world_size=2, model_parallel=2)
-    assert alone.held["parameters"] / 4 <= fsdp.held["parameters"] < alone.held["parameters"] / 3.9
-    assert alone.held["parameters"] / 2 < tensor.held["parameters"] < alone.held["parameters"]
-    assert set(tensor.sent) == {ACTIVATIONS, REPLICATED} and set(fsdp.sent) == {GATHERED, SCATTERED}
+    assert alone.memory["parameters"] / 4 <= fsdp.memory["parameters"] < alone.memory["parameters"] / 3.9
+    assert alone.memory["parameters"] / 2 < tensor.memory["parameters"] < alone.memory["parameters"]
+    assert set(tensor.traffic) == {ACTIVATIONS, REPLICATED} and set(fsdp.traffic) == {GATHERED, SCATTERED}
     with pytest.raises(parallel.ParallelError, match="--batch-size 4 cannot be shared by 3 processes; take 3 or 6"):
         planned(world_size=3)
     with pytest.raises(parallel.ParallelError, match="at most"):
@@ -159,7 +159,7 @@ def test_deep_models_are_measured_by_their_kinds_of_layers(layers: tuple[int, in
     ctx = parallel.ParallelContext("cpu", flags.world_size, 0, flags.model_parallel, flags.fsdp)
     whole = plan._measure(args, flags, torch.float32, states, ctx)
     made = plan.make_plan(args, flags, torch.float32, states)
-    assert (made.held, made.sent, made.n_params) == (whole.held, whole.sent, whole.n_params)
+    assert (made.memory, made.traffic, made.n_params) == (whole.memory, whole.traffic, whole.n_params)
 
 
 def test_many_layers_cost_no_more_than_few() -> None:
@@ -167,7 +167,7 @@ def test_many_layers_cost_no_more_than_few() -> None:
     began = time.process_time()
     made = plan.make_plan(args, Flags(), torch.float32, lambda name, p: 2)
     assert time.process_time() - began < 10  # of processor time: layer by layer, it would be a minute
-    assert made.held["parameters"] == 4 * made.n_params[0] > 4000 * 4 * 32 * 64
+    assert made.memory["parameters"] == 4 * made.n_params[0] > 4000 * 4 * 32 * 64
 
 
 def test_a_plan_says_whether_it_fits() -> None:
