@@ -75,7 +75,7 @@ class Muon(Optimizer):
         """Decays a parameter and subtracts its update, of which this process may hold a shard."""
         size = math.sqrt(max(update.shape[1:]))  # with 0.2, an update has the root mean square of AdamW's
         here = p if self.ctx is None else self.ctx.local_shard(p)[0]
-        update = (update if self.ctx is None else parallel.local_part(self.ctx, p, update)).view_as(here)
+        update = (update if self.ctx is None else parallel.reshard(self.ctx, p, update)).view_as(here)
         if kernel := fp8_ops.kernels(here):
             kernel.apply_update(here, update.contiguous(), torch.full((), lr, device=here.device), decay, 0.2 * size)
         else:

@@ -100,7 +100,7 @@ def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing
             shard.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-5 * gradients[name].abs().max().item(), msg=name
         )
     torch.testing.assert_close(parallel.clip_grad_norm(ctx, net, 0.1), norm, rtol=1e-5, atol=0)
-    parallel.leave()
+    parallel.destroy()
 
 
 def check_optimizer_updates() -> None:
@@ -115,8 +115,8 @@ def check_optimizer_updates() -> None:
         if p.ndim == 2:
             update = parallel.full_tensor(ctx, p, p.detach())
             assert torch.equal(update, matrices[name].unsqueeze(0)), name
-            assert torch.equal(parallel.local_part(ctx, p, update), p), name
-    parallel.leave()
+            assert torch.equal(parallel.reshard(ctx, p, update), p), name
+    parallel.destroy()
 
 
 def check_collectives() -> None:
@@ -136,7 +136,7 @@ def check_collectives() -> None:
     assert ctx.broadcast_bytes(lambda: None if ctx.rank else b"typed") == b"typed"
     assert ctx.all_reduce_max(ctx.rank, -ctx.rank) == [1, 0] and ctx.broadcast(ctx.rank + 5) == [5]
     assert ctx.all_reduce_dp(torch.tensor([2.0])).item() == 4
-    parallel.leave()
+    parallel.destroy()
 
 
 def check_rendezvous() -> None:
@@ -361,7 +361,7 @@ def test_numbers_of_processes_that_cannot_be() -> None:
         with pytest.raises(parallel.ParallelError, match=message):
             parallel.ParallelContext("cpu", world, 0, mp)
     with pytest.raises(
-        CheckpointError, match=r"vocab_size = 256 cannot be cut into \d+; --model-parallel can be 1, 2, 4$"
+        CheckpointError, match=r"vocab_size = 256 cannot be divided by \d+; --model-parallel can be 1, 2, 4$"
     ):
         parallel.check_model_parallel(ModelArgs.from_dict(CONFIG), 5**20)
     assert time.process_time() - began < 5  # of processor time: no loop over numbers of processes
@@ -498,8 +498,8 @@ def test_layouts_that_cannot_be(runs: Runs) -> None:
     first, *others = launch(3, [scenario | {"code": 2} for scenario in asked])
     expected = ["3 processes are no multiple of --model-parallel 2, which can be 1, 3"]
     expected += ["--batch-size 8 cannot be shared by 3 processes; take 6 or 9"]
-    expected += ["vocab_size = 256 cannot be cut into 3; --model-parallel can be 1, 2, 4"]
-    expected += ["vocab_size = 256 cannot be cut into 3; the number of processes can be 1, 2, 4", "--top-k"]
+    expected += ["vocab_size = 256 cannot be divided by 3; --model-parallel can be 1, 2, 4"]
+    expected += ["vocab_size = 256 cannot be divided by 3; the number of processes can be 1, 2, 4", "--top-k"]
     assert all(part in line for part, line in zip(expected, first.splitlines(), strict=True)), first
     assert others == ["", ""] and sorted(runs.folder.iterdir()) == before
 

@@ -110,7 +110,7 @@ def check_plan(flags: list[str]) -> None:
     kept = optimizer_tensors(trainer.model, trainer.optimizers)
     numbers = sum(ctx.local_shard(t)[0].numel() for state in kept.values() for t in state.values() if t.ndim)
     assert 4 * max(ctx.all_reduce_max(numbers)) == planned.memory["optimizer state"]
-    parallel.leave()
+    parallel.destroy()
 
 
 class Flags:
