@@ -722,7 +722,7 @@ class Transformer(nn.Module):
     """The full model.
 
     Weights keep the dtype they were created or loaded in; `compute_dtype` is that of the activations, and every product
-    casts its weight to it. So float32 masters train in bfloat16, and what is stored in bfloat16 is used as it is.
+    casts its weight to it. So float32 masters train in bfloat16, and weights stored in bfloat16 are used as they are.
 
     With `fp8_weights` there is room for weights stored in FP8 and their scales, as an FP8 checkpoint has them. Without
     `init`, and on the meta device, weights are undefined: to be loaded; else `init_weights` draws them.
@@ -763,7 +763,7 @@ class Transformer(nn.Module):
         """Cosines and sines of the rotary angles of the first `length` positions, or of more: float32 (·, 1, R/2)."""
         if len(self._rope_cos) < length:
             longer = max(length, 1024, 3 * len(self._rope_cos) // 2)  # so that decoding seldom computes them anew
-            with torch.inference_mode(False):  # what an evaluation computes, training uses
+            with torch.inference_mode(False):  # training uses the tables that an evaluation has computed
                 positions = torch.arange(min(longer, max(length, self.args.max_seq_len)), device="cpu").float()
                 angles = torch.outer(positions, rope_frequencies(self.args)).unsqueeze(1)
                 self._rope_cos, self._rope_sin = (t.to(self._rope_cos.device) for t in (angles.cos(), angles.sin()))
@@ -797,7 +797,7 @@ class Transformer(nn.Module):
         """Floating-point operations of a training step for one position, forward and backward.
 
         Six for each weight that it meets, and attention to half of the sequence on average, as PaLM's report counts
-        (appendix B). What is computed again in the backward pass is not counted.
+        (appendix B). Recomputation in the backward pass is not counted.
         """
         args, heads = self.args, 1 + len(self.mtp)  # each MTP module goes through the head as well
         weights = self.n_params()[1] - self.embed.weight.numel() + (heads - 1) * self.head.weight.numel()
@@ -925,7 +925,7 @@ class Transformer(nn.Module):
         return Losses(total, next_byte.detach(), mtp_loss.detach(), balance.detach(), load)
 
     def next_byte_loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean cross-entropy of the next byte alone, in nats: what an evaluation measures."""
+        """The mean cross-entropy of the next byte alone, in nats, as an evaluation measures it."""
         return self._cross_entropy(self.forward_hidden(tokens)[0], targets)
 
     def _cross_entropy(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -158,7 +158,7 @@ def check_model_parallel(args: ModelArgs, world: int, flag: str = "--model-paral
     works = _divisors(math.gcd(*sizes.values()))
     for key, size in sizes.items():
         if size % world:
-            raise CheckpointError(f"{key} = {size} cannot be divided by {world}; {flag} can be {works}")
+            raise CheckpointError(f"{key} = {size} cannot be cut into {world}; {flag} can be {works}")
 
 
 def _divisors(n: int) -> str:
@@ -372,26 +372,31 @@ def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
     which then confirms it: the request of an earlier process is answered too, but no process reads that answer.
     """
     store, key, deadline = _connect(launch, timeout), secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
-    missing = set(range(1, launch.world_size)) if launch.rank == 0 else {0}
+
+    def wait(missing: list[int]) -> None:
+        """Waits a moment for these ranks; in Python, since a signal would have to wait for the store's own waiting."""
+        if time.monotonic() > deadline:
+            names = command.shorten(", ".join(map(str, missing)), 60)
+            raise LaunchError(f"process {names} of {launch.world_size} has not come within {timeout}; start all")
+        time.sleep(0.01)
+
     try:
-        if launch.rank != 0:
+        if launch.rank > 0:
             store.set(f"request of {launch.rank}", key)
-        while missing:
-            if time.monotonic() > deadline:
-                names = command.shorten(", ".join(map(str, sorted(missing))), 60)
-                raise LaunchError(f"process {names} of {launch.world_size} has not come within {timeout}; start all")
-            for other in sorted(missing):
-                if launch.rank == 0 and store.check([f"{key} known to {other}"]):
-                    missing.remove(other)
-                elif launch.rank == 0 and store.check([f"request of {other}"]):
-                    store.set(f"answer to {store.get(f'request of {other}').decode()}", key)
-                elif launch.rank != 0 and store.check([f"answer to {key}"]):
-                    key, missing = store.get(f"answer to {key}").decode(), set()
-                    store.set(f"{key} known to {launch.rank}", "")
-            time.sleep(0.01)
+            while not store.check([f"answer to {key}"]):
+                wait([0])
+            prefix = store.get(f"answer to {key}").decode()
+            store.set(f"{prefix} known to {launch.rank}", "")
+            return dist.PrefixStore(prefix, store)
+        missing = list(range(1, launch.world_size))
+        while missing := [rank for rank in missing if not store.check([f"{key} known to {rank}"])]:
+            for rank in missing:
+                if store.check([f"request of {rank}"]):  # read again each time: the first may be of an earlier process
+                    store.set(f"answer to {store.get(f'request of {rank}').decode()}", key)
+            wait(missing)
+        return dist.PrefixStore(key, store)
     except dist.DistError as error:
         raise ParallelError(f"process 0 has ended before all processes had come: {_first_line(error)}") from None
-    return dist.PrefixStore(key, store)
 
 
 # --- Ranks and collectives -------------------------------------------------------------------------------------------
@@ -458,7 +463,7 @@ class ParallelContext:
         return ctx
 
     def _init_groups(self, launch: Launch, timeout: timedelta) -> None:
-        """Makes the process groups, after a comparison of what they follow from."""
+        """Creates the process groups, after a comparison of the settings that they follow from."""
         device = self.device
         if device == "cuda":
             self.device = f"cuda:{launch.local_rank}"
@@ -479,7 +484,7 @@ class ParallelContext:
         """Waits for all ranks; if one of them has an error, all raise a CollectiveError with its message."""
         if self.world_size == 1 and error is not None:
             raise error
-        if self.all_reduce_max(float(error is not None))[0]:
+        if self.all_reduce_max(0.0 if error is None else 1.0)[0]:
             errors: list[str | None] = [None] * self.world_size
             dist.all_gather_object(errors, error and command.explain(error, (ValueError,))[1])
             raise CollectiveError(next(text for text in errors if text is not None)) from error
@@ -502,7 +507,7 @@ class ParallelContext:
         return tensor.tolist()
 
     def broadcast(self, *values: float) -> list[float]:
-        """Returns rank 0's values: what it has measured or decided."""
+        """Returns rank 0's values."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.broadcast(tensor, 0)
@@ -670,7 +675,7 @@ def parallelize(
 def _compile_training(layer: nn.Module) -> None:
     """Compiles a layer for training alone: evaluations and samples have many lengths, and each would be compiled."""
     plain, compiled = layer.forward, torch.compile(layer.forward, fullgraph=True)
-    layer.forward = lambda *inputs: (compiled if layer.training else plain)(*inputs)
+    layer.forward = lambda *inputs: compiled(*inputs) if layer.training else plain(*inputs)
 
 
 def _all_reduce(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:

@@ -20,12 +20,11 @@ import train
 from model import ModelArgs
 from train import is_hidden_matrix, optimizer_tensors
 
-V3 = {  # DeepSeek's configs/config_671B.json
-    **{"vocab_size": 129280, "dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61},
-    **{"n_dense_layers": 3, "n_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "n_activated_experts": 8},
-    **{"n_expert_groups": 8, "n_limited_groups": 4, "route_scale": 2.5, "score_func": "sigmoid", "q_lora_rank": 1536},
-    **{"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "dtype": "fp8"},
-}
+# DeepSeek's configs/config_671B.json
+V3 = {"vocab_size": 129280, "dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61, "n_dense_layers": 3}
+V3 |= {"n_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "n_activated_experts": 8, "n_expert_groups": 8}
+V3 |= {"n_limited_groups": 4, "route_scale": 2.5, "score_func": "sigmoid", "q_lora_rank": 1536, "kv_lora_rank": 512}
+V3 |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "dtype": "fp8"}
 
 
 OPERATORS = {
@@ -157,9 +156,9 @@ def test_deep_models_are_measured_by_their_kinds_of_layers(layers: tuple[int, in
     args = ModelArgs.from_dict(CONFIG | dict(zip(names, layers, strict=True)) | {"n_mtp_layers": 2})
     flags, states = Flags(**flags), lambda name, p: 1 if p.ndim == 2 else 2
     ctx = parallel.ParallelContext("cpu", flags.world_size, 0, flags.model_parallel, flags.fsdp)
-    whole = plan._measure(args, flags, torch.float32, states, ctx)
+    full = plan._measure(args, flags, torch.float32, states, ctx)
     made = plan.make_plan(args, flags, torch.float32, states)
-    assert (made.memory, made.traffic, made.n_params) == (whole.memory, whole.traffic, whole.n_params)
+    assert (made.memory, made.traffic, made.n_params) == (full.memory, full.traffic, full.n_params)
 
 
 def test_many_layers_cost_no_more_than_few() -> None:
