@@ -796,8 +796,8 @@ class Transformer(nn.Module):
     def flops_per_position(self, seq_len: int) -> int:
         """Floating-point operations of a training step for one position, forward and backward.
 
-        Six for each weight that it meets, and attention to half of the sequence on average, as PaLM's report counts
-        (appendix B). Recomputation in the backward pass is not counted.
+        Six for each weight that it meets, as in PaLM's report (appendix B), and attention to half of the sequence, the
+        mean under a causal mask, where that report counts all of it. Recomputation is not counted.
         """
         args, heads = self.args, 1 + len(self.mtp)  # each MTP module goes through the head as well
         weights = self.n_params()[1] - self.embed.weight.numel() + (heads - 1) * self.head.weight.numel()

@@ -1,17 +1,17 @@
-"""What all tests share.
+"""Settings of all tests, and the tiny model that they have in common.
 
 Tests run in two processes at a time (see pyproject.toml), each on one thread: threads that wait for others on a busy
-machine take ten times as long. Where there is no GPU, Triton's interpreter stands in for it.
+machine take ten times as long. Without a GPU, kernels run in Triton's interpreter.
 """
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in what tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in processes of tests
 
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 from model import ModelArgs, Transformer  # noqa: E402
 
@@ -39,7 +39,7 @@ TINY = {
 
 
 def tiny(seed: int = 1, **changes: object) -> Transformer:
-    """A small model no two numbers of which are equal, routing biases included."""
+    """A small model of random numbers, norms and routing biases included; `changes` are of `TINY`."""
     model = Transformer(ModelArgs.from_dict(TINY | changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
