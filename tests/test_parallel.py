@@ -350,7 +350,7 @@ def test_shards_of_native_tensors() -> None:
 
 
 def test_numbers_of_processes_that_cannot_be() -> None:
-    began = time.process_time()
+    """Also such that a loop over them would not end."""
     for world, mp, message in (
         (3, 2, "3 processes are no multiple of --model-parallel 2, which can be 1, 3"),
         (10**12, 7, "at most 1048576"),
@@ -363,7 +363,6 @@ def test_numbers_of_processes_that_cannot_be() -> None:
         CheckpointError, match=r"vocab_size = 256 cannot be cut into \d+; --model-parallel can be 1, 2, 4$"
     ):
         parallel.check_model_parallel(ModelArgs.from_dict(CONFIG), 5**20)
-    assert time.process_time() - began < 5  # of processor time: no loop over numbers of processes
 
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a.host"}
