@@ -168,7 +168,7 @@ def test_many_layers_cost_no_more_than_few(monkeypatch: pytest.MonkeyPatch) -> N
     assert made.memory["parameters"] == 4 * made.n_params[0] > 4000 * 4 * 32 * 64
 
 
-def test_a_plan_says_whether_it_fits() -> None:
+def test_a_plan_shows_whether_it_fits() -> None:
     args, flags = ModelArgs.from_dict(CONFIG), Flags(world_size=2)
     made = planned(world_size=2)
     for memory, verdict in ((made.total / 1e9, "\nfits in"), (made.total / 1.01e9, "\ndoes not fit in"), (None, None)):
@@ -178,7 +178,7 @@ def test_a_plan_says_whether_it_fits() -> None:
 
 
 @pytest.mark.slow
-def test_plans_are_what_a_step_takes(tmp_path: Path) -> None:
+def test_plans_equal_the_memory_and_traffic_of_a_step(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     layouts: list[list[object]] = [[], ["--model-parallel", 2, "--gradient-checkpointing"]]
     layouts += [["--fsdp", "--optimizer", "adamw", "--accumulation", 2], ["--accumulation", 2]]
@@ -194,9 +194,9 @@ def test_plan_of_the_671b_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     flags += ["--batch-size", "128", "--gradient-checkpointing", "--device-memory", "80"]
     assert train.main([*flags, "--fsdp"]) == 0
     text = capsys.readouterr().out
-    held = {m[1].strip(): float(m[2].replace(",", "")) for m in re.finditer(r"(?m)^  (.{36}) *([\d.,]+) GB$", text)}
+    memory = {m[1].strip(): float(m[2].replace(",", "")) for m in re.finditer(r"(?m)^  (.{36}) *([\d.,]+) GB$", text)}
     assert "682,6" in text and "128 data-parallel × 16 tensor-parallel" in text and "\nfits in 80 GB" in text
     experts = 59 * 16 * 3 * 7168 * 2048 * 4 / 1e9  # of a tensor-parallel rank, which has 16 of a layer's
-    assert experts / 16 < held["parameters"] < experts / 16 + 0.05 * experts
+    assert experts / 16 < memory["parameters"] < experts / 16 + 0.05 * experts
     assert train.main(flags) == 0
     assert "does not fit in 80 GB" in capsys.readouterr().out
