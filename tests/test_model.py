@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -148,19 +149,9 @@ def small(**values: Any) -> ModelArgs:
 
 
 def build(args: ModelArgs, seed: int = 0, compute_dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model whose every parameter is random: matrices keep activations at order 1, norms and biases are uneven."""
+    """A model of random parameters: see `randomise`."""
     net = Transformer(args, compute_dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if p.ndim == 1:
-                p.copy_(1 + 0.2 * noise)
-            else:
-                p.copy_(noise if name == "embed.weight" else noise * p.shape[-1] ** -0.5)
-        for gate in net.gates():
-            if gate.bias is not None:
-                gate.bias.copy_(0.3 * torch.randn(gate.bias.shape, generator=generator))
+    randomise(net, seed)
     return net
 
 

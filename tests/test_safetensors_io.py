@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -24,14 +25,6 @@ from safetensors_io import CheckpointError, ShardedTensor, Slice2D, new_folder, 
 
 E4M3 = torch.float8_e4m3fn
 draws = settings(deadline=None, derandomize=True, database=None)
-
-
-def one_line(error: pytest.ExceptionInfo, *parts: object) -> None:
-    """The message is one line that a terminal can show, and names all that it should."""
-    message = str(error.value)
-    assert message.isprintable() and 0 < len(message) < 600
-    for part in parts:
-        assert str(part) in message
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
