@@ -308,7 +308,7 @@ class Linear(nn.Module):
         return " × ".join(map(str, self.weight.shape)) + ("" if self.scale is None else ", stored in FP8")
 
     def store_fp8(self) -> None:
-        """Makes room for a weight stored in FP8; its values are undefined until they are loaded."""
+        """Replaces the weight by one stored in FP8; its values are undefined until they are loaded."""
         blocks = [-(-n // fp8_ops.BLOCK) for n in self.weight.shape[-2:]]
         self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=fp8_ops.E4M3), requires_grad=False)
         self.scale = self.weight.new_empty(*self.weight.shape[:-2], *blocks, dtype=torch.float32)
