@@ -1,4 +1,4 @@
-"""Text to bytes and back: the whole tokenizer of a model whose vocabulary is the 256 bytes.
+"""Text to bytes and back: the tokenizer of a model whose vocabulary is the 256 bytes.
 
 A byte-level tokenizer has nothing to train and no table: the id of a token is the value of a byte, and text
 becomes ids by being written as UTF-8. A Python `bytes` object already is an immutable sequence of integers from 0 to
@@ -47,7 +47,7 @@ def decode(ids: Iterable[int] | bytes, errors: str = "replace") -> str:
 
     Args:
         ids: Ids 0..255: bytes, any iterable of integers, or a one-dimensional integer tensor or array.
-        errors: What becomes of bytes that are no UTF-8, as in `bytes.decode`. By default each such sequence becomes
+        errors: How bytes that are no UTF-8 are treated, as in `bytes.decode`. By default each such sequence becomes
             U+FFFD, because a model may emit anything.
 
     Returns:
@@ -61,7 +61,7 @@ def decode(ids: Iterable[int] | bytes, errors: str = "replace") -> str:
 
 
 class StreamDecoder:
-    """Decodes ids as they arrive, whole characters only.
+    """Decodes ids as they arrive, into complete characters.
 
     The outputs of `feed` and the final `flush` concatenate to `decode` of all ids, however these were divided.
 

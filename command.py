@@ -1,4 +1,4 @@
-"""What every command has in common: how it starts, reads its flags, prints, and ends.
+"""Start, flags, output and end of every command.
 
 A script begins with
 
@@ -9,7 +9,7 @@ A script begins with
 
 and its `main` returns `command.run("convert.py", lambda: ..., mistakes=(CheckpointError,))`. From then on
 
-* Ctrl-C or SIGTERM at any moment ends the process with exit code 130 and no traceback, after what is half-done has been
+* Ctrl-C or SIGTERM at any moment ends the process with exit code 130 and no traceback, after unfinished files have been
   removed; a user's mistake is one line on stderr and exit code 2; any other exception is shown with its traceback, 1;
 * nothing that came from a model, a file or the command line reaches a terminal as a control character;
 * a closed standard stream is replaced by /dev/null, and a full one is reported once, with exit code 2.
@@ -39,7 +39,7 @@ from byte_tokenizer import one_line, visible
 STARTED = time.monotonic()  # train.py's --minutes counts from here: torch is not imported yet
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
 MIN_CACHE_BYTES = 1 << 24  # free space below which a cache folder counts as full
-BROKEN_PIPE = 141  # exit code when nobody reads stdout any more
+BROKEN_PIPE = 141  # exit code when the reader of stdout has gone
 _SIGNALS = signal.SIGINT, signal.SIGTERM
 
 _write_error: OSError | None = None  # the first failure to write stdout
@@ -74,7 +74,7 @@ def _set_handlers(handler: Any) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: ends a command even where Ctrl-C only stops a part of it."""
+    """SIGTERM: ends a command even where Ctrl-C only stops a reply."""
 
 
 def _interrupt(signum: int, _frame: Any) -> None:
@@ -107,7 +107,7 @@ def run(prog: str, body: Callable[[], int | None], mistakes: tuple[type[Exceptio
         mistakes: Exception classes that mean a user's mistake. OSError and lack of memory always do.
 
     Returns:
-        0, 1 after a fault of this project, 2 after a mistake, 130 after a signal, 141 when nobody reads stdout.
+        0, 1 after a fault of this project, 2 after a mistake, 130 after a signal, 141 without a reader of stdout.
     """
     before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     hook = sys.unraisablehook
@@ -135,7 +135,7 @@ def run(prog: str, body: Callable[[], int | None], mistakes: tuple[type[Exceptio
 
 
 def explain(error: BaseException, mistakes: tuple[type[Exception], ...]) -> tuple[int, str | None]:
-    """Returns the exit code for an exception, and the line that says what went wrong; None: there is nothing to say."""
+    """Returns the exit code for an exception, and the error message in one line; None: none is printed."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, None
     if isinstance(error, BrokenPipeError):
@@ -163,7 +163,7 @@ def _flush(prog: str) -> int:
 
 
 def _to_stdout(send: Callable[[], Any]) -> None:
-    """Writes and flushes; where that fails, keeps the error, and lets what is still buffered go nowhere."""
+    """Writes and flushes; where that fails, keeps the error, and sends the rest of the buffer to /dev/null."""
     global _write_error
     try:
         send()
@@ -211,7 +211,7 @@ def complain(prog: str, message: str) -> None:
 
 
 def note(line: str) -> None:
-    """Prints a line to stderr: what is neither a result nor an error, such as a speed."""
+    """Prints a line to stderr that is neither a result nor an error, such as a speed."""
     _to_stderr(one_line(line))
 
 
@@ -221,12 +221,12 @@ def is_local_rank_zero() -> bool:
 
 
 def _to_stderr(line: str) -> None:
-    with suppress(OSError, ValueError, AttributeError):  # where stderr fails there is nobody to tell
+    with suppress(OSError, ValueError, AttributeError):  # where stderr fails, nothing can be reported
         print(line, file=sys.stderr, flush=True)
 
 
 def _settle_stderr() -> None:
-    """Drops what stderr does not take: at the end of the process, Python would make exit code 120 of it."""
+    """Drops output that stderr does not take: at the end of the process, it would turn the exit code into 120."""
     try:
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
@@ -235,7 +235,7 @@ def _settle_stderr() -> None:
 
 
 def shorten(value: Any, limit: int = 150) -> str:
-    """What a file or a user says, fit to be quoted in one line of a message."""
+    """Returns text from a file or a user in a form that fits one line of a message."""
     text = str(value)
     text = text if len(text) <= limit else text[:limit] + "…"
     return text if text.isprintable() and text else ascii(text)
@@ -263,7 +263,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def integer(low: int, high: int = 10**12) -> Callable[[str], int]:
-    """Makes an argparse type: an integer from `low` to `high`, ends included."""
+    """Returns an argparse type: an integer from `low` to `high`, ends included."""
 
     def parse(text: str) -> int:
         with suppress(ValueError):
@@ -276,7 +276,7 @@ def integer(low: int, high: int = 10**12) -> Callable[[str], int]:
 
 
 def real(low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Callable[[str], float]:
-    """Makes an argparse type: a finite number from `low` to `high`, either end excluded if it is open."""
+    """Returns an argparse type: a finite number from `low` to `high`, either end excluded if it is open."""
     ends = f"{'above' if open_low else 'from'} {low:g}"
     if math.isfinite(high):
         ends += f"{' to below' if open_high else ' to'} {high:g}"
@@ -296,10 +296,10 @@ def real(low: float, high: float = math.inf, open_low: bool = False, open_high: 
 
 
 def private_cache_folder() -> Path:
-    """Returns a folder for compiled code, which nobody but this user (and root) can write to.
+    """Returns a folder for compiled code, which only this user (and root) can write to.
 
-    It is `bytegpt` in `$XDG_CACHE_HOME` or `~/.cache`, made if needed; or `private_temporary_folder()` where that is
-    full, cannot be written or run from, belongs to somebody else, or stands where others could replace it.
+    It is `bytegpt` in `$XDG_CACHE_HOME` or `~/.cache`, created if needed; or `private_temporary_folder()` where that is
+    full, cannot be written or run from, belongs to another user, or stands where others could replace it.
     """
     with suppress(OSError, RuntimeError, ValueError):  # RuntimeError: no home
         base = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -318,7 +318,7 @@ def private_cache_folder() -> Path:
 @cache
 def private_temporary_folder() -> Path:
     """Returns a new folder of this user alone, the same at each call, which is removed when the process ends."""
-    import atexit  # these take longer than all that `start` needs
+    import atexit  # imported here, since they take longer than the rest of `start`
     import shutil
     import tempfile
 
@@ -328,7 +328,7 @@ def private_temporary_folder() -> Path:
 
 
 def is_private(info: os.stat_result) -> bool:
-    """Whether a file or folder belongs to this user, is no link, and can be written by nobody else."""
+    """Whether a file or folder belongs to this user, is no link, and cannot be written by others."""
     return info.st_uid == os.geteuid() and not stat.S_ISLNK(info.st_mode) and not info.st_mode & 0o022
 
 
@@ -340,7 +340,7 @@ def _is_usable(folder: Path) -> bool:
 
 
 def _is_guarded(path: Path) -> bool:
-    """Whether nobody but root and this user can replace what is in a folder; a sticky one guards it (`/tmp`)."""
+    """Whether only root and this user can replace entries of a folder, as in a sticky one (`/tmp`)."""
     info = path.lstat()
     is_fixed = stat.S_ISLNK(info.st_mode) or not info.st_mode & 0o022 or bool(info.st_mode & stat.S_ISVTX)
     return info.st_uid in (0, os.geteuid()) and is_fixed

@@ -1,6 +1,6 @@
 """DeepSeek-V3's architecture over bytes: multi-head latent attention, mixture of experts, multi-token prediction.
 
-A block is `x + attn(attn_norm(x))` followed by `x + ffn(ffn_norm(x))`. Three parts are special:
+A block is `x + attn(attn_norm(x))` followed by `x + ffn(ffn_norm(x))`. Three ideas are not those of a plain GPT:
 
 Multi-head latent attention (MLA; DeepSeek-V2 report, section 2.1). Keys and values of all heads are expanded from one
     small latent vector per position, `c = kv_norm(W_kv_a x)`, plus one rotary key that all heads share. Only these are
@@ -33,11 +33,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8_ops
 
-attn_impl: Literal["naive", "absorb"] = "naive"
+attn_impl: Literal["naive", "absorb"] = "naive"  # how MLA attends; generate.py sets it for a step of decoding
 
-FEW_POSITIONS = 64  # of a call, up to which a decoder is faster than the modules
-EMBEDDING_STD = 0.3  # at the start; with 1, small models learn more slowly
-BIAS_GAIN = 0.02  # of the routers' biases; 0.05 chatters, which costs 1% of the loss, 0.01 follows too slowly
+FEW_POSITIONS = 64  # calls of more positions run the modules even where `Transformer.decoder` is set: they are faster
+EMBEDDING_STD = 0.3  # of initial embeddings; with 1, small models learn more slowly
+BIAS_GAIN = 0.02  # step of routing biases; with 0.05 they oscillate, which costs 1% of the loss, with 0.01 they lag
 LATENT_NORM_EPS = 1e-6  # of q_norm and kv_norm, whatever norm_eps is, in DeepSeek's code and in transformers
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -68,15 +68,15 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 
 
 class ConfigError(ValueError):
-    """A model that cannot be: the message names the key of the config and what would do."""
+    """An impossible configuration: the message names the key of the config and the values that are possible."""
 
 
 @dataclass
 class ModelArgs:
     """The shape of a model: the fields of DeepSeek's `inference/configs/*.json`, and a few more.
 
-    The defaults are DeepSeek's, apart from the vocabulary of bytes, so that its files mean here what they mean there.
-    A value of the wrong type or out of range, or sizes that do not fit each other, raise a ConfigError.
+    The defaults are DeepSeek's, but for `vocab_size`. A value of the wrong type or out of range, or sizes that do not
+    fit each other, raise a ConfigError.
     """
 
     max_batch_size: int = 8  # sequences that generation decodes at a time
@@ -107,9 +107,9 @@ class ModelArgs:
     q_lora_rank: int = 0  # rank of the query's compression; 0: a plain projection
     kv_lora_rank: int = 512  # rank of the latent of keys and values; 0: ordinary multi-head attention
     qk_nope_head_dim: int = 128  # width of a head's query and key without position
-    qk_rope_head_dim: int = 64  # width of their rotary part
+    qk_rope_head_dim: int = 64  # width of their rotary components
     v_head_dim: int = 128  # width of a head's value
-    original_seq_len: int = 4096  # context that the rotary frequencies are made for
+    original_seq_len: int = 4096  # context that the rotary frequencies are designed for
     # Whether YaRN stretches them for a longer one. None, as in DeepSeek's files: if `max_seq_len` is above
     # `original_seq_len`. The answer belongs to the weights: it is saved, and stays when `max_seq_len` changes.
     use_yarn: bool | None = None
@@ -141,44 +141,38 @@ class ModelArgs:
             self.gate_bias = self.score_func == "sigmoid"
         if self.use_yarn is None:
             self.use_yarn = self.max_seq_len > self.original_seq_len
-        for wrong, message in self._misfits():
-            if wrong:
-                raise ConfigError(message)
+        if self.beta_fast < self.beta_slow:
+            raise ConfigError(f"beta_fast must be at least beta_slow ({self.beta_slow}), got {self.beta_fast}")
+        if self.rope_theta == 1:
+            raise ConfigError("rope_theta must be greater than 1, got 1.0")
+        if self.qk_rope_head_dim % 2 != 0:
+            raise ConfigError(f"qk_rope_head_dim must be even (rotary pairs), got {self.qk_rope_head_dim}")
+        if self.qk_nope_head_dim == self.qk_rope_head_dim == 0:
+            raise ConfigError("qk_nope_head_dim and qk_rope_head_dim cannot both be 0")
+        if self.inter_dim == 0 and not all(self.is_moe(i) for i in range(self.n_layers + self.n_mtp_layers)):
+            raise ConfigError("inter_dim must be greater than 0, since the model has dense layers")
+        if self.n_routed_experts > 0:
+            self._check_experts()
 
-    def _misfits(self) -> list[tuple[bool, str]]:
-        """How sizes can fail to fit each other: whether they do, and the message for it."""
+    def _check_experts(self) -> None:
+        """Raises a ConfigError if the sizes of the mixture of experts do not fit each other."""
         experts, groups = self.n_routed_experts, self.n_expert_groups
         topk, limited = self.n_activated_experts, self.n_limited_groups
-        nope, rope, fast, slow = self.qk_nope_head_dim, self.qk_rope_head_dim, self.beta_fast, self.beta_slow
-        has_dense = not all(self.is_moe(i) for i in range(self.n_layers + self.n_mtp_layers))
-        of_any = [
-            (fast < slow, f"beta_fast must be at least beta_slow ({slow}), got {fast}"),
-            (self.rope_theta == 1, "rope_theta must be greater than 1, got 1.0"),
-            (rope % 2 != 0, f"qk_rope_head_dim must be even (rotary pairs), got {rope}"),
-            (nope + rope == 0, "qk_nope_head_dim and qk_rope_head_dim cannot both be 0"),
-            (has_dense and self.inter_dim == 0, "inter_dim must be greater than 0, since the model has dense layers"),
-        ]
-        if experts == 0:
-            return of_any
-        per_group = experts // max(groups, 1)
-        reachable = per_group * limited  # the experts of the groups that a position may choose from
-        return of_any + [
-            (self.moe_inter_dim == 0, "moe_inter_dim must be greater than 0, got 0"),
-            (not 1 <= topk <= experts, f"n_activated_experts must be 1 to n_routed_experts ({experts}), got {topk}"),
-            (
-                groups < 1 or experts % groups > 0,
-                f"n_expert_groups must divide n_routed_experts ({experts}), got {groups}",
-            ),
-            (not 1 <= limited <= groups, f"n_limited_groups must be 1 to n_expert_groups ({groups}), got {limited}"),
-            (
-                topk > reachable,
-                f"n_activated_experts must be at most {reachable}, the experts of n_limited_groups groups, got {topk}",
-            ),
-            (
-                self.gate_bias and groups > 1 and per_group < 2,
-                "n_expert_groups must leave two experts a group, whose best two scores rank it",
-            ),
-        ]
+        if self.moe_inter_dim == 0:
+            raise ConfigError("moe_inter_dim must be greater than 0, got 0")
+        if not 1 <= topk <= experts:
+            raise ConfigError(f"n_activated_experts must be 1 to n_routed_experts ({experts}), got {topk}")
+        if groups < 1 or experts % groups > 0:
+            raise ConfigError(f"n_expert_groups must divide n_routed_experts ({experts}), got {groups}")
+        if not 1 <= limited <= groups:
+            raise ConfigError(f"n_limited_groups must be 1 to n_expert_groups ({groups}), got {limited}")
+        most = experts // groups * limited  # the experts of the groups that a position may choose from
+        if topk > most:
+            raise ConfigError(
+                f"n_activated_experts must be at most {most}, the experts of n_limited_groups groups, got {topk}"
+            )
+        if self.gate_bias and groups > 1 and experts // groups < 2:
+            raise ConfigError("n_expert_groups must leave two experts a group, whose best two scores rank it")
 
     def is_moe(self, layer_id: int) -> bool:
         """Whether block `layer_id` is a mixture of experts; MTP modules count on from `n_layers`."""
@@ -217,11 +211,9 @@ class KVCache:
     """Keys and values of a batch of sequences, which may differ in length.
 
     Under "absorb" a layer keeps one tensor (B, capacity, C + R); under "naive", keys (B, capacity, H, qk_head_dim) and
-    values (B, capacity, H, v_head_dim). What lies at positions from a row's length on is never read.
-
-    `capacity` is the positions of each sequence, `n_heads` this process's heads, H, and `spare` how many positions a
-    call may go past the context: what it computes there is not used. `lengths` has the filled positions of each
-    sequence; lowering one drops the positions after it.
+    values (B, capacity, H, v_head_dim). `lengths` is the number of filled positions of each sequence: entries after
+    them are never read, so that lowering it drops positions. `n_heads` is H of this process; `spare` positions past the
+    context may be computed, to be discarded.
     """
 
     def __init__(
@@ -265,7 +257,7 @@ class Positions(NamedTuple):
     sin: torch.Tensor
     # in the cache: (B, S), or a slice equal in all rows; None without a cache
     index: torch.Tensor | slice | None = None  # type: ignore[assignment]  # tuples have a method of this name
-    mask: torch.Tensor | None = None  # True where a query may look, (B or 1, 1, S, T); None: causal, or one query
+    mask: torch.Tensor | None = None  # True where a query may attend, (B or 1, 1, S, T); None: causal, or one query
 
 
 class Routing(NamedTuple):
@@ -288,8 +280,8 @@ class Losses(NamedTuple):
 class Linear(nn.Module):
     """A matrix without bias (no layer of the architecture has one), or a stack of them, one for each routed expert.
 
-    A trained weight is kept in the parameter's own precision; for FP8 products, `quantize` makes a quantised copy once
-    a step. A weight stored in FP8, as in a checkpoint, is itself the parameter, and `scale` holds its scales.
+    A trained weight is kept in the parameter's own precision; for FP8 products, `quantize` keeps a quantised copy,
+    once a step. A weight stored in FP8, as in a checkpoint, is itself the parameter, and `scale` holds its scales.
     `stack` is the number of matrices; None: a single one. With `high_precision` it is never in FP8 (V3 report, section
     3.3.1: embedding, head, router and norms are not).
     """
@@ -310,21 +302,20 @@ class Linear(nn.Module):
             self.register_buffer(f"weight_{name}", None, persistent=False)
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
-        (y,) = project(x, self, offsets=offsets)
-        return y
+        return project(x, self, offsets=offsets)[0]
 
     def extra_repr(self) -> str:
         return " × ".join(map(str, self.weight.shape)) + ("" if self.scale is None else ", stored in FP8")
 
     def store_fp8(self) -> None:
-        """Makes room for a weight stored in FP8; its values are undefined until they are loaded."""
+        """Replaces the weight by one stored in FP8; its values are undefined until they are loaded."""
         blocks = [-(-n // fp8_ops.BLOCK) for n in self.weight.shape[-2:]]
         self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=fp8_ops.E4M3), requires_grad=False)
         self.scale = self.weight.new_empty(*self.weight.shape[:-2], *blocks, dtype=torch.float32)
 
     @torch.no_grad()
     def quantize(self) -> None:
-        """Quantises the weight for the products to come, in place of what an earlier call made."""
+        """Quantises the weight for the next products, in place of an earlier call's copy."""
         if self.scale is not None:  # it is stored in FP8
             return
         for name, new in fp8_ops.quantize(self.weight, self.scale_fmt)._asdict().items():
@@ -332,7 +323,7 @@ class Linear(nn.Module):
             setattr(self, f"weight_{name}", new if old is None else old.copy_(new))
 
     def quantized(self) -> fp8_ops.QuantizedWeight:
-        """The weight for FP8 products: as `quantize` made it, or as it is stored, or else made now."""
+        """The weight for FP8 products: the copy of `quantize`, or as it is stored, or else quantised now."""
         if self.scale is not None:
             return fp8_ops.QuantizedWeight(self.weight, self.scale, self.weight.mT)
         if self.weight_q is not None:
@@ -347,7 +338,7 @@ class Linear(nn.Module):
 def project(x: torch.Tensor, *layers: Linear, offsets: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     """Applies several layers, all in FP8 or none, to one input (..., in_features); returns (..., out_features) of each.
 
-    `offsets` says for stacks where the rows of each matrix end; see `fp8_ops.linear`.
+    `offsets` (matrices of a stack,) has the end of each one's rows in `x`; see `fp8_ops.linear`.
     """
     if fp8_ops.gemm_impl == "fp8" and not layers[0].high_precision:
         quantized = [layer.quantized() for layer in layers]  # FP8 quantises, and keeps, the input once for all
@@ -455,16 +446,15 @@ class MLA(nn.Module):
 
     def forward(self, x: torch.Tensor, positions: Positions, cache: KVCache | None) -> torch.Tensor:
         angles = positions.cos, positions.sin
-        # the projections of x are made together: (B, S, q_lora_rank or H·d), then (B, S, C + R), or keys and values
-        wq = self.wq_a if self.q_lora_rank else self.wq
-        q, *rest = project(x, wq, *([self.wkv_a] if self.kv_lora_rank else [self.wk, self.wv]))
-        if self.q_lora_rank:
-            q = self.wq_b(self.q_norm(q))
-        q = apply_rotary_emb(q.unflatten(-1, (self.n_heads, self.qk_head_dim)), *angles)  # (B, S, H, d)
-        if self.kv_lora_rank == 0:
-            k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in rest)  # (B, S, H, d), (B, S, H, v_head_dim)
-            return self.wo(self._attend(q, apply_rotary_emb(k, *angles), v, positions, cache).flatten(2))
-        kv, k_pe = rest[0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        wq = self.wq_a if self.q_lora_rank else self.wq  # in one `project` with the others: they read the same x
+        if self.kv_lora_rank == 0:  # ordinary multi-head attention
+            q, k, v = project(x, wq, self.wk, self.wv)
+            k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in (k, v))  # (B, S, H, d), (B, S, H, v_head_dim)
+            q, k = self._queries(q, angles), apply_rotary_emb(k, *angles)
+            return self.wo(self._attend(q, k, v, positions, cache).flatten(2))
+        q, kv = project(x, wq, self.wkv_a)  # (B, S, q_lora_rank or H·d), (B, S, C + R)
+        q = self._queries(q, angles)
+        kv, k_pe = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv = self.kv_norm(kv)  # (B, S, C)
         if attn_impl == "absorb":
             k_pe = apply_rotary_emb(k_pe.unsqueeze(2), *angles)  # (B, S, 1, R), for all heads
@@ -475,6 +465,12 @@ class MLA(nn.Module):
         else:
             k, v = self._keys_and_values(kv, apply_rotary_emb(k_pe.unsqueeze(2), *angles))
         return self.wo(self._attend(q, k, v, positions, cache).flatten(2))
+
+    def _queries(self, q: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Each head's rotated queries (B, S, H, d), from the output of `wq` or `wq_a`."""
+        if self.q_lora_rank:
+            q = self.wq_b(self.q_norm(q))
+        return apply_rotary_emb(q.unflatten(-1, (self.n_heads, self.qk_head_dim)), *angles)
 
     def _keys_and_values(self, kv: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each head's keys (B, S, H, d) and values, from `wkv_b`'s output by heads and the rotated key (B, S, 1, R)."""
@@ -492,7 +488,8 @@ class MLA(nn.Module):
             latent = latent.to(kv.dtype)  # (B, T, C + R)
         values = latent[..., : self.kv_lora_rank]  # (B, T, C)
         wkv_b = self.wkv_b.dense_weight(kv.dtype).to(kv.dtype)
-        # for a query, the latent space is the wider one; for a position to attend to, expanding is a product more
+        # Each head multiplies `wider` more numbers for a query and a position than with expanded keys and values, which
+        # cost C·(qk_nope_head_dim + v_head_dim) a position: from some number of queries on, expanding costs less.
         wider = 2 * self.kv_lora_rank - self.qk_nope_head_dim - self.v_head_dim
         if seqlen * wider > self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim):
             kv = F.linear(values, wkv_b).unflatten(-1, (self.n_heads, -1))
@@ -505,7 +502,7 @@ class MLA(nn.Module):
         scores = torch.bmm(q, latent.mT)  # (B, S·H, T): no copy of the cache, and no cast
         if positions.mask is not None or seqlen > 1:
             causal = torch.ones(1, 1, seqlen, seqlen, dtype=torch.bool, device=kv.device).tril()
-            mask = causal if positions.mask is None else positions.mask  # True where a query may look
+            mask = causal if positions.mask is None else positions.mask
             scores = scores.unflatten(1, (seqlen, -1)).masked_fill(~mask.transpose(1, 2), float("-inf")).flatten(1, 2)
         out = torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(kv.dtype), values)  # (B, S·H, C)
         out = torch.bmm(out.view(bsz * seqlen, self.n_heads, -1).transpose(0, 1), w_v.mT)  # (H, B·S, v_head_dim)
@@ -517,11 +514,10 @@ class MLA(nn.Module):
         """Softmax attention of `q` (B, S, H, d) over `k` and `v` (B, T, H, ...), and over what `cache` holds."""
         if cache is not None:
             k, v = (t.to(q.dtype) for t in cache.update(self.layer_id, positions.index, k, v))
-        in_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and positions.mask is None
-        if in_products and 1 < q.shape[1] == k.shape[1]:
+        is_causal = positions.mask is None and q.shape[1] == k.shape[1] > 1  # else one query, which attends to all
+        if is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16:  # where torch's backward is slow
             return fp8_ops.attend_in_products(q, k, v, self.softmax_scale)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        is_causal = positions.mask is None and (positions.index is None or q.shape[2] > 1)
         out = F.scaled_dot_product_attention(q, k, v, positions.mask, is_causal=is_causal, scale=self.softmax_scale)
         return out.transpose(1, 2)
 
@@ -540,6 +536,10 @@ class MLP(nn.Module):
     def forward(
         self, x: torch.Tensor, offsets: torch.Tensor | None = None, is_here: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Maps (..., dim) to (..., dim).
+
+        For stacks, `offsets` is that of `project`, and `is_here` (N, 1) is False in the rows after the last of these.
+        """
         kernel = fp8_ops.activation_kernels(x)
         if kernel and fp8_ops.gemm_impl != "fp8":
             gate_up = project_joined(x, self.w1, self.w3, offsets=offsets)  # (N, 2·inter_dim)
@@ -573,13 +573,13 @@ class Gate(nn.Module):
         if kernel := fp8_ops.activation_kernels(x):
             indices = kernel.route(scores.detach(), self.bias, self.n_groups, self.topk_groups, self.topk)
         else:
-            indices = self.choose(scores.detach())
+            indices = self.route(scores.detach())
         weights = scores.gather(1, indices)  # without the bias, which only chooses
         if self.score_func == "sigmoid":
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * self.route_scale, indices, scores
 
-    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+    def route(self, scores: torch.Tensor) -> torch.Tensor:
         """The experts (N, K) with the highest scores (N, E) plus bias, out of the best groups."""
         choice = scores if self.bias is None else scores + self.bias
         if self.n_groups > 1:
@@ -587,8 +587,8 @@ class Gate(nn.Module):
             # DeepSeek-V2 ranks a group by its best expert, V3, which has the bias, by its best two
             rank = choice.amax(dim=-1) if self.bias is None else choice.topk(2, dim=-1).values.sum(dim=-1)
             best = rank.topk(self.topk_groups, dim=-1).indices
-            shut = torch.ones_like(rank, dtype=torch.bool).scatter_(1, best, False)
-            choice = choice.masked_fill(shut.unsqueeze(-1), float("-inf")).flatten(1)
+            excluded = torch.ones_like(rank, dtype=torch.bool).scatter_(1, best, False)
+            choice = choice.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(1)
         return choice.topk(self.topk, dim=-1).indices
 
     def extra_repr(self) -> str:
@@ -602,7 +602,7 @@ class Experts(MLP):
     def __init__(self, args: ModelArgs):
         super().__init__(args, args.moe_inter_dim, stack=args.n_routed_experts)
         self.n_experts = args.n_routed_experts
-        self.first_expert = 0  # of this process's, where processes share them
+        self.first_expert = 0  # number of the first one in this process, where processes divide them
 
     def forward(  # type: ignore[override]
         self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
@@ -619,7 +619,7 @@ class Experts(MLP):
         offsets = ends[:here]
         if here == self.n_experts:
             h = super().forward(rows, offsets)
-        else:  # the rows of the others come last; what a grouped product leaves there is undefined, both ways
+        else:  # the others' rows come last: a grouped product leaves them undefined, forward and backward
             is_here = (torch.arange(len(rows), device=x.device) < offsets[-1]).unsqueeze(1)
             h = super().forward(rows.where(is_here, 0), offsets, is_here).where(is_here, 0)
         return fp8_ops.combine(h, places, weights), ends.diff(prepend=ends.new_zeros(1)).roll(self.first_expert).float()
@@ -673,7 +673,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, positions: Positions, cache: KVCache | None
     ) -> tuple[torch.Tensor, Routing | None]:
-        x, h = self.attn_norm.add(x)
+        x, h = self.attn_norm.add(x)  # the same x, but its gradient and that of its norm are summed in one kernel
         x, h = self.ffn_norm.add(x, self.attn(h, positions, cache))  # x + attention, and its norm
         y, routing = self.ffn(h) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
         return x + y, routing
@@ -703,7 +703,7 @@ class MTPModule(nn.Module):
 
 
 def draw_weight(name: str, index: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Draws a fresh parameter from a generator of its own: the same for every layout and device.
+    """Draws an initial parameter from a generator of its own: the same for every layout and device.
 
     Matrices are normal with standard deviation 1/sqrt(fan-in), so that activations keep their scale. Those that write
     into the residual stream, and the head, start at zero: each block begins as the identity and each byte as equally
@@ -721,8 +721,8 @@ def draw_weight(name: str, index: int, shape: tuple[int, ...], seed: int) -> tor
 class Transformer(nn.Module):
     """The full model.
 
-    Weights keep the dtype they were made or loaded in; `compute_dtype` is that of the activations, and every product
-    casts its weight to it. So float32 masters train in bfloat16, and what is stored in bfloat16 is used as it is.
+    Weights keep the dtype they were created or loaded in; `compute_dtype` is that of the activations, and every product
+    casts its weight to it. So float32 masters train in bfloat16, and weights stored in bfloat16 are used as they are.
 
     With `fp8_weights` there is room for weights stored in FP8 and their scales, as an FP8 checkpoint has them. Without
     `init`, and on the meta device, weights are undefined: to be loaded; else `init_weights` draws them.
@@ -736,8 +736,8 @@ class Transformer(nn.Module):
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False  # whether the backward pass computes each block again, which saves memory
         self.decoder: Any = None  # a faster path for calls of few positions under its `attn_impls`: see decode.py
-        # of given memory: an Embedding draws its own otherwise
-        self.embed = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
+        weight = torch.empty(args.vocab_size, args.dim)  # an Embedding would draw its own
+        self.embed = nn.Embedding(args.vocab_size, args.dim, _weight=weight)
         self.layers: Any = nn.ModuleList(Block(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.head = Linear(args, args.dim, args.vocab_size, high_precision=True)
@@ -751,7 +751,7 @@ class Transformer(nn.Module):
             self.init_weights()
 
     def init_weights(self, seed: int = 0) -> None:
-        """Draws fresh weights, each by `draw_weight`."""
+        """Draws the initial weights, each by `draw_weight`."""
         with torch.no_grad():
             for i, (name, p) in enumerate(self.named_parameters()):
                 p.copy_(draw_weight(name, i, p.shape, seed))
@@ -763,7 +763,7 @@ class Transformer(nn.Module):
         """Cosines and sines of the rotary angles of the first `length` positions, or of more: float32 (·, 1, R/2)."""
         if len(self._rope_cos) < length:
             longer = max(length, 1024, 3 * len(self._rope_cos) // 2)  # so that decoding seldom computes them anew
-            with torch.inference_mode(False):  # what an evaluation computes, training uses
+            with torch.inference_mode(False):  # training uses the tables that an evaluation has computed
                 positions = torch.arange(min(longer, max(length, self.args.max_seq_len)), device="cpu").float()
                 angles = torch.outer(positions, rope_frequencies(self.args)).unsqueeze(1)
                 self._rope_cos, self._rope_sin = (t.to(self._rope_cos.device) for t in (angles.cos(), angles.sin()))
@@ -787,17 +787,17 @@ class Transformer(nn.Module):
         return self.layers[0].attn.n_heads == self.args.n_heads
 
     def n_params(self) -> tuple[int, int]:
-        """Numbers of parameters: all, and those that one position goes through (its share of the routed experts)."""
+        """Numbers of parameters: all, and those that one position goes through (of routed experts, its own alone)."""
         total = sum(p.numel() for p in self.parameters())
         routed = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
-        share = self.args.n_activated_experts / self.args.n_routed_experts if routed else 0
-        return total, round(total - routed * (1 - share))
+        active = self.args.n_activated_experts / self.args.n_routed_experts if routed else 0
+        return total, round(total - routed * (1 - active))
 
     def flops_per_position(self, seq_len: int) -> int:
         """Floating-point operations of a training step for one position, forward and backward.
 
-        Six for each weight that it meets, and attention to half of the sequence on average, as PaLM's report counts
-        (appendix B). What is computed again in the backward pass is not counted.
+        Six for each weight that it meets, as in PaLM's report (appendix B), and attention to half of the sequence, the
+        mean under a causal mask, where that report counts all of it. Recomputation is not counted.
         """
         args, heads = self.args, 1 + len(self.mtp)  # each MTP module goes through the head as well
         weights = self.n_params()[1] - self.embed.weight.numel() + (heads - 1) * self.head.weight.numel()
@@ -805,7 +805,7 @@ class Transformer(nn.Module):
         return 6 * weights + 6 * (args.n_layers + len(self.mtp)) * widths * seq_len // 2
 
     def new_cache(self, batch_size: int, capacity: int, spare: int = 0) -> KVCache:
-        """Makes an empty cache for `batch_size` sequences of up to `capacity` positions, for today's `attn_impl`."""
+        """Returns an empty cache of `capacity` positions for `batch_size` sequences, under the current `attn_impl`."""
         n_heads, device = self.layers[0].attn.n_heads, self.head.weight.device
         return KVCache(self.args, batch_size, capacity, n_heads, self.compute_dtype, device, spare)
 
@@ -844,7 +844,8 @@ class Transformer(nn.Module):
         h, routings = self.embed(tokens).to(self.compute_dtype), []
         for layer in self.layers:
             h, routing = self._run(layer, h, positions, cache)
-            routings += [routing] if routing is not None else []
+            if routing is not None:
+                routings.append(routing)
         return self.norm(h), routings
 
     def mtp_forward(
@@ -914,17 +915,17 @@ class Transformer(nn.Module):
             inputs, wanted = targets[:, k - 1 : -1], targets[:, k:]
             positions = self.positions(wanted.shape[1], None)
             h, routing = self._run(module, h[:, : wanted.shape[1]], self.embed(inputs).to(h.dtype), positions, None)
-            routings += [routing] if routing is not None else []
+            if routing is not None:
+                routings.append(routing)
             mtp.append(self._cross_entropy(h, wanted))
-        zero = next_byte.new_zeros(())
-        mtp_loss = torch.stack(mtp).mean() if mtp else zero
-        balance = torch.stack([r.balance_loss for r in routings]).sum() if routings else zero
-        load = torch.stack([r.load for r in routings]) if routings else zero.new_zeros(0, 0)
+        mtp_loss = torch.stack(mtp).mean() if mtp else torch.zeros_like(next_byte)
+        balance = torch.stack([r.balance_loss for r in routings]).sum() if routings else torch.zeros_like(next_byte)
+        load = torch.stack([r.load for r in routings]) if routings else next_byte.new_zeros(0, 0)
         total = next_byte + self.args.mtp_loss_weight * mtp_loss + balance
         return Losses(total, next_byte.detach(), mtp_loss.detach(), balance.detach(), load)
 
     def next_byte_loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean cross-entropy of the next byte alone, in nats: what an evaluation measures."""
+        """The mean cross-entropy of the next byte alone, in nats, as an evaluation measures it."""
         return self._cross_entropy(self.forward_hidden(tokens)[0], targets)
 
     def _cross_entropy(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -934,10 +935,9 @@ class Transformer(nn.Module):
     def update_gate_bias(self, load: torch.Tensor) -> None:
         """Moves each expert's bias against its load, so that no auxiliary loss has to balance them.
 
-        With `bias_update_speed`, by that fixed step (V3 report, section 2.1.2), which is made for 100,000 batches and
-        more. Without, by a step in proportion to the logarithm of how far the load is from the mean: an expert that
-        few positions reach comes back within tens of batches, and one near the mean stays. `load` is `Losses.load`,
-        summed over the whole batch.
+        `load` is `Losses.load`, summed over all of the batch. The step is `bias_update_speed` if that is set (V3
+        report, section 2.1.2), which suits 100,000 batches and more; else it is in proportion to the logarithm of how
+        far the load is from the mean, so that an expert of few positions is back within tens of batches.
         """
         speed = self.args.bias_update_speed
         for gate, counts in zip(self.gates(), load, strict=True):
@@ -946,5 +946,5 @@ class Transformer(nn.Module):
             mean = counts.mean()
             if speed is not None:
                 gate.bias += speed * torch.sign(mean - counts)
-            else:  # an expert with 1/20 of the mean, or nothing, moves as far as the logarithm ever says
+            else:  # the step is largest at 1/20 of the mean load or less; without any load, it is 0
                 gate.bias += BIAS_GAIN * torch.log(mean / counts.clamp(min=0.05 * mean)).nan_to_num()

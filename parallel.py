@@ -1,8 +1,8 @@
-"""How a model and its batches are sharded over many processes, of which `model.py` knows nothing.
+"""Sharding of a model and its batches over many processes, and the collectives between them.
 
 `torchrun` starts N = data-parallel × tensor-parallel processes (ranks). With `--model-parallel M`, each M consecutive
-ranks are a tensor-parallel group, which holds one model; ranks with the same number in their groups hold copies of one
-shard and are a data-parallel group. With M = 2, the two ranks of a tensor-parallel group hold of a block:
+ranks are a tensor-parallel group, which has one model; ranks with the same number in their groups have copies of one
+shard and are a data-parallel group. With M = 2, the two ranks of a tensor-parallel group have of a block:
 
                      rank 0                     rank 1
     embed            bytes 0-127                bytes 128-255           each looks up its own, then all-reduce
@@ -74,7 +74,7 @@ class CollectiveError(ValueError):
 # --- Sharding rules --------------------------------------------------------------------------------------------------
 
 # The dimension of a layer's weight (outputs, inputs) that is divided among tensor-parallel ranks: "column-parallel"
-# layers by outputs, "row-parallel" ones by inputs. Routed experts are dealt out whole. All else is replicated.
+# layers by outputs, "row-parallel" ones by inputs. Of routed experts, each is on one rank. All else is replicated.
 SHARDED_DIM = {
     **dict.fromkeys(("wq", "wq_b", "wkv_b", "wk", "wv", "w1", "w3", "embed", "head"), 0),
     **dict.fromkeys(("wo", "w2"), 1),
@@ -202,7 +202,7 @@ def require_compiler(device: str) -> None:
 def keep_freed_memory() -> None:
     """Asks glibc's malloc, where there is one, to keep what is freed instead of returning it to the system.
 
-    Activations are a few megabytes that come and go hundreds of times a second. By default each is a fresh mapping
+    Activations are a few megabytes that come and go hundreds of times a second. By default each is a new mapping
     whose pages the kernel must clear, which costs more than the arithmetic on them.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
@@ -230,7 +230,7 @@ class Launch(NamedTuple):
 def read_launch() -> Launch:
     """Reads the environment variables of a launcher; without them, this is one process alone.
 
-    Raises a LaunchError that names the one that is missing or makes no sense.
+    Raises a LaunchError that names the variable that is missing or invalid.
     """
 
     def integer(name: str, low: int, high: int, default: str = "nothing") -> int:
@@ -254,7 +254,7 @@ def read_launch() -> Launch:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process prints results."""
+    """Whether this process prints results; before there is a process group, too."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -269,12 +269,12 @@ def process_group(prog: str, mistakes: tuple[type[Exception], ...] = ()) -> Iter
     """
     try:
         yield
-        leave()
+        destroy()
     except BaseException as error:  # noqa: BLE001 - each kind has its exit code
         is_shared = isinstance(error, (CollectiveError, ParallelError))
         if dist.is_initialized() and not is_shared:
             abort(_report(prog, error, mistakes))
-        leave()
+        destroy()
         is_shared = (is_shared or isinstance(error, mistakes)) and not isinstance(error, LaunchError)
         if is_shared and not command.is_local_rank_zero():
             sys.exit(2)
@@ -297,7 +297,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]  # frames of C++ follow
 
 
-def leave() -> None:
+def destroy() -> None:
     """Destroys the process group, if this process has joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -309,7 +309,7 @@ def abort(code: int) -> NoReturn:
     Destroying the group, or Python's own way to end, would wait for threads that wait for the other ranks.
     """
     with suppress(dist.DistError):
-        _get_default_store().set(FAILED, str(dist.get_rank()))  # which waits for no answer
+        _get_default_store().set(FAILED, str(dist.get_rank()))  # without waiting for an answer
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(code)
@@ -326,7 +326,7 @@ def _watch(store: dist.Store, rank: int) -> None:
             if not dist.is_initialized():
                 return
         failed = store.get(FAILED).decode()
-    except dist.DistError:  # gone with rank 0, which may have ended well, a moment before this one does
+    except dist.DistError:  # rank 0 has ended, with the store; if it has succeeded, so will this one in a moment
         time.sleep(5)
         failed = "0"
     if dist.is_initialized() and failed != str(rank):
@@ -350,7 +350,7 @@ def _connect(launch: Launch, timeout: timedelta) -> dist.Store:
         except (RuntimeError, ValueError) as error:
             result.append(error)
 
-    # in a thread: a signal would have to wait for it, and a stranger at the port might never answer
+    # in a thread: a signal would have to wait for it, and another program at the port might never answer
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(timeout.total_seconds())
@@ -366,32 +366,37 @@ def _connect(launch: Launch, timeout: timedelta) -> dist.Store:
 def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
     """Waits for all ranks; returns the store in which they leave their addresses, under a prefix of this start alone.
 
-    torchrun keeps one store for all starts of its workers: there, a rank that is quicker than others would find the
-    addresses of processes that were killed. Its count of restarts is no prefix, as it differs between nodes. So rank 0
-    draws one and sends it to each rank in answer to a key of that rank's process, which confirms it: a request that is
-    left from a process before is answered in vain.
+    torchrun keeps one store for all starts of its workers (still so in torch 2.13): there, a rank that is quicker than
+    others would find the addresses of processes that were killed. Its count of restarts is no prefix, as it differs
+    between nodes. So rank 0 draws one, and sends it to each rank in answer to a key that this rank's process has drawn,
+    which then confirms it: the request of an earlier process is answered too, but no process reads that answer.
     """
     store, key, deadline = _connect(launch, timeout), secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
-    missing = set(range(1, launch.world_size)) if launch.rank == 0 else {0}
+
+    def wait(missing: list[int]) -> None:
+        """Waits a moment for these ranks; in Python, since a signal would have to wait for the store's own waiting."""
+        if time.monotonic() > deadline:
+            names = command.shorten(", ".join(map(str, missing)), 60)
+            raise LaunchError(f"process {names} of {launch.world_size} has not come within {timeout}; start all")
+        time.sleep(0.01)
+
     try:
-        if launch.rank != 0:
+        if launch.rank > 0:
             store.set(f"request of {launch.rank}", key)
-        while missing:
-            if time.monotonic() > deadline:
-                names = command.shorten(", ".join(map(str, sorted(missing))), 60)
-                raise LaunchError(f"process {names} of {launch.world_size} has not come within {timeout}; start all")
-            for other in sorted(missing):
-                if launch.rank == 0 and store.check([f"{key} known to {other}"]):
-                    missing.remove(other)
-                elif launch.rank == 0 and store.check([f"request of {other}"]):
-                    store.set(f"answer to {store.get(f'request of {other}').decode()}", key)
-                elif launch.rank != 0 and store.check([f"answer to {key}"]):
-                    key, missing = store.get(f"answer to {key}").decode(), set()
-                    store.set(f"{key} known to {launch.rank}", "")
-            time.sleep(0.01)
+            while not store.check([f"answer to {key}"]):
+                wait([0])
+            prefix = store.get(f"answer to {key}").decode()
+            store.set(f"{prefix} known to {launch.rank}", "")
+            return dist.PrefixStore(prefix, store)
+        missing = list(range(1, launch.world_size))
+        while missing := [rank for rank in missing if not store.check([f"{key} known to {rank}"])]:
+            for rank in missing:
+                if store.check([f"request of {rank}"]):  # read again each time: the first may be of an earlier process
+                    store.set(f"answer to {store.get(f'request of {rank}').decode()}", key)
+            wait(missing)
+        return dist.PrefixStore(key, store)
     except dist.DistError as error:
         raise ParallelError(f"process 0 has ended before all processes had come: {_first_line(error)}") from None
-    return dist.PrefixStore(key, store)
 
 
 # --- Ranks and collectives -------------------------------------------------------------------------------------------
@@ -400,9 +405,9 @@ def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
 class ParallelContext:
     """The ranks of this process, and the collectives between all of them.
 
-    Constructed directly it communicates with nobody: one process alone, or with a `world_size` the plan of a run, which
+    Constructed directly it does not communicate: one process alone, or with a `world_size` the plan of a run, which
     counts the bytes that would be sent. `join` is for the processes of torchrun. Each `model_parallel` consecutive
-    ranks hold one model; with `fsdp`, the data-parallel ranks shard it.
+    ranks have one model; with `fsdp`, the data-parallel ranks shard it.
 
     Attributes:
         mp_size, mp_rank: Size of the tensor-parallel group, and the rank in it.
@@ -450,7 +455,7 @@ class ParallelContext:
         here = max(launch.local_world_size, launch.local_rank + 1)
         if device == "cuda" and here > gpus:
             raise ParallelError(f"{here} processes cannot share {gpus} GPUs; start at most {gpus} on this machine")
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # else workers outlive a torchrun that is killed, beside its next ones
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # else workers of a torchrun that is killed would go on
             torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
         ctx = cls(device, launch.world_size, launch.rank, model_parallel, fsdp)
         if launch.world_size > 1:
@@ -458,7 +463,7 @@ class ParallelContext:
         return ctx
 
     def _init_groups(self, launch: Launch, timeout: timedelta) -> None:
-        """Makes the process groups, after a comparison of what they follow from."""
+        """Creates the process groups, after a comparison of the settings that they follow from."""
         device = self.device
         if device == "cuda":
             self.device = f"cuda:{launch.local_rank}"
@@ -472,21 +477,21 @@ class ParallelContext:
         self.require_equal({"--device": device, "--model-parallel": self.mp_size, "--fsdp": self.fsdp})
         mesh = dist.init_device_mesh(device, (self.dp_size, self.mp_size), mesh_dim_names=("dp", "mp"))
         self.dp_mesh, self.dp_group, self.mp_group = mesh["dp"], mesh["dp"].get_group(), mesh["mp"].get_group()
-        for group in (self.dp_group, self.mp_group):  # which a mesh gives half an hour
+        for group in (self.dp_group, self.mp_group):  # a mesh's own time-out is half an hour
             _set_pg_timeout(timeout, group)
 
     def raise_if_any_failed(self, error: Exception | None = None) -> None:
-        """Waits for all ranks; if one of them has an error, each raises a CollectiveError with its message."""
+        """Waits for all ranks; if one of them has an error, all raise a CollectiveError with its message."""
         if self.world_size == 1 and error is not None:
             raise error
-        if self.all_reduce_max(float(error is not None))[0]:
+        if self.all_reduce_max(0.0 if error is None else 1.0)[0]:
             errors: list[str | None] = [None] * self.world_size
             dist.all_gather_object(errors, error and command.explain(error, (ValueError,))[1])
             raise CollectiveError(next(text for text in errors if text is not None)) from error
 
     @contextmanager
     def collective_section(self) -> Iterator[None]:
-        """Work of each rank, at whose end an error of one of them is raised on all."""
+        """Around work of each rank: at its end, an error of one of them is raised on all."""
         error: Exception | None = None
         try:
             yield
@@ -502,7 +507,7 @@ class ParallelContext:
         return tensor.tolist()
 
     def broadcast(self, *values: float) -> list[float]:
-        """Returns rank 0's values: what it has measured or decided."""
+        """Returns rank 0's values."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.broadcast(tensor, 0)
@@ -513,7 +518,7 @@ class ParallelContext:
         if self.world_size == 1:
             return read()
         texts = [read() if self.rank == 0 else None]
-        self._n_texts += 1
+        self._n_texts += 1  # the others poll the store, since a collective would time out
         if self.rank == 0:
             self._store.set(f"text {self._n_texts}", "")
         while self.rank and not self._store.check([f"text {self._n_texts}"]):
@@ -602,7 +607,7 @@ def init_weights(ctx: ParallelContext, model: Transformer, seed: int) -> None:
 
 
 def _shard(name: str, full: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
-    """Returns a view of the shard of a full parameter that a tensor-parallel rank holds."""
+    """Returns a view of a tensor-parallel rank's shard of a full parameter."""
     dim = sharded_dim(name)
     return full if dim is None else full.chunk(ctx.mp_size, dim)[ctx.mp_rank]
 
@@ -610,10 +615,10 @@ def _shard(name: str, full: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
 def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
     """Puts the collectives between tensor-parallel ranks at the ends of `attn`, `ffn`, `embed` and `head`."""
 
-    def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def copy_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return _Copy.apply(inputs[0], ctx), *inputs[1:]
 
-    def leave(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+    def sum_output(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, torch.Tensor):
             return _Sum.apply(output, ctx)
         y, routing = output
@@ -621,7 +626,7 @@ def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
         balance_loss = term + (routing.balance_loss - term).detach()
         return _Sum.apply(y, ctx), routing._replace(balance_loss=balance_loss)
 
-    def concatenate(_module: nn.Module, _inputs: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
+    def concatenate_logits(_module: nn.Module, _inputs: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
         width = logits.shape[-1]
         before, after = ctx.mp_rank * width, (ctx.mp_size - 1 - ctx.mp_rank) * width
         return _Sum.apply(F.pad(logits, (before, after)), ctx)
@@ -629,13 +634,13 @@ def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         block.attn.n_heads //= ctx.mp_size
         for half in (block.attn, block.ffn):
-            half.register_forward_pre_hook(enter)
-            half.register_forward_hook(leave)
+            half.register_forward_pre_hook(copy_input)
+            half.register_forward_hook(sum_output)
         if hasattr(block.ffn, "experts"):
             block.ffn.experts.first_expert = ctx.mp_rank * (model.args.n_routed_experts // ctx.mp_size)
     model.embed = _Embedding(cast(nn.Parameter, model.embed.weight), ctx)  # type: ignore[assignment]
-    model.head.register_forward_pre_hook(enter)
-    model.head.register_forward_hook(concatenate)
+    model.head.register_forward_pre_hook(copy_input)
+    model.head.register_forward_hook(concatenate_logits)
 
 
 def parallelize(
@@ -675,7 +680,7 @@ def note_sharded_dims(ctx: ParallelContext, model: Transformer) -> None:
 def _compile_training(layer: nn.Module) -> None:
     """Compiles a layer for training alone: evaluations and samples have many lengths, and each would be compiled."""
     plain, compiled = layer.forward, torch.compile(layer.forward, fullgraph=True)
-    layer.forward = lambda *inputs: (compiled if layer.training else plain)(*inputs)
+    layer.forward = lambda *inputs: compiled(*inputs) if layer.training else plain(*inputs)
 
 
 def _all_reduce(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
@@ -714,7 +719,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Embedding(nn.Module):
-    """The rows of an embedding that this rank holds; those of other ranks come in with the sum."""
+    """This rank's rows of an embedding; those of other ranks are added by the sum."""
 
     def __init__(self, weight: nn.Parameter, ctx: ParallelContext):
         super().__init__()
@@ -729,7 +734,7 @@ class _Embedding(nn.Module):
 
 
 class _LossModule(nn.Module):
-    """The model as DDP wants it: a module whose forward computes the loss."""
+    """A module whose forward computes the loss, for DDP, which wraps the forward of a module."""
 
     def __init__(self, model: Transformer, loss: Callable[[torch.Tensor, torch.Tensor], Losses]):
         super().__init__()
@@ -764,7 +769,7 @@ def all_reduce_replicated_grads(ctx: ParallelContext, model: Transformer) -> Non
 
 
 def clip_grad_norm(ctx: ParallelContext, model: Transformer, max_norm: float) -> torch.Tensor:
-    """Does what `nn.utils.clip_grad_norm_` does for the full model; returns the norm before."""
+    """Clips like `nn.utils.clip_grad_norm_` on the full model; returns the norm before."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     if ctx.world_size == 1:
         return nn.utils.clip_grad_norm_(parameters, max_norm)

@@ -1,5 +1,5 @@
-"""What each process of a training run would keep in memory and send, without training: a model is built and run
-forward and backward once on torch's meta device, where tensors have shapes and no memory.
+"""The memory and traffic of each process of a training run, without training: a model is built and run forward and
+backward once on torch's meta device, where tensors have shapes and no memory.
 
     python train.py --config configs/base.json --plan --world-size 8 --fsdp --device-memory 80
 
@@ -35,22 +35,22 @@ class Plan:
 
     Attributes:
         n_params: Numbers of parameters of the full model: all, and those that one position goes through.
-        held: Memory of a process that trains, by purpose.
-        sent: Full tensors of the collectives in a step.
+        memory: Memory of a process that trains, by purpose.
+        traffic: Full tensors of the collectives in a step, by purpose.
         cache: Its KV cache if it generated in bfloat16, `max_batch_size` sequences of `max_seq_len`.
         matrices: Numbers of matrices that Muon trains, by their shards and shape, for `parallel.numbers_sent`.
     """
 
     n_params: tuple[int, int]
-    held: dict[str, int] = field(default_factory=dict)
-    sent: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    traffic: dict[str, int] = field(default_factory=dict)
     cache: int = 0
     matrices: dict[Any, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """All memory, in bytes."""
-        return sum(self.held.values())
+        return sum(self.memory.values())
 
 
 def make_plan(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates) -> Plan:
@@ -78,7 +78,7 @@ def make_plan(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates
     plan = _weighted_sum(terms)
     numbers = args.cache_numbers_per_position()[0] // (ctx.mp_size if args.kv_lora_rank == 0 else 1)
     exchanged = sum(numbers_sent(shards, n, rows, columns) for (shards, rows, columns), n in plan.matrices.items())
-    plan.sent |= {"matrices for Muon, exchanged": exchanged * dtype.itemsize} if exchanged else {}
+    plan.traffic |= {"matrices for Muon, exchanged": exchanged * dtype.itemsize} if exchanged else {}
     plan.cache = numbers * args.max_seq_len * args.max_batch_size * 2
     return plan
 
@@ -88,7 +88,7 @@ def _weighted_sum(terms: list[tuple[int, Plan]]) -> Plan:
         return {key: sum(n * getattr(plan, name)[key] for n, plan in terms) for key in getattr(terms[0][1], name)}
 
     total, active = (sum(n * plan.n_params[i] for n, plan in terms) for i in range(2))
-    return Plan((total, active), add("held"), add("sent"), 0, add("matrices"))
+    return Plan((total, active), add("memory"), add("traffic"), 0, add("matrices"))
 
 
 def _measure(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates, ctx: ParallelContext) -> Plan:
@@ -101,15 +101,15 @@ def _measure(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates,
         activations = run_once(model, tokens, ctx)
     parameters = dict(model.named_parameters())
     sizes = {name: _local_numel(ctx, p) for name, p in parameters.items()}
-    plan.held["parameters"] = plan.held["gradients"] = 4 * sum(sizes.values())
-    plan.held["optimizer state"] = sum(4 * n * n_states(name, parameters[name]) for name, n in sizes.items())
+    plan.memory["parameters"] = plan.memory["gradients"] = 4 * sum(sizes.values())
+    plan.memory["optimizer state"] = sum(4 * n * n_states(name, parameters[name]) for name, n in sizes.items())
     if flags.gemm_impl == "fp8" and not ctx.fsdp:
-        plan.held["FP8 copies of the weights"] = sum(2 * layer.weight.numel() for layer in model.fp8_layers())
+        plan.memory["FP8 copies of the weights"] = sum(2 * layer.weight.numel() for layer in model.fp8_layers())
     if ctx.fsdp:
         blocks = [sum(p.numel() for p in block.parameters()) for block in [*model.layers, *model.mtp]]
-        plan.held["a block, all-gathered"] = 4 * max(blocks)
-    plan.held["activations"] = activations
-    plan.sent = _sent(model, ctx, flags)
+        plan.memory["a block, all-gathered"] = 4 * max(blocks)
+    plan.memory["activations"] = activations
+    plan.traffic = _traffic(model, ctx, flags)
     plan.matrices = _matrices(model, ctx, [p for name, p in parameters.items() if n_states(name, p) == 1])
     return plan
 
@@ -145,20 +145,20 @@ def run_once(model: Transformer, tokens: torch.Tensor, ctx: ParallelContext) -> 
     return inputs + sum(storage.nbytes() for storage in saved.values())
 
 
-def _sent(model: Transformer, ctx: ParallelContext, flags: Any) -> dict[str, int]:
+def _traffic(model: Transformer, ctx: ParallelContext, flags: Any) -> dict[str, int]:
     """Returns the bytes of the collectives of a step, but for Muon's."""
-    sent = {}
+    traffic = {}
     size = sum(p.numel() for p in model.parameters()) * 4
     if ctx.mp_size > 1:
         replicated = sum(_local_numel(ctx, p) for p in replicated_parameters(ctx, model))
-        sent["activations, all-reduced"] = ctx.counted * flags.accumulation
-        sent["replicated gradients, all-reduced"] = 4 * replicated
+        traffic["activations, all-reduced"] = ctx.counted * flags.accumulation
+        traffic["replicated gradients, all-reduced"] = 4 * replicated
     if ctx.fsdp:
-        sent["parameters, all-gathered"] = 2 * size * flags.accumulation
-        sent["gradients, reduce-scattered"] = size * flags.accumulation
+        traffic["parameters, all-gathered"] = 2 * size * flags.accumulation
+        traffic["gradients, reduce-scattered"] = size * flags.accumulation
     elif ctx.dp_size > 1:
-        sent["gradients, all-reduced"] = size
-    return {name: n for name, n in sent.items() if n}
+        traffic["gradients, all-reduced"] = size
+    return {name: n for name, n in traffic.items() if n}
 
 
 def _matrices(model: Transformer, ctx: ParallelContext, by_muon: list[nn.Parameter]) -> dict[Any, int]:
@@ -183,16 +183,16 @@ def show(plan: Plan, args: ModelArgs, flags: Any, device_memory: float | None) -
         f"{', sharded' if flags.fsdp and dp > 1 else ''}, {sequences} × {args.max_seq_len} positions at a time in each",
         "",
         "memory of each process, to train:",
-        *(f"  {name:<36}{_gb(n)}" for name, n in plan.held.items()),
+        *(f"  {name:<36}{_gb(n)}" for name, n in plan.memory.items()),
         f"  {'in all':<36}{_gb(plan.total)}",
         f"KV cache to generate, of {args.max_batch_size} × {args.max_seq_len} positions: {_gb(plan.cache).strip()}",
-        *(["", "collectives of each process in a step:"] if plan.sent else []),
-        *(f"  {name:<36}{_gb(n)}" for name, n in plan.sent.items()),
+        *(["", "collectives of each process in a step:"] if plan.traffic else []),
+        *(f"  {name:<36}{_gb(n)}" for name, n in plan.traffic.items()),
     ]
     if device_memory is not None:
-        share = plan.total / (device_memory * 1e9)
-        verdict = "fits" if share <= 1 else "does not fit"
-        lines += ["", f"{verdict} in {device_memory:g} GB: {share:.0%} of it"]
+        fraction = plan.total / (device_memory * 1e9)
+        verdict = "fits" if fraction <= 1 else "does not fit"
+        lines += ["", f"{verdict} in {device_memory:g} GB: {fraction:.0%} of it"]
     return "\n".join(lines)
 
 

@@ -8,8 +8,8 @@ The safetensors library checks headers. Tensors are not read by it, since it map
 memory of the process, and a file that shrinks ends it. They are not written by it either, since `save_file` wants all
 tensors of a file in memory at once.
 
-FP8 weights have a scale for each block of 128×128, counted from the corner of the slice that a file has. A cut through
-a block, or a seam within one, is exact if no new block needs two different scales, and refused otherwise.
+FP8 weights have a scale for each block of 128×128, counted from the corner of the slice that a file has. A slice whose
+blocks are not those of the files is exact if none of its blocks needs two different scales, and refused otherwise.
 
 A folder is never seen half-written: it is filled under a temporary name, flushed to disk and renamed. The lock beside
 it, released by the system however a process ends, keeps others from filling it too, and marks leftovers as such.
@@ -89,23 +89,22 @@ class Slice2D(NamedTuple):
         return rows, slice(self.left - outer.left, self.right - outer.left)
 
 
-def slice_scales(parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> torch.Tensor | None:
+def slice_scales(shards: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> torch.Tensor | None:
     """Finds the scales of a slice of FP8 weights which stay as they are while their blocks become others.
 
-    `parts` are slices side by side, or one above the other, with their scales (⌈rows/128⌉, ⌈columns/128⌉), and `box` is
-    anywhere in them. Returns its scales, or None where a block would need two different ones.
+    `shards` are slices side by side, or one above the other, with their scales (⌈rows/128⌉, ⌈columns/128⌉), and `box`
+    is anywhere in them. Returns its scales, or None where a block would need two different ones.
     """
-    across = int(len({part.left for part, _ in parts}) > 1)  # the dimension in which they follow each other
-    parts = sorted(parts, key=lambda item: item[0])
-    scales = torch.cat([s for _, s in parts], dim=across)
+    shards = sorted(shards, key=lambda item: item[0])
+    corner = shards[0][0]
+    across = 0 if all(shard.left == corner.left for shard, _ in shards) else 1  # dimension in which they are joined
+    scales = torch.cat([s for _, s in shards], dim=across)
     rows_and_columns = []
-    for dim in (0, 1):
-        sizes = [part.shape[dim] for part, _ in (parts if dim == across else parts[:1])]
+    for dim, start in enumerate((box.top - corner.top, box.left - corner.left)):
         blocks, first = [], 0  # of each row, or column, the block that it is in
-        for size in sizes:
-            blocks.append(torch.arange(size) // BLOCK + first)
-            first += -(-size // BLOCK)
-        start = (box.top - parts[0][0].top, box.left - parts[0][0].left)[dim]
+        for shard, _ in shards if dim == across else shards[:1]:
+            blocks.append(torch.arange(shard.shape[dim]) // BLOCK + first)
+            first += -(-shard.shape[dim] // BLOCK)
         old = torch.cat(blocks)[start : start + box.shape[dim]]
         scales = scales.narrow(dim, int(old[0]), int(old[-1] - old[0]) + 1)
         rows_and_columns.append(old - old[0])
@@ -119,7 +118,7 @@ def slice_scales(parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> tor
 
 
 def is_block_aligned(box: Slice2D) -> bool:
-    """Whether each block of a slice lies within one block of the whole matrix."""
+    """Whether each block of a slice lies within one block of the full matrix."""
     ends = ((box.top, box.bottom), (box.left, box.right))
     return all(start % BLOCK == 0 or start // BLOCK == (end - 1) // BLOCK for start, end in ends)
 
@@ -128,7 +127,7 @@ def is_block_aligned(box: Slice2D) -> bool:
 
 
 class TensorInfo(NamedTuple):
-    """A tensor in a file: what it is, and at which byte of the file it starts."""
+    """A tensor in a file: its name, dtype and shape, and the byte of the file where it starts."""
 
     path: Path
     name: str
@@ -144,7 +143,7 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """Reads the whole tensor, whose numbers must be finite."""
+        """Reads the tensor, whose numbers must be finite."""
         out = torch.empty(self.nbytes, dtype=torch.uint8)
         with open_regular(self.path) as file:
             _fill(file, self.offset, out)
@@ -153,7 +152,7 @@ class TensorInfo(NamedTuple):
         return out
 
     def check_finite(self, data: torch.Tensor) -> None:
-        """Raises a CheckpointError if `data`, a part of the tensor, has NaN or infinity."""
+        """Raises a CheckpointError if `data`, some of the tensor, has NaN or infinity."""
         if not _is_finite(data):
             raise CheckpointError(
                 f"{self} holds numbers that are not finite, NaN or infinity; take an intact checkpoint"
@@ -161,7 +160,7 @@ class TensorInfo(NamedTuple):
 
 
 def _is_finite(data: torch.Tensor) -> bool:
-    """Whether all numbers are finite, at a small part of what reading them costs."""
+    """Whether all numbers are finite, at a small fraction of the cost of reading them."""
     if not data.numel() or not data.dtype.is_floating_point:
         return True
     if data.dtype == E4M3:  # it has no infinity, and NaN is 0x7f or 0xff
@@ -192,7 +191,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the metadata in the header of a safetensors file: the library that it is meant for, say."""
+    """Reads the metadata in the header of a safetensors file: of the library that it is for, among others."""
     return _read_raw_header(path)[0].get("__metadata__") or {}
 
 
@@ -239,14 +238,14 @@ def write_all(file: Any, tensor: torch.Tensor) -> None:
     try:
         while view:
             view = view[file.write(view) :]
-    except OSError as error:  # which does not know of what file
+    except OSError as error:  # write() leaves the file's name out of it
         raise OSError(error.errno, error.strerror, file.name) from None
 
 
 class SafetensorsWriter:
     """A safetensors file to be written, laid out as safetensors itself does it.
 
-    `tensors` has the dtype and shape of each tensor, `metadata` what is more than "format", which transformers wants.
+    `tensors` has the dtype and shape of each tensor, `metadata` its entries beside "format", which transformers reads.
     Attributes: `infos`, the tensors and their places; `header`, the bytes before them; `size`, bytes in all.
     """
 
@@ -268,7 +267,7 @@ class SafetensorsWriter:
         self.infos = {key: info._replace(offset=len(self.header) + info.offset) for key, info in places.items()}
 
     def create(self, folder: Path) -> None:
-        """Makes the file, with room for the tensors behind its header."""
+        """Creates the file, with room for the tensors behind its header."""
         with open(folder / self.name, "xb") as file:
             file.write(self.header)
             file.truncate(self.size)
@@ -284,20 +283,20 @@ class ShardSlice(NamedTuple):
     box: Slice2D
     scale: TensorInfo | None = None
 
-    def read(self, part: Slice2D, out: torch.Tensor) -> None:
-        """Reads a slice of it, as it is stored, into uint8 (rows, bytes of a row)."""
+    def read(self, box: Slice2D, out: torch.Tensor) -> None:
+        """Reads some of it, the slice `box` of the full tensor, as it is stored, into uint8 (rows, bytes of a row)."""
         size = self.info.dtype.itemsize
-        rows, cols = part.within(self.box)
+        rows, cols = box.within(self.box)
         stride = self.box.shape[1] * size
         with open_regular(self.info.path) as file:
             if out.is_contiguous() and out.shape[1] == stride:
                 _fill(file, self.info.offset + rows.start * stride, out)
-            else:  # only what is asked for of each row, to where it belongs
+            else:  # of each row only these columns, to their place
                 for i, row in enumerate(out, rows.start):
                     _fill(file, self.info.offset + i * stride + cols.start * size, row)
 
     def read_scales(self, around: Slice2D) -> torch.Tensor:
-        """Reads and checks the scales of a band: whole rows, from where a row of blocks begins to where one ends."""
+        """Reads and checks the scales of a band of full rows, from the first row of a block to the last of one."""
         rows, cols = around.within(self.box)[0], self.scale.shape[1]
         first, last = rows.start // BLOCK, -(-rows.stop // BLOCK)
         offset = self.scale.offset + first * cols * self.scale.dtype.itemsize
@@ -347,9 +346,9 @@ class ShardedTensor:
         return Slice2D(0, math.prod(shape[:-1]), 0, shape[-1])
 
     def bands(self, box: Slice2D, step: int = 1) -> Iterator[Slice2D]:
-        """Cuts a slice into bands to be read at a time: whole rows, a multiple of `step`.
+        """Divides a slice into bands to be read at a time: full rows, a multiple of `step`.
 
-        A row longer than BAND_BYTES, as that of a large vector, is cut too, after a multiple of 128 columns.
+        A row longer than BAND_BYTES, as that of a large vector, is divided too, at multiples of 128 columns.
         """
         if 0 in box.shape:
             return
@@ -366,8 +365,8 @@ class ShardedTensor:
         out = self._read_unchecked(box)
         if not _is_finite(numbers := out.view(self.dtype)):
             for shard in self.shards:
-                if (part := shard.box.meet(box)) is not None:
-                    shard.info.check_finite(numbers[part.within(box)])
+                if (overlap := shard.box.meet(box)) is not None:
+                    shard.info.check_finite(numbers[overlap.within(box)])
         return out
 
     def _read_unchecked(self, box: Slice2D) -> torch.Tensor:
@@ -375,9 +374,9 @@ class ShardedTensor:
         size = self.dtype.itemsize
         out = torch.empty(box.shape[0], box.shape[1] * size, dtype=torch.uint8)
         for shard in self.shards:
-            if (part := shard.box.meet(box)) is not None:
-                rows, cols = part.within(box)
-                shard.read(part, out[rows, cols.start * size : cols.stop * size])
+            if (overlap := shard.box.meet(box)) is not None:
+                rows, cols = overlap.within(box)
+                shard.read(overlap, out[rows, cols.start * size : cols.stop * size])
         for replica in self.replicas:
             replica.read(box, other := torch.empty_like(out))
             if not torch.equal(other, out):
@@ -387,13 +386,13 @@ class ShardedTensor:
     def read_scales(self, box: Slice2D | None = None) -> list[tuple[Slice2D, torch.Tensor]]:
         """Reads the scales of a slice of FP8 weights, by default of all: finite, positive, equal in replicas.
 
-        Returns for each shard that has some of the slice: the rows of whole blocks around that, and their scales.
+        Returns for each shard that overlaps the slice: the rows of all blocks that it touches there, and their scales.
         """
         found = []
         for shard in self.shards:
-            if (part := shard.box.meet(box or self.box)) is None:
+            if (overlap := shard.box.meet(box or self.box)) is None:
                 continue
-            rows = part.within(shard.box)[0]
+            rows = overlap.within(shard.box)[0]
             top = shard.box.top + rows.start // BLOCK * BLOCK
             bottom = min(shard.box.top + -(-rows.stop // BLOCK) * BLOCK, shard.box.bottom)
             around = shard.box._replace(top=top, bottom=bottom)
@@ -413,13 +412,13 @@ class ShardedTensor:
         else:
             out = torch.empty(box.shape, dtype=dtype)
             for rows, s in self.read_scales(box):
-                part = rows.meet(box)
-                cols = part.within(rows)[1]
-                left = cols.start // BLOCK  # from where its first block begins
-                around = rows._replace(left=rows.left + left * BLOCK, right=part.right)
+                overlap = rows.meet(box)
+                cols = overlap.within(rows)[1]
+                left = cols.start // BLOCK  # its first block
+                around = rows._replace(left=rows.left + left * BLOCK, right=overlap.right)
                 q = self._read_unchecked(around).view(E4M3)
                 values = weight_dequant(q, s[:, left : -(-cols.stop // BLOCK)], dtype=dtype)
-                out[part.within(box)] = values[part.within(around)]
+                out[overlap.within(box)] = values[overlap.within(around)]
         if not _is_finite(out):
             self.read_bytes(box)  # refuses what is not finite as it is stored
             name = str(dtype).removeprefix("torch.")
@@ -432,9 +431,9 @@ class ShardedTensor:
             return weight_quant(self.read(box, torch.float32), scale_fmt=scale_fmt)
         return self.read_bytes(box).view(E4M3), self.scales(self.read_scales(box), box)
 
-    def scales(self, parts: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> torch.Tensor:
-        """`slice_scales`, or an error in its place."""
-        found = slice_scales(parts, box)
+    def scales(self, shards: list[tuple[Slice2D, torch.Tensor]], box: Slice2D) -> torch.Tensor:
+        """Returns `slice_scales`; raises a CheckpointError where a block would need two scales."""
+        found = slice_scales(shards, box)
         if found is None:
             raise CheckpointError(
                 f"{self.shards[0].info} {list(self.shape)} cannot be cut or joined so in FP8: a block"
@@ -450,11 +449,11 @@ class ShardedTensor:
 def open_regular(
     path: Path, error_type: type[ValueError] = CheckpointError, max_bytes: int | None = None, follow: bool = False
 ) -> Iterator[FileIO]:
-    """Opens a file to read, unbuffered; whatever is read is opened here.
+    """Opens a file to read, unbuffered; all files of checkpoints and configs are opened here.
 
     A failure raises `error_type`, also in the body: a file that is missing, has more than `max_bytes`, or is no regular
     one, since a pipe would block and a device may have no end. A link that leads out of its folder is a CheckpointError
-    unless `follow` is set: for paths that the user gave, not for what is in a checkpoint.
+    unless `follow` is set: for paths that the user gave, not for files of a checkpoint.
     """
     if not follow and path.is_symlink():
         inside(path.parent, path.name)
@@ -475,7 +474,7 @@ def open_regular(
 def read_regular(
     path: Path, max_bytes: int, error_type: type[ValueError] = CheckpointError, follow: bool = False
 ) -> bytes:
-    """Reads a whole file; arguments and errors are those of `open_regular`."""
+    """Reads a file; arguments and errors are those of `open_regular`."""
     with open_regular(path, error_type, max_bytes, follow) as file:
         data = BufferedReader(file).read(max_bytes + 1) or b""  # /proc has files of size 0 with something in them
     if len(data) > max_bytes:
@@ -484,7 +483,7 @@ def read_regular(
 
 
 def open_append(path: Path, folder_fd: int | None = None) -> FileIO:
-    """Opens a file to append to, unbuffered, and makes it if there is none; a link is not followed.
+    """Opens a file to append to, unbuffered, and creates it if there is none; a link is not followed.
 
     `folder_fd` is a descriptor of its folder, if that is held open. Raises a CheckpointError if it cannot be written.
     """
@@ -511,7 +510,7 @@ def write_json(path: Path, value: dict[str, Any], folder_fd: int | None = None) 
             folder_fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, folder_fd)
         temporary = f".{path.name}.tmp"
-        with suppress(FileNotFoundError):  # a leftover, or what somebody put there
+        with suppress(FileNotFoundError):  # a leftover, or a link that would be followed
             os.unlink(temporary, dir_fd=folder_fd)
         try:
             with open(temporary, "xb", opener=partial(os.open, mode=0o666, dir_fd=folder_fd)) as file:
@@ -593,7 +592,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` at the end; after an error nothing of it remains.
 
     Raises:
-        CheckpointError: `path` is more than an empty folder, another process is making it, or it cannot be written.
+        CheckpointError: `path` is more than an empty folder, is being filled by another process, or cannot be written.
     """
     if path.name in ("", ".."):
         raise CheckpointError(f"{str(path)!r} is no name for a new folder; choose a path that does not exist")
@@ -618,14 +617,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftover(path: Path) -> None:
-    """Removes what a process that died left of `new_folder(path)`; a folder that is being filled stays."""
+    """Removes the temporary folder that a killed process left of `new_folder(path)`; one that is being filled stays."""
     with suppress(CheckpointError, OSError), _locked(path):
         shutil.rmtree(temporary_path(path), ignore_errors=True)
 
 
 @contextmanager
 def _parents(path: Path) -> Iterator[None]:
-    """Makes the folders above a path; after an error those are gone again."""
+    """Creates the folders above a path; after an error they are removed again."""
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -639,7 +638,7 @@ def _parents(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Holds the lock for making `path`; yields whether a process that died has left it, and so a temporary folder."""
+    """Holds the lock of `path`; yields whether a killed process has left it, and so perhaps a temporary folder."""
     lock_path = path.with_name(f".{path.name}.lock")
     is_left = os.path.lexists(lock_path)
     with open_append(lock_path) as file:
@@ -662,7 +661,7 @@ def _fsync(path: Path) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file in a folder, once it is checked that it is no link to elsewhere.
+    """Returns the path of a file in a folder, after a check that it is no link to another place.
 
     Raises:
         CheckpointError: It is one, and not just to the blobs beside the snapshot in a cache of Hugging Face's hub.
@@ -674,10 +673,10 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path, error_type: type[ValueError], follow: bool = False) -> dict[str, Any]:
-    """Reads a JSON file that holds an object, in which no key is twice and all numbers are finite.
+    """Reads a JSON file with an object in it, in which no key is twice and all numbers are finite.
 
     Raises:
-        error_type: It is none; the message names the file.
+        error_type: It is not such a file; the message names it.
         CheckpointError: It is a link that leads out of its folder, and `follow` is not set.
     """
     data = read_regular(path, MAX_JSON_BYTES, error_type, follow)

@@ -1,17 +1,18 @@
-"""What all tests share.
+"""Settings of all tests, and the tiny model that they have in common.
 
 Tests run in two processes at a time (see pyproject.toml), each on one thread: threads that wait for others on a busy
-machine take ten times as long. Where there is no GPU, Triton's interpreter stands in for it.
+machine take ten times as long. Without a GPU, kernels run in Triton's interpreter.
 """
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in what tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in processes of tests
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 from model import ModelArgs, Transformer  # noqa: E402
 
@@ -39,10 +40,33 @@ TINY = {
 
 
 def tiny(seed: int = 1, **changes: object) -> Transformer:
-    """A small model no two numbers of which are equal, routing biases included."""
+    """A small model of random numbers, norms and routing biases included; `changes` are of `TINY`."""
     model = Transformer(ModelArgs.from_dict(TINY | changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
     return model.eval()
+
+
+def randomise(model: Transformer, seed: int = 0) -> None:
+    """Random numbers for every parameter: matrices keep activations at order 1, norms and biases are uneven."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim == 1:
+                p.copy_(1 + 0.2 * noise)
+            else:
+                p.copy_(noise if name == "embed.weight" else noise * p.shape[-1] ** -0.5)
+        for gate in model.gates():
+            if gate.bias is not None:
+                gate.bias.copy_(0.3 * torch.randn(gate.bias.shape, generator=generator))
+
+
+def one_line(error: pytest.ExceptionInfo, *names: object) -> None:
+    """Checks that an error's message is one line with all these names."""
+    message = str(error.value)
+    assert message and "\n" not in message
+    for name in names:
+        assert str(name) in message

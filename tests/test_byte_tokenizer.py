@@ -132,14 +132,14 @@ def test_an_id_outside_the_vocabulary_is_named_in_tensors_and_arrays() -> None:
 
 
 @pytest.mark.parametrize("wrong", [5, None, "text", [1.0], [[1, 2]], np.ones((2, 2), dtype=int), torch.tensor(3)])
-def test_what_is_no_sequence_of_ids_is_a_type_error(wrong) -> None:
+def test_values_other_than_ids_are_a_type_error(wrong) -> None:
     with pytest.raises(TypeError):  # and decode(5) is not five zeros
         decode(wrong)
 
 
 @given(st.binary() | UTF8_LIKE.map(b"".join) | st.text().map(str.encode), st.lists(st.integers(0, 40)))
 @example(TRICKY, list(range(len(TRICKY))))
-def test_a_stream_shows_the_whole_text_however_it_is_cut(data: bytes, cuts: list[int]) -> None:
+def test_a_stream_gives_the_full_text_however_it_is_divided(data: bytes, cuts: list[int]) -> None:
     stream = StreamDecoder()
     for _ in range(2):  # the second time after a flush
         assert "".join([stream.feed(piece) for piece in pieces(data, cuts)] + [stream.flush()]) == decode(data)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY
 
 import convert
 import fp8_cast_bf16
@@ -27,24 +28,6 @@ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 30  # for one command on tiny files, which takes a tenth of a second
-CONFIG = {
-    "max_seq_len": 32,
-    "dim": 16,
-    "inter_dim": 16,
-    "moe_inter_dim": 16,
-    "n_layers": 2,
-    "n_dense_layers": 1,
-    "n_heads": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "n_activated_experts": 2,
-    "score_func": "sigmoid",
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 4,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 4,
-    "n_mtp_layers": 1,
-}
 VALUES = [
     None, True, False, "", "x", "\x1b[31mred", "a\nb", "\udc80", [], {}, [1], {"a": 1}, 0, -1, 1, 3, 2**31, 2**64,
     10**400, 0.5, -0.0, 1e308, "0.1", "step-00000001", "../outside", "/etc/passwd",
@@ -56,7 +39,7 @@ TEXTS = [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a": NaN}', b'{"a": 1e999}',
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run, a Hugging Face export and an FP8 one, and what must not change: `outside`."""
     home = tmp_path_factory.mktemp("fuzz")
-    (home / "config.json").write_text(json.dumps(CONFIG))
+    (home / "config.json").write_text(json.dumps(TINY))
     (home / "data.txt").write_bytes(bytes(random.Random(0).choices(b"abc \n", k=4000)))
     flags = ["--config", "config.json", "--data", "data.txt", "--batch-size", "2", "--device", "cpu", "--dtype", "fp32"]
     with inside(home):

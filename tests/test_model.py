@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -148,19 +149,9 @@ def small(**values: Any) -> ModelArgs:
 
 
 def build(args: ModelArgs, seed: int = 0, compute_dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model whose every parameter is random: matrices keep activations at order 1, norms and biases are uneven."""
+    """A model of random parameters: see `randomise`."""
     net = Transformer(args, compute_dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if p.ndim == 1:
-                p.copy_(1 + 0.2 * noise)
-            else:
-                p.copy_(noise if name == "embed.weight" else noise * p.shape[-1] ** -0.5)
-        for gate in net.gates():
-            if gate.bias is not None:
-                gate.bias.copy_(0.3 * torch.randn(gate.bias.shape, generator=generator))
+    randomise(net, seed)
     return net
 
 
@@ -313,7 +304,7 @@ oracle = {"n_shared_experts": 1, "n_mtp_layers": 0}  # transformers always has s
 
 @st.composite
 def oracle_shapes(draw: st.DrawFn, **fixed: Any) -> ModelArgs:
-    """Shapes that transformers can build too: it needs a latent, a rotary part, shared and routed experts."""
+    """Shapes that transformers can build too: it needs a latent, rotary dimensions, shared and routed experts."""
     args = draw(shapes(**(oracle | {"kv_lora_rank": 16} | fixed)))
     values = args.to_dict()
     if not args.qk_rope_head_dim:
@@ -332,7 +323,7 @@ def test_deepseek_v3(args: ModelArgs, seed: int) -> None:
 @draws
 @given(oracle_shapes(score_func="softmax", gate_bias=False, moe_layer_freq=1), st.integers(0, 99), st.integers(0, 4))
 def test_deepseek_v2(args: ModelArgs, seed: int, half: int) -> None:
-    """There the width without position must be even, for the rotary part is viewed as complex numbers."""
+    """There the width without position must be even, for the rotary one is viewed as complex numbers."""
     compare_with("v2", ModelArgs(**(args.to_dict() | {"qk_nope_head_dim": 2 * half})), seed)
 
 
@@ -397,7 +388,7 @@ def mtp_layers(net: Transformer, theirs: PreTrainedModel) -> nn.ModuleList:
 
 
 def run_mtp_layer(layer: nn.Module, theirs: PreTrainedModel, embedded: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """One MTP module of transformers over whole windows."""
+    """One MTP module of transformers over full sequences."""
     where = torch.arange(h.shape[1])[None]
     mask = torch.full((h.shape[1], h.shape[1]), -math.inf).triu(1)[None, None]
     return layer(embedded, h, theirs.model.rotary_emb(h, where), mask, where, None)
@@ -422,7 +413,7 @@ def test_mtp_module(args: ModelArgs, seed: int) -> None:
 @settings(draws, max_examples=30)
 @given(mtp_shapes, st.integers(0, 99))
 def test_mtp_loss(args: ModelArgs, seed: int) -> None:
-    """The total loss and all its gradients: transformers' modules, chained by plain indexing into the whole window."""
+    """The total loss and all its gradients: transformers' modules, chained by plain indexing into the full sequence."""
     net, batch, seq_len = build(args, seed), 2, 8
     theirs = reference(net, "v3")
     layers = mtp_layers(net, theirs)
@@ -509,15 +500,15 @@ def test_mtp_modules_with_a_cache(args: ModelArgs, impl: str, cut: int) -> None:
     for module in net.mtp:
         expected, _ = module(expected, net.embed(tokens[:, 1:]), net.positions(10, None), None)
     with attention(impl, net):
-        cache, parts = net.new_cache(2, 10), []
+        cache, chunks = net.new_cache(2, 10), []
         for start, end in ((0, cut), (cut, 10)):
             states, _ = net.forward_with_hidden(tokens[:, start:end], cache)
             for depth in range(len(net.mtp)):
                 states, _ = net.mtp_forward(depth, states, tokens[:, start + 1 : end + 1], cache)
-            parts.append(states)
+            chunks.append(states)
             cache.lengths = [end, end]
     # two blocks more than logits have gone through, and as many norms of few numbers, which enlarge rounding
-    assert_near(torch.cat(parts, dim=1), expected, tolerance=3 * TOLERANCE)
+    assert_near(torch.cat(chunks, dim=1), expected, tolerance=3 * TOLERANCE)
 
 
 @draws
@@ -579,7 +570,7 @@ def choose(scores: list[float], bias: list[float] | None, args: ModelArgs) -> li
 
 
 def moe_by_hand(moe: nn.Module, x: torch.Tensor, args: ModelArgs) -> tuple[torch.Tensor, list[int]]:
-    """The whole layer in float64, one position and one expert at a time, and how often each was visited."""
+    """The layer in float64, one position and one expert at a time, and how often each was visited."""
     p = dict(moe.named_parameters())
     bias = None if moe.gate.bias is None else moe.gate.bias.tolist()
     act, rows, load = ACTIVATIONS[args.hidden_act], [], [0] * args.n_routed_experts
@@ -804,7 +795,7 @@ def test_balanced_experts_cost_one() -> None:
 
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
 def test_loss_is_the_sum_of_its_parts(score_func: str) -> None:
-    """Balance and load from what each router was seen to do, in the order of `gates`, MTP modules last."""
+    """Balance and load from the recorded outputs of each router, in the order of `gates`, MTP modules last."""
     net = build(small(score_func=score_func, mtp_loss_weight=0.7, aux_loss_alpha=0.05, moe_layer_freq=2))
     seen: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
     for gate in net.gates():
@@ -821,12 +812,12 @@ def test_loss_is_the_sum_of_its_parts(score_func: str) -> None:
         assert load.tolist() == [(indices == e).sum().item() for e in range(4)]
     assert losses.load.sum(dim=1).tolist() == [3 * 10 * 2, 3 * 9 * 2]  # MTP module 1 has one position fewer
     assert losses.balance.item() == pytest.approx(balance, rel=1e-5)
-    parts = losses.next_byte + 0.7 * losses.mtp + losses.balance
-    torch.testing.assert_close(losses.total.detach(), parts)
+    total = losses.next_byte + 0.7 * losses.mtp + losses.balance
+    torch.testing.assert_close(losses.total.detach(), total)
     expected = F.cross_entropy(net(full[:, :-1]).flatten(0, 1), full[:, 1:].flatten())
     torch.testing.assert_close(losses.next_byte, expected.detach())
     assert torch.equal(net.next_byte_loss(full[:, :-1], full[:, 1:]), losses.next_byte)
-    assert not any(part.requires_grad for part in losses[1:])
+    assert not any(term.requires_grad for term in losses[1:])
 
     net.eval()
     quiet = net.loss(full[:, :-1], full[:, 1:])
@@ -873,7 +864,7 @@ def test_update_gate_bias_balances_the_load() -> None:
 
 
 def test_adaptive_bias_balances_within_tens_of_batches() -> None:
-    """Without a fixed step: from a lopsided start, with dead experts, whose counts say nothing of how far they are."""
+    """Without a fixed step: from a lopsided start, with dead experts, whose counts do not show how far they are."""
     net = build(small(n_routed_experts=16, n_expert_groups=4, n_mtp_layers=0))
     for gate in net.gates():
         gate.bias.copy_(torch.linspace(0, 1, 16))
@@ -962,7 +953,7 @@ def test_bfloat16_compute() -> None:
     error = (logits - expected).square().mean().sqrt().item() / expected.square().mean().sqrt().item()
     assert 1e-4 < error < 2**-5
     losses, grads = loss_and_grads(net)
-    assert all(part.dtype == torch.float32 for part in losses)
+    assert all(term.dtype == torch.float32 for term in losses)
     assert all(p.dtype == torch.float32 for p in net.parameters())
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
     assert losses.total.item() == pytest.approx(loss_and_grads(exact)[0].total.item(), rel=0.02)
@@ -985,7 +976,7 @@ def test_every_parameter_gets_a_finite_gradient(args: ModelArgs, compute_dtype: 
 
 
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
-def test_gradient_flow_from_fresh_weights(score_func: str) -> None:
+def test_gradient_flow_from_initial_weights(score_func: str) -> None:
     """Zeros at the start block all but the head; from the third step on everything learns."""
     net = Transformer(small(score_func=score_func, aux_loss_alpha=0.0))
     net.init_weights(0)
@@ -1035,7 +1026,7 @@ def test_init_weights() -> None:
 
 
 def test_a_model_has_weights_from_the_start() -> None:
-    """Without `init_weights` being called; not where it was told not to, or has no memory."""
+    """Without `init_weights` being called; not with init=False, nor on the meta device."""
     first, again = Transformer(small()), Transformer(small())
     again.init_weights(0)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
@@ -1072,13 +1063,13 @@ def test_tokens_of_one_sequence() -> None:
 @pytest.mark.parametrize(
     "tokens", [torch.zeros(1, 2, 3, dtype=torch.int64), torch.tensor(3), torch.rand(2, 5), "text", [1, 2], b"", None]
 )
-def test_what_are_no_tokens(tokens: Any) -> None:
+def test_invalid_tokens(tokens: Any) -> None:
     with pytest.raises(ValueError, match=r"tokens must be bytes, or integers .*, got \S+"):
         build(small())(tokens)
 
 
 @torch.no_grad()
-def test_rope_tables_are_as_long_as_what_is_used() -> None:
+def test_rope_tables_are_as_long_as_the_positions_used() -> None:
     """A context of 20 million positions takes no memory before it is used; grown tables give the same bits."""
     net, short = build(small(max_seq_len=20_000_000, rope_factor=1.0)), build(small())
     tokens = random_tokens(1, 1500)
@@ -1088,8 +1079,8 @@ def test_rope_tables_are_as_long_as_what_is_used() -> None:
     assert len(net._rope_cos) <= 1024
     net(tokens)
     assert 1500 <= len(net._rope_cos) <= 3000
-    for grown, whole in zip(net.rope_tables(1), (net.rope_tables(3000)), strict=True):
-        assert torch.equal(grown, whole[: len(grown)])
+    for grown, full in zip(net.rope_tables(1), (net.rope_tables(3000)), strict=True):
+        assert torch.equal(grown, full[: len(grown)])
     assert [table.shape for table in short.rope_tables(64)] == 2 * [(64, 1, 4)]
     with torch.enable_grad():
         net.loss(tokens[:, :-1], tokens[:, 1:]).total.backward()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -24,14 +25,6 @@ from safetensors_io import CheckpointError, ShardedTensor, Slice2D, new_folder, 
 
 E4M3 = torch.float8_e4m3fn
 draws = settings(deadline=None, derandomize=True, database=None)
-
-
-def one_line(error: pytest.ExceptionInfo, *parts: object) -> None:
-    """The message is one line that a terminal can show, and names all that it should."""
-    message = str(error.value)
-    assert message.isprintable() and 0 < len(message) < 600
-    for part in parts:
-        assert str(part) in message
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -74,7 +67,7 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str, reader: str) -> 
     one_line(error, tmp_path / "file")
 
 
-def test_what_is_read_has_a_bound(tmp_path: Path) -> None:
+def test_reading_has_a_bound(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 1000)
     assert safetensors_io.read_regular(tmp_path / "file", 1000) == b"x" * 1000
     for path in (tmp_path / "file", Path("/proc/self/status")):  # which has a size of 0
@@ -212,7 +205,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket", "loop", "/dev/null", "{tmp}/victim", "{tmp}/nowhere"])
-def test_appending_to_what_is_no_file(tmp_path: Path, kind: str) -> None:
+def test_appending_to_other_kinds_of_files(tmp_path: Path, kind: str) -> None:
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "run").mkdir()
     put(tmp_path / "run" / "log", kind.format(tmp=tmp_path))
@@ -486,28 +479,28 @@ def expand(s: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
 @settings(draws, max_examples=60)
 @given(st.data())
 def test_scales_are_cut_exactly_or_not_at_all(data: st.DataObject) -> None:
-    """Against a scale for each number: what is found says the same, and where nothing is found there is nothing."""
+    """Against a scale for each number: the scales found are equal to it, and None is returned where there are none."""
     size = st.sampled_from([1, 32, 64, 96, 128, 192, 256, 300])
     across, heights = data.draw(st.integers(0, 1)), data.draw(st.lists(size, min_size=1, max_size=3))
     other, few = data.draw(size), data.draw(st.booleans())
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-    parts, full, at = [], [], 0
+    shards, full, at = [], [], 0
     for n in heights:
         rows, cols = (other, n) if across else (n, other)
         shape = -(-rows // 128), -(-cols // 128)
         s = torch.randint(1, 3 if few else 4, shape, generator=generator).float()
         box = Slice2D(*((0, rows, at, at + n) if across else (at, at + n, 0, cols)))
-        parts.append((box, s))
+        shards.append((box, s))
         full.append(expand(s, rows, cols))
         at += n
-    whole = torch.cat(full, dim=across)
-    top, left = data.draw(st.integers(0, whole.shape[0] - 1)), data.draw(st.integers(0, whole.shape[1] - 1))
+    joined = torch.cat(full, dim=across)
+    top, left = data.draw(st.integers(0, joined.shape[0] - 1)), data.draw(st.integers(0, joined.shape[1] - 1))
     box = Slice2D(
-        top, data.draw(st.integers(top + 1, whole.shape[0])), left, data.draw(st.integers(left + 1, whole.shape[1]))
+        top, data.draw(st.integers(top + 1, joined.shape[0])), left, data.draw(st.integers(left + 1, joined.shape[1]))
     )
-    wanted = whole[box.top : box.bottom, box.left : box.right]
+    wanted = joined[box.top : box.bottom, box.left : box.right]
     blocks = [[b for b in row.split(128, 1)] for row in wanted.split(128, 0)]
-    found = safetensors_io.slice_scales(parts, box)
+    found = safetensors_io.slice_scales(shards, box)
     if all((b == b[0, 0]).all() for row in blocks for b in row):
         assert found is not None and torch.equal(expand(found, *wanted.shape), wanted)
         assert found.shape == (len(blocks), len(blocks[0]))
@@ -534,7 +527,7 @@ def test_bands_cover_a_slice_once_and_are_small(data: st.DataObject) -> None:
 
 
 def test_bands_of_a_long_row_are_small() -> None:
-    """3 GB of a vector, or of a few long rows, are read in pieces of a band's size."""
+    """3 GB of a vector, or of a few long rows, are read in bands."""
     for shape in ((800_000_000,), (2, 400_000_000)):
         source = ShardedTensor("x", shape, torch.float32)
         for step in (1, 128):
@@ -571,14 +564,14 @@ def test_scales_are_widened_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
 @settings(draws, max_examples=25)
 @given(st.data())
 def test_any_slice_of_fp8(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Against the whole, dequantised: the values, and the scales of the blocks around."""
+    """Against the full tensor, dequantised: the values, and the scales of the blocks around."""
     rows, cols = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 400))
     q, s = weight_quant(torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows)) * torch.arange(cols))
     source = fp8_source(tmp_path_factory.getbasetemp(), q, s)
     top, left = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, cols - 1))
     box = Slice2D(top, data.draw(st.integers(top + 1, rows)), left, data.draw(st.integers(left + 1, cols)))
-    whole = weight_dequant(q, s, dtype=torch.float32)
-    assert torch.equal(source.read(box, torch.float32), whole[box.top : box.bottom, box.left : box.right])
+    full = weight_dequant(q, s, dtype=torch.float32)
+    assert torch.equal(source.read(box, torch.float32), full[box.top : box.bottom, box.left : box.right])
     ((around, found),) = source.read_scales(box)
     assert around == (top // 128 * 128, min(-(-box.bottom // 128) * 128, rows), 0, cols)
     assert torch.equal(found, s[top // 128 : -(-box.bottom // 128)])
@@ -593,8 +586,8 @@ def test_a_scale_of_zero_is_one_of_zeros(tmp_path: Path, corner: tuple[int, int]
     block.zero_()
     block[0, 0] = 0x80  # minus zero
     source = fp8_source(tmp_path, q, s)
-    whole = source.read(source.box, torch.float32)
-    assert (whole == 0).sum() == block.numel() and (source.read_scales()[0][1] == 0).sum() == 1
+    full = source.read(source.box, torch.float32)
+    assert (full == 0).sum() == block.numel() and (source.read_scales()[0][1] == 0).sum() == 1
     q.view(torch.uint8)[corner] = 1
     source = fp8_source(tmp_path, q, s)
     box = Slice2D(corner[0], corner[0] + 1, corner[1], corner[1] + 1)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from parallel import ParallelContext, keep_freed_memory, leave  # noqa: E402
+from parallel import ParallelContext, destroy, keep_freed_memory  # noqa: E402
 
 WARM_UP = 3  # steps
 LAYOUTS = {
@@ -59,7 +59,7 @@ def work(flags: list[str], steps: int) -> None:
     waits, peak, own = ctx.all_reduce_max(1 - busy / seconds, peak, peak - imported)
     if ctx.rank == 0:
         print(json.dumps([steps * trainer.step_bytes / seconds, waits, peak, own]))
-    leave()
+    destroy()
 
 
 def run(processes: int, flags: list[str], steps: int) -> list[float]:
