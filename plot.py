@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -68,14 +69,10 @@ class RunLog:
         xs = np.array(sorted(points), dtype=float)
         return xs / (60 if x == "minutes" else 1), np.array([points[value] for value in xs], dtype=float)
 
-    def val_losses(self) -> list[float]:
-        """The losses of its evaluations."""
-        return self.curve("steps", "val_loss")[1].tolist()
-
 
 def is_finite(value: Any) -> bool:
-    """Whether a value of a JSON file is a number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a value of a JSON file is a number that can be drawn."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -90,21 +87,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             if isinstance(row, dict) and is_finite(row.get("step")):
                 while rows and place(rows[-1]) >= place(row):
                     rows.pop()
-                with suppress(ValueError, TypeError):
-                    row["min_load"] = min(min(layer) for layer in row["expert_load"]) if "expert_load" in row else None
+                with suppress(KeyError, ValueError, TypeError):
+                    row["min_load"] = min(map(min, row.pop("expert_load")))  # of large models, most of the file
                 rows.append(row)
     return rows
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The flags of a run, and the fields of its model as "model.dim"; a run of an earlier version has them elsewhere."""
-    with suppress(OSError, ValueError, RecursionError, AttributeError):
-        values = json.loads((folder / "settings.json").read_bytes())
-        return values | {f"model.{name}": value for name, value in values.pop("model").items()}
-    with suppress(OSError, ValueError, RecursionError, AttributeError, KeyError):
-        last = max(folder.glob("step-*/state.json"), key=lambda file: int(file.parent.name[5:]))
-        model = json.loads((last.parent / "config.json").read_bytes())
-        return json.loads(last.read_bytes())["settings"] | {f"model.{name}": value for name, value in model.items()}
+    """Reads the flags of a run, and fields of its model as "model.dim"; of an earlier version, from a checkpoint."""
+    with suppress(OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        if (file := folder / "settings.json").exists():
+            settings = json.loads(file.read_bytes())
+            model = settings.pop("model")
+        else:
+            file = max(folder.glob("step-*/state.json"), key=lambda file: int(file.parent.name[5:]))
+            settings = json.loads(file.read_bytes())["settings"]
+            model = json.loads((file.parent / "config.json").read_bytes())
+        return settings | {f"model.{name}": value for name, value in model.items()}
     return {}
 
 
@@ -116,12 +115,12 @@ def find_runs(paths: list[Path]) -> list[RunLog]:
     """
     files: list[Path] = []
     for path in paths:
-        found = [path] if path.is_file() else sorted(path.rglob("metrics.jsonl"))
+        found = [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("metrics.jsonl")))
         if not found:
             reason = "holds no run: no metrics.jsonl is in it or below" if path.is_dir() else "is no file or folder"
             raise PlotError(f"{path} {reason}; name what train.py was given as --save-path, or a folder of such")
         files += [file.resolve() for file in found]
-    files = list(dict.fromkeys(file for file in files if file.is_file()))
+    files = list(dict.fromkeys(files))  # a folder may be named twice
     above = os.path.commonpath([file.parent.parent for file in files])
     runs = []
     for file in files:
@@ -178,29 +177,28 @@ def group(runs: list[RunLog]) -> list[Setting]:
         key = {name: value for name, value in run.settings.items() if name not in NO_SETTINGS | {"config"}}
         groups.setdefault(json.dumps(key or str(run.path), sort_keys=True), []).append(run)
     firsts = [members[0].settings for members in groups.values()]
-    names = [name for name in dict.fromkeys(name for settings in firsts for name in settings)]
-    differing = [name for name in names if len({json.dumps(settings.get(name)) for settings in firsts}) > 1]
-    hidden = NO_SETTINGS | {name for name in differing if "config" in differing and name.startswith("model.")}
-    shown = [name for name in differing if name not in hidden]
-    return [Setting(runs, {name: runs[0].settings.get(name) for name in shown}) for runs in groups.values()]
+    names = dict.fromkeys(name for settings in firsts for name in settings if name not in NO_SETTINGS)
+    shown = [name for name in names if len({json.dumps(settings.get(name)) for settings in firsts}) > 1]
+    if "config" in shown:  # whose name is shorter than what differs in it
+        shown = [name for name in shown if not name.startswith("model.")]
+    return [Setting(members, {name: members[0].settings.get(name) for name in shown}) for members in groups.values()]
 
 
 def table(settings: list[Setting]) -> str:
     """One row a setting, best first: its flags, number of runs, steps, mean and spread of the last val_loss, best."""
-    flags = list(settings[0].values)
     rows = []
     for setting in settings:
-        losses = [losses for run in setting.runs if (losses := run.val_losses())]
-        last = [loss[-1] for loss in losses]
+        losses = {run.name: run.curve("steps", "val_loss")[1].tolist() for run in setting.runs}
+        last = [values[-1] for values in losses.values() if values]
+        best, best_run = min((min(values, default=math.inf), name) for name, values in losses.items())
         mean = statistics.fmean(last) if last else math.inf
         steps = sorted({run.rows[-1]["step"] for run in setting.runs})
-        lowest, best = min((min(run.val_losses(), default=math.inf), run.name) for run in setting.runs)
         row = [written(value) for value in setting.values.values()]
-        row += [str(len(setting.runs)) if len(last) == len(setting.runs) else f"{len(last)} of {len(setting.runs)}"]
-        row += [f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"]
-        row += [f"{mean:.4f}" if last else "-", f"{statistics.stdev(last):.4f}" if len(last) > 1 else "-"]
-        rows.append((mean, [*row, f"{lowest:.4f}" if last else "-", best]))
-    header = [*flags, "runs", "steps", "mean", "spread", "best", "best run"]
+        row += [f"{len(losses)}" if len(last) == len(losses) else f"{len(last)} of {len(losses)}"]
+        row += [f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}", f"{mean:.4f}" if last else "-"]
+        row += [f"{statistics.stdev(last):.4f}" if len(last) > 1 else "-", f"{best:.4f}" if last else "-", best_run]
+        rows.append((mean, row))
+    header = [*map(shorten, settings[0].values), "runs", "steps", "mean", "spread", "best", "best run"]
     lines = [header, *(row for _, row in sorted(rows, key=lambda row: row[0]))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
@@ -255,8 +253,8 @@ def draw_text(curves: list[Curve], what: str, x: str, width: int, height: int) -
             if value <= high:
                 row = round((high - value) / ((high - low) or 1.0) * (rows - 1))
                 canvas[row][column] = mark
-        spread = f" ± {c.spread[-1]:.2g}" if c.spread.any() else ""
-        legend.append(shorten(f"{mark} {c.label} {c.y[-1]:.4g}{spread}", width - 1))
+        last = f" {c.y[-1]:.4g}" + (f" ± {c.spread[-1]:.2g}" if c.spread.any() else "")
+        legend.append(f"{mark} {shorten(c.label, max(10, width - len(last) - 3))}{last}")
     at = {0: labels[0], (rows - 1) // 2: labels[1], rows - 1: labels[2]}
     lines = [f"{at.get(i, ''):>{margin}} |{''.join(line)}".rstrip() for i, line in enumerate(canvas)]
     ends = f"{left:.6g}", f"{right:.6g}"
@@ -288,7 +286,8 @@ def draw_picture(panels: dict[str, list[Curve]], x: str, output: Path) -> None:
                 style |= {"alpha": 0.35, "linewidth": 0.8}
             else:
                 style |= {"marker": "o", "markersize": 3}
-            axis.plot(c.x, c.y, label=c.label, gid=f"{c.field}-{c.i_setting}", **style)
+            label = re.sub("^_", " _", c.label.replace("$", r"\$"))  # no formula; matplotlib hides what begins with _
+            axis.plot(c.x, c.y, label=label, gid=f"{c.field}-{c.i_setting}", **style)
             if c.spread.any():
                 axis.fill_between(c.x, c.y - c.spread, c.y + c.spread, color=style["color"], alpha=0.2, linewidth=0)
         axis.set(xlabel=x, ylabel=title)
@@ -332,10 +331,10 @@ def plot(argv: list[str] | None) -> int:
     if args.table:
         command.say(table(settings))
         return 0
-    chosen = PANELS if args.what == "all" else [args.what]
+    chosen = list(PANELS) if args.what == "all" else [args.what]
     panels = {what: curves for what in chosen if (curves := list(curves_of(settings, what, args.x)))}
     if not panels:
-        raise PlotError(f"no line of metrics has values to draw: {', '.join(PANELS[args.what][1])}")
+        raise PlotError(f"no line of metrics has what --what {args.what} draws")
     if args.output is not None:
         draw_picture(panels, args.x, args.output)
         return 0

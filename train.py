@@ -289,7 +289,7 @@ class Trainer:
         if not math.isfinite(next_byte + mtp + balance + norm):
             raise NotFinite(f"step {self.step + 1}: the loss is {next_byte}, the gradient's norm {norm}")
         factor = schedule(progress, flags.schedule, flags.warmup, flags.decay)
-        rates = {}
+        rates: dict[str, float] = {}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
