@@ -203,10 +203,13 @@ class Clock:
         return trained / (trained + left)
 
     def remaining_s(self, progress: float) -> float:
-        """Seconds until the end of the run, about, when `progress` of it is done."""
+        """Seconds until the end of the run, about, before a step at `progress`; infinite until there were two steps."""
         if self.seconds is not None:
             return max(0.0, self.left_s())
-        return self.trained_s() * (1 - progress) / progress if progress else math.inf
+        if not self._recent:
+            return math.inf
+        trained_s = self.trained_s() + 1.5 * self.step_s()  # with the first step, and half of the one to come
+        return trained_s * (1 - progress) / progress
 
     def trained_s(self) -> float:
         """Seconds of training without starts."""

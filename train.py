@@ -121,7 +121,7 @@ class TrainFlags:
     eval_interval: int = _flag(0, "steps; 0: tenths of the run, where they are long enough", integer(0))
     save_interval: int = _flag(0, "steps; 0: with each evaluation or tenth of the run", integer(0))
     sample_bytes: int = _flag(200, "bytes of the sample; 0 for none", integer(0, 10**6))
-    tensorboard: bool = _flag(False, "write the metrics for TensorBoard as well, to --save-path/tensorboard")
+    tensorboard: bool = _flag(False, "write the metrics for TensorBoard as well, into --save-path")
     profile: int = _flag(0, "trace N steps, into --save-path; 0: none", integer(0, 10**4), metavar="N", fixed=True)
 
 
