@@ -202,15 +202,6 @@ class Clock:
         trained = self.trained_s() + step_s / 2
         return trained / (trained + left)
 
-    def remaining_s(self, progress: float) -> float:
-        """Seconds until the end of the run, about, before a step at `progress`; infinite until there were two steps."""
-        if self.seconds is not None:
-            return max(0.0, self.left_s())
-        if not self._recent:
-            return math.inf
-        trained_s = self.trained_s() + 1.5 * self.step_s()  # with the first step, and half of the one to come
-        return trained_s * (1 - progress) / progress
-
     def trained_s(self) -> float:
         """Seconds of training without starts."""
         starting_s = self.now() - self.started if self.first_step_s is None else 0.0
@@ -411,6 +402,7 @@ class ProgressBar(AbstractContextManager):
         disable = None if is_shown else True  # None: unless stderr is a terminal
         self._bar = tqdm(total=100, disable=disable, bar_format=form, initial=100 * progress)
         self._clock, self._figures, self._is_log = clock, "", is_shown and self._bar.disable
+        self._last = clock.now(), progress  # of the last line
         self._interval_s, self._due_s = FIRST_LOG_S, clock.now() + FIRST_LOG_S
         self._closed = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
@@ -425,13 +417,21 @@ class ProgressBar(AbstractContextManager):
     def show(self, step: int, progress: float) -> None:
         """Sets the number of the step, and how much of the run is done."""
         if self._is_log and self._clock.now() >= self._due_s:
-            self._interval_s = min(2 * self._interval_s, LONGEST_LOG_S)
-            self._due_s = self._clock.now() + self._interval_s
-            remaining_s = self._clock.remaining_s(progress)
-            end = "" if math.isinf(remaining_s) else f"; {tqdm.format_interval(remaining_s)} left"
-            command.note(f"step {step} ({progress:.1%}){self._figures}{end}")
+            self._log(step, progress)
         self._bar.n = round(100 * progress, 1)
         self._bar.set_description_str(f"step {step}", refresh=False)
+
+    def _log(self, step: int, progress: float) -> None:
+        """Prints a line; of a run by steps, how long the rest will take follows from the time since the last line."""
+        now, (last_s, last_progress) = self._clock.now(), self._last
+        left_s = self._clock.left_s()
+        if math.isinf(left_s) and progress > last_progress:
+            left_s = (now - last_s) * (1 - progress) / (progress - last_progress)
+        left = "" if math.isinf(left_s) else f"; {tqdm.format_interval(max(0.0, left_s))} left"
+        command.note(f"step {step} ({progress:.1%}){self._figures}{left}")
+        self._last = now, progress
+        self._interval_s = min(2 * self._interval_s, LONGEST_LOG_S)
+        self._due_s = now + self._interval_s
 
     def show_figures(self, figures: dict[str, Any]) -> None:
         """Sets the figures of the last line of metrics."""

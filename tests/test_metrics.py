@@ -284,7 +284,7 @@ def test_a_log_without_a_terminal(monkeypatch: pytest.MonkeyPatch, minutes: floa
     now, n_steps = 4.0, 1800
     clock = Clock(n_steps if minutes is None else None, minutes, now=lambda: now, started=0.0)
     seen: list[tuple[float, str]] = []
-    with ProgressBar(True, clock, 0.0) as bar:
+    with ProgressBar(True, clock, clock.progress(0)) as bar:
         for step in range(n_steps):
             bar.show(step, clock.progress(step))
             if log.getvalue():
