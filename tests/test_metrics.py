@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -519,3 +520,17 @@ def test_the_costliest_operations() -> None:
     averages = profiler.key_averages()
     last = metrics.costliest(averages, 1, False).splitlines()[-1]
     assert float(last.split()[0]) == pytest.approx(averages.self_cpu_time_total / 1000, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_reports(small_flags: list[str], tmp_path: Path) -> None:
+    """A trace, event files and a log, each of the first process alone."""
+    command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = [*small_flags, "--steps", "5", "--fsdp", "--tensorboard", "--profile", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    script = Path(train.__file__)
+    done = subprocess.run([*command_line, str(script), *flags], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("profile of 2 steps from step 4") == 1 and trace(tmp_path / "run")[1]
+    assert_same_events(tmp_path / "run")
+    assert len(os.listdir(tmp_path / "run" / "tensorboard")) == 1
