@@ -5,7 +5,8 @@
     python plot.py out/sweep --table                         # a row for each setting
 
 A run is the folder that train.py wrote, or its metrics.jsonl; a folder of runs stands for all below it. Runs whose
-settings differ in nothing but the seed are one curve: their mean, with a band of one standard deviation around it.
+settings differ in nothing but the seed are one curve as far as all of them go: their mean, with a band of one standard
+deviation around it.
 """
 
 if __name__ == "__main__":
@@ -316,7 +317,8 @@ def build_parser() -> command.Parser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--text", action="store_true", help="draw in characters (the default)")
     form.add_argument("--output", type=Path, metavar="FILE", help="draw a picture: .svg or .png; needs matplotlib")
-    help = "print a row for each setting: mean and standard deviation of its runs' last val_loss, and the best of all"
+    help = "print a row for each setting: mean and standard deviation of its runs' last val_loss, and the best of all;"
+    help += " --what and --x are for curves"
     form.add_argument("--table", action="store_true", help=help)
     return parser
 
