@@ -1,8 +1,35 @@
-"""Reports of a run: the lines of metrics.jsonl, its clock, speed, load of the experts, evaluation, progress bar."""
+"""Reports of a run: lines of metrics.jsonl, its clock, speed, load of the experts, evaluation, progress, profile.
+
+Fields of a line of `metrics.jsonl`; figures of speed and load are of the steps since the line before:
+
+    step               steps taken: in every line, as are the next two
+    elapsed_s          seconds of the run so far, with those of the runs that it resumes
+    bytes              bytes trained on so far
+    train_loss         of the step's own bytes, nats per byte
+    mtp_loss           the same of the MTP modules, if the model has some
+    balance_loss       of the experts' balance in each sequence, as it enters the sum that is minimised
+    lr                 learning rate of the step: of embedding, head and norms
+    router_lr          of the routers, if there are any
+    matrix_lr          of the hidden matrices
+    grad_norm          of all gradients, before they are clipped
+    bytes_per_s        speed
+    mfu                model FLOP utilisation: share of the measured peak; null where that comes out above 1
+    data_wait          share of the time in which training waited for data, in the first process
+    peak_memory_bytes  the most memory so far: of the GPU by tensors, elsewhere of the process
+    expert_load        of each MoE layer, each expert: tokens routed to it, relative to the layer's mean
+    max_load           the largest of them
+    val_loss           in the line of an evaluation: over the validation split, nats per byte
+    val_bpb            the same in bits per byte
+    val_windows        number of sequences that were evaluated, where it was not all
+    window             their length in bytes, where it is shorter than the context
+"""
 
 import json
 import math
 import os
+import resource
+import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -14,6 +41,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import command
@@ -24,13 +53,19 @@ from data.prepare import DataError
 from data.sampler import Corpus, EvaluationBatches, read_batch
 from model import Transformer
 from parallel import CollectiveError, ParallelContext
-from safetensors_io import open_append, open_regular, reporting
+from safetensors_io import inside, open_append, open_regular, reporting, temporary_path, write_json
 
 EVALUATION_SHARE = 0.05  # of a run, at most, for the evaluations before the last
 METRICS_FILE = "metrics.jsonl"
+SETTINGS_FILE = "settings.json"  # the flags and the model of a run, for plot.py
+TENSORBOARD_FOLDER = "tensorboard"
+RUN_FILES = rf"{METRICS_FILE}|{SETTINGS_FILE}|{TENSORBOARD_FOLDER}|profile-\d{{8,}}\.json\.gz"  # what a run writes here
 MAX_METRICS_BYTES = 1 << 34  # of a file that is read; a line of the largest models has some 100 KB
 MAX_LINE_BYTES = 1 << 24
 MEASURING_S = 0.05  # how long a product of each size is repeated
+FIRST_LOG_S, LONGEST_LOG_S = 10.0, 300.0  # between lines of a log without a terminal: each takes twice the last
+WARM_UP_STEPS = 3  # before a profile: they compile, and allocate memory
+N_COSTLIEST = 10  # operations of a profile that are printed
 
 
 class Metrics:
@@ -39,11 +74,22 @@ class Metrics:
     The file appears with its first line, so that a run that fails earlier leaves nothing behind. Lines of steps after
     `step`, which will be repeated, are dropped, as is that step's evaluation if it is to be repeated (not `evaluated`).
     Without a run nothing is kept. A file that cannot be read or written is a CheckpointError.
+
+    Before the first line, `settings` go to `settings.json`. With `tensorboard`, the figures go to event files as well.
     """
 
-    def __init__(self, run: Run | None, step: int, evaluated: bool = True):
-        self.run = run
+    def __init__(
+        self,
+        run: Run | None,
+        step: int,
+        evaluated: bool = True,
+        settings: dict[str, Any] | None = None,
+        tensorboard: bool = False,
+    ):
+        self.run, self.first_step, self._settings = run, step + 1, settings
         self._file: FileIO | None = None
+        self._writer: Any = None
+        self._has_tensorboard = tensorboard and run is not None
         if run is not None and os.path.lexists(run.path / METRICS_FILE):
             self._drop_after(run.path / METRICS_FILE, step, evaluated)
 
@@ -67,11 +113,32 @@ class Metrics:
         if self.run is None:
             return
         path, folder_fd = self.run.path / METRICS_FILE, self.run.folder_fd()  # which fails if the folder was moved
+        if self._settings is not None:
+            write_json(self.run.path / SETTINGS_FILE, self._settings, folder_fd)
+            self._settings = None
         self._file = self._file or open_append(path, folder_fd)
         line = json.dumps({key: _rounded(value) for key, value in values.items()}).encode() + b"\n"
         with reporting(path):
             while line:
                 line = line[self._file.write(line) :]
+        if self._has_tensorboard:
+            self._write_events(self.run.path, values)
+
+    def _write_events(self, folder: Path, values: dict[str, Any]) -> None:
+        """Writes the figures of a line for TensorBoard, under their names; of each MoE layer, its load's histogram."""
+        with reporting(folder / TENSORBOARD_FOLDER):
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # takes seconds, and an optional package
+
+                path = inside(folder, TENSORBOARD_FOLDER)
+                self._writer = SummaryWriter(str(path), purge_step=self.first_step)  # hides steps that are repeated
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, values["step"])
+                elif isinstance(value, list):
+                    for i, row in enumerate(value):
+                        self._writer.add_histogram(f"{name}/{i}", torch.tensor(row), values["step"])
+            self._writer.flush()  # what a kill would lose
 
 
 def _rounded(value: Any) -> Any:
@@ -187,11 +254,22 @@ def describe(model: Transformer, ctx: ParallelContext, peak_flops: float, n_trai
 
 
 class Meter:
-    """Speed and load of the experts since the last line of metrics; the devices reach `peak_flops`, in FLOP/s."""
+    """Speed, load of the experts and memory since the last line of metrics.
 
-    def __init__(self, peak_flops: float):
-        self.peak_flops = peak_flops
+    All devices together reach `peak_flops`, in FLOP/s; this process has one, `device`. Waiting is timed by `now`.
+    """
+
+    def __init__(self, peak_flops: float, device: str = "cpu", now: Callable[[], float] = time.monotonic):
+        self.peak_flops, self.device, self.now = peak_flops, device, now
         self._sums: tuple[Any, ...] | None = None
+        self._waited_s = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what fetches data: its time is that of waiting."""
+        began = self.now()
+        yield
+        self._waited_s += self.now() - began
 
     def add(self, seconds: float, n_bytes: int, flops: float, load: torch.Tensor) -> None:
         """Counts a step: its duration, bytes, floating-point operations, and load (MoE layers, experts)."""
@@ -203,11 +281,21 @@ class Meter:
         (seconds, n_bytes, flops, load), self._sums = self._sums, None
         mfu = flops / seconds / self.peak_flops
         figures: dict[str, Any] = {"bytes_per_s": n_bytes / seconds, "mfu": mfu if mfu <= 1 else None}
+        figures |= {"data_wait": min(1.0, self._waited_s / seconds), "peak_memory_bytes": peak_memory(self.device)}
+        self._waited_s = 0.0
         if load.numel():  # of each expert, relative to its layer's mean
             load = load / load.mean(dim=-1, keepdim=True)
             figures["expert_load"] = [[round(x, 3) for x in row] for row in load.tolist()]
             figures["max_load"] = load.max().item()
         return figures
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes that tensors held on a GPU so far; of another device, those of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
 def measure_peak(device: str, dtype: torch.dtype) -> float:
@@ -305,13 +393,17 @@ def sample_text(model: Transformer, n_bytes: int, device: str, stop: Callable[[]
 class ProgressBar(AbstractContextManager):
     """A bar on the terminal: the step, percent of the run, time, loss and speed. It moves twice a second.
 
-    Nothing is shown where stderr is no terminal, or unless `is_shown`; of the run, `progress` is done: 0 to 1.
+    Where stderr is no terminal, lines with the same figures take its place: after 10 seconds, then after twice as many
+    each time, up to 5 minutes. Nothing is shown unless `is_shown`. The run has `clock`, and `progress` of it is done.
     """
 
-    def __init__(self, is_shown: bool, progress: float):
+    def __init__(self, is_shown: bool, clock: Clock, progress: float):
         form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         disable = None if is_shown else True  # None: unless stderr is a terminal
         self._bar = tqdm(total=100, disable=disable, bar_format=form, initial=100 * progress)
+        self._clock, self._figures, self._is_log = clock, "", is_shown and self._bar.disable
+        self._last = clock.now(), progress  # of the last line
+        self._interval_s, self._due_s = FIRST_LOG_S, clock.now() + FIRST_LOG_S
         self._closed = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
         if not self._bar.disable:
@@ -324,16 +416,101 @@ class ProgressBar(AbstractContextManager):
 
     def show(self, step: int, progress: float) -> None:
         """Sets the number of the step, and how much of the run is done."""
+        if self._is_log and self._clock.now() >= self._due_s:
+            self._log(step, progress)
         self._bar.n = round(100 * progress, 1)
         self._bar.set_description_str(f"step {step}", refresh=False)
 
-    def show_figures(self, loss: float, bytes_per_s: float, mfu: float | None) -> None:
+    def _log(self, step: int, progress: float) -> None:
+        """Prints a line; of a run by steps, how long the rest will take follows from the time since the last line."""
+        now, (last_s, last_progress) = self._clock.now(), self._last
+        left_s = self._clock.left_s()
+        if math.isinf(left_s) and progress > last_progress:
+            left_s = (now - last_s) * (1 - progress) / (progress - last_progress)
+        left = "" if math.isinf(left_s) else f"; {tqdm.format_interval(max(0.0, left_s))} left"
+        command.note(f"step {step} ({progress:.1%}){self._figures}{left}")
+        self._last = now, progress
+        self._interval_s = min(2 * self._interval_s, LONGEST_LOG_S)
+        self._due_s = now + self._interval_s
+
+    def show_figures(self, figures: dict[str, Any]) -> None:
         """Sets the figures of the last line of metrics."""
-        of_peak = "" if mfu is None else f", MFU {mfu:.0%}"
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {bytes_per_s:,.0f} bytes/s{of_peak}", refresh=False)
+        of_peak = "" if figures["mfu"] is None else f", MFU {figures['mfu']:.0%}"
+        speed = f"loss {figures['train_loss']:.3f}, {figures['bytes_per_s']:,.0f} bytes/s{of_peak}"
+        text = f"{speed}, {figures['peak_memory_bytes'] / 1e9:.3g} GB, data wait {figures['data_wait']:.0%}"
+        self._figures = f": {text}"
+        self._bar.set_postfix_str(text, refresh=False)
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         if self._ticker.is_alive():
             self._ticker.join()
         self._bar.close()
+
+
+class Profile(AbstractContextManager):
+    """Traces `n_steps` steps of training, after some that warm up, and prints which operations took the longest.
+
+    The trace, in Chrome's format, goes into the folder of `run`. What lies between these steps, an evaluation for one,
+    is in it. If the run ends before, it is of fewer steps; after an error there is none. 0 steps: nothing happens.
+    """
+
+    def __init__(self, n_steps: int, run: Run | None, device: str):
+        self.n_steps, self.run, self.is_cuda = n_steps, run, torch.device(device).type == "cuda"
+        self._n_begun, self._first = 0, 0
+        self._profiler: Any = None
+
+    def begin_step(self, step: int) -> None:
+        """Before a step is taken; `step` is its number."""
+        self._n_begun += 1
+        if self.n_steps and self._n_begun == WARM_UP_STEPS + 1:
+            self._first = step
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.is_cuda else [])]
+            if self.is_cuda:
+                torch.cuda.synchronize()  # kernels of earlier steps do not count
+            self._profiler = profile(activities=activities)
+            self._profiler.start()
+
+    def end_step(self) -> None:
+        """After a step."""
+        if self._profiler is not None and self._n_begun == WARM_UP_STEPS + self.n_steps:
+            self._finish(self.n_steps)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        n_traced = min(self._n_begun - WARM_UP_STEPS, self.n_steps)
+        if self._profiler is not None and kind is not None:
+            self._profiler.stop()
+        elif self._profiler is not None:
+            self._finish(n_traced)
+        elif kind is None and self.n_steps and n_traced <= 0:
+            text = f"--profile needs more than {WARM_UP_STEPS} steps, which warm up; this run took {self._n_begun}"
+            command.warn("train.py", text)
+
+    def _finish(self, n_traced: int) -> None:
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        self.run.folder_fd()
+        path = self.run.path / f"profile-{self._first:08d}.json.gz"
+        trace, temporary = command.private_temporary_folder() / path.name, temporary_path(path)
+        profiler.export_chrome_trace(str(trace))
+        with reporting(path):
+            temporary.unlink(missing_ok=True)
+            with trace.open("rb") as source, temporary.open("xb") as file:
+                shutil.copyfileobj(source, file)
+            temporary.replace(path)
+        trace.unlink()
+        steps = f"{n_traced} step{'s' if n_traced > 1 else ''} from step {self._first}"
+        command.say(f"profile of {steps}, in {path}\n{costliest(profiler.key_averages(), n_traced, self.is_cuda)}")
+
+
+def costliest(events: Any, n_steps: int, is_cuda: bool) -> str:
+    """A table of the operations of a profile (its `key_averages`) that took the most time of their own."""
+    wanted = DeviceType.CUDA if is_cuda else DeviceType.CPU
+    events = [event for event in events if event.device_type == wanted and not event.is_user_annotation]
+    times = [(e.self_device_time_total if is_cuda else e.self_cpu_time_total, e.count, e.key) for e in events]
+    total = sum(time for time, *_ in times) or 1.0  # microseconds
+    lines = [f"{'ms/step':>9} {'share':>6} {'calls/step':>10}  {'CUDA kernel' if is_cuda else 'operation on the CPU'}"]
+    for us, count, name in sorted(times, reverse=True)[:N_COSTLIEST]:
+        calls = f"{count / n_steps:.4g}"
+        lines.append(f"{us / 1000 / n_steps:9.3f} {us / total:6.1%} {calls:>10}  {command.shorten(name, 60)}")
+    return "\n".join([*lines, f"{total / 1000 / n_steps:9.3f} {1:6.0%} {'':>10}  all"])

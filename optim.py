@@ -111,7 +111,7 @@ def make_optimizers(
     """Divides the parameters: hidden matrices by `--optimizer`; embedding, head, router and norms by AdamW.
 
     Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink. `flags`
-    are `TrainFlags`.
+    are `TrainFlags`. A group has the "name" of its rate in the metrics, and its "peak_lr".
     """
     params: dict[str, list[nn.Parameter]] = {"matrices": [], "routers": [], "others": []}
     for name, p in model.named_parameters():
@@ -119,13 +119,14 @@ def make_optimizers(
         params["matrices" if is_hidden_matrix(name, p) else "routers" if is_router else "others"].append(p)
     # AdamW moves each of a row's `dim` weights by the rate: at 1,024, scores would leap faster than biases balance
     router_lr = flags.lr * min(1.0, ROUTER_LR_DIM / model.args.dim)
-    groups: list[dict[str, Any]] = [{"params": params["others"], "lr": flags.lr, "weight_decay": 0.0}]
-    groups += [{"params": params["routers"], "lr": router_lr, "weight_decay": 0.0}]  # may be none
+    groups: list[dict[str, Any]] = [{"name": "lr", "params": params["others"], "lr": flags.lr, "weight_decay": 0.0}]
+    groups += [{"name": "router_lr", "params": params["routers"], "lr": router_lr, "weight_decay": 0.0}]  # may be none
+    matrices = {"name": "matrix_lr", "params": params["matrices"]}
     optimizers: list[Optimizer] = []
     if flags.optimizer == "muon":
-        optimizers.append(Muon(params["matrices"], flags.matrix_lr, flags.momentum, flags.weight_decay, dtype, ctx))
+        optimizers.append(Muon([matrices], flags.matrix_lr, flags.momentum, flags.weight_decay, dtype, ctx))
     else:
-        groups.append({"params": params["matrices"], "lr": flags.matrix_lr, "weight_decay": flags.weight_decay})
+        groups.append(matrices | {"lr": flags.matrix_lr, "weight_decay": flags.weight_decay})
     optimizers.append(torch.optim.AdamW(groups, betas=(flags.beta1, flags.beta2), eps=1e-10, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

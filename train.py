@@ -29,6 +29,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -44,7 +45,7 @@ from checkpoint import Run, has_run, load_run, read_config, save_run
 from command import integer, real, shorten
 from data.prepare import DataError, open_bytes, resolve
 from data.sampler import Corpus, SequenceSampler, fingerprint, read_batch, split
-from metrics import METRICS_FILE, Clock, Due, Meter, Metrics, ProgressBar, describe, evaluate, sample_text
+from metrics import RUN_FILES, Clock, Due, Meter, Metrics, Profile, ProgressBar, describe, evaluate, sample_text
 from model import ConfigError, Losses, ModelArgs, Transformer
 from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, optimizer_tensors
 from parallel import CollectiveError, DeviceError, ParallelContext, ParallelError, is_rank_zero
@@ -53,7 +54,7 @@ from safetensors_io import CheckpointError
 SHORT_UNTIL = 0.5  # which part of a run --short-seq-len is for
 LAST_EVALUATION_SHARE = 0.1  # of the time of a run by the clock, at most
 FEW_STEPS = 10  # a run by the clock with fewer is reported
-LEFTOVER = re.compile(rf"{METRICS_FILE}|step-\d{{8,}}|\..*\.(tmp|lock)")  # of a run killed before it saved
+LEFTOVER = re.compile(rf"{RUN_FILES}|step-\d{{8,}}|\..*\.(tmp|lock)")  # of a run killed before it saved
 KEPT = ("step", "best_val", "val_step", "val_loss", "eval_sequences")  # attributes of a trainer, in its state
 OLD_NAMES = {"windows": "sequences", "eval_windows": "eval_sequences", "short_windows": "short_seq_len"}
 
@@ -120,6 +121,8 @@ class TrainFlags:
     eval_interval: int = _flag(0, "steps; 0: tenths of the run, where they are long enough", integer(0))
     save_interval: int = _flag(0, "steps; 0: with each evaluation or tenth of the run", integer(0))
     sample_bytes: int = _flag(200, "bytes of the sample; 0 for none", integer(0, 10**6))
+    tensorboard: bool = _flag(False, "write the metrics for TensorBoard as well, into --save-path")
+    profile: int = _flag(0, "trace N steps, into --save-path; 0: none", integer(0, 10**4), metavar="N", fixed=True)
 
 
 def build_parser() -> command.Parser:
@@ -196,6 +199,10 @@ def check_flags(parser: command.Parser, flags: TrainFlags, shape: ModelArgs) -> 
         parser.error("give one of --steps and --minutes: how long to train")
     if flags.resume and flags.save_path is None:
         parser.error("--resume needs the --save-path of the run to go on with")
+    if flags.save_path is None and (flags.tensorboard or flags.profile):
+        parser.error("--tensorboard and --profile write into the folder of --save-path; give one")
+    if flags.tensorboard and find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
     if shape.vocab_size != VOCAB_SIZE:
         raise ConfigError(f"{flags.config}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
     if flags.short_seq_len and shape.max_seq_len % flags.short_seq_len:
@@ -244,6 +251,7 @@ class Trainer:
     def __post_init__(self) -> None:
         flags, n_bytes, self.context = self.flags, len(self.train_data), self.model.args.max_seq_len
         self.settings, self.clock = resume_settings(flags, self.train_data), Clock(flags.steps, flags.minutes)
+        self.meter = Meter(self.peak_flops, self.ctx.device, self.clock.now)
         self.quantize_weights()
         self.sampler = SequenceSampler(n_bytes, self.context, flags.seed)
         self.short_sampler = SequenceSampler(n_bytes, flags.short_seq_len or self.context, flags.seed)
@@ -281,16 +289,17 @@ class Trainer:
         if not math.isfinite(next_byte + mtp + balance + norm):
             raise NotFinite(f"step {self.step + 1}: the loss is {next_byte}, the gradient's norm {norm}")
         factor = schedule(progress, flags.schedule, flags.warmup, flags.decay)
+        rates: dict[str, float] = {}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
+                rates |= {group["name"]: group["lr"]} if group["params"] else {}
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.model.update_gate_bias(load)
         self.quantize_weights()
         self.step += 1
-        figures = {"train_loss": next_byte, "lr": flags.lr * factor, "matrix_lr": flags.matrix_lr * factor}
-        figures |= {"grad_norm": norm, "balance_loss": balance, "load": load}
+        figures = {"train_loss": next_byte, **rates, "grad_norm": norm, "balance_loss": balance, "load": load}
         return figures | ({"mtp_loss": mtp} if len(self.model.mtp) else {})
 
     def _accumulate_gradients(self, sampler: SequenceSampler) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,7 +307,7 @@ class Trainer:
         ctx, n_batches, self.seq_len = self.ctx, self.flags.accumulation, sampler.seq_len
         count = self.flags.batch_size * self.context // self.seq_len  # as many bytes, in shorter sequences
         mine = ctx.data_parallel_slice(count)
-        with metrics.reading(ctx):
+        with metrics.reading(ctx), self.meter.waiting():
             starts = [sampler.starts((self.step * n_batches + i) * count, count)[mine] for i in range(n_batches)]
             batches = [read_batch(self.train_data, offsets, self.seq_len, ctx.device) for offsets in starts]
         means, load = torch.zeros(3, device=ctx.device), torch.zeros((), device=ctx.device)
@@ -443,7 +452,10 @@ def run(trainer: Trainer) -> int:
     path, val_loss = trainer.flags.save_path, None
     with trainer.ctx.collective_section():
         folder = trainer.run if is_rank_zero() else None
-        trainer.metrics = Metrics(folder, trainer.step, trainer.val_step == trainer.step)
+        values = vars(trainer.flags) | {"model": trainer.full_model.args.to_dict()}
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        is_evaluated = trainer.val_step == trainer.step
+        trainer.metrics = Metrics(folder, trainer.step, is_evaluated, settings, trainer.flags.tensorboard)
     handle_signals(trainer.stop)
     try:
         train_steps(trainer)
@@ -475,22 +487,25 @@ def run(trainer: Trainer) -> int:
 def train_steps(trainer: Trainer) -> None:
     """Takes the steps of a run, with its logs, evaluations and saves."""
     flags, clock, ctx = trainer.flags, trainer.clock, trainer.ctx
-    due, meter = Due(clock, trainer.step, trainer.step_bytes, len(trainer.val_data)), Meter(trainer.peak_flops)
-    with ProgressBar(is_rank_zero(), clock.progress(trainer.step)) as bar:
+    due, meter = Due(clock, trainer.step, trainer.step_bytes, len(trainer.val_data)), trainer.meter
+    profile = Profile(flags.profile if is_rank_zero() else 0, trainer.run, ctx.device)
+    with ProgressBar(is_rank_zero(), clock, clock.progress(trainer.step)) as bar, profile:
         while True:
             began = clock.now()
             (progress,) = ctx.broadcast(clock.progress(trainer.step))
             bar.show(trainer.step, progress)
             if trainer.stopped() or progress >= 1:
                 break
+            profile.begin_step(trainer.step + 1)
             figures = trainer.train_step(progress)
             seconds, is_first = clock.now() - began, clock.first_step_s is None
             clock.add_step(seconds)
             flops = trainer.full_model.flops_per_position(trainer.seq_len) * trainer.step_bytes
             meter.add(seconds, trainer.step_bytes, flops, figures.pop("load"))
+            profile.end_step()
             if trainer.step % flags.log_interval == 0:
                 figures |= meter.pop()
-                bar.show_figures(figures["train_loss"], figures["bytes_per_s"], figures["mfu"])
+                bar.show_figures(figures)
                 trainer.write(figures)
             if is_first and clock.seconds is not None:
                 trainer.measure_closing()

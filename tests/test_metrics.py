@@ -1,19 +1,28 @@
 """What a run reports and by which clock, against files that others have planted and figures worked out by hand."""
 
+import gzip
 import io
 import json
 import os
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import DeviceType
 
+import command
 import metrics
+import optim
+import train
 from checkpoint import Run
 from metrics import METRICS_FILE, Clock, Due, Meter, Metrics, ProgressBar, measure_peak
 from safetensors_io import CheckpointError
@@ -107,21 +116,37 @@ def test_a_folder_that_is_gone_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_meter_means_over_all_steps_since_the_last_line() -> None:
-    meter, load = Meter(1000.0), torch.tensor([[1.0, 3.0]])
+    times = iter([10.0, 10.5, 20.0, 20.25, 30.0, 30.5])
+    meter, load = Meter(1000.0, now=lambda: next(times)), torch.tensor([[1.0, 3.0]])
+    for _ in range(2):
+        with meter.waiting():
+            pass
     meter.add(1.0, 100, 600.0, load)
     meter.add(3.0, 100, 600.0, 2 * load)
     figures = meter.pop()
     assert figures["bytes_per_s"] == pytest.approx(50) and figures["mfu"] == pytest.approx(0.3)
     assert figures["expert_load"] == [[0.5, 1.5]] and figures["max_load"] == 1.5
+    assert figures["data_wait"] == pytest.approx(0.75 / 4)
+    with meter.waiting():
+        pass
     meter.add(2.0, 100, 500.0, load)
-    assert meter.pop()["bytes_per_s"] == pytest.approx(50)
+    figures = meter.pop()
+    assert figures["bytes_per_s"] == pytest.approx(50) and figures["data_wait"] == pytest.approx(0.25)
 
 
 def test_an_impossible_mfu_is_none() -> None:
     """Then the peak was measured on a busy machine, or in a dtype that is emulated."""
     meter = Meter(100.0)
     meter.add(1.0, 1, 109.0, torch.zeros(0, 4))
-    assert meter.pop() == {"bytes_per_s": pytest.approx(1), "mfu": None}  # and no load, where there are no experts
+    figures = meter.pop()
+    assert figures["mfu"] is None
+    assert not figures.keys() & {"expert_load", "max_load"}  # where there are no experts
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="another system")
+def test_peak_memory_is_that_of_the_process() -> None:
+    (line,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert metrics.peak_memory("cpu") == pytest.approx(1024 * int(line), rel=0.02)
 
 
 def test_the_peak_is_that_of_the_faster_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,18 +253,284 @@ class Terminal(io.StringIO):
         return True
 
 
+FIGURES = {"train_loss": 1.234, "bytes_per_s": 5678.0, "mfu": 0.12, "peak_memory_bytes": 2.5e9, "data_wait": 0.034}
+SHOWN = "loss 1.234, 5,678 bytes/s, MFU 12%, 2.5 GB, data wait 3%"
+
+
 def test_the_bar_moves_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """It shows the step, and is drawn again while a step is under way."""
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with ProgressBar(True, 0.0) as bar:
+    clock = Clock(100, None)
+    with ProgressBar(True, clock, 0.0) as bar:
         bar.show(12, 0.345)
-        bar.show_figures(1.234, 5678.0, None)
+        bar.show_figures(FIGURES)
         deadline = time.monotonic() + 60
         while terminal.getvalue().count("step 12") < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert terminal.getvalue().count("step 12") >= 2
-        assert "34%" in terminal.getvalue() and "loss 1.234, 5,678 bytes/s" in terminal.getvalue()
+        assert "34%" in terminal.getvalue() and SHOWN in terminal.getvalue()
+        bar.show_figures(FIGURES | {"mfu": None})
+        bar.__exit__()
+        assert SHOWN.replace("MFU 12%, ", "") in terminal.getvalue()
     monkeypatch.setattr(sys, "stderr", silent := Terminal())
-    with ProgressBar(False, 0.0) as bar:
+    with ProgressBar(False, clock, 0.0) as bar:
         bar.show(1, 0.5)
     assert silent.getvalue() == ""
+
+
+@pytest.mark.parametrize("minutes", [None, 60])
+def test_a_log_without_a_terminal(monkeypatch: pytest.MonkeyPatch, minutes: float | None) -> None:
+    """A line after 10 s, then twice as long each time, up to 5 minutes; steps of 2 s, a start of 4 s."""
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    now, n_steps = 4.0, 1800
+    clock = Clock(n_steps if minutes is None else None, minutes, now=lambda: now, started=0.0)
+    seen: list[tuple[float, str]] = []
+    with ProgressBar(True, clock, clock.progress(0)) as bar:
+        for step in range(n_steps):
+            bar.show(step, clock.progress(step))
+            if log.getvalue():
+                seen.append((now, log.getvalue()))
+                log.seek(0)
+                log.truncate()
+            if step == 4:
+                bar.show_figures(FIGURES)
+            now += 2.0
+            clock.add_step(2.0)
+    assert [when for when, _ in seen[:8]] == [14, 34, 74, 154, 314, 614, 914, 1214]  # 10, 20, 40, ..., 300, 300
+    assert [line.count("\n") for _, line in seen] == [1] * len(seen) and seen[-1][0] > 3600 - 300
+    for when, line in seen[1:]:  # the first comes before any figures
+        step, percent, left = re.fullmatch(rf"step (\d+) \((.*)%\): {SHOWN}; ([\d:]+) left\n", line).groups()
+        assert float(percent) == pytest.approx(100 * int(step) / n_steps, abs=0.1 if minutes is None else 6)
+        minutes_left, seconds_left = left.split(":")
+        expected = 3600 + 4 - when if minutes is None else 3600 - 2 - when  # 2 s to leave
+        assert 60 * int(minutes_left) + int(seconds_left) == pytest.approx(expected, abs=2)
+
+
+def test_nothing_is_logged_by_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    now = 0.0
+    with ProgressBar(False, Clock(10, None, now=lambda: now), 0.0) as bar:
+        now = 100.0
+        bar.show(1, 0.1)
+    assert log.getvalue() == ""
+
+
+# --- What a run writes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command line of a tiny run into tmp_path/run, without its length."""
+    monkeypatch.setattr(metrics, "MEASURING_S", 0.0)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "data.txt").write_bytes(b"the quick brown fox jumps over a lazy dog. " * 60)
+    flags = ["--config", tmp_path / "config.json", "--data", tmp_path / "data.txt", "--save-path", tmp_path / "run"]
+    flags += ["--batch-size", 4, "--log-interval", 1, "--sample-bytes", 0, "--dtype", "fp32", "--device", "cpu"]
+    return list(map(str, flags))
+
+
+def test_every_field_is_documented(flags: list[str], tmp_path: Path) -> None:
+    """All that a run of every kind writes, and nothing else."""
+    assert train.main([*flags, "--steps", "4", "--short-seq-len", "8", "--eval-interval", "1"]) == 0
+    written = set().union(*rows(tmp_path / "run"))
+    args, shape = train.parse_args([*flags, "--steps", "4"])
+    trainer = train.build_trainer(args, shape, train.ParallelContext("cpu"))
+    trainer.metrics, trainer.eval_sequences = Metrics(Run(tmp_path / "limited"), 0), 2
+    trainer.evaluate_and_save()
+    written |= set().union(*rows(tmp_path / "limited"))
+    documented = re.findall(r"^    ([a-z]\w*)  ", metrics.__doc__, re.MULTILINE)
+    assert len(documented) == len(set(documented)) and set(documented) == written
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_rate_is_logged(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    monkeypatch.setattr(optim, "ROUTER_LR_DIM", 4)  # of 16: a quarter of the rate
+    rates = ["--lr", "0.02", "--matrix-lr", "0.03", "--schedule", "cosine"]
+    assert train.main([*flags, "--steps", "5", "--optimizer", optimizer, *rates]) == 0
+    lines = [row for row in rows(tmp_path / "run") if "train_loss" in row]
+    for i, row in enumerate(lines):
+        factor = train.schedule((i + 0.5) / 5, "cosine", 0.02, 0.5)
+        expected = {"lr": 0.02 * factor, "router_lr": 0.005 * factor, "matrix_lr": 0.03 * factor}
+        assert {name: row[name] for name in row if "lr" in name} == pytest.approx(expected, rel=1e-5)
+    assert len(lines) == 5
+
+
+def test_settings_of_a_run_are_kept(flags: list[str], tmp_path: Path) -> None:
+    """As they are after the config's defaults; a resumed run has those of its last process."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"train": {"lr": 0.004, "beta1": 0.8}}))
+    assert train.main([*flags, "--steps", "1", "--beta1", "0.7"]) == 0
+    assert train.main([*flags, "--steps", "2", "--beta1", "0.7", "--resume"]) == 0
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings.pop("model") == json.loads((tmp_path / "run" / "step-00000002" / "config.json").read_text())
+    assert settings.keys() == {flag.name for flag in train.fields(train.TrainFlags)}
+    assert [settings[name] for name in ("lr", "beta1", "steps", "seed")] == [0.004, 0.7, 2, 0]
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The scalars in a run's event files, as TensorBoard's own reader has them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    reader.Reload()
+    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+def assert_same_events(run: Path) -> None:
+    """The event files have the numbers of metrics.jsonl, each step once."""
+    expected: dict[str, list[tuple[int, Any]]] = {}
+    for row in rows(run):
+        for name, value in row.items():
+            if isinstance(value, (int, float)):
+                expected.setdefault(name, []).append((row["step"], pytest.approx(value, rel=1e-5)))
+    assert events(run) == expected
+
+
+def test_tensorboard_has_what_the_file_has(flags: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train.main([*flags, "--steps", "4", "--eval-interval", "2", "--tensorboard"]) == 0
+    assert_same_events(run)
+    assert train.main([*flags, "--steps", "6", "--eval-interval", "2", "--tensorboard", "--resume"]) == 0
+    assert_same_events(run)
+    assert len(events(run)["train_loss"]) == 6 and len(events(run)["val_loss"]) == 3
+
+
+def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
+    """After a kill, the steps since the last checkpoint are taken again."""
+    run = Run(tmp_path)
+    for first, last, offset in ((0, 9, 0.0), (4, 7, 100.0), (6, 8, 200.0)):
+        report = Metrics(run, first, tensorboard=True)
+        for step in range(first + 1, last + 1):
+            report.write(step=step, train_loss=step + offset, expert_load=[[0.5, 1.5]], mfu=None)
+    assert_same_events(tmp_path)
+    assert [value for _, value in events(tmp_path)["train_loss"]] == [1, 2, 3, 4, 105, 106, 207, 208]
+
+
+def test_tensorboard_stays_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").symlink_to(tmp_path / "outside")
+    with pytest.raises(CheckpointError, match="tensorboard"):
+        Metrics(Run(tmp_path / "run"), 0, tensorboard=True).write(step=1)
+    assert not os.listdir(tmp_path / "outside")
+
+
+def test_reports_that_cannot_be(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for more, part in ((["--tensorboard"], "pip install tensorboard"), (["--profile", "-1"], "--profile")):
+        with pytest.raises(SystemExit, match="2"):
+            train.main([*flags, "--steps", "2", *more])
+        error = capsys.readouterr().err
+        assert part in error and error.count("\n") == 1
+    i = flags.index("--save-path")
+    for flag in (["--tensorboard"], ["--profile", "1"]):
+        with pytest.raises(SystemExit, match="2"):
+            train.main([*flags[:i], *flags[i + 2 :], "--steps", "2", *flag])
+        assert "--save-path" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# --- Profile ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_flags(flags: list[str], tmp_path: Path) -> list[str]:
+    """Of a model with few operations, as torch takes some time to read its own traces."""
+    small = TINY | {"n_layers": 1, "n_mtp_layers": 0}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    return flags
+
+
+def trace(run: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The name of the only trace in a run, and its events."""
+    (path,) = run.glob("profile*")
+    return path.name, json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+
+
+def test_a_profile_changes_no_loss(small_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps 4 and 5 of 7 are traced: each has as many products as the other, and losses are those without it."""
+    assert train.main([*small_flags, "--steps", "7", "--profile", "2"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "run").rename(tmp_path / "profiled")
+    assert train.main([*small_flags, "--steps", "7"]) == 0
+    losses = [[row.get("train_loss") for row in rows(tmp_path / name)] for name in ("run", "profiled")]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    name, traced = trace(tmp_path / "profiled")
+    assert (
+        name == "profile-00000004.json.gz"
+        and f"profile of 2 steps from step 4, in {tmp_path / 'run' / name}" in printed
+    )
+    products = sum(event.get("name") == "aten::mm" for event in traced)
+    (row,) = re.findall(r"^ +[\d.]+ +[\d.]+% +([\d.]+)  aten::mm$", printed, re.MULTILINE)
+    assert products > 0 and float(row) == products / 2
+    assert not os.path.exists(command.private_temporary_folder() / name)
+    assert len(re.findall(r"^ +[\d.]+ +[\d.]+% +[\d.]+  \S+", printed, re.MULTILINE)) == 10
+
+
+@pytest.mark.parametrize(("n_steps", "n_traced"), [(3, 0), (5, 2)])
+def test_a_run_too_short_for_its_profile(
+    small_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], n_steps: int, n_traced: int
+) -> None:
+    """Traces what there is, or says that there is nothing."""
+    assert train.main([*small_flags, "--steps", str(n_steps), "--profile", "5"]) == 0
+    printed = capsys.readouterr()
+    if n_traced == 0:
+        assert "--profile needs more than 3 steps" in printed.err and not list((tmp_path / "run").glob("profile*"))
+    else:
+        assert f"profile of {n_traced} step{'s' if n_traced > 1 else ''} from step 4" in printed.out
+        assert trace(tmp_path / "run")[1] and "--profile" not in printed.err
+
+
+def test_an_error_ends_a_profile(small_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left of it, and the next one can begin."""
+    step = train.Trainer.train_step
+
+    def fail(trainer: train.Trainer, progress: float) -> dict[str, Any]:
+        if trainer.step == 4:
+            raise train.NotFinite("planted")
+        return step(trainer, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", fail)
+        assert train.main([*small_flags, "--steps", "7", "--profile", "2"]) == 1
+    assert not list((tmp_path / "run").glob("*profile*"))
+    assert train.main([*small_flags, "--steps", "9", "--profile", "2", "--resume"]) == 0
+    assert trace(tmp_path / "run")[0] == "profile-00000008.json.gz"
+
+
+def test_the_costliest_operations() -> None:
+    """By the device's own time, without annotations; what is cheap is in the sum alone."""
+    names = [f"kernel_{i:02}" for i in range(12)]
+    on = {"device_type": DeviceType.CUDA, "is_user_annotation": False, "self_cpu_time_total": 9e9}
+    found = [
+        SimpleNamespace(key=name, count=6, self_device_time_total=1000.0 * i, **on) for i, name in enumerate(names)
+    ]
+    found += [SimpleNamespace(**vars(found[-1]) | {"device_type": DeviceType.CPU})]
+    found += [SimpleNamespace(**vars(found[-2]) | {"is_user_annotation": True})]
+    lines = metrics.costliest(found, 3, True).splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == [*names[:1:-1], "all"]
+    assert lines[1].split() == ["3.667", "16.7%", "2", "kernel_11"] and lines[-1].split() == ["22.000", "100%", "all"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.randn(64, 64) @ torch.randn(64, 64)
+    averages = profiler.key_averages()
+    last = metrics.costliest(averages, 1, False).splitlines()[-1]
+    assert float(last.split()[0]) == pytest.approx(averages.self_cpu_time_total / 1000, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_reports(small_flags: list[str], tmp_path: Path) -> None:
+    """A trace, event files and a log, each of the first process alone."""
+    command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = [*small_flags, "--steps", "5", "--fsdp", "--tensorboard", "--profile", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    script = Path(train.__file__)
+    done = subprocess.run([*command_line, str(script), *flags], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("profile of 2 steps from step 4") == 1 and trace(tmp_path / "run")[1]
+    assert_same_events(tmp_path / "run")
+    assert len(os.listdir(tmp_path / "run" / "tensorboard")) == 1

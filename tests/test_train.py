@@ -127,9 +127,10 @@ def here(tmp_path: Path) -> Here:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run without what differs from run to run: times."""
+    """The metrics of a run without what differs from run to run: times, memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("elapsed_s", "bytes_per_s", "mfu")} for row in rows]
+    differing = ("elapsed_s", "bytes_per_s", "mfu", "data_wait", "peak_memory_bytes")
+    return [{k: v for k, v in row.items() if k not in differing} for row in rows]
 
 
 def checkpoint(run: Path, which: str = "last") -> Path:
@@ -482,7 +483,7 @@ def test_best_and_last_are_kept(here: Here, monkeypatch: pytest.MonkeyPatch) -> 
     expected = [("01", "01", [1]), ("02", "02", [2]), ("02", "03", [2, 3]), ("04", "04", [4])]
     assert seen == [*expected, ("04", "05", [4, 5]), ("04", "06", [4, 6])]
     assert {p.name for p in here.run.iterdir()} == {
-        *("checkpoints.json", "metrics.jsonl", "step-00000004", "step-00000006")
+        *("checkpoints.json", "metrics.jsonl", "settings.json", "step-00000004", "step-00000006")
     }
     state = json.loads((checkpoint(here.run) / "state.json").read_text())
     assert state["best_val"] == 1.5 and state["step"] == 6 and state["sequences"] == 24
@@ -536,7 +537,8 @@ def test_litter_of_other_steps_is_swept(here: Here) -> None:
         (here.run / name / "model0-mp1.safetensors").write_bytes(b"torn")
     (here.run / ".checkpoints.json.tmp").write_text("{")
     assert main(here.flags("--steps", 2, "--resume")) == 0
-    assert {p.name for p in here.run.iterdir()} == {"checkpoints.json", "metrics.jsonl", "step-00000002"}
+    names = {"checkpoints.json", "metrics.jsonl", "settings.json", "step-00000002"}
+    assert {p.name for p in here.run.iterdir()} == names
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> None:
@@ -1079,7 +1081,8 @@ def test_minutes_are_kept(
     last = done.out.splitlines()[-1]
     shown = float(re.search("val_loss ([0-9.]+) nats/byte", last)[1])
     assert last.startswith(f"step {last_step}, ") and shown == pytest.approx(rows[-1]["val_loss"], abs=6e-5)
-    assert str(here.run) in last and checkpoint(here.run).name == f"step-{last_step:08d}" and not done.err
+    assert str(here.run) in last and checkpoint(here.run).name == f"step-{last_step:08d}"
+    assert all(re.match(r"step \d+ \(", line) for line in done.err.splitlines())  # no warning
     rates = [row["lr"] for row in rows if "lr" in row]
     assert rates[-1] < 0.05 * max(rates) and max(rates) == pytest.approx(0.003)
     assert rates[1] < 0.5 * max(rates)  # the first step does not count as warm-up
@@ -1103,8 +1106,8 @@ def test_a_run_of_few_steps_is_reported(
     clock = Turned(monkeypatch, startup_s=5.0)
     clock.takes(Trainer, "train_step", lambda n: 2.0 if n else 41.0)
     assert main(here.flags("--minutes", 0.9)) == 0
-    err = capsys.readouterr().err
-    assert err.startswith("train.py: warning: --minutes 0.9 left time for 4 steps only") and err.count("\n") == 1
+    log, err = capsys.readouterr().err.splitlines()
+    assert err.startswith("train.py: warning: --minutes 0.9 left time for 4 steps only") and log.startswith("step 1 (")
     assert "5.0 s to start" in err and "41.0 s for the first step" in err
     assert lines(here.run)[-1]["step"] == 4
 

@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import has_run, load_run, read_config  # noqa: E402
 from convert import load_model  # noqa: E402
+from metrics import METRICS_FILE  # noqa: E402
 from model import Transformer  # noqa: E402
 from optim import STATE_KEYS, is_hidden_matrix  # noqa: E402
-from train import METRICS_FILE  # noqa: E402
 
 FULL = os.strerror(errno.ENOSPC)
 
