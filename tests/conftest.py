@@ -5,6 +5,7 @@ machine take ten times as long. Without a GPU, kernels run in Triton's interpret
 """
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in processes of tests
 
@@ -14,6 +15,8 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
+import fp8_ops  # noqa: E402
+import model as model_module  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 
 TINY = {
@@ -37,6 +40,14 @@ TINY = {
     "v_head_dim": 4,
     "n_mtp_layers": 1,
 }
+
+
+@pytest.fixture(autouse=True)
+def switches() -> Iterator[None]:
+    """Puts back the implementations that a test, or a command in it, has chosen for the process."""
+    before = fp8_ops.gemm_impl, model_module.attn_impl
+    yield
+    fp8_ops.gemm_impl, model_module.attn_impl = before
 
 
 def tiny(seed: int = 1, **changes: object) -> Transformer:
