@@ -258,14 +258,14 @@ def _resolve_download(name: str, corpus: Download, from_file: str | os.PathLike 
     return target
 
 
-def _check(path: Path, corpus: Download, failure: str) -> None:
+def _check(path: Path, corpus: Download, failure: str, remedy: str = "") -> None:
     """Raises a DataError if a file is not what the server of a corpus should send."""
     with _open(path) as file, _data_error("read", path):
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.file_digest(file, "sha256").hexdigest() if size == corpus.size else ""  # else that says enough
     if digest != corpus.sha256:
         found = f"{size:,} bytes" + (f", sha256 {digest}" if digest else "")
-        raise DataError(f"{failure}: expected {corpus.size:,} bytes, sha256 {corpus.sha256}; found {found}")
+        raise DataError(f"{failure}: expected {corpus.size:,} bytes, sha256 {corpus.sha256}; found {found}{remedy}")
 
 
 def _download(corpus: Download, part: Path) -> None:
@@ -283,7 +283,7 @@ def _download(corpus: Download, part: Path) -> None:
             if size < corpus.size:
                 raise ConnectionError(f"the connection ended after {size:,} of {corpus.size:,} bytes")
         try:
-            _check(part, corpus, f"{corpus.url} sent something else; run again to retry")
+            _check(part, corpus, f"{corpus.url} sent something else", "; run again to retry")
         except DataError:
             os.truncate(part, 0)
             raise

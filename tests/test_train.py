@@ -1183,7 +1183,9 @@ def test_config_sets_defaults_that_flags_override(here: Here) -> None:
         {"momentum": 1},
         {"schedule": 3},
         {"fsdp": 0},
-        {"data": ["a", "b"]},
+        {"data": ["a", 3]},
+        {"data": []},
+        {"data_weights": [1, 0]},
         {"windows": 3},
     ],
 )
@@ -1214,8 +1216,14 @@ def test_shipped_configs_are_read(config: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == ""
 
 
-def test_two_corpora_are_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_refused(capsys, here.flags("--steps", 2, "--data", here.data), "--data")
+def test_weights_are_as_many_as_corpora(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(capsys, here.flags("--steps", 2, "--data-weights", 1, 2), "--data-weights", "1, got 2")
+    assert_refused(capsys, here.flags("--steps", 2, "--data-weights", 0), "--data-weights", "above 0")
+    here.write_config(train={"data": ["a", "b"], "data_weights": [3, 0.5], "text_key": "t", "steps": 1})
+    flags, _ = train.parse_args(["--config", str(here.config)])
+    assert (flags.data, flags.data_weights, flags.text_key) == (["a", "b"], [3.0, 0.5], "t")
+    flags, _ = train.parse_args(["--config", str(here.config), "--data", "c", "--data", "d", "e"])
+    assert (flags.data, flags.data_weights) == (["c", "d", "e"], None)
 
 
 NUMBERS = [flag.name for flag in fields(train.TrainFlags) if {int, float} & {flag.type, *get_args(flag.type)}]
