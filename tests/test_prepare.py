@@ -1,9 +1,11 @@
 """Corpora by name, file and folder, against hashlib, zipfile, brute force, real servers and processes really killed."""
 
+import bz2
 import errno
 import fcntl
 import gzip
 import hashlib
+import json
 import lzma
 import os
 import platform
@@ -29,6 +31,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from data import prepare
 from data.prepare import DataError, Download, Tree, open_bytes, read_sequences, resolve
@@ -609,6 +612,224 @@ def test_text_that_begins_almost_like_a_compressed_file_is_taken(tmp_path: Path,
     assert resolve(tmp_path / "corpus.gz", data_dir=data_dir).read_bytes() == text
 
 
+# --- Compressed files -------------------------------------------------------------------------------------------------
+
+
+def zstd(content: bytes) -> bytes:
+    zstandard = pytest.importorskip("zstandard")
+    return zstandard.ZstdCompressor(level=3, write_checksum=True).compress(content)
+
+
+def pack(content: bytes, how: str) -> bytes:
+    return {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}[how](content)
+
+
+PACKED = pytest.mark.parametrize("how", ["gz", "bz2", "xz", "zst"])
+NOISE = np.random.default_rng(0).bytes(300_000)  # does not become smaller: stored as it is
+
+
+@PACKED
+@pytest.mark.parametrize("content", [b"x", bytes(3 * MIB), NOISE])
+def test_a_compressed_file_is_what_it_holds(tmp_path: Path, data_dir: Path, how: str, content: bytes) -> None:
+    middle = len(content) // 2
+    for name, packed in (
+        (f"a.{how}", pack(content, how)),
+        ("any name", pack(content[:middle], how) + pack(content[middle:], how)),  # streams are joined
+    ):
+        path = write(tmp_path, {name: packed}) / name
+        made = resolve(path, data_dir=data_dir)
+        assert made.read_bytes() == content and made.parent == data_dir / ".cache"
+        inode = made.stat().st_ino
+        assert resolve(str(path), data_dir=data_dir).stat().st_ino == inode
+    assert len(everything_in(data_dir)) == 2
+
+
+@PACKED
+@pytest.mark.parametrize("content", [TEXT * 50, b"a" * MIB, NOISE.replace(b"\0", b"")[:70_000] + b"\xff" * 9])
+def test_a_truncated_or_damaged_file_is_refused(tmp_path: Path, data_dir: Path, how: str, content: bytes) -> None:
+    packed = pack(content, how)
+    ends = sorted({len(packed) - 1, len(packed) - 4, len(packed) * 2 // 3, len(packed) // 2, 20})
+    cases = [packed[:end] for end in ends] + [packed + packed[:end] for end in ends]
+    for at in (len(packed) // 2, len(packed) - 6):
+        cases.append(packed[:at] + bytes([packed[at] ^ 0x5A]) + packed[at + 1 :])
+    for case in cases:
+        for name in (f"x.{how}", "folder/x"):
+            path = write(tmp_path, {name: case}) / name
+            with pytest.raises(DataError, match="cannot read '.*x.*': .*; it is damaged or was cut short") as caught:
+                resolve(path.parent if "/" in name else path, data_dir=data_dir)
+            assert str(caught.value).isprintable()
+    assert everything_in(data_dir) == []
+
+
+@PACKED
+def test_a_compressed_file_of_nothing_is_refused(tmp_path: Path, data_dir: Path, how: str) -> None:
+    write(tmp_path, {"x": pack(b"", how)})
+    with pytest.raises(DataError, match="/x' holds no text"):
+        resolve(tmp_path / "x", data_dir=data_dir)
+
+
+def test_a_format_whose_module_is_missing_is_one_line(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
+    files = {"x.zst": b"\x28\xb5\x2f\xfd\x24\x1c", "x.xz": lzma.compress(TEXT)}
+    for name, module in {"x.zst": "zstandard", "x.xz": "lzma"}.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setitem(sys.modules, "compression", None)
+        path = write(tmp_path / name, {name: files[name]})
+        for source in (path, path / name):
+            with pytest.raises(DataError, match=f"{name}' is compressed .*{module}.*; install that, or unpack"):
+                resolve(source, data_dir=data_dir)
+
+
+def test_the_module_of_python_3_14_is_taken_where_it_is(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
+    zstd = pytest.importorskip("backports.zstd")  # the same module, for older Pythons
+    monkeypatch.setitem(sys.modules, "compression", type(sys)("compression"))
+    monkeypatch.setitem(sys.modules, "compression.zstd", zstd)
+    monkeypatch.setattr(sys.modules["compression"], "zstd", zstd, raising=False)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    packed = zstd.compress(NOISE)
+    write(tmp_path, {"x": packed + packed, "y": packed[:-1]})
+    assert resolve(tmp_path / "x", data_dir=data_dir).read_bytes() == NOISE * 2
+    with pytest.raises(DataError, match="cannot read .*/y.*cut short"):
+        resolve(tmp_path / "y", data_dir=data_dir)
+
+
+def test_compressed_text_in_a_folder_is_text(tmp_path: Path, data_dir: Path) -> None:
+    files = {"1": gzip.compress(TEXT), "2.bz2": bz2.compress(b"a\0b"), "3.xz": lzma.compress(b"three"), "4": b"four"}
+    files["5"] = gzip.compress(b"")
+    assert resolve(write(tmp_path / "x", files), data_dir=data_dir).read_bytes() == TEXT + b"\0three\0four"
+
+
+# --- JSON lines -------------------------------------------------------------------------------------------------------
+
+JSON_KEYS = st.sampled_from(["text", "body", "é", "a b"])
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(),
+    lambda values: st.lists(values) | st.dictionaries(JSON_KEYS, values),
+    max_leaves=5,
+)
+RECORDS = st.dictionaries(JSON_KEYS, JSON_VALUES, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(RECORDS, st.text(max_size=30)), min_size=1, max_size=6),
+    JSON_KEYS,
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\n\n \t\n"]),
+    st.sampled_from(["", "\ufeff"]),
+    st.sampled_from(["a.jsonl", "a.JSONL.gz", "x/a.jsonl", "x/b.jsonl.xz"]),
+    st.integers(1, 50),
+)
+def test_json_lines_are_the_texts_under_a_key(
+    records: list, key: str, ascii: bool, newline: str, bom: str, name: str, chunk: int
+) -> None:
+    lines = [json.dumps(record | {key: text}, ensure_ascii=ascii) for record, text in records]
+    content = (bom + newline.join(lines) + newline * (chunk % 2)).encode()
+    expected = b"\0".join(text.encode() for _, text in records if text)
+    how = {"gz": gzip.compress, "xz": lzma.compress}.get(name.rpartition(".")[2], bytes)
+    with tempfile.TemporaryDirectory() as base, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_CHUNK", chunk)
+        path = write(Path(base), {name: how(content)}) / name
+        source, products = path.parent if "/" in name else path, Path(base, "products")
+        if expected:
+            made = resolve(source, text_key=key, data_dir=products)
+            assert made.read_bytes() == expected
+            assert everything_in(products) == [f".cache/{made.name}"]
+        else:
+            with pytest.raises(DataError, match="holds no text"):
+                resolve(source, text_key=key, data_dir=products)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"body": "x", "id": 3}', "no field 'text', the line has body, id; name the field with --text-key"),
+        (b"{}", "no field 'text'"),
+        (b'["text"]', ".*the line is no object"),
+        (b"3", ".*the line is no object"),
+        (b'{"text": null}', "'text' must be a string, got null"),
+        (b'{"text": ["x"]}', r"'text' must be a string, got \[\"x\"\]"),
+        (b'{"text": 3}', "'text' must be a string, got 3"),
+        (b'{"text": "a\\ud800b"}', r"'text' has half a character, '\\ud800'"),
+        (b'{"text": "x"', "no JSON in UTF-8: "),
+        (b'{"text": "x"} {"text": "y"}', "no JSON in UTF-8: "),
+        (b"not \x1b[2J JSON", "no JSON in UTF-8: "),
+        (b'{"text": "caf\xe9"}', "no JSON in UTF-8: "),
+        (b'{"text": "\xed\xa0\x80"}', "no JSON in UTF-8: "),
+        (b"[" * 200_000, "no JSON in UTF-8: "),
+        (b'{"n": ' + b"9" * 5000 + b', "text": "x"}', "no JSON in UTF-8: "),
+        (b'{"' + b"k\\n" * 5000 + b'": 1}', "no field 'text', the line has "),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, data_dir: Path, line: bytes, reason: str) -> None:
+    write(tmp_path, {"my.jsonl": b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n'})
+    with pytest.raises(DataError, match=rf"/my.jsonl', line 3: {reason}") as caught:
+        resolve(tmp_path / "my.jsonl", data_dir=data_dir)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700
+    assert everything_in(data_dir) == []
+
+
+def test_a_zero_in_a_text_ends_the_document_and_empty_texts_are_none(tmp_path: Path, data_dir: Path) -> None:
+    write(tmp_path, {"a.jsonl": b'{"text": "a\\u0000b"}\n{"text": ""}\n{"text": "c"}'})
+    assert resolve(tmp_path / "a.jsonl", data_dir=data_dir).read_bytes() == b"a\0b\0c"
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
+    monkeypatch.setattr(prepare, "_MAX_LINE", 2 * MIB)
+    write(tmp_path, {"a.jsonl": b'{"text": "x"}\n"' + b"a" * (9 * MIB)})
+    with pytest.raises(DataError, match="a.jsonl', line 2: longer than 2 MiB"):
+        resolve(tmp_path / "a.jsonl", data_dir=data_dir)
+
+
+def test_each_key_has_its_own_product_and_a_change_replaces_it(tmp_path: Path, data_dir: Path) -> None:
+    path = write(tmp_path, {"a.jsonl": b'{"text": "one", "body": "two"}'}) / "a.jsonl"
+    text, body = (resolve(path, text_key=key, data_dir=data_dir) for key in ("text", "body"))
+    assert (text.read_bytes(), body.read_bytes()) == (b"one", b"two")
+    path.write_bytes(b'{"text": "three", "body": "four"}')
+    changed = resolve(path, data_dir=data_dir)
+    assert changed.read_bytes() == b"three"
+    assert everything_in(data_dir) == sorted(f".cache/{made.name}" for made in (changed, body))
+    os.utime(path, ns=(1, 1))
+    assert resolve(path, data_dir=data_dir) != changed
+
+
+def test_a_link_is_read_by_its_own_name(tmp_path: Path, data_dir: Path) -> None:
+    write(tmp_path, {"blob": b'{"text": "linked"}'})
+    (tmp_path / "a.jsonl").symlink_to("blob")  # as Hugging Face's cache has them
+    assert resolve(tmp_path / "a.jsonl", data_dir=data_dir).read_bytes() == b"linked"
+    assert resolve(tmp_path / "blob", data_dir=data_dir) == tmp_path / "blob"
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from data import prepare
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+size = prepare.resolve(sys.argv[1], data_dir=Path(sys.argv[2])).stat().st_size
+print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.xz", "a.zst", "a.jsonl.gz"])
+def test_memory_does_not_grow_with_what_is_prepared(tmp_path: Path, name: str) -> None:
+    """200 MB of what becomes a thousandth of that when compressed."""
+    path, piece = tmp_path / name, b"a" * 10**6
+    if name.endswith("zst"):
+        opened = pytest.importorskip("zstandard").ZstdCompressor().stream_writer(open(path, "wb"))  # noqa: SIM115
+    elif name.endswith("xz"):
+        opened = lzma.open(path, "wb", preset=1)
+    else:
+        opened, piece = gzip.open(path, "wb", compresslevel=1), (b'{"text": "' + b"a" * 9987 + b'"}\n') * 100
+    with opened as out:
+        for _ in range(200):
+            out.write(piece)
+    arguments = [sys.executable, "-c", MEASURE, path, tmp_path / "products"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    size, grown = map(int, done.stdout.split())
+    assert size == (20_000 * 9988 - 1 if "jsonl" in name else 200 * 10**6)
+    assert grown * (1 if sys.platform == "darwin" else 1024) < 30 * MIB
+
+
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 NAMES = st.lists(st.sampled_from(["a", "b", "a.txt", "B", "-", "é", "a b", ".git", ".x"]), min_size=1, max_size=3)
@@ -916,8 +1137,8 @@ def halfway(copy: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path
     try:
         assert process.stdout.readline() == "standing still\n"
         cache = copy.parent / ".cache"
-        (temporary,) = everything_in(cache)
-        assert temporary.startswith(".") and temporary.endswith(".tmp")
+        temporary, lock = everything_in(cache)
+        assert temporary.startswith(".") and temporary.endswith(".tmp") and lock.endswith(".lock")
         yield process, folder, cache
     finally:
         process.kill()
@@ -929,23 +1150,47 @@ def test_kill_9_leaves_nothing_that_looks_finished(halfway, copy: Path) -> None:
     process, folder, cache = halfway
     process.send_signal(signal.SIGKILL)
     assert process.wait(10) == -signal.SIGKILL
-    (left,) = everything_in(cache)
+    left, _ = everything_in(cache)
     os.utime(cache / left, (1, 1))
     assert resolve(folder, data_dir=copy.parent).read_bytes() == b"a" * (2 * MIB) + b"\0" + TEXT
     assert len(everything_in(cache)) == 1
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_do_not_disturb_each_other(halfway, copy: Path) -> None:
+def test_one_of_two_processes_prepares_and_the_other_waits(halfway, copy: Path, monkeypatch) -> None:
     process, folder, cache = halfway
-    expected = b"a" * (2 * MIB) + b"\0" + TEXT
-    made = resolve(folder, data_dir=copy.parent)
-    assert made.read_bytes() == expected
-    assert len(everything_in(cache)) == 2  # the other one's temporary file was left alone
+    waiting, made = threading.Event(), []
+    real = fcntl.flock
+
+    def lock(file: BinaryIO, operation: int) -> None:
+        waiting.set()
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    monkeypatch.setattr(prepare, "_join", None)  # it is not to be called here
+    thread = threading.Thread(target=lambda: made.append(resolve(folder, data_dir=copy.parent)))
+    thread.start()
+    assert waiting.wait(10)
+    assert len(everything_in(cache)) == 2 and not made
     process.communicate("\n" * 10)
+    thread.join(10)
     assert process.returncode == 0
-    assert everything_in(cache) == [made.name]
-    assert made.read_bytes() == expected
+    assert made[0].read_bytes() == b"a" * (2 * MIB) + b"\0" + TEXT
+    assert everything_in(cache) == [made[0].name]
+
+
+def test_a_lock_that_a_dead_process_left_and_a_file_system_without_locks(tmp_path: Path, data_dir, monkeypatch) -> None:
+    folder = write(tmp_path / "folder", {"1": TEXT})
+    made = resolve(folder, data_dir=data_dir)
+    made.rename(made.with_name(f".{made.name}.lock"))
+    assert resolve(folder, data_dir=data_dir) == made and everything_in(data_dir) == [f".cache/{made.name}"]
+    made.unlink()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    assert resolve(folder, data_dir=data_dir) == made and everything_in(data_dir) == [f".cache/{made.name}"]
 
 
 @pytest.mark.slow
@@ -999,6 +1244,28 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(copy: Path, tmp_path: Path) 
     assert done.returncode == 2
     assert re.fullmatch(r"prepare\.py: error: cannot write '[^\n]+\.bin': File too large\n", done.stderr)
     assert everything_in(copy.parent / ".cache") == []
+
+
+def test_the_command_takes_several_sources(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(prepare, "DATA_DIR", tmp_path / "products")
+    monkeypatch.chdir(write(tmp_path, {"a.jsonl": b'{"body": "x"}', "b.gz": gzip.compress(TEXT), "c": b"ccc"}))
+    assert prepare.main(["a.jsonl", "b.gz", "c", "--text-key", "body"]) == 0
+    sizes = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert sizes == ["1 bytes", f"{len(TEXT)} bytes", "3 bytes"]
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path: Path, data_dir: Path, monkeypatch, capsys) -> None:
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(30_000))
+    write(tmp_path, {"x/1.jsonl": lines, "x/2.gz": gzip.compress(lines), "x/3": lines})
+    monkeypatch.setattr(prepare, "_CHUNK", 10_000)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bars = []
+    monkeypatch.setattr(
+        prepare, "tqdm", lambda **options: bars.append(tqdm(**options | {"mininterval": 0})) or bars[-1]
+    )
+    resolve(tmp_path / "x", data_dir=data_dir)
+    assert bars[0].n == bars[0].total == sum(path.stat().st_size for path in (tmp_path / "x").iterdir())
+    assert len(capsys.readouterr().err.split("\r")) > 50
 
 
 def test_the_command_prints_path_and_size(tmp_path: Path, monkeypatch, capsys, server: Server) -> None:
