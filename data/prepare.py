@@ -62,6 +62,7 @@ from tqdm import tqdm
 import command
 from byte_tokenizer import EOS_ID, one_line
 
+StrPath = str | os.PathLike
 DATA_DIR = Path(__file__).resolve().parent
 CACHE_NAME = ".cache"  # the folder in the data folder that holds what was made of files and folders
 RUN_FILE = "checkpoints.json"  # marks the folder of a training run
@@ -127,7 +128,7 @@ class ByteFile:
     It is not mapped into memory: an access to a mapped file that another program has shortened ends the process.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: StrPath):
         self.path = path
         self._file = _open(path)  # views share it; it is closed with the last of them
         self._first, self._len = 0, os.fstat(self._file.fileno()).st_size
@@ -147,9 +148,7 @@ class ByteFile:
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Reads sequences of `length` bytes from the offsets `starts`, integers (n,); returns uint8 (n, length).
 
-        Raises:
-            DataError: The file became shorter since it was opened, or cannot be read any more.
-            IndexError: A sequence is not within the data.
+        IndexError if one is not within the data; DataError if the file became shorter, or cannot be read any more.
         """
         offsets = starts.tolist()
         if offsets and not 0 <= min(offsets) <= max(offsets) <= self._len - length:
@@ -190,11 +189,7 @@ def compressed_format(head: bytes) -> str | None:
 
 
 def resolve(
-    source: str | os.PathLike = "stdlib",
-    *,
-    text_key: str = "text",
-    from_file: str | os.PathLike | None = None,
-    data_dir: Path = DATA_DIR,
+    source: StrPath = "stdlib", *, text_key: str = "text", from_file: StrPath | None = None, data_dir: Path = DATA_DIR
 ) -> Path:
     """Finds the file of raw bytes behind a name, a file or a folder, and makes it first if need be.
 
@@ -239,7 +234,7 @@ def resolve(
 # --- Downloads -------------------------------------------------------------------------------------------------------
 
 
-def _resolve_download(name: str, corpus: Download, from_file: str | os.PathLike | None, data_dir: Path) -> Path:
+def _resolve_download(name: str, corpus: Download, from_file: StrPath | None, data_dir: Path) -> Path:
     """Takes a corpus with a server from the data folder, a given file or the network."""
     part = data_dir / f"{name}.part"
     given = part if from_file is None else Path(from_file)
@@ -269,17 +264,21 @@ def _check(path: Path, corpus: Download, failure: str, remedy: str = "") -> None
 
 
 def _download(corpus: Download, part: Path) -> None:
-    """Completes `part`, from its beginning where the server does not resume; what cannot become the corpus is removed.
-
-    DataError if not all of it comes, or something else.
-    """
+    """Completes `part`, from its beginning where the server does not resume; DataError if it cannot be had."""
     remedy = "; run again (what has arrived is kept), or get the file by other means and pass it with --from FILE"
     if not _is_made(part):
         part.unlink(missing_ok=True)
     try:
         with _data_error("download", corpus.url, remedy), open(part, "ab") as out:
             if (size := out.tell()) < corpus.size:
-                size = _receive(corpus, out)
+                headers = {"User-Agent": "ByteGPT"} | ({"Range": f"bytes={size}-"} if size else {})
+                request = urllib.request.Request(corpus.url, headers=headers)
+                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                    size = out.truncate(size if response.status == 206 else 0)
+                    with _progress(part.stem, corpus.size, size) as bar:
+                        while size <= corpus.size and (chunk := response.read1(_CHUNK)):  # an answer may have no end
+                            size += out.write(chunk)
+                            bar.update(len(chunk))
             if size < corpus.size:
                 raise ConnectionError(f"the connection ended after {size:,} of {corpus.size:,} bytes")
         try:
@@ -288,23 +287,8 @@ def _download(corpus: Download, part: Path) -> None:
             os.truncate(part, 0)
             raise
     finally:
-        if not part.stat().st_size:
+        if _is_made(part) and not part.stat().st_size:
             part.unlink()
-
-
-def _receive(corpus: Download, out: BinaryIO) -> int:
-    """Receives what is missing at the end of the open file; returns its size then."""
-    size = out.tell()
-    headers = {"User-Agent": "ByteGPT"} | ({"Range": f"bytes={size}-"} if size else {})
-    with urllib.request.urlopen(urllib.request.Request(corpus.url, headers=headers), timeout=TIMEOUT_S) as response:
-        resumed = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        size = out.truncate(min(size, int(resumed[1])) if resumed else 0)
-        with _progress(out.name, corpus.size, size) as bar:
-            while size <= corpus.size and (chunk := response.read1(_CHUNK)):  # an endless answer must not fill the disk
-                with _data_error("write", out.name):
-                    size += out.write(chunk)
-                bar.update(len(chunk))
-    return size
 
 
 # --- Documents -------------------------------------------------------------------------------------------------------
@@ -396,7 +380,7 @@ def _looks_like_text(head: bytes) -> bool:
         return controls * 100 <= len(head)
 
 
-def _open(path: str | os.PathLike) -> BufferedReader:
+def _open(path: StrPath) -> BufferedReader:
     """Opens a regular file to read it; any other kind is a DataError, and no pipe makes it wait."""
     with _data_error("read", path):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -438,7 +422,7 @@ def _unpack_zstd(file: BufferedReader) -> Any:
     # `zstandard` does not mind that the last frame is cut short. Therefore one that is to be skipped follows, longer
     # than any block: a frame that is cut takes it for blocks of its own, and these are invalid.
     end = iter([b"\x50\x2a\x4d\x18" + (1 << 18).to_bytes(4, "little") + b"\xff" * (1 << 18)])
-    closed = SimpleNamespace(read=lambda size: file.read(size) or next(end, b""))
+    closed: Any = SimpleNamespace(read=lambda size: file.read(size) or next(end, b""))
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(closed, read_across_frames=True)
 
 
@@ -532,7 +516,7 @@ def _progress(name: str, total: int, done: int = 0) -> tqdm:
 
 
 @contextmanager
-def _data_error(action: str, thing: str | os.PathLike, remedy: str = "", kind: Any = (OSError, HTTPException)) -> Any:
+def _data_error(action: str, thing: StrPath, remedy: str = "", kind: Any = (OSError, HTTPException)) -> Any:
     """Turns a failure outside this program into a DataError: what could not be done, to what, and why."""
     try:
         yield
@@ -545,7 +529,7 @@ def _hash(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _quote(thing: str | os.PathLike) -> str:
+def _quote(thing: StrPath) -> str:
     """Quotes a path for a message, which stays one printable line whatever the path holds."""
     return command.shorten(repr(os.fsdecode(thing)), 1000)
 
