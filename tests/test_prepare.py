@@ -808,19 +808,21 @@ print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+PACKERS = {
+    "a.xz": lambda file: lzma.LZMAFile(file, "wb", preset=1),
+    "a.zst": lambda file: pytest.importorskip("zstandard").ZstdCompressor().stream_writer(file),
+    "a.jsonl.gz": lambda file: gzip.GzipFile("", "wb", 1, file),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a.xz", "a.zst", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", PACKERS)
 def test_memory_does_not_grow_with_what_is_prepared(tmp_path: Path, name: str) -> None:
     """200 MB of what becomes a thousandth of that when compressed."""
     line = b'{"text": "' + b"a" * 9987 + b'"}\n' if "jsonl" in name else b"a" * 10**4
-    with open(tmp_path / name, "wb") as file:
-        if name.endswith("zst"):
-            packed = pytest.importorskip("zstandard").ZstdCompressor().stream_writer(file)
-        else:
-            packed = lzma.LZMAFile(file, "wb", preset=1) if name.endswith("xz") else gzip.GzipFile("", "wb", 1, file)
-        with packed:
-            for _ in range(200):
-                packed.write(line * 100)
+    with open(tmp_path / name, "wb") as file, PACKERS[name](file) as packed:
+        for _ in range(200):
+            packed.write(line * 100)
     arguments = [sys.executable, "-c", MEASURE, tmp_path / name, tmp_path / "products"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
     size, grown = map(int, done.stdout.split())
