@@ -63,6 +63,7 @@ import command
 from byte_tokenizer import EOS_ID, one_line
 
 StrPath = str | os.PathLike
+Documents = list[tuple[str, int, int]]  # files: path, bytes, modification time in ns
 DATA_DIR = Path(__file__).resolve().parent
 CACHE_NAME = ".cache"  # the folder in the data folder that holds what was made of files and folders
 RUN_FILE = "checkpoints.json"  # marks the folder of a training run
@@ -74,7 +75,7 @@ _CONTROLS = bytes(set(range(32)) - set(b"\b\t\n\v\f\r\x1b")) + b"\x7f"
 _RECIPE = 3  # part of every cache name; raise it when the rules for joining documents change
 _MAX_LINE = 1 << 28  # bytes of a JSON line, which is held in memory
 _LEFT_S = 3600  # a temporary file that nobody has written to for so long was left by a crash
-_JSON_LINES = re.compile(r"\.jsonl(\.(gz|bz2|xz|zst))?", re.IGNORECASE)  # how such a file's name ends
+_JSON_LINES = re.compile(r"\.jsonl(\.(gz|bz2|xz|zst))?\Z", re.IGNORECASE)  # how such a file's name ends
 # fmt: off
 _COMPRESSED = {  # how the files of each format begin
     "gzip": rb"\x1f\x8b\x08", "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "xz": rb"\xfd7zXZ\x00",
@@ -222,13 +223,14 @@ def resolve(
     if path.is_dir():
         path = path.resolve()
         return _resolve_documents(path, _list_documents(path, data_dir), text_key, data_dir)
+    path = path.parent.resolve() / path.name  # a link keeps its name, by which JSON lines are known
     is_packed = compressed_format(open_bytes(path)[:16].tobytes()) is not None
     if compression := compressed_format(next(_read(path), b"")):
         raise DataError(f"{_quote(path)} is compressed ({compression}); unpack it first, and name the unpacked file")
     if not is_packed and not _JSON_LINES.search(path.name):
-        return path
+        return Path(os.fsdecode(source))
     info = path.stat()
-    return _resolve_documents(path.absolute(), [(str(path), info.st_size, info.st_mtime_ns)], text_key, data_dir)
+    return _resolve_documents(path, [(str(path), info.st_size, info.st_mtime_ns)], text_key, data_dir)
 
 
 # --- Downloads -------------------------------------------------------------------------------------------------------
@@ -246,11 +248,10 @@ def _resolve_download(name: str, corpus: Download, from_file: StrPath | None, da
             _download(corpus, part)
         with _open(given) as file, zipfile.ZipFile(file) if zipfile.is_zipfile(given) else nullcontext() as archive:
             shutil.copyfileobj(archive.open(archive.namelist()[0]) if archive else file, out, _CHUNK)
+        if from_file is None:
+            part.unlink()
 
-    target = _make(data_dir / f"{name}.bin", unpack)
-    if from_file is None:
-        part.unlink(missing_ok=True)
-    return target
+    return _make(data_dir / f"{name}.bin", unpack)
 
 
 def _check(path: Path, corpus: Download, failure: str, remedy: str = "") -> None:
@@ -268,33 +269,32 @@ def _download(corpus: Download, part: Path) -> None:
     remedy = "; run again (what has arrived is kept), or get the file by other means and pass it with --from FILE"
     if not _is_made(part):
         part.unlink(missing_ok=True)
-    try:
-        with _data_error("download", corpus.url, remedy), open(part, "ab") as out:
-            if (size := out.tell()) < corpus.size:
-                headers = {"User-Agent": "ByteGPT"} | ({"Range": f"bytes={size}-"} if size else {})
-                request = urllib.request.Request(corpus.url, headers=headers)
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                    size = out.truncate(size if response.status == 206 else 0)
-                    with _progress(part.stem, corpus.size, size) as bar:
-                        while size <= corpus.size and (chunk := response.read1(_CHUNK)):  # an answer may have no end
-                            size += out.write(chunk)
-                            bar.update(len(chunk))
+    size = part.stat().st_size if part.exists() else 0
+    if size < corpus.size:
+        headers = {"User-Agent": "ByteGPT"} | ({"Range": f"bytes={size}-"} if size else {})
+        request = urllib.request.Request(corpus.url, headers=headers)
+        with (
+            _data_error("download", corpus.url, remedy),
+            urllib.request.urlopen(request, timeout=TIMEOUT_S) as response,
+            open(part, "ab" if response.status == 206 else "wb") as out,
+            _progress(part.stem, corpus.size, size := out.tell()) as bar,
+        ):
+            while size <= corpus.size and (chunk := response.read1(_CHUNK)):  # an answer may have no end
+                size += out.write(chunk)
+                bar.update(len(chunk))
             if size < corpus.size:
                 raise ConnectionError(f"the connection ended after {size:,} of {corpus.size:,} bytes")
-        try:
-            _check(part, corpus, f"{corpus.url} sent something else", "; run again to retry")
-        except DataError:
-            os.truncate(part, 0)
-            raise
-    finally:
-        if _is_made(part) and not part.stat().st_size:
-            part.unlink()
+    try:
+        _check(part, corpus, f"{corpus.url} sent something else", "; run again to retry")
+    except DataError:
+        part.unlink()
+        raise
 
 
 # --- Documents -------------------------------------------------------------------------------------------------------
 
 
-def _resolve_documents(path: Path, documents: list[tuple[str, int, int]], text_key: str, data_dir: Path) -> Path:
+def _resolve_documents(path: Path, documents: Documents, text_key: str, data_dir: Path) -> Path:
     """Joins the documents of a user's file or folder into a cache file, whose name changes with whatever changes."""
     stem = re.sub(r"[^\w.-]", "_", path.name, flags=re.ASCII).lstrip(".")[:40] or "folder"
     family = f"{stem}-{_hash((str(path), text_key))[:12]}"
@@ -306,10 +306,8 @@ def _resolve_documents(path: Path, documents: list[tuple[str, int, int]], text_k
     return target
 
 
-def _list_documents(
-    root: Path, data_dir: Path, suffix: str = "", skip: frozenset[str] = frozenset()
-) -> list[tuple[str, int, int]]:
-    """Lists the files below `root` that may be text, as (path, bytes, modification time in ns), sorted."""
+def _list_documents(root: Path, data_dir: Path, suffix: str = "", skip: Iterable[str] = ()) -> Documents:
+    """Lists the files below `root` that may be text, sorted by their names."""
 
     def fail(error: OSError) -> None:
         raise DataError(f"cannot read {_quote(error.filename)}: {error.strerror}") from error
@@ -335,7 +333,7 @@ def _list_documents(
     return sorted(documents)
 
 
-def _join(documents: list[tuple[str, int, int]], root: Path, text_key: str, out: BinaryIO) -> None:
+def _join(documents: Documents, root: Path, text_key: str, out: BinaryIO) -> None:
     """Writes the documents of a folder, or of a file that is the only one; DataError if none of them is text."""
     is_folder = root.is_dir()
     with _progress(root.name, sum(size for _, size, _ in documents)) as bar:
@@ -479,15 +477,23 @@ def _make(target: Path, fill: Callable[[BinaryIO], None]) -> Path:
     with _data_error("write", target):
         while not _is_made(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(lock, "ab", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)) as file:
+            with open(lock, "a+b", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)) as file:
                 with suppress(OSError):  # there are file systems without locks: then each process makes its own
                     fcntl.flock(file, fcntl.LOCK_EX)
-                if os.fstat(file.fileno()).st_nlink:  # else the process that was waited for has removed it
-                    try:
-                        if not _is_made(target):
-                            _write(target, fill)
-                    finally:
-                        lock.unlink(missing_ok=True)
+                if not os.fstat(file.fileno()).st_nlink:  # another process held the lock, and has removed it
+                    file.seek(0)
+                    if error := file.read().decode():
+                        raise DataError(error)
+                    continue
+                try:
+                    if not _is_made(target):
+                        _write(target, fill)
+                except DataError as error:
+                    file.write(str(error).encode(errors="backslashreplace"))  # for those that wait
+                    file.flush()
+                    raise
+                finally:
+                    lock.unlink(missing_ok=True)
     return target
 
 
@@ -499,7 +505,7 @@ def _write(target: Path, fill: Callable[[BinaryIO], None]) -> None:
                 left.unlink()
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as out:
+        with _data_error("write", target), open(temporary, "xb") as out:
             fill(out)
             out.flush()
             os.fsync(out.fileno())
