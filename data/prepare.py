@@ -410,6 +410,25 @@ def _read(path: Path, bar: Any = None) -> Iterator[bytes]:
             yield chunk
 
 
+def _unpack_streams(file: BufferedReader, new: Callable[[], Any]) -> Any:
+    """Reads streams that follow each other. Python's own readers take a damaged one after the first for the end."""
+
+    def chunks() -> Iterator[bytes]:
+        data = file.read(_CHUNK)
+        while data:
+            stream = new()
+            while not stream.eof:
+                if not data and stream.needs_input and not (data := file.read(_CHUNK)):
+                    raise EOFError("the last stream has no end")
+                if chunk := stream.decompress(data, _CHUNK):
+                    yield chunk
+                data = b""
+            data = stream.unused_data.lstrip(b"\0") or file.read(_CHUNK).lstrip(b"\0")  # xz allows zeros in between
+
+    unpacked = chunks()
+    return SimpleNamespace(read=lambda size: next(unpacked, b""))
+
+
 def _unpack_zstd(file: BufferedReader) -> Any:
     try:
         from compression import zstd  # of Python 3.14
@@ -426,8 +445,8 @@ def _unpack_zstd(file: BufferedReader) -> Any:
 
 _UNPACK: dict[str | None, Callable[[BufferedReader], Any]] = {  # modules that a Python may have been built without
     "gzip": lambda file: import_module("gzip").GzipFile(fileobj=file),
-    "bzip2": lambda file: import_module("bz2").BZ2File(file),
-    "xz": lambda file: import_module("lzma").LZMAFile(file),
+    "bzip2": lambda file: _unpack_streams(file, import_module("bz2").BZ2Decompressor),
+    "xz": lambda file: _unpack_streams(file, import_module("lzma").LZMADecompressor),
     "Zstandard": _unpack_zstd,
 }
 
