@@ -31,7 +31,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast, get_args, get_origin
 
 import torch
 
@@ -44,7 +44,7 @@ from byte_tokenizer import VOCAB_SIZE
 from checkpoint import Run, has_run, load_run, read_config, save_run
 from command import integer, real, shorten
 from data.prepare import DataError, open_bytes, resolve
-from data.sampler import Corpus, SequenceSampler, fingerprint, read_batch, split
+from data.sampler import Corpus, JoinedCorpus, MixtureSampler, fingerprint, read_batch, split
 from metrics import RUN_FILES, Clock, Due, Meter, Metrics, Profile, ProgressBar, describe, evaluate, sample_text
 from model import ConfigError, Losses, ModelArgs, Transformer
 from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, optimizer_tensors
@@ -86,7 +86,13 @@ class TrainFlags:
     """The flags of train.py: the command line, --help, and the object "train" of a config follow from these fields."""
 
     config: str = _flag(MISSING, "JSON file of ModelArgs; its key 'train' sets defaults", required=True, fixed=True)
-    data: str = _flag("stdlib", "a file, a folder, or stdlib, shakespeare, enwik8", action="append")
+    data: list[str] | None = _flag(
+        None, "files, .jsonl, .gz, folders, stdlib, shakespeare, enwik8 (default: stdlib)", nargs="+", action="extend"
+    )
+    data_weights: list[float] | None = _flag(
+        None, "share of each DATA in training; default, and in validation: by size", _POSITIVE, nargs="+", metavar="W"
+    )
+    text_key: str = _flag("text", "of .jsonl: the field of each line that holds the text", metavar="KEY")
     save_path: Path | None = _flag(None, "folder of the run; without it nothing is kept", Path, fixed=True)
     resume: bool = _flag(False, "go on from the last checkpoint in --save-path, if any", fixed=True)
     steps: int | None = _flag(None, "optimizer steps", integer(1), group="length of the run (one of them)")
@@ -165,6 +171,13 @@ def config_flags(path: str, values: dict[str, Any]) -> dict[str, Any]:
 def _check_value(flag: Any, value: Any) -> Any:
     """Returns a JSON value as the type of a flag; raises TypeError or ArgumentTypeError where it is none."""
     kind, *_ = get_args(flag.type) or (flag.type,)  # int of `int | None`
+    if get_origin(kind) is list:
+        values = value if isinstance(value, list) and value else [value]
+        return [_check_item(flag, get_args(kind)[0], item) for item in values]
+    return _check_item(flag, kind, value)
+
+
+def _check_item(flag: Any, kind: type, value: Any) -> Any:
     if type(value) is not kind and (kind is not float or type(value) is not int):
         raise TypeError(f"must be of type {kind.__name__}, got {shorten(json.dumps(value))}")
     if value not in flag.metadata.get("choices", [value]):
@@ -176,15 +189,17 @@ def parse_args(argv: list[str] | None) -> tuple[TrainFlags, ModelArgs]:
     """Parses the command line over the defaults under "train" in the config; returns the flags and the model's args."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))
-    if "data" in given:
-        given["data"], *others = given["data"]
-        if others:
-            parser.error("--data is given twice; to train on several files, name a folder that holds them")
     shape, train_object = read_config(given["config"])
     defaults = config_flags(given["config"], train_object)
     if given.keys() & {"steps", "minutes"}:
         defaults = {key: value for key, value in defaults.items() if key not in ("steps", "minutes")}
+    if "data" in given:
+        defaults.pop("data_weights", None)
     flags = TrainFlags(**defaults | given)
+    flags.data = flags.data or ["stdlib"]
+    if flags.data_weights and len(flags.data_weights) != len(flags.data):
+        parser.error(f"--data-weights must be as many as --data: {len(flags.data)}, got {len(flags.data_weights)}")
+    flags.data_weights = flags.data_weights if len(flags.data) > 1 else None  # of one corpus it changes nothing
     flags.gemm_impl = flags.gemm_impl or ("fp8" if shape.dtype == "fp8" else "bf16")
     if not flags.plan:
         check_flags(parser, flags, shape)
@@ -249,12 +264,13 @@ class Trainer:
     stop_signal: int | None = None
 
     def __post_init__(self) -> None:
-        flags, n_bytes, self.context = self.flags, len(self.train_data), self.model.args.max_seq_len
-        self.settings, self.clock = resume_settings(flags, self.train_data), Clock(flags.steps, flags.minutes)
+        flags, data, self.context = self.flags, self.train_data, self.model.args.max_seq_len
+        self.settings, self.clock = resume_settings(flags, data), Clock(flags.steps, flags.minutes)
         self.meter = Meter(self.peak_flops, self.ctx.device, self.clock.now)
         self.quantize_weights()
-        self.sampler = SequenceSampler(n_bytes, self.context, flags.seed)
-        self.short_sampler = SequenceSampler(n_bytes, flags.short_seq_len or self.context, flags.seed)
+        sizes, weights = data.sizes if isinstance(data, JoinedCorpus) else [len(data)], flags.data_weights
+        self.sampler = MixtureSampler(sizes, self.context, flags.seed, weights)
+        self.short_sampler = MixtureSampler(sizes, flags.short_seq_len or self.context, flags.seed, weights)
         self.seq_len = self.context  # of the last step
         self.step_sequences = flags.batch_size * flags.accumulation
         self.step_bytes = self.step_sequences * self.context
@@ -302,7 +318,7 @@ class Trainer:
         figures = {"train_loss": next_byte, **rates, "grad_norm": norm, "balance_loss": balance, "load": load}
         return figures | ({"mtp_loss": mtp} if len(self.model.mtp) else {})
 
-    def _accumulate_gradients(self, sampler: SequenceSampler) -> tuple[torch.Tensor, torch.Tensor]:
+    def _accumulate_gradients(self, sampler: MixtureSampler) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs a step forward and backward; returns mean losses (next byte, MTP, balance) and load of the experts."""
         ctx, n_batches, self.seq_len = self.ctx, self.flags.accumulation, sampler.seq_len
         count = self.flags.batch_size * self.context // self.seq_len  # as many bytes, in shorter sequences
@@ -415,6 +431,7 @@ def resume_settings(flags: TrainFlags, data: Corpus) -> dict[str, Any]:
     """What must not change when a run is resumed, for its steps to be the ones that it would have taken."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
     names += ["short_seq_len", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
+    names.append("data_weights")
     settings = {name: getattr(flags, name) for name in names}
     return settings | {"training_bytes": len(data), "training_crc32": fingerprint(data)}
 
@@ -546,7 +563,8 @@ def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> 
     fp8_ops.gemm_impl = cast(Any, flags.gemm_impl)
     with ctx.collective_section():
         ctx.check_divisible(shape, flags.batch_size)
-        train_data, val_data = split(open_bytes(resolve(flags.data)), shape.max_seq_len)
+        corpora: list[Corpus] = [open_bytes(resolve(data, text_key=flags.text_key)) for data in flags.data]
+        train_data, val_data = split(corpora, shape.max_seq_len)
     ctx.require_equal({"the dtype": dtype} | resume_settings(flags, train_data))
     model = parallel.build(ctx, shape, dtype)
     parallel.init_weights(ctx, model, flags.seed)

@@ -1,20 +1,24 @@
 """Corpora by name, file or folder, as one file of raw bytes.
 
-    python data/prepare.py stdlib                     # this Python's own library: about 12 MB, no download
-    python data/prepare.py shakespeare                # downloads 1 MB
-    python data/prepare.py enwik8 --from enwik8.zip   # downloaded before, by other means
-    python data/prepare.py notes.txt                  # any file that is not compressed: used as it is
-    python data/prepare.py ~/src/project              # any folder: its text files, joined
+    python data/prepare.py stdlib                       # this Python's own library: about 12 MB, no download
+    python data/prepare.py enwik8 --from enwik8.zip     # downloaded before, by other means
+    python data/prepare.py notes.txt                    # any file that is not compressed: used as it is
+    python data/prepare.py logs.xz                      # by gzip, bzip2, xz or Zstandard: what it holds
+    python data/prepare.py a.jsonl.gz --text-key body   # JSON lines: the text in a field of each
+    python data/prepare.py ~/src/project                # any folder: its text files, joined
 
 A name wins over a file of the same name: `shakespeare` is the corpus, `./shakespeare` the file.
 
-The text files of a folder are joined in the order of their names, with byte 0 (`EOS_ID`) between two of them. Text is a
-regular, non-empty file without a byte 0, not compressed, whose first 64 KiB are UTF-8 or else, in an older 8-bit
-encoding, have at most one control character in a hundred bytes. Names that start with a dot, links to folders, what
-was prepared in this data folder, and the folders of training runs are skipped: a corpus never feeds on itself.
+Byte 0 (`EOS_ID`) stands between documents: the texts of a file whose name ends in `.jsonl`, compressed or not, and the
+files of a folder, in the order of their names. So a byte 0 within the text of a JSON line ends the document there;
+empty texts are left out. Of a folder, what is no text is left out too: text is a regular, non-empty file, compressed as
+above or not at all, that has no byte 0 and whose first 64 KiB are UTF-8 or else, in an older 8-bit encoding, have at
+most one control character in a hundred bytes. Names that start with a dot, links to folders, what was prepared in this
+data folder, and the folders of training runs are skipped: a corpus never feeds on itself.
 
-A file in the data folder gets its name when its last byte is on disk; a download is a `.part` until then, to be
-resumed. Temporary files that a crash left are removed after a day.
+What is prepared streams to the disk and gets its name with its last byte, so that memory stays small and nothing is
+half-made; one process prepares it, and the others of this machine wait. Temporary files that a crash left are removed
+after an hour.
 """
 
 if __name__ == "__main__":
@@ -27,10 +31,10 @@ if __name__ == "__main__":
     command.start()
 
 import codecs
-import contextlib
 import copy
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import re
@@ -43,11 +47,14 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from http.client import HTTPException
+from importlib import import_module
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from types import SimpleNamespace
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -55,22 +62,27 @@ from tqdm import tqdm
 import command
 from byte_tokenizer import EOS_ID, one_line
 
+StrPath = str | os.PathLike
+Documents = list[tuple[str, int, int]]  # files: path, bytes, modification time in ns
 DATA_DIR = Path(__file__).resolve().parent
-CACHE_NAME = ".cache"  # the folder in the data folder that holds the joined folders
+CACHE_NAME = ".cache"  # the folder in the data folder that holds what was made of files and folders
 RUN_FILE = "checkpoints.json"  # marks the folder of a training run
 TIMEOUT_S = 30.0  # for each wait on the network, not for a download as a whole
 
 _CHUNK = 1 << 20  # bytes in memory at a time
 _HEAD = 1 << 16  # leading bytes of a file by which its encoding is judged
 _CONTROLS = bytes(set(range(32)) - set(b"\b\t\n\v\f\r\x1b")) + b"\x7f"
-_RECIPE = b"2"  # part of every cache name; raise it when the rules for joining a folder change
+_RECIPE = 3  # part of every cache name; raise it when the rules for joining documents change
+_MAX_LINE = 1 << 28  # bytes of a JSON line, which is held in memory
+_LEFT_S = 3600  # a temporary file that nobody has written to for so long was left by a crash
+_JSON_LINES = re.compile(r"\.jsonl(\.(gz|bz2|xz|zst))?\Z", re.IGNORECASE)  # how such a file's name ends
 # fmt: off
 _COMPRESSED = {  # how the files of each format begin
     "gzip": rb"\x1f\x8b\x08", "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "xz": rb"\xfd7zXZ\x00",
     "LZMA": rb"\x5d\x00\x00..(\xff{8}|.{5}\x00{3})", "Zstandard": rb"[\x1e-\x28]\xb5/\xfd|[\x50-\x5f]\*M\x18",
     "LZ4": rb"\x04\x22M\x18|\x02\x21L\x18", "zip": rb"PK(\x03\x04|\x05\x06|\x07\x08)", "7z": rb"7z\xbc\xaf\x27\x1c",
     "RAR": rb"Rar!\x1a\x07", "lzip": rb"LZIP[\x00\x01]", "lzop": rb"\x89LZO\x00", "Snappy": rb"\xff\x06\x00\x00sNaPpY",
-    "compress": rb"\x1f[\x9d\xa0]",
+    "compress": rb"\x1f[\x9d\xa0]", "Parquet": rb"PAR1\x15", "Arrow": rb"ARROW1\x00\x00",
 }
 # fmt: on
 
@@ -79,23 +91,12 @@ class DataError(ValueError):
     """A mistake of the user or a failure outside this program, in one line that names the thing and the remedy."""
 
 
-class Blob(NamedTuple):
-    """A file in the data folder whose content is known beforehand."""
-
-    file: str
-    size: int
-    sha256: str
-
-    def __str__(self) -> str:
-        return f"{self.size:,} bytes, sha256 {self.sha256}"
-
-
 class Download(NamedTuple):
-    """A corpus on a server, which may send it as the only member of a zip file."""
+    """A file on a server: a corpus, or a zip file with a corpus as its only member."""
 
     url: str
-    raw: Blob
-    zipped: Blob | None = None
+    size: int
+    sha256: str
 
 
 class Tree(NamedTuple):
@@ -114,11 +115,10 @@ CORPORA: dict[str, Download | Tree] = {
         f"stdlib-{platform.python_version()}.bin", Path(sysconfig.get_path("stdlib")), ".py", _NO_CORPUS),
     "shakespeare": Download(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        Blob("shakespeare.bin", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")),
+        1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "enwik8": Download(
         "http://mattmahoney.net/dc/enwik8.zip",
-        Blob("enwik8.bin", 100_000_000, "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"),
-        Blob("enwik8.zip", 36_445_475, "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc")),
+        36_445_475, "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
 }
 # fmt: on
 
@@ -129,7 +129,7 @@ class ByteFile:
     It is not mapped into memory: an access to a mapped file that another program has shortened ends the process.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: StrPath):
         self.path = path
         self._file = _open(path)  # views share it; it is closed with the last of them
         self._first, self._len = 0, os.fstat(self._file.fileno()).st_size
@@ -149,9 +149,7 @@ class ByteFile:
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Reads sequences of `length` bytes from the offsets `starts`, integers (n,); returns uint8 (n, length).
 
-        Raises:
-            DataError: The file became shorter since it was opened, or cannot be read any more.
-            IndexError: A sequence is not within the data.
+        IndexError if one is not within the data; DataError if the file became shorter, or cannot be read any more.
         """
         offsets = starts.tolist()
         if offsets and not 0 <= min(offsets) <= max(offsets) <= self._len - length:
@@ -176,16 +174,14 @@ class ByteFile:
         return data
 
 
-def open_bytes(path: str | os.PathLike) -> ByteFile:
-    """Opens a file, for instance the result of `resolve`, to read sequences from it; errors as `ByteFile`."""
-    return ByteFile(path)
+open_bytes = ByteFile  # a file, for instance the result of `resolve`, to read sequences from
 
 
-def read_sequences(data: ByteFile | np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+def read_sequences(data: Any, starts: np.ndarray, length: int) -> np.ndarray:
     """Reads sequences of a corpus, a file or an array, as `ByteFile.read` does."""
-    if isinstance(data, ByteFile):
-        return data.read(starts, length)
-    return data[starts.astype(np.int64)[:, None] + np.arange(length)]
+    if isinstance(data, np.ndarray):
+        return data[starts.astype(np.int64)[:, None] + np.arange(length)]
+    return data.read(starts, length)
 
 
 def compressed_format(head: bytes) -> str | None:
@@ -194,16 +190,16 @@ def compressed_format(head: bytes) -> str | None:
 
 
 def resolve(
-    source: str | os.PathLike = "stdlib", *, from_file: str | os.PathLike | None = None, data_dir: Path = DATA_DIR
+    source: StrPath = "stdlib", *, text_key: str = "text", from_file: StrPath | None = None, data_dir: Path = DATA_DIR
 ) -> Path:
     """Finds the file of raw bytes behind a name, a file or a folder, and makes it first if need be.
 
-    What was made is used again: a download if its size is right, a joined folder until the path, size or modification
-    time of one of its files changes.
+    What was made is used again until the path, size or modification time of one of its files changes, or `text_key`.
 
     Args:
-        source: A name in `CORPORA` (a `str`: a `Path` is always a path), a file, which is used as it is, or a folder.
-        from_file: A local copy to take instead of downloading `source`. A zipped corpus may come zipped or unpacked.
+        source: A name in `CORPORA` (a `str`: a `Path` is always a path), a file or a folder.
+        text_key: The field of a JSON line that holds a document.
+        from_file: A local copy of what would be downloaded for `source`.
         data_dir: Where to put what is made; created if missing.
 
     Raises:
@@ -213,126 +209,105 @@ def resolve(
     name = source if isinstance(source, str) else ""
     corpus = CORPORA.get(name)
     if isinstance(corpus, Download):
-        return _resolve_download(corpus, name, from_file, data_dir)
+        return _resolve_download(name, corpus, from_file, data_dir)
     if from_file is not None:
         names = ", ".join(name for name, entry in CORPORA.items() if isinstance(entry, Download))
         raise DataError(f"--from replaces a download, and {_quote(source)} is none; it goes with: {names}")
     if isinstance(corpus, Tree):
-        target = data_dir / corpus.file
-        if not _is_made(target):
-            root = corpus.root.resolve()
-            _join(_list_documents(root, data_dir, corpus.suffix, corpus.skip), root, target)
-        return target
+        root, suffix, skip = corpus.root.resolve(), corpus.suffix, corpus.skip
+        join = lambda out: _join(_list_documents(root, data_dir, suffix, skip), root, text_key, out)  # noqa: E731
+        return _make(data_dir / corpus.file, join)
     path = Path(os.fsdecode(source))
     if not os.fspath(source) or not os.path.lexists(path):
         raise DataError(f"no file, folder or corpus {_quote(source)}; the corpora are: {', '.join(CORPORA)}")
     if path.is_dir():
-        return _resolve_folder(path.resolve(), data_dir)
-    if compression := compressed_format(open_bytes(path)[:16].tobytes()):
+        path = path.resolve()
+        return _resolve_documents(path, _list_documents(path, data_dir), text_key, data_dir)
+    path = path.parent.resolve() / path.name  # a link keeps its name, by which JSON lines are known
+    is_packed = compressed_format(open_bytes(path)[:16].tobytes()) is not None
+    if compression := compressed_format(next(_read(path), b"")):
         raise DataError(f"{_quote(path)} is compressed ({compression}); unpack it first, and name the unpacked file")
-    return path
+    if not is_packed and not _JSON_LINES.search(path.name):
+        return Path(os.fsdecode(source))
+    info = path.stat()
+    return _resolve_documents(path, [(str(path), info.st_size, info.st_mtime_ns)], text_key, data_dir)
 
 
-def _resolve_download(corpus: Download, name: str, from_file: str | os.PathLike | None, data_dir: Path) -> Path:
+# --- Downloads -------------------------------------------------------------------------------------------------------
+
+
+def _resolve_download(name: str, corpus: Download, from_file: StrPath | None, data_dir: Path) -> Path:
     """Takes a corpus with a server from the data folder, a given file or the network."""
-    target = data_dir / corpus.raw.file
-    if from_file is None:
-        if _is_made(target, corpus.raw.size):
-            return target
-        sent = corpus.zipped or corpus.raw
-        from_file = data_dir / sent.file
-        if not _is_blob(from_file, sent):
-            _download(corpus.url, sent, from_file)
-        if not corpus.zipped:
-            return target
-    _import(Path(from_file), corpus, name, target)
-    return target
+    part = data_dir / f"{name}.part"
+    given = part if from_file is None else Path(from_file)
+    if from_file is not None:
+        _check(given, corpus, f"{_quote(given)} is not what is downloaded for {name}")
 
-
-def _import(given: Path, corpus: Download, name: str, target: Path) -> None:
-    """Makes `target` from a file that should be the corpus or its zip file; DataError if it is neither."""
-    blobs = [blob for blob in (corpus.raw, corpus.zipped) if blob]
-    with _open(given) as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = _sha256(given) if size in [blob.size for blob in blobs] else ""  # else the size says enough
-        if digest not in [blob.sha256 for blob in blobs]:
-            expected, found = " or ".join(map(str, blobs)), f"{size:,} bytes" + (f", sha256 {digest}" if digest else "")
-            raise DataError(f"{_quote(given)} is not {name}: expected {expected}; found {found}")
-        is_raw = digest == corpus.raw.sha256
-        with _replacing(target) as out, contextlib.nullcontext() if is_raw else zipfile.ZipFile(file) as archive:
+    def unpack(out: BinaryIO) -> None:
+        if from_file is None:
+            _download(corpus, part)
+        with _open(given) as file, zipfile.ZipFile(file) if zipfile.is_zipfile(given) else nullcontext() as archive:
             shutil.copyfileobj(archive.open(archive.namelist()[0]) if archive else file, out, _CHUNK)
+        if from_file is None:
+            part.unlink()
+
+    return _make(data_dir / f"{name}.bin", unpack)
 
 
-def _download(url: str, blob: Blob, target: Path) -> None:
-    """Downloads into `<target>.part`, resuming what is there, and renames that to `target` if it is `blob`."""
-    part = target.with_name(target.name + ".part")
-    with _data_error("write", part):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            info = part.lstat()
-            if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # what lies elsewhere is not written
-                part.unlink()
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        with open(part, "r+b", opener=lambda path, _: os.open(path, flags, 0o666)) as out:
-            with contextlib.suppress(OSError):  # there are file systems without locks
-                fcntl.flock(out, fcntl.LOCK_EX)  # waits for another process that downloads the same
-            if not os.fstat(out.fileno()).st_nlink:  # and that removed the part in the end
-                return _download(url, blob, target)
-            try:
-                if not _is_blob(target, blob):
-                    _receive(url, blob, out, part)
-                    _publish(out, part, target)
-            finally:
-                if not out.seek(0, os.SEEK_END):
-                    part.unlink(missing_ok=True)
+def _check(path: Path, corpus: Download, failure: str, remedy: str = "") -> None:
+    """Raises a DataError if a file is not what the server of a corpus should send."""
+    with _open(path) as file, _data_error("read", path):
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if size == corpus.size else ""  # else that says enough
+    if digest != corpus.sha256:
+        found = f"{size:,} bytes" + (f", sha256 {digest}" if digest else "")
+        raise DataError(f"{failure}: expected {corpus.size:,} bytes, sha256 {corpus.sha256}; found {found}{remedy}")
 
 
-def _receive(url: str, blob: Blob, out: BinaryIO, part: Path) -> None:
-    """Completes a download, from its beginning where the server does not resume; empties it if it is not `blob`."""
-    size = out.seek(0, os.SEEK_END)
-    headers = {"User-Agent": "ByteGPT"} | ({"Range": f"bytes={size}-"} if size else {})
+def _download(corpus: Download, part: Path) -> None:
+    """Completes `part`, from its beginning where the server does not resume; DataError if it cannot be had."""
     remedy = "; run again (what has arrived is kept), or get the file by other means and pass it with --from FILE"
-    with _data_error("download", url, remedy), contextlib.ExitStack() as stack:
-        if size < blob.size:
-            request = urllib.request.Request(url, headers=headers)
-            response = stack.enter_context(urllib.request.urlopen(request, timeout=TIMEOUT_S))
-            resumed = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-            size = out.seek(min(size, int(resumed[1])) if resumed else 0)
-            out.truncate()
-            options = {"initial": size, "unit": "B", "unit_scale": True, "leave": False}
-            bar = stack.enter_context(tqdm(desc=blob.file, total=blob.size, disable=None, **options))  # on a terminal
-            while size <= blob.size and (chunk := response.read1(_CHUNK)):  # an endless answer must not fill the disk
-                with _data_error("write", part):
-                    size += out.write(chunk)
+    if not _is_made(part):
+        part.unlink(missing_ok=True)
+    size = part.stat().st_size if part.exists() else 0
+    if size < corpus.size:
+        headers = {"User-Agent": "ByteGPT"} | ({"Range": f"bytes={size}-"} if size else {})
+        request = urllib.request.Request(corpus.url, headers=headers)
+        with (
+            _data_error("download", corpus.url, remedy),
+            urllib.request.urlopen(request, timeout=TIMEOUT_S) as response,
+            open(part, "ab" if response.status == 206 else "wb") as out,
+            _progress(part.stem, corpus.size, size := out.tell()) as bar,
+        ):
+            while size <= corpus.size and (chunk := response.read1(_CHUNK)):  # an answer may have no end
+                size += out.write(chunk)
                 bar.update(len(chunk))
-        if size < blob.size:
-            raise ConnectionError(f"the connection ended after {size:,} of {blob.size:,} bytes")
-    out.flush()
-    if (digest := _sha256(part)) != blob.sha256:
-        out.truncate(0)
-        found = "more than that" if size > blob.size else f"{size:,} bytes, sha256 {digest}"
-        raise DataError(f"{url} did not send {blob.file}: expected {blob}; found {found}; run again to retry")
+            if size < corpus.size:
+                raise ConnectionError(f"the connection ended after {size:,} of {corpus.size:,} bytes")
+    try:
+        _check(part, corpus, f"{corpus.url} sent something else", "; run again to retry")
+    except DataError:
+        part.unlink()
+        raise
 
 
-def _resolve_folder(root: Path, data_dir: Path) -> Path:
-    """Joins a user's folder into a cache file, whose name changes with whatever changes in the folder."""
-    documents = _list_documents(root, data_dir)
-    stem = re.sub(r"[^\w.-]", "_", root.name, flags=re.ASCII).lstrip(".")[:40] or "folder"
-    family = f"{stem}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
-    listing = os.fsencode("".join(f"{name}\0{size}\0{mtime_ns}\0" for name, size, mtime_ns in documents))
-    target = data_dir / CACHE_NAME / f"{family}-{hashlib.sha256(_RECIPE + listing).hexdigest()[:16]}.bin"
-    if not _is_made(target):
-        _join(documents, root, target)
+# --- Documents -------------------------------------------------------------------------------------------------------
+
+
+def _resolve_documents(path: Path, documents: Documents, text_key: str, data_dir: Path) -> Path:
+    """Joins the documents of a user's file or folder into a cache file, whose name changes with whatever changes."""
+    stem = re.sub(r"[^\w.-]", "_", path.name, flags=re.ASCII).lstrip(".")[:40] or "folder"
+    family = f"{stem}-{_hash((str(path), text_key))[:12]}"
+    target = data_dir / CACHE_NAME / f"{family}-{_hash((_RECIPE, documents))[:16]}.bin"
+    _make(target, lambda out: _join(documents, path, text_key, out))
     for other in target.parent.glob(f"{family}-*.bin"):
         if other != target:
             other.unlink(missing_ok=True)  # by a process like this one
     return target
 
 
-def _list_documents(
-    root: Path, data_dir: Path, suffix: str = "", skip: frozenset[str] = frozenset()
-) -> list[tuple[str, int, int]]:
-    """Lists the files below `root` that may be text, as (relative path, bytes, modification time in ns), sorted."""
+def _list_documents(root: Path, data_dir: Path, suffix: str = "", skip: Iterable[str] = ()) -> Documents:
+    """Lists the files below `root` that may be text, sorted by their names."""
 
     def fail(error: OSError) -> None:
         raise DataError(f"cannot read {_quote(error.filename)}: {error.strerror}") from error
@@ -354,35 +329,40 @@ def _list_documents(
             with _data_error("read", path):
                 info = path.stat()
             if info.st_size:
-                documents.append((path.relative_to(root).as_posix(), info.st_size, info.st_mtime_ns))
+                documents.append((str(path), info.st_size, info.st_mtime_ns))
     return sorted(documents)
 
 
-def _join(documents: list[tuple[str, int, int]], root: Path, target: Path) -> None:
-    """Joins those documents that are text into `target`; DataError if none is."""
-    with _replacing(target) as out:
-        for name, _, _ in tqdm(documents, one_line(root.name), leave=False, unit=" files", disable=None):
-            start = out.tell()
-            if start:
-                out.write(bytes([EOS_ID]))
-            if not _append_text(root / name, out):
-                out.seek(start)
-                out.truncate()
-        if not out.tell():
-            wanted = "uncompressed, free of zero bytes, and UTF-8 or an 8-bit encoding"
-            found = f"none of its {len(documents)} non-empty files (hidden ones apart) is {wanted}"
-            raise DataError(f"folder {_quote(root)} holds no text: {found}; name another folder")
+def _join(documents: Documents, root: Path, text_key: str, out: BinaryIO) -> None:
+    """Writes the documents of a folder, or of a file that is the only one; DataError if none of them is text."""
+    is_folder = root.is_dir()
+    with _progress(root.name, sum(size for _, size, _ in documents)) as bar:
+        for name, _, _ in documents:
+            if _JSON_LINES.search(name):
+                for text in _read_json_lines(Path(name), text_key, bar):
+                    _append([text], out, only_text=False)
+            else:
+                _append(_read(Path(name), bar), out, only_text=is_folder)
+    if not out.tell():
+        wanted = "free of zero bytes, and UTF-8 or an 8-bit encoding"
+        found = f"none of its {len(documents)} non-empty files (hidden ones apart) is {wanted}"
+        reason = f"folder {_quote(root)} holds no text: {found}" if is_folder else f"{_quote(root)} holds no text"
+        raise DataError(f"{reason}; name another")
 
 
-def _append_text(path: Path, out: BinaryIO) -> bool:
-    """Copies a file until it proves to be no text; returns whether it is: if not, the caller removes the copy."""
-    is_text = False
-    for chunk in _chunks(path):
-        is_text = EOS_ID not in chunk and (is_text or _looks_like_text(chunk[:_HEAD]))
-        if not is_text:
+def _append(chunks: Iterable[bytes], out: BinaryIO, only_text: bool) -> None:
+    """Appends a document, but for an empty one, or with `only_text` one that proves to be no text."""
+    start = out.tell()
+    out.write(bytes([EOS_ID]) if start else b"")
+    size = 0
+    for chunk in chunks:
+        if only_text and (EOS_ID in chunk or not size and not _looks_like_text(chunk[:_HEAD])):
+            size = 0
             break
-        out.write(chunk)
-    return is_text
+        size += out.write(chunk)
+    if not size:
+        out.seek(start)
+        out.truncate()
 
 
 def _looks_like_text(head: bytes) -> bool:
@@ -398,7 +378,7 @@ def _looks_like_text(head: bytes) -> bool:
         return controls * 100 <= len(head)
 
 
-def _open(path: str | os.PathLike) -> BufferedReader:
+def _open(path: StrPath) -> BufferedReader:
     """Opens a regular file to read it; any other kind is a DataError, and no pipe makes it wait."""
     with _data_error("read", path):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -408,78 +388,191 @@ def _open(path: str | os.PathLike) -> BufferedReader:
     return open(fd, "rb")
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with _data_error("read", path), _open(path) as file:
-        while chunk := file.read(_CHUNK):
+def _read(path: Path, bar: Any = None) -> Iterator[bytes]:
+    """Yields the content of a file, unpacked if it is compressed in a way that is understood."""
+    with _open(path) as file:
+        with _data_error("read", path):
+            compression = compressed_format(file.peek(16))
+        unpack = _UNPACK.get(compression, lambda file: file)
+        try:
+            content, done = unpack(file), 0
+        except ImportError as error:
+            remedy = "install that, or unpack the file first"
+            raise DataError(f"{_quote(path)} is compressed ({compression}): {error}; {remedy}") from error
+        remedy = "; it is damaged or was cut short: get it anew" if content is not file else ""
+        while True:
+            with _data_error("read", path, remedy, Exception):  # each format has errors of its own
+                if not (chunk := content.read(_CHUNK)):
+                    return
+            if bar is not None:
+                bar.update(file.tell() - done)
+                done = file.tell()
             yield chunk
 
 
-def _is_made(path: Path, size: int | None = None) -> bool:
-    """Whether there is a file of this name and size; a link, a pipe or a device is none that was made here."""
-    return path.is_file() and not path.is_symlink() and size in (None, path.stat().st_size)
+def _unpack_streams(file: BufferedReader, new: Callable[[], Any]) -> Any:
+    """Reads streams that follow each other. Python's own readers take a damaged one after the first for the end."""
+
+    def chunks() -> Iterator[bytes]:
+        data = file.read(_CHUNK)
+        while data:
+            stream = new()
+            while not stream.eof:
+                if not data and stream.needs_input and not (data := file.read(_CHUNK)):
+                    raise EOFError("the last stream has no end")
+                if chunk := stream.decompress(data, _CHUNK):
+                    yield chunk
+                data = b""
+            data = stream.unused_data.lstrip(b"\0") or file.read(_CHUNK).lstrip(b"\0")  # xz allows zeros in between
+
+    unpacked = chunks()
+    return SimpleNamespace(read=lambda size: next(unpacked, b""))
 
 
-def _is_blob(path: Path, blob: Blob) -> bool:
-    return _is_made(path, blob.size) and _sha256(path) == blob.sha256
+def _unpack_zstd(file: BufferedReader) -> Any:
+    try:
+        from compression import zstd  # of Python 3.14
+    except ImportError:
+        import zstandard
+    else:
+        return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
+    # `zstandard` does not mind that the last frame is cut short. Therefore one that is to be skipped follows, longer
+    # than any block: a frame that is cut takes it for blocks of its own, and these are invalid.
+    end = iter([b"\x50\x2a\x4d\x18" + (1 << 18).to_bytes(4, "little") + b"\xff" * (1 << 18)])
+    closed: Any = SimpleNamespace(read=lambda size: file.read(size) or next(end, b""))
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(closed, read_across_frames=True)
 
 
-def _sha256(path: Path) -> str:
-    with _open(path) as file, _data_error("read", path):
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_UNPACK: dict[str | None, Callable[[BufferedReader], Any]] = {  # modules that a Python may have been built without
+    "gzip": lambda file: import_module("gzip").GzipFile(fileobj=file),
+    "bzip2": lambda file: _unpack_streams(file, import_module("bz2").BZ2Decompressor),
+    "xz": lambda file: _unpack_streams(file, import_module("lzma").LZMADecompressor),
+    "Zstandard": _unpack_zstd,
+}
 
 
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file that becomes `target` when the block ends well, and vanishes when it does not."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    with _data_error("write", target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".*.{'[0-9a-f]' * 16}.tmp"):  # by a process that was killed
-            with contextlib.suppress(OSError):
-                if left.lstat().st_mtime < time.time() - 86_400:
-                    left.unlink()
+def _read_json_lines(path: Path, key: str, bar: Any) -> Iterator[bytes]:
+    """Yields the text under a key of each line, in UTF-8; DataError with the line's number where there is none."""
+    for number, line in enumerate(_lines(path, bar), 1):
+        where = f"{_quote(path)}, line {number}:"
+        if not line.strip():
+            continue
         try:
-            with open(temporary, "xb") as out:
-                yield out
-                _publish(out, temporary, target)
-        except BaseException:  # Ctrl-C as well
-            temporary.unlink(missing_ok=True)
-            raise
+            record = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} no JSON in UTF-8: {command.shorten(error)}") from error
+        if not isinstance(record, dict) or key not in record:
+            there = f"has {command.shorten(', '.join(record))}" if isinstance(record, dict) else "is no object"
+            raise DataError(f"{where} no field {_quote(key)}, the line {there}; name the field with --text-key")
+        if not isinstance(text := record[key], str):
+            raise DataError(f"{where} {_quote(key)} must be a string, got {command.shorten(json.dumps(text))}")
+        try:
+            yield text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where} {_quote(key)} has half a character, {text[error.start]!a}; mend it") from error
 
 
-def _publish(out: BinaryIO, path: Path, target: Path) -> None:
-    """Gives the open file at `path` its final name, once its bytes are on disk for certain."""
-    out.flush()
-    os.fsync(out.fileno())
-    os.replace(path, target)
+def _lines(path: Path, bar: Any) -> Iterator[bytes]:
+    rest, n_lines = b"", 0
+    for chunk in _read(path, bar):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+        n_lines += len(lines)
+        if len(rest) > _MAX_LINE:
+            raise DataError(f"{_quote(path)}, line {n_lines + 1}: longer than {_MAX_LINE >> 20} MiB; are these lines?")
+    yield rest
 
 
-@contextlib.contextmanager
-def _data_error(action: str, thing: str | os.PathLike, remedy: str = "") -> Iterator[None]:
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def _is_made(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()  # what is a link, a pipe or a device was not made here
+
+
+def _make(target: Path, fill: Callable[[BinaryIO], None]) -> Path:
+    """Returns `target`, which `fill` writes if it is not there; waits for another process that makes the same."""
+    lock = target.with_name(f".{target.name}.lock")
+    with _data_error("write", target):
+        while not _is_made(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(lock, "a+b", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)) as file:
+                with suppress(OSError):  # there are file systems without locks: then each process makes its own
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if not os.fstat(file.fileno()).st_nlink:  # another process held the lock, and has removed it
+                    file.seek(0)
+                    if error := file.read().decode():
+                        raise DataError(error)
+                    continue
+                try:
+                    if not _is_made(target):
+                        _write(target, fill)
+                except DataError as error:
+                    file.write(str(error).encode(errors="backslashreplace"))  # for those that wait
+                    file.flush()
+                    raise
+                finally:
+                    lock.unlink(missing_ok=True)
+    return target
+
+
+def _write(target: Path, fill: Callable[[BinaryIO], None]) -> None:
+    """Fills a temporary file that becomes `target`, or vanishes after an error."""
+    for left in target.parent.glob(f".*.{'[0-9a-f]' * 16}.tmp"):
+        with suppress(OSError):
+            if left.lstat().st_mtime < time.time() - _LEFT_S:
+                left.unlink()
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with _data_error("write", target), open(temporary, "xb") as out:
+            fill(out)
+            out.flush()
+            os.fsync(out.fileno())
+            os.replace(temporary, target)
+    except BaseException:  # Ctrl-C as well
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _progress(name: str, total: int, done: int = 0) -> tqdm:
+    """A progress bar of bytes, on a terminal."""
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
+    return tqdm(desc=one_line(os.path.basename(name)), total=total, initial=done, **options)
+
+
+@contextmanager
+def _data_error(action: str, thing: StrPath, remedy: str = "", kind: Any = (OSError, HTTPException)) -> Any:
     """Turns a failure outside this program into a DataError: what could not be done, to what, and why."""
     try:
         yield
-    except (OSError, HTTPException) as error:
+    except kind as error:
         reason = error.reason if type(error) is urllib.error.URLError else getattr(error, "strerror", None) or error
         raise DataError(f"cannot {action} {_quote(thing)}: {reason or type(error).__name__}{remedy}") from error
 
 
-def _quote(thing: str | os.PathLike) -> str:
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _quote(thing: StrPath) -> str:
     """Quotes a path for a message, which stays one printable line whatever the path holds."""
     return command.shorten(repr(os.fsdecode(thing)), 1000)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with the given arguments, or those of the process; returns the exit code (see `command.run`)."""
-    about = "Find or make a file of raw bytes to train on, and print its path and size."
+    about = "Find or make files of raw bytes to train on, and print their paths and sizes."
     parser = command.Parser("prepare.py", description=about)
-    parser.add_argument("source", metavar="SOURCE", help=f"a corpus ({', '.join(CORPORA)}), a file or a folder")
+    names = ", ".join(CORPORA)
+    parser.add_argument("sources", metavar="SOURCE", nargs="+", help=f"a corpus ({names}), a file or a folder")
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="of .jsonl: the field that holds the text")
     parser.add_argument("--from", dest="from_file", metavar="FILE", help="a local copy, to be used as the download")
 
     def run() -> None:
-        arguments = parser.parse_args(argv)
-        path = resolve(arguments.source, from_file=arguments.from_file, data_dir=DATA_DIR)
-        command.say(one_line(f"{path}: {len(open_bytes(path)):,} bytes"))
+        flags = parser.parse_args(argv)
+        for source in flags.sources:
+            path = resolve(source, text_key=flags.text_key, from_file=flags.from_file, data_dir=DATA_DIR)
+            command.say(one_line(f"{path}: {len(open_bytes(path)):,} bytes"))
 
     return command.run("prepare.py", run, mistakes=(DataError,))
 

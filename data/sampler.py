@@ -1,15 +1,52 @@
 """Which sequences a step trains on and an evaluation measures: functions of numbers, without a state or a table."""
 
+import heapq
 import math
+import os
 import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
 
+from command import shorten
 from data.prepare import ByteFile, DataError, read_sequences
 
 VAL_FRACTION = 0.1
-Corpus = ByteFile | np.ndarray
+
+
+class JoinedCorpus:
+    """Several corpora behind each other, read as one."""
+
+    def __init__(self, corpora: "Sequence[Corpus]"):
+        self.corpora, self.sizes = corpora, [len(corpus) for corpus in corpora]
+        self.begins = np.cumsum([0, *self.sizes]).tolist()
+
+    def __len__(self) -> int:
+        return self.begins[-1]
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        """Reads `data[start:stop]` into memory, uint8."""
+        start, stop, _ = key.indices(len(self))
+        return self.read(np.array([start]), max(stop - start, 0))[0]
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Reads sequences as `ByteFile.read` does."""
+        rows = np.empty((len(starts), length), dtype=np.uint8)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            while len(row):  # until the end of the sequence, or of a corpus within it
+                i = bisect_right(self.begins, start) - 1
+                first = start - self.begins[i]
+                piece = self.corpora[i][first : first + len(row)]
+                row[: len(piece)] = piece
+                row, start = row[len(piece) :], start + len(piece)
+        return rows
+
+
+Corpus = ByteFile | np.ndarray | JoinedCorpus
 
 
 class SequenceSampler:
@@ -57,6 +94,51 @@ class SequenceSampler:
         return left << bits | right
 
 
+class MixtureSampler:
+    """Sequences of several corpora, each with its share at all times, in an order that follows from seed and position.
+
+    Each corpus goes through its own sequences as in `SequenceSampler`. Whose turn it is follows from a binary tree: of
+    the first n sequences of a node, one child gets its share of n, rounded, and the other the rest. The tree is
+    Huffman's, in which an inner node has at most 2/3 of its parent's weight, so rounding errors of the levels fade: no
+    corpus is ever two sequences off its share, and of two corpora neither more than half of one.
+
+    Args:
+        sizes: Bytes of the corpora, which follow each other in a `JoinedCorpus`.
+        weights: Their shares of the sequences, positive, in any unit; by default their sizes.
+    """
+
+    def __init__(self, sizes: Sequence[int], seq_len: int, seed: int, weights: Sequence[float] | None = None):
+        self.seq_len = seq_len
+        self._begins = np.cumsum([0, *sizes])
+        # the first corpus has the order that it has alone, and two with the same content have different ones
+        self._samplers = [SequenceSampler(size, seq_len, seed + (i << 64)) for i, size in enumerate(sizes)]
+        nodes: list[Any] = [(Fraction(weight), i, i) for i, weight in enumerate(weights or sizes)]
+        heapq.heapify(nodes)
+        for i in range(len(sizes), 2 * len(sizes) - 1):  # the number decides between equal weights
+            (light, _, left), (heavy, _, right) = heapq.heappop(nodes), heapq.heappop(nodes)
+            heapq.heappush(nodes, (light + heavy, i, (light / (light + heavy), left, right)))
+        self._root = nodes[0][2]
+
+    def starts(self, position: int, count: int) -> np.ndarray:
+        """Returns the offsets in the joined corpora of the sequences from `position` on, int64 (count,)."""
+        starts = np.empty(count, dtype=np.int64)
+        self._fill(starts, np.arange(count), self._root, position)
+        return starts
+
+    def _fill(self, starts: np.ndarray, places: np.ndarray, node: Any, position: int) -> None:
+        """Fills in the sequences of a node from `position` on at `places`."""
+        if isinstance(node, int):
+            starts[places] = self._begins[node] + self._samplers[node].starts(position, len(places))
+            return
+        share, left, right = node
+        up, down = share.as_integer_ratio()
+        before = (2 * position * up + down) // (2 * down)  # rounded, in Python's integers, which do not overflow
+        positions = range(position, position + len(places) + 1)
+        is_left = np.diff([(2 * n * up + down) // (2 * down) - before for n in positions]) > 0
+        self._fill(starts, places[is_left], left, before)
+        self._fill(starts, places[~is_left], right, position - before)
+
+
 class EvaluationBatches:
     """Batches of sequences that follow each other and cover a split, or `limit` of them, evenly spread over it.
 
@@ -91,18 +173,36 @@ def read_batch(data: Corpus, starts: np.ndarray, seq_len: int, device: str) -> t
     return batch[:, :-1], batch[:, 1:]
 
 
-def split(data: Corpus, seq_len: int) -> tuple[Corpus, Corpus]:
-    """Splits a corpus for training and validation, which is its last tenth; a DataError if one is too short."""
-    n_train = int((1 - VAL_FRACTION) * len(data))
-    if n_train < seq_len + 1 or len(data) - n_train < 2:
+def split(data: Corpus | list[Corpus], seq_len: int, val_data: Corpus | None = None) -> tuple[Corpus, Corpus]:
+    """Splits data for training and validation, which is the last tenth; of several corpora the last tenth of each.
+
+    With `val_data`, that is validated on, and all of `data` trained on. Raises a DataError if something is too short.
+    """
+    corpora = data if isinstance(data, list) else [data]
+    pairs = [_split(corpus, seq_len, VAL_FRACTION if val_data is None else 0.0) for corpus in corpora]
+    train, val = ([pair[i] for pair in pairs] for i in range(2))
+    return _join(train), _join(val) if val_data is None else val_data
+
+
+def _split(corpus: Any, seq_len: int, val_fraction: float) -> tuple[Corpus, Corpus]:
+    n_train = int((1 - val_fraction) * len(corpus))
+    if n_train < seq_len + 1 or val_fraction and len(corpus) - n_train < 2:
+        name = f"{shorten(os.fsdecode(corpus.path))}: " if isinstance(corpus, ByteFile) else ""
+        where = "the first nine tenths" if val_fraction else "they"
         raise DataError(
-            f"{len(data)} bytes are too few: the first nine tenths must hold a sequence of {seq_len + 1}; "
+            f"{name}{len(corpus)} bytes are too few: {where} must hold a sequence of {seq_len + 1}; "
             "use more data, or a config with a smaller max_seq_len"
         )
-    return data.split(n_train) if isinstance(data, ByteFile) else (data[:n_train], data[n_train:])
+    return corpus.split(n_train) if isinstance(corpus, ByteFile) else (corpus[:n_train], corpus[n_train:])
+
+
+def _join(corpora: list[Corpus]) -> Corpus:
+    return corpora[0] if len(corpora) == 1 else JoinedCorpus(corpora)
 
 
 def fingerprint(data: Corpus) -> int:
     """A CRC-32 of some pages of a corpus: 64 of 4 KiB, evenly spread, since 10 GB would take long to read."""
+    if isinstance(data, JoinedCorpus):
+        return zlib.crc32(repr([(len(corpus), fingerprint(corpus)) for corpus in data.corpora]).encode())
     offsets = np.linspace(0, max(len(data) - 4096, 0), 64).astype(np.int64).tolist()
     return zlib.crc32(b"".join(data[offset : offset + 4096].tobytes() for offset in offsets))

@@ -1186,7 +1186,9 @@ def test_config_sets_defaults_that_flags_override(here: Here) -> None:
         {"momentum": 1},
         {"schedule": 3},
         {"fsdp": 0},
-        {"data": ["a", "b"]},
+        {"data": ["a", 3]},
+        {"data": []},
+        {"data_weights": [1, 0]},
         {"windows": 3},
     ],
 )
@@ -1217,8 +1219,36 @@ def test_shipped_configs_are_read(config: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == ""
 
 
-def test_two_corpora_are_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_refused(capsys, here.flags("--steps", 2, "--data", here.data), "--data")
+def test_weights_are_as_many_as_corpora(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(capsys, here.flags("--steps", 2, "--data-weights", 1, 2), "--data-weights", "1, got 2")
+    assert_refused(capsys, here.flags("--steps", 2, "--data-weights", 0), "--data-weights", "above 0")
+    here.write_config(train={"data": ["a", "b"], "data_weights": [3, 0.5], "text_key": "t", "steps": 1})
+    flags, _ = train.parse_args(["--config", str(here.config)])
+    assert (flags.data, flags.data_weights, flags.text_key) == (["a", "b"], [3.0, 0.5], "t")
+    flags, _ = train.parse_args(["--config", str(here.config), "--data", "c", "--data", "d", "e"])
+    assert (flags.data, flags.data_weights) == (["c", "d", "e"], None)
+
+
+def test_a_mixture_is_resumed_to_the_bit(
+    here: Here, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "resolve", functools.partial(resolve, data_dir=here.path / "prepared"))
+    documents = [text(300, seed).decode("latin-1") for seed in range(10)]
+    (here.path / "b.jsonl").write_text("".join(json.dumps({"body": document}) + "\n" for document in documents))
+    flags = ["--data", here.path / "b.jsonl", "--text-key", "body", "--data-weights", 3, 1, "--short-seq-len", 8]
+    flags = ["--steps", 6, "--accumulation", 2, "--save-interval", 2, *flags]
+    assert main(here.flags(*flags)) == 0
+    whole, here.run = here.run, here.path / "crashed"
+
+    def crash() -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, crash)
+        assert main(here.flags(*flags)) == 1
+    assert_refused(capsys, here.flags(*flags, "--data-weights", 1, 1, "--resume"), "data_weights = [3.0, 1.0]")
+    assert main(here.flags(*flags, "--resume")) == 0
+    assert_same_run(here.run, whole, 6)
 
 
 NUMBERS = [flag.name for flag in fields(train.TrainFlags) if {int, float} & {flag.type, *get_args(flag.type)}]
