@@ -63,6 +63,7 @@ MIN_LENGTH = 64  # that attention of a recorded call goes over
 REPEATS = 4  # calls of a kind before it is recorded, which takes as long as some calls
 MAX_GRAPHS = 64  # kept at a time, each with memory of its own
 
+ONE_THREAD = 1 << 22  # numbers that a step of decoding multiplies, up to which one thread does it
 MBU_STEPS = 100  # of decoding, for which it is worth 0.1 s to measure the memory's bandwidth
 
 
@@ -614,7 +615,21 @@ class GraphDecoder:
         return h, model.head(h).float()
 
 
-# --- What memory allows -----------------------------------------------------------------------------------------------
+# --- A step: its settings, and what memory allows ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def step_settings(attn_impl: Any, n_multiplied: float) -> Iterator[None]:
+    """Sets how attention is computed, and the number of CPU threads, for a step that multiplies so many numbers."""
+    before, threads = model_module.attn_impl, torch.get_num_threads()
+    model_module.attn_impl = attn_impl
+    if n_multiplied <= ONE_THREAD:  # sharing out so few saves little, and on a busy machine costs much
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        model_module.attn_impl = before
+        torch.set_num_threads(threads)
 
 
 class MemoryReads:
@@ -634,8 +649,8 @@ class MemoryReads:
     def __init__(self, model: Transformer):
         self.args, self.steps, self.seconds, self.bytes = model.args, 0, 0.0, 0.0
         self.sizes: list[tuple[float, float]] = []
-        kept = sum(tensor.nbytes for tensor in getattr(model.decoder, "kept", []))  # copies, perhaps of another width
-        scale = kept / _stored_bytes(model) if kept else 1.0
+        copies = getattr(model.decoder, "kept", []) if fp8_ops.gemm_impl == "bf16" else []  # perhaps of another width
+        scale = sum(tensor.nbytes for tensor in copies) / _stored_bytes(model) if copies else 1.0
         for modules in ([*model.layers, model.norm, model.head], *([module, model.head] for module in model.mtp)):
             stacks = [m for module in modules for m in module.modules() if isinstance(m, Experts)]
             total, routed = sum(map(_stored_bytes, modules)), sum(map(_stored_bytes, stacks))
@@ -662,11 +677,13 @@ class MemoryReads:
 
 
 def _stored_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's weights; of those that were quantised, of what FP8 products read."""
-    copied = [m.quantized() for m in module.modules() if isinstance(m, Linear) and m.weight_q is not None]
-    replaced = [m.weight for m in module.modules() if isinstance(m, Linear) and m.weight_q is not None]
+    """Bytes of a module's weights; of those that FP8 products read quantised, of these copies."""
     total = sum(tensor.nbytes for tensor in module.state_dict().values())
-    return total - sum(weight.nbytes for weight in replaced) + sum(new.q.nbytes + new.s.nbytes for new in copied)
+    for layer in module.modules():
+        if fp8_ops.gemm_impl == "fp8" and isinstance(layer, Linear) and layer.weight_q is not None:
+            quantized = layer.quantized()
+            total += quantized.q.nbytes + quantized.s.nbytes - layer.weight.nbytes
+    return total
 
 
 def read_bandwidth(device: torch.device) -> float | None:

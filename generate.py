@@ -65,7 +65,6 @@ from safetensors_io import CheckpointError, read_regular
 
 # Positions of one call while prompts are read, all rows together: what bounds the memory that long prompts take.
 PREFILL_POSITIONS = 4096
-ONE_THREAD = 1 << 22  # numbers that a step of decoding multiplies, up to which one thread does it
 MAX_PROMPT_BYTES = 1 << 28  # of a file of prompts, and of a line that is piped in
 MAX_DRAFTS = 256
 LOCAL_FLAGS = ("ckpt_path", "input_file", "seed")  # in which processes may differ; the seed is the first one's
@@ -239,7 +238,7 @@ class Batch:
         self.model, self.n_active = model, model.n_params()[1]
         self.texts = [bytearray()] * min(len(texts), model.args.max_batch_size)
         self.n_drafts = min(sampling.speculate, model.args.max_seq_len - 1) if model.args.n_mtp_layers else 0
-        capacity = min(model.args.max_seq_len, max(1, *map(len, texts)) + sampling.max_new_tokens)
+        capacity = min(model.args.max_seq_len, max(1, max(map(len, texts))) + sampling.max_new_tokens)
         self.cache = model.new_cache(len(self.texts), capacity, self.n_drafts)
         self.stale: list[int] = []
         for row, text in enumerate(texts[: len(self.texts)]):
@@ -521,20 +520,6 @@ def choose_attn_impl(model: Transformer, wanted: str | None = None) -> Any:
     return wanted or ("absorb" if model.absorbs else "naive")
 
 
-@contextlib.contextmanager
-def step_settings(attn_impl: Any, n_multiplied: float) -> Iterator[None]:
-    """Sets how attention is computed, and the number of CPU threads, for a step that multiplies so many numbers."""
-    before, threads = model_module.attn_impl, torch.get_num_threads()
-    model_module.attn_impl = attn_impl
-    if n_multiplied <= ONE_THREAD:  # sharing out so few saves little, and on a busy machine costs much
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        model_module.attn_impl = before
-        torch.set_num_threads(threads)
-
-
 def generate(
     model: Transformer, prompts: Sequence[bytes], sampling: Sampling, tally: Tally | None = None,
     attn_impl: str | None = None, num_samples: int = 1, logprobs: Logprobs | None = None,
@@ -548,11 +533,11 @@ def generate(
     byte 0, before they are yielded.
     """
     texts = [prompt for prompt in prompts for _ in range(num_samples)]
-    if sampling.max_new_tokens == 0:
+    if sampling.max_new_tokens == 0 or not texts:
         yield from ((number, b"") for number in range(len(texts)))
         return
     tally, attn_impl = tally or Tally(), choose_attn_impl(model, attn_impl)
-    with step_settings(attn_impl, math.inf):  # the cache is made for one way of attention
+    with decode.step_settings(attn_impl, math.inf):  # the cache is made for one way of attention
         batch = Batch(model, texts, sampling)
     drafter = Drafter(batch)
     waiting = (Row(number, sampling, num_samples) for number in range(len(texts)))
@@ -588,7 +573,7 @@ def _advance(
     generators, limits = [row.generator for row in rows], drafter.limits([row.wanted_drafts for row in rows])
     only_decodes, start = not batch.stale, time.perf_counter()
     n_multiplied = batch.n_active * len(rows) * (1 + batch.n_drafts) if only_decodes else math.inf
-    with step_settings(attn_impl, n_multiplied):
+    with decode.step_settings(attn_impl, n_multiplied):
         accepted, probs, logits = step(batch, drafter, sampling, generators, limits)
     if only_decodes and tally.reads:
         tally.reads.count(batch.cache, max(limits), time.perf_counter() - start)
