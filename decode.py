@@ -688,13 +688,14 @@ def _stored_bytes(module: torch.nn.Module) -> int:
 
 def read_bandwidth(device: torch.device) -> float | None:
     """Measures how many bytes a second this device reads from memory, in about 0.1 s; None where there is no room."""
-    n_bytes, n_passes = 1 << (30 if device.type == "cuda" else 27), 4  # more than a cache holds
+    # more than caches hold; on a GPU several passes at a time, to which waiting adds little
+    n_bytes, n_passes = (1 << 30, 4) if device.type == "cuda" else (1 << 27, 1)
     try:
         numbers = torch.ones(n_bytes // 4, device=device)
     except (MemoryError, RuntimeError):
         return None
     seconds = []
-    for _ in range(3):  # the first is slower on a GPU, any one may be disturbed
+    for _ in range(8):  # other programs may disturb some
         start = time.perf_counter()
         torch.stack([numbers.sum() for _ in range(n_passes)]).tolist()  # waits for all
         seconds.append(time.perf_counter() - start)

@@ -88,9 +88,10 @@ output:
   draws from --seed, the line's number and i; the first one is the text of a single sample.
 
 --logprobs:
-  A line for each byte: the number of its prompt and sample, its position in the text, whether it is new, and its
-  natural logarithm under the model, before temperature, top-k and top-p (null: none, of the first byte of a prompt or
-  context). Byte 0 that ends a text has a line. "--logprobs all --max-new-tokens 0" scores texts.
+  A line of JSON for each byte: the numbers of its prompt and sample, its position in the text, whether it is new, the
+  byte, and the natural logarithm of its probability under the model, before temperature, top-k and top-p (null: of the
+  first byte of a prompt, and up to the first of its context). Byte 0 that ends a text has a line, a stop string has
+  none. "--logprobs all --max-new-tokens 0" scores texts.
 
 --interactive:
   Each line is added to the text so far, which is then continued; an empty line just goes on. On a terminal, the line
@@ -249,13 +250,12 @@ class Batch:
         text = self.texts[row]
         return text[context_start(len(text), self.model.args.max_seq_len) :]
 
-    def append(self, new: Sequence[Sequence[int]]) -> None:
-        """Appends bytes to each row. A row becomes stale when its context starts elsewhere from now on."""
-        for row, ids in enumerate(new):
-            text, context = self.texts[row], self.model.args.max_seq_len
-            if context_start(len(text), context) != context_start(len(text) + len(ids), context):
-                self.stale.append(row)
-            text += bytes(ids)
+    def append(self, row: int, ids: Sequence[int]) -> None:
+        """Appends bytes to a row, which becomes stale when its context starts elsewhere from now on."""
+        text, context = self.texts[row], self.model.args.max_seq_len
+        if context_start(len(text), context) != context_start(len(text) + len(ids), context):
+            self.stale.append(row)
+        text += bytes(ids)
 
     def restart(self, row: int, text: bytes) -> None:
         """Puts another text in the place of a row's."""
@@ -560,9 +560,10 @@ def generate(
             batch.keep(going)
             drafter.keep(going)
         rows, new = [rows[i] for i in going], [new[i] for i in going]
-        batch.append([ids if row.n_taken else [] for row, ids in zip(rows, new, strict=True)])
         for i, row in enumerate(rows):
-            if not row.n_taken:
+            if row.n_taken:
+                batch.append(i, new[i])
+            else:  # it has just come
                 batch.restart(i, texts[row.number])
 
 
@@ -846,8 +847,8 @@ def make_parser() -> command.Parser:
     add("--speculate", type=integer(0, MAX_DRAFTS), metavar="N", help=drafts)
     add("--stop", type=stop_string, metavar="STRING", help="ends a text; not printed")
     add("--num-samples", type=integer(1, 10**6), metavar="N", help="texts for each prompt; default: 1")
-    parts = "JSON lines instead of text: of each new byte, or of the prompts' as well (all), the log-probability"
-    add("--logprobs", nargs="?", const="new", choices=("new", "all"), help=parts)
+    lines = "JSON lines instead of text: the log-probability of each new byte (new, the default), or also of prompts'"
+    add("--logprobs", nargs="?", const="new", choices=("new", "all"), help=lines)
     parser.set_defaults(**asdict(Sampling()) | {"seed": None, "speculate": None})
     add = parser.add_argument_group("machine").add_argument
     most = "texts at a time, as many as the KV cache has room for; default: max_batch_size of the model's config"
@@ -908,7 +909,8 @@ def run(argv: Sequence[str] | None) -> None:
             model = load(arguments, ctx)
             speculate = choose_speculate(model.args, arguments.speculate, len(prompts))
         model.args.max_batch_size = arguments.max_batch_size or model.args.max_batch_size
-        tally = Tally(reads=(reads := decode.MemoryReads(model)))
+        reads = decode.MemoryReads(model)
+        tally = Tally(reads=reads)
         given = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
         sampling = Sampling(**given | {"seed": seed, "speculate": speculate})
         if arguments.interactive:

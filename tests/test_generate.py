@@ -863,8 +863,16 @@ def test_steps_that_decode_are_counted_and_their_mbu_is_told(
         assert bool(re.search(r"bytes/s, MBU \d+% of 10\.0 GB/s\n$", capfd.readouterr().err)) == told
 
 
-def test_bandwidth_is_measured() -> None:
-    assert 1e6 < decode.read_bandwidth(torch.device("cpu")) < 1e14  # what a memory has, in bytes a second
+def test_bandwidth_is_that_of_the_fastest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.accumulate([0, 3, 1, 2, 1, 4] + 10 * [1, 5])  # the second pass takes two seconds
+    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert decode.read_bandwidth(torch.device("cpu")) == 2**27 / 2
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: failing())
+    assert decode.read_bandwidth(torch.device("cpu")) is None
+
+
+def failing() -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
 
 # --- the command --------------------------------------------------------------------------------------------------
