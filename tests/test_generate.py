@@ -424,7 +424,7 @@ def expected_logprobs(model: Transformer, prompt: bytes, new: bytes) -> list[flo
     return nats if prompt else nats[1:]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.integers(0, 10**6), st.lists(st.lists(st.sampled_from(b"abcd"), max_size=40).map(bytes), min_size=1, max_size=4),
     st.integers(0, 3), st.integers(1, 3), st.sampled_from([0.0, 0.7]), st.sampled_from([b"", b"bd"]),
@@ -436,6 +436,7 @@ def test_logprobs_are_those_of_a_forward_pass_over_the_text(
     """Before temperature and top-k, whatever drafts, batches, samples and stop strings there are."""
     model = guessing(seed, max_batch_size=3)
     model.head.weight[0] = model.head.weight[ord("a")] / 2  # byte 0 ends some of them
+    model.head.weight.mul_(0.1)  # logits as small as a trained model's, and with them float32's rounding
     model_module.attn_impl = attn_impl
     sampling = Sampling(temperature, 3, max_new_tokens=20, stop=stop, speculate=speculate)
     output, logprobs, texts = io.BytesIO(), {}, samples(model, prompts, sampling, n)
