@@ -529,8 +529,8 @@ def generate(
     Text i is sample i % num_samples of prompt i // num_samples, and depends on these, the prompt and `sampling` alone.
     `attn_impl` is "naive" or "absorb"; None: absorb where there is a latent. Yields a text's number and the bytes that
     come next in it, as soon as they are certain. Texts of a batch take turns; as one ends, the next begins. An empty
-    piece ends a text: each gets one, as its last. `logprobs` gets all bytes that are drawn, also the stop string's and
-    byte 0, before they are yielded.
+    piece ends a text: each gets one, as its last. `logprobs` gets all bytes that are drawn before they are yielded, and
+    those that end a text, such as byte 0 or the stop string, too.
     """
     texts = [prompt for prompt in prompts for _ in range(num_samples)]
     if sampling.max_new_tokens == 0 or not texts:
@@ -545,12 +545,10 @@ def generate(
     while rows:
         new, logits = _advance(batch, drafter, sampling, rows, tally, attn_impl)
         for row, ids, row_logits in zip(rows, new, logits, strict=True):
-            n_before, piece = row.n_taken, row.take(ids)
             if logprobs is not None:
-                ids = ids[: row.n_taken - n_before]
                 nats = log_probabilities(row_logits[: len(ids)], ids)
                 logprobs.setdefault(row.number, []).extend(zip(ids, nats, strict=True))
-            if piece:
+            if piece := row.take(ids):
                 yield row.number, piece
             if row.ended:
                 yield row.number, b""
