@@ -71,9 +71,8 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
     """Attaches the fastest decoder that suits a model and its device, if it computes what the modules compute.
 
     The modules' own attention with a cache is compared with training's, too. Where a latent's "absorb" differs from it,
-    "naive" is tried, and `model.attn_impl` set to it; the model's own `absorbs` keeps the answer. To be called when
-    `fp8_ops.gemm_impl` is set. The model's weights must not change any more, or `model.decoder` be set to None before
-    they do.
+    "naive" is tried, and `model.attn_impl` set to it. To be called when `fp8_ops.gemm_impl` is set. The model's weights
+    must not change any more, or `model.decoder` be set to None before they do.
 
     Args:
         model: The model, in its evaluation mode.
