@@ -63,6 +63,9 @@ MIN_LENGTH = 64  # that attention of a recorded call goes over
 REPEATS = 4  # calls of a kind before it is recorded, which takes as long as some calls
 MAX_GRAPHS = 64  # kept at a time, each with memory of its own
 
+ONE_THREAD = 1 << 22  # numbers that a step of decoding multiplies, up to which one thread does it
+MBU_STEPS = 100  # of decoding, for which it is worth 0.1 s to measure the memory's bandwidth
+
 
 def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
     """Attaches the fastest decoder that suits a model and its device, if it computes what the modules compute.
@@ -83,6 +86,7 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
     if model.args.kv_lora_rank and not keep_attn_impl:
         impls = ["absorb", "naive"]
     impl = next((impl for impl in impls if probe.modules_agree(impl)), None)
+    model.absorbs = impl == "absorb" and model.args.kv_lora_rank > 0
     if impl != impls[0]:
         model_module.attn_impl = impls[-1]
     if impl is None:
@@ -608,6 +612,93 @@ class GraphDecoder:
         else:
             h, _ = model.mtp[depth](before[0], embedded.to(before[0].dtype), where, still)
         return h, model.head(h).float()
+
+
+# --- A step: its settings, and what memory allows ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def step_settings(attn_impl: Any, n_multiplied: float) -> Iterator[None]:
+    """Sets how attention is computed, and the number of CPU threads, for a step that multiplies so many numbers."""
+    before, threads = model_module.attn_impl, torch.get_num_threads()
+    model_module.attn_impl = attn_impl
+    if n_multiplied <= ONE_THREAD:  # sharing out so few saves little, and on a busy machine costs much
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        model_module.attn_impl = before
+        torch.set_num_threads(threads)
+
+
+class MemoryReads:
+    """Counts what decoding has to read from memory: the weights of each step, and the KV cache.
+
+    Of the routed experts, a call for n positions reads those that it chooses; counted are as many as n positions reach
+    that are routed evenly and independently. Of the embedding, it reads a row for each, which is not counted.
+
+    Attributes:
+        sizes: Bytes of this process's weights, of the main layers and then of each MTP module, as pairs: what every
+            call reads, the head included, and all routed experts.
+        steps: The counted steps.
+        seconds: How long they took.
+        bytes: What they had to read.
+    """
+
+    def __init__(self, model: Transformer):
+        self.args, self.steps, self.seconds, self.bytes = model.args, 0, 0.0, 0.0
+        self.sizes: list[tuple[float, float]] = []
+        copies = getattr(model.decoder, "kept", []) if fp8_ops.gemm_impl == "bf16" else []  # perhaps of another width
+        scale = sum(tensor.nbytes for tensor in copies) / _stored_bytes(model) if copies else 1.0
+        for modules in ([*model.layers, model.norm, model.head], *([module, model.head] for module in model.mtp)):
+            stacks = [m for module in modules for m in module.modules() if isinstance(m, Experts)]
+            total, routed = sum(map(_stored_bytes, modules)), sum(map(_stored_bytes, stacks))
+            self.sizes.append((scale * (total - routed), scale * routed))
+
+    def count(self, cache: KVCache, n_drafted: int, seconds: float) -> None:
+        """Counts a step that took so long: `n_drafted` calls of the modules, and one of the model for all drafts."""
+        args, n_rows = self.args, len(cache.lengths)
+        calls = [(0, n_rows * (1 + n_drafted)), *((min(i + 1, args.n_mtp_layers), n_rows) for i in range(n_drafted))]
+        for stack, n_positions in calls:
+            always, routed = self.sizes[stack]
+            unused = (1 - args.n_activated_experts / max(args.n_routed_experts, 1)) ** n_positions
+            layers = cache.layers[: args.n_layers] if stack == 0 else [cache.layers[args.n_layers + stack - 1]]
+            cached = sum(tensor.nbytes for layer in layers for tensor in layer)
+            self.bytes += always + routed * (1 - unused) + cached * sum(cache.lengths) / (n_rows * cache.capacity)
+        self.steps += 1
+        self.seconds += seconds
+
+    def mbu(self, device: torch.device) -> str:
+        """Describes the achieved share of the memory's bandwidth; empty after too few steps to measure that for."""
+        if self.steps < MBU_STEPS or not (bandwidth := read_bandwidth(device)):
+            return ""
+        return f"MBU {self.bytes / max(self.seconds, 1e-9) / bandwidth:.0%} of {bandwidth / 1e9:,.1f} GB/s"
+
+
+def _stored_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's weights; of those that FP8 products read quantised, of these copies."""
+    total = sum(tensor.nbytes for tensor in module.state_dict().values())
+    for layer in module.modules():
+        if fp8_ops.gemm_impl == "fp8" and isinstance(layer, Linear) and layer.weight_q is not None:
+            quantized = layer.quantized()
+            total += quantized.q.nbytes + quantized.s.nbytes - layer.weight.nbytes
+    return total
+
+
+def read_bandwidth(device: torch.device) -> float | None:
+    """Measures how many bytes a second this device reads from memory, in about 0.1 s; None where there is no room."""
+    # more than caches hold; on a GPU several passes at a time, to which waiting adds little
+    n_bytes, n_passes = (1 << 30, 4) if device.type == "cuda" else (1 << 27, 1)
+    try:
+        numbers = torch.ones(n_bytes // 4, device=device)
+    except (MemoryError, RuntimeError):
+        return None
+    seconds = []
+    for _ in range(8):  # other programs may disturb some
+        start = time.perf_counter()
+        torch.stack([numbers.sum() for _ in range(n_passes)]).tolist()  # waits for all
+        seconds.append(time.perf_counter() - start)
+    return n_bytes * n_passes / min(seconds)
 
 
 if __name__ == "__main__":  # what `_try_in_child` starts

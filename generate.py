@@ -2,6 +2,7 @@
 
     python generate.py --ckpt-path runs/mine --prompt "To be"
     python generate.py --ckpt-path runs/mine --input-file prompts.txt --max-new-tokens 100 > results
+    python generate.py --ckpt-path runs/mine --prompt - --logprobs < letter.txt
     python generate.py --ckpt-path runs/mine --interactive
 
 In Python:
@@ -12,11 +13,11 @@ In Python:
 Five ideas make drawing one byte after another, until byte 0 ends the document, useful:
 
 The KV cache: what attention computed for earlier positions stays valid. `Batch` keeps it, for texts of different
-    lengths that advance together.
+    lengths that advance together; where one ends, the next one waiting begins (continuous batching).
 The context: of a text that outgrows it, the model sees what follows the first multiple of half a context from which the
     text fits. So the cache is filled anew only when that start moves, and continuing a text in two calls is as in one.
-Sampling: temperature, then top-k, then top-p (Holtzman et al. 2019). Each row draws from a generator of its own,
-    seeded by the seed and the row's number: nothing depends on what else is in the batch.
+Sampling: temperature, then top-k, then top-p (Holtzman et al. 2019). Each text draws from a generator of its own,
+    seeded by the seed and the text's number: nothing depends on what else is in the batch.
 Speculation (Leviathan et al. 2023; DeepSeek-V3 report, section 5.4.3): MTP modules draft the next bytes, one each, and
     the last goes on from its own hidden states. The model verifies the drafts in one forward pass, by which texts have
     exactly the model's own probabilities. `step` is all of it; `Drafter` is the modules' side.
@@ -31,9 +32,10 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import copy
 import errno
 import hashlib
+import itertools
+import json
 import math
 import secrets
 import signal
@@ -61,9 +63,8 @@ from model import ConfigError, KVCache, ModelArgs, Transformer
 from parallel import ParallelContext, is_rank_zero
 from safetensors_io import CheckpointError, read_regular
 
-# Positions of one call while a prompt is read, all rows together: what bounds the memory that long prompts take.
+# Positions of one call while prompts are read, all rows together: what bounds the memory that long prompts take.
 PREFILL_POSITIONS = 4096
-ONE_THREAD = 1 << 22  # numbers that a step of decoding multiplies, up to which one thread does it
 MAX_PROMPT_BYTES = 1 << 28  # of a file of prompts, and of a line that is piped in
 MAX_DRAFTS = 256
 LOCAL_FLAGS = ("ckpt_path", "input_file", "seed")  # in which processes may differ; the seed is the first one's
@@ -74,11 +75,23 @@ output:
   In a pipe, bytes come as they are. Each text of --input-file is followed by byte 0 (as texts may hold newlines), and
   so is each reply of --interactive, which does not repeat the line. --prompt adds nothing.
   On a terminal, control characters are shown as escapes such as \\x1b, and a rule follows each text of --input-file.
+  The MBU after the speed is the share of this device's memory bandwidth, measured at the end, at which decoding read
+  weights and KV cache. A text of few bytes has none.
 
 --input-file:
-  Lines end with LF or CR LF. An empty line is an empty prompt: the beginning of a document. The lines are continued
-  max_batch_size (of the model's config) at a time. Line number i, from 0, draws from --seed and i: its text does not
-  depend on the other lines.
+  Lines end with LF or CR LF. An empty line is an empty prompt: the beginning of a document. Up to --max-batch-size
+  lines are continued at a time; as one ends, the next begins. Line number i, from 0, draws from --seed and i: its text
+  does not depend on the other lines.
+
+--num-samples:
+  The N texts of a prompt, each with the prompt, follow each other as lines of --input-file do. Sample number i, from 0,
+  draws from --seed, the line's number and i; the first one is the text of a single sample.
+
+--logprobs:
+  A line of JSON for each byte: the numbers of its prompt and sample, its position in the text, whether it is new, the
+  byte, and the natural logarithm of its probability under the model, before temperature, top-k and top-p (null: of the
+  first byte of a prompt, and up to the first of its context). Byte 0 that ends a text has a line, a stop string has
+  none. "--logprobs all --max-new-tokens 0" scores texts.
 
 --interactive:
   Each line is added to the text so far, which is then continued; an empty line just goes on. On a terminal, the line
@@ -92,6 +105,7 @@ class GenerationError(parallel.CollectiveError):
 
 MISTAKES = (CheckpointError, ConfigError, parallel.DeviceError, parallel.ParallelError, parallel.CollectiveError)
 Generators = Sequence[torch.Generator | None]
+Logprobs = dict[int, list[tuple[int, float]]]  # by a text's number: its new bytes, each with its log-probability
 
 
 @dataclass(frozen=True)
@@ -121,18 +135,33 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
 
     At temperature 0, the likeliest byte has probability 1. A row without a finite maximum raises a GenerationError.
     """
-    numbers = logits.detach().cpu().double().numpy()  # for so few, torch takes longer to begin than to compute
-    best = numbers.max(axis=-1, keepdims=True)
-    if not np.isfinite(best).all():
-        raise GenerationError("the model's output is not a number: its weights are damaged or its training diverged")
+    numbers = _below_best(logits)
     if sampling.temperature == 0:
         return (np.arange(numbers.shape[-1]) == numbers.argmax(axis=-1)[:, None]).astype(np.float64)
     with np.errstate(over="ignore"):  # what is divided by nearly nothing
-        probs = np.exp((numbers - best) / sampling.temperature)  # less the best: no overflow however cold
+        probs = np.exp(numbers / sampling.temperature)
     probs /= probs.sum(axis=-1, keepdims=True)
     if 0 < sampling.top_k < probs.shape[-1] or sampling.top_p < 1:
         probs = _truncate(probs, sampling.top_k or probs.shape[-1], sampling.top_p)
     return probs
+
+
+def log_probabilities(logits: torch.Tensor, ids: Sequence[int]) -> list[float]:
+    """Returns the model's own log-probability (nats) of each byte, from logits, float (n, V): before any temperature.
+
+    A row without a finite maximum raises a GenerationError.
+    """
+    numbers = _below_best(logits)
+    return (numbers[range(len(ids)), list(ids)] - np.log(np.exp(numbers).sum(axis=-1))).tolist()
+
+
+def _below_best(logits: torch.Tensor) -> np.ndarray:
+    """Logits less the largest of each row, float64: no exponential of them overflows, however cold."""
+    numbers = logits.detach().cpu().double().numpy()  # for so few, torch takes longer to begin than to compute
+    best = numbers.max(axis=-1, keepdims=True)
+    if not np.isfinite(best).all():
+        raise GenerationError("the model's output is not a number: its weights are damaged or its training diverged")
+    return numbers - best
 
 
 def _truncate(probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
@@ -180,9 +209,10 @@ def accept(
     return len(drafts), p[len(drafts)]
 
 
-def row_generator(seed: int, row: int) -> torch.Generator:
-    """Makes the random generator of a row; hashed, because torch would use no more than 32 bits of the seed."""
-    digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
+def row_generator(seed: int, row: int, sample: int = 0) -> torch.Generator:
+    """Makes the generator of a sample of prompt `row`; hashed, as torch would use no more than 32 bits of the seed."""
+    numbers = (seed, row, sample) if sample else (seed, row)
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
@@ -195,33 +225,42 @@ def context_start(length: int, max_seq_len: int) -> int:
 class Batch:
     """Texts of any lengths that advance together, and the KV cache of their contexts.
 
+    Its rows are the first `max_batch_size` of the given texts; the cache has room for any of the others in their place.
+
     Attributes:
         texts: All bytes of each row. Between two steps, the cache lacks the last one.
         cache: The KV cache, of the model and of its MTP modules.
         stale: Rows whose cache has to be filled before anything is forwarded.
         n_drafts: How many drafted bytes can follow the last byte of a row in a forward pass.
+        n_active: How many weights a position goes through.
     """
 
     def __init__(self, model: Transformer, texts: Sequence[bytes], sampling: Sampling):
-        self.model = model
-        self.texts = [bytearray(text or [EOS_ID]) for text in texts]  # byte 0 begins a document
+        self.model, self.n_active = model, model.n_params()[1]
+        self.texts = [bytearray()] * min(len(texts), model.args.max_batch_size)
         self.n_drafts = min(sampling.speculate, model.args.max_seq_len - 1) if model.args.n_mtp_layers else 0
-        capacity = min(model.args.max_seq_len, max(map(len, self.texts)) + sampling.max_new_tokens)
-        self.cache = model.new_cache(len(texts), capacity, self.n_drafts)
-        self.stale = list(range(len(texts)))
+        capacity = min(model.args.max_seq_len, max(1, max(map(len, texts))) + sampling.max_new_tokens)
+        self.cache = model.new_cache(len(self.texts), capacity, self.n_drafts)
+        self.stale: list[int] = []
+        for row, text in enumerate(texts[: len(self.texts)]):
+            self.restart(row, text)
 
     def context(self, row: int) -> bytearray:
         """Returns the bytes of a row that the model sees."""
         text = self.texts[row]
         return text[context_start(len(text), self.model.args.max_seq_len) :]
 
-    def append(self, new: Sequence[Sequence[int]]) -> None:
-        """Appends bytes to each row. A row becomes stale when its context starts elsewhere from now on."""
-        for row, ids in enumerate(new):
-            text, context = self.texts[row], self.model.args.max_seq_len
-            if context_start(len(text), context) != context_start(len(text) + len(ids), context):
-                self.stale.append(row)
-            text += bytes(ids)
+    def append(self, row: int, ids: Sequence[int]) -> None:
+        """Appends bytes to a row, which becomes stale when its context starts elsewhere from now on."""
+        text, context = self.texts[row], self.model.args.max_seq_len
+        if context_start(len(text), context) != context_start(len(text) + len(ids), context):
+            self.stale.append(row)
+        text += bytes(ids)
+
+    def restart(self, row: int, text: bytes) -> None:
+        """Puts another text in the place of a row's."""
+        self.texts[row] = bytearray(text or [EOS_ID])  # byte 0 begins a document
+        self.stale.append(row)
 
     def keep(self, rows: list[int]) -> None:
         """Drops all rows but these."""
@@ -254,13 +293,13 @@ class Drafter:
         self.hidden = torch.zeros(shape, dtype=model.compute_dtype, device=model.head.weight.device)
         self.lengths = [[0] * n_rows for _ in range(self.depth)]
 
-    def limits(self, left: Sequence[int]) -> list[int]:
-        """Returns how many drafts each row can take, for rows that can get `left` more bytes."""
+    def limits(self, wanted: Sequence[int]) -> list[int]:
+        """Returns how many drafts each row can take, of which no more than these are wanted."""
         context, limits = self.batch.model.args.max_seq_len, []
-        for row, most in enumerate(left):
+        for row, most in enumerate(wanted):
             length = len(self.batch.context(row))
-            # accepted bytes must not move the context, and the last byte of a text is no draft
-            limits.append(min(self.batch.n_drafts, context - length, most - 1) if length > self.depth else 0)
+            # accepted bytes must not move the context
+            limits.append(min(self.batch.n_drafts, context - length, most) if length > self.depth else 0)
         return limits
 
     def draft(
@@ -331,28 +370,38 @@ class Drafter:
 
 def fill_stale(batch: Batch, drafter: Drafter) -> None:
     """Fills the cache of the stale rows, the modules' as well, with all but the last byte of their contexts."""
-    rows, batch.stale = batch.stale, []
-    contexts = {row: batch.context(row) for row in rows}
+    model, cache, contexts = batch.model, batch.cache, {row: batch.context(row) for row in batch.stale}
+    batch.stale = []
     for k, lengths in enumerate(drafter.lengths):
         for row, context in contexts.items():
             lengths[row] = max(len(context) - 1 - k, 0)
-    if len(rows) == len(batch.texts):
-        return prefill(batch.model, list(contexts.values()), batch.cache, drafter.hidden)
-    for row in rows:
-        view = copy.copy(batch.cache)  # one row of it
-        view.layers = [[tensor[row : row + 1] for tensor in layer] for layer in batch.cache.layers]
-        prefill(batch.model, [contexts[row]], view, drafter.hidden[:, row : row + 1])
-        batch.cache.lengths[row] = view.lengths[0]
+    if len(contexts) == len(batch.texts):
+        return prefill(model, [contexts[row] for row in range(len(contexts))], cache, drafter.hidden)
+    rows = sorted(contexts, key=lambda row: len(contexts[row]))
+    while rows:  # into a small cache first, as many as one call can read
+        longest = len(contexts[rows[-1]])
+        n = max(PREFILL_POSITIONS // longest, 1)
+        group, rows = rows[-n:], rows[:-n]
+        filled, hidden = model.new_cache(len(group), longest), drafter.hidden[:, group]
+        prefill(model, [contexts[row] for row in group], filled, hidden)
+        drafter.hidden[:, group] = hidden
+        for layer, others in zip(cache.layers, filled.layers, strict=True):
+            for tensor, other in zip(layer, others, strict=True):
+                tensor[group, :longest] = other
+        for row, length in zip(group, filled.lengths, strict=True):
+            cache.lengths[row] = length
+    return None
 
 
 @torch.inference_mode()
 def step(
     batch: Batch, drafter: Drafter, sampling: Sampling, generators: Generators, limits: Sequence[int]
-) -> tuple[list[list[int]], np.ndarray]:
+) -> tuple[list[list[int]], np.ndarray, torch.Tensor]:
     """Forwards the last byte of each row, and drafts of the bytes after it, in one pass.
 
     The cache of the batch gets the accepted drafts, its texts do not. `limits` is how many drafts each row can take.
-    Returns the accepted drafts of each row, and the probabilities of the byte after them, float64 (B, V).
+    Returns the accepted drafts of each row, the probabilities of the byte after them, float64 (B, V), and the model's
+    logits of the drafts and of the byte after, float32 (B, n + 1, V).
     """
     fill_stale(batch, drafter)
     drafts, q = drafter.draft(sampling, generators, limits)
@@ -367,7 +416,8 @@ def step(
     drafter.update(hidden, max(limits), n_accepted)
     # roll the cache back
     batch.cache.lengths = [length + 1 + n for length, n in zip(batch.cache.lengths, n_accepted, strict=True)]
-    return [row[:n] for row, n in zip(drafts, n_accepted, strict=True)], np.stack([after for _, after in verdicts])
+    accepted = [row[:n] for row, n in zip(drafts, n_accepted, strict=True)]
+    return accepted, np.stack([after for _, after in verdicts]), logits
 
 
 def prefill(
@@ -399,21 +449,28 @@ def prefill(
 
 
 class Row:
-    """One text of a batch: how it is drawn, and where it ends."""
+    """One text of a batch, sample number % num_samples of a prompt: how it is drawn, and where it ends."""
 
-    def __init__(self, number: int, sampling: Sampling):
-        self.number = number  # that of the prompt
-        self.generator = row_generator(sampling.seed, number) if sampling.temperature > 0 else None
+    def __init__(self, number: int, sampling: Sampling, num_samples: int = 1):
+        self.number = number
+        generator = row_generator(sampling.seed, *divmod(number, num_samples))
+        self.generator = generator if sampling.temperature > 0 else None
         self.left = sampling.max_new_tokens  # bytes that it can still get
+        self.n_taken = 0
         self.ended = False
         self._stop = sampling.stop
         self._held = b""  # what may be the beginning of the stop string
+
+    @property
+    def wanted_drafts(self) -> int:
+        """How many bytes to draft at most: the last byte of a text is no draft, nor is the first."""
+        return self.left - 1 if self.n_taken else 0
 
     def take(self, ids: Sequence[int]) -> bytes:
         """Takes the next bytes, up to where the text ends, and returns those that are certainly part of it."""
         certain = b""
         for i in ids:
-            self.left -= 1
+            self.left, self.n_taken = self.left - 1, self.n_taken + 1
             self._held += b"" if i == EOS_ID else bytes([i])
             is_stopped = bool(self._stop) and self._held.endswith(self._stop)
             self.ended = is_stopped or i == EOS_ID or self.left == 0
@@ -428,12 +485,16 @@ class Row:
 
 @dataclass
 class Tally:
-    """Counts bytes drafted for rows that could take them, those accepted, bytes written, and the time it took."""
+    """Counts bytes drafted for rows that could take them, those accepted, bytes written, and the time it took.
+
+    `reads` counts what the steps that did nothing but decode had to read from memory.
+    """
 
     drafted: int = 0
     accepted: int = 0
     written: int = 0
     seconds: float = 0.0
+    reads: decode.MemoryReads | None = None
 
     def measure(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
         """Passes on what `generate` yields, and counts the bytes and the time."""
@@ -452,81 +513,72 @@ class Tally:
         return f"{text}, {self.accepted / self.drafted:.0%} of {self.drafted:,} drafts accepted"
 
 
-def choose_attn_impl(args: ModelArgs, wanted: str | None = None) -> Any:
-    """Returns how attention is computed: as wanted, else through the latent ("absorb") where there is one."""
-    if wanted == "absorb" and args.kv_lora_rank == 0:
+def choose_attn_impl(model: Transformer, wanted: str | None = None) -> Any:
+    """Returns how attention is computed: as wanted, else through the latent ("absorb") where that is the model."""
+    if wanted == "absorb" and model.args.kv_lora_rank == 0:
         raise GenerationError("--attn-impl absorb needs a model with a latent, this one has kv_lora_rank 0; use naive")
-    return wanted or ("absorb" if args.kv_lora_rank else "naive")
-
-
-@contextlib.contextmanager
-def step_settings(attn_impl: Any, n_multiplied: float) -> Iterator[None]:
-    """Sets how attention is computed, and the number of CPU threads, for a step that multiplies so many numbers."""
-    before, threads = model_module.attn_impl, torch.get_num_threads()
-    model_module.attn_impl = attn_impl
-    if n_multiplied <= ONE_THREAD:  # sharing out so few saves little, and on a busy machine costs much
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        model_module.attn_impl = before
-        torch.set_num_threads(threads)
+    return wanted or ("absorb" if model.absorbs else "naive")
 
 
 def generate(
-    model: Transformer,
-    prompts: Sequence[bytes],
-    sampling: Sampling,
-    tally: Tally | None = None,
-    attn_impl: str | None = None,
-) -> Iterator[tuple[int, bytes]]:
-    """Continues prompts, `max_batch_size` of them at a time; an empty one stands for the beginning of a document.
+    model: Transformer, prompts: Sequence[bytes], sampling: Sampling, tally: Tally | None = None,
+    attn_impl: str | None = None, num_samples: int = 1, logprobs: Logprobs | None = None,
+) -> Iterator[tuple[int, bytes]]:  # fmt: skip
+    """Continues prompts, `max_batch_size` texts at a time; an empty one stands for the beginning of a document.
 
-    `attn_impl` is "naive" or "absorb"; None: absorb where there is a latent. Yields a prompt's number and the bytes
-    that come next in its text, as soon as they are certain. Prompts of a batch take turns. An empty piece ends a text:
-    each prompt gets one, as its last.
+    Text i is sample i % num_samples of prompt i // num_samples, and depends on these, the prompt and `sampling` alone.
+    `attn_impl` is "naive" or "absorb"; None: absorb where there is a latent. Yields a text's number and the bytes that
+    come next in it, as soon as they are certain. Texts of a batch take turns; as one ends, the next begins. An empty
+    piece ends a text: each gets one, as its last. `logprobs` gets all bytes that are drawn before they are yielded, and
+    those that end a text, such as byte 0 or the stop string, too.
     """
-    if sampling.max_new_tokens == 0:
-        yield from ((row, b"") for row in range(len(prompts)))
+    texts = [prompt for prompt in prompts for _ in range(num_samples)]
+    if sampling.max_new_tokens == 0 or not texts:
+        yield from ((number, b"") for number in range(len(texts)))
         return
-    size, attn_impl = model.args.max_batch_size, choose_attn_impl(model.args, attn_impl)
-    for first in range(0, len(prompts), size):
-        rows = [Row(first + i, sampling) for i in range(len(prompts[first : first + size]))]
-        yield from _generate_batch(model, rows, prompts[first : first + size], sampling, tally or Tally(), attn_impl)
-
-
-def _generate_batch(
-    model: Transformer, rows: list[Row], prompts: Sequence[bytes], sampling: Sampling, tally: Tally, attn_impl: str
-) -> Iterator[tuple[int, bytes]]:
-    """`generate` for prompts that fit a batch. Rows leave as they end."""
-    with step_settings(attn_impl, math.inf):  # the cache is made for one way of attention
-        batch = Batch(model, prompts, sampling)
-    drafter, limits = Drafter(batch), [0] * len(rows)  # nothing is drafted before the first byte is drawn
-    active, n_multiplied = model.n_params()[1], math.inf  # in the first step, which forwards the prompts
-    while True:
-        generators = [row.generator for row in rows]
-        with step_settings(attn_impl, n_multiplied):
-            accepted, probs = step(batch, drafter, sampling, generators, limits)
-        tally.drafted += sum(limits)
-        tally.accepted += sum(map(len, accepted))
-        new = [[*ids, byte] for ids, byte in zip(accepted, draw(probs, generators), strict=True)]
-        going = []  # places in the batch of the rows that go on
-        for i, row in enumerate(rows):
-            if piece := row.take(new[i]):
+    tally, attn_impl = tally or Tally(), choose_attn_impl(model, attn_impl)
+    with decode.step_settings(attn_impl, math.inf):  # the cache is made for one way of attention
+        batch = Batch(model, texts, sampling)
+    drafter = Drafter(batch)
+    waiting = (Row(number, sampling, num_samples) for number in range(len(texts)))
+    rows = list(itertools.islice(waiting, len(batch.texts)))
+    while rows:
+        new, logits = _advance(batch, drafter, sampling, rows, tally, attn_impl)
+        for row, ids, row_logits in zip(rows, new, logits, strict=True):
+            if logprobs is not None:
+                nats = log_probabilities(row_logits[: len(ids)], ids)
+                logprobs.setdefault(row.number, []).extend(zip(ids, nats, strict=True))
+            if piece := row.take(ids):
                 yield row.number, piece
             if row.ended:
                 yield row.number, b""
-            else:
-                going.append(i)
-        if not going:
-            return
-        if len(going) < len(rows):
-            rows, new = [rows[i] for i in going], [new[i] for i in going]
+        rows = [next(waiting, row) if row.ended else row for row in rows]
+        going = [i for i, row in enumerate(rows) if not row.ended]
+        if 0 < len(going) < len(rows):
             batch.keep(going)
             drafter.keep(going)
-        batch.append(new)
-        limits = drafter.limits([row.left for row in rows])
-        n_multiplied = active * len(rows) * (1 + batch.n_drafts)
+        rows, new = [rows[i] for i in going], [new[i] for i in going]
+        for i, row in enumerate(rows):
+            if row.n_taken:
+                batch.append(i, new[i])
+            else:  # it has just come
+                batch.restart(i, texts[row.number])
+
+
+def _advance(
+    batch: Batch, drafter: Drafter, sampling: Sampling, rows: Sequence[Row], tally: Tally, attn_impl: str
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Draws the next bytes of each row, at least one; returns them and their logits, (B, n or more, V)."""
+    generators, limits = [row.generator for row in rows], drafter.limits([row.wanted_drafts for row in rows])
+    only_decodes, start = not batch.stale, time.perf_counter()
+    n_multiplied = batch.n_active * len(rows) * (1 + batch.n_drafts) if only_decodes else math.inf
+    with decode.step_settings(attn_impl, n_multiplied):
+        accepted, probs, logits = step(batch, drafter, sampling, generators, limits)
+    if only_decodes and tally.reads:
+        tally.reads.count(batch.cache, max(limits), time.perf_counter() - start)
+    tally.drafted += sum(limits)
+    tally.accepted += sum(map(len, accepted))
+    return [[*ids, byte] for ids, byte in zip(accepted, draw(probs, generators), strict=True)], logits
 
 
 def complete(model: Transformer, prompt: str | bytes, sampling: Sampling | None = None) -> Any:
@@ -573,24 +625,77 @@ class Writer:
             self.line_open = not text.endswith("\n")
 
 
+class LogprobWriter:
+    """Writes, in place of the bytes of texts, a line of JSON for each: see `EPILOG`.
+
+    `logprobs` is what `generate` fills; with `scorer`, bytes of prompts get lines, too, scored by this model.
+    """
+
+    def __init__(self, prompts: Sequence[bytes], num_samples: int, logprobs: Logprobs, scorer: Transformer | None):
+        self.prompts, self.num_samples, self.logprobs, self.scorer = prompts, num_samples, logprobs, scorer
+        self.number, self.position = 0, 0  # of the text, and of its next byte in it
+        self.of_prompt: list[float | None] = []
+
+    def write(self, data: bytes | bytearray) -> None:
+        """Adds bytes to the text, those of its prompt first."""
+        row, sample = divmod(self.number, self.num_samples)
+        n_prompt = len(self.prompts[row])
+        if self.scorer is not None and data and self.position == sample == 0:
+            self.of_prompt = prompt_logprobs(self.scorer, self.prompts[row])
+        for position, byte in enumerate(data, self.position):
+            is_new = position >= n_prompt
+            line: dict[str, Any] = {"prompt": row, "sample": sample, "position": position, "new": is_new, "byte": byte}
+            if is_new:
+                _, line["logprob"] = self.logprobs[self.number][position - n_prompt]
+            elif self.scorer is not None:
+                line["logprob"] = self.of_prompt[position]
+            if is_rank_zero() and "logprob" in line:
+                command.write(json.dumps(line).encode() + b"\n")
+        self.position += len(data)
+
+    def end(self) -> None:
+        """Ends the text: byte 0 gets a line if it ended it, a stop string does not."""
+        n_new = self.position - len(self.prompts[self.number // self.num_samples])
+        drawn = [byte for byte, _ in self.logprobs.get(self.number, [])[n_new:]]
+        if drawn[:1] == [EOS_ID]:
+            self.write(bytes(drawn[:1]))
+        self.logprobs.pop(self.number, None)
+        self.number, self.position = self.number + 1, 0
+
+
+@torch.inference_mode()
+def prompt_logprobs(model: Transformer, prompt: bytes) -> list[float | None]:
+    """Returns the log-probability of each byte of a prompt; None of the first in its context and of those before."""
+    start = context_start(len(prompt), model.args.max_seq_len)
+    context, nats = prompt[start:], []
+    cache = model.new_cache(1, len(context))
+    for first in range(0, len(context) - 1, PREFILL_POSITIONS):
+        last = min(first + PREFILL_POSITIONS, len(context) - 1)
+        nats += log_probabilities(model(context[first:last], cache), context[first + 1 : last + 1])
+    return [None] * (start + 1) + nats
+
+
 def write_results(
-    model: Transformer, prompts: Sequence[bytes], sampling: Sampling, writer: Writer, tally: Tally
-) -> None:
-    """Writes each prompt and its continuation, in order: the first that is not over as it comes, others later."""
-    waiting = {row: bytearray(prompt) for row, prompt in enumerate(prompts)}  # not written yet
+    model: Transformer, prompts: Sequence[bytes], sampling: Sampling, writer: Writer | LogprobWriter, tally: Tally,
+    num_samples: int = 1, logprobs: Logprobs | None = None,
+) -> None:  # fmt: skip
+    """Writes each prompt and its continuations, in order: the first that is not over as it comes, others later."""
+    waiting = {number: bytearray() for number in range(len(prompts) * num_samples)}  # not written yet
     over, current = set(), 0
-    writer.write(waiting.pop(current))
-    for row, piece in tally.measure(generate(model, prompts, sampling, tally, model_module.attn_impl)):
+    writer.write(prompts[0] + waiting.pop(0))
+    pieces = generate(model, prompts, sampling, tally, model_module.attn_impl, num_samples, logprobs)
+    for number, piece in tally.measure(pieces):
         if not piece:
-            over.add(row)
-        elif row == current:
+            over.add(number)
+        elif number == current:
             writer.write(piece)
         else:
-            waiting[row] += piece
+            waiting[number] += piece
         while current in over:
             writer.end()
             current += 1
-            writer.write(waiting.pop(current, b""))
+            if current in waiting:
+                writer.write(prompts[current // num_samples] + waiting.pop(current))
 
 
 def interact(
@@ -621,6 +726,20 @@ def interact(
         writer.end()
 
 
+def write_all(
+    model: Transformer, prompts: Sequence[bytes], sampling: Sampling, tally: Tally, arguments: argparse.Namespace
+) -> None:
+    """Continues prompts, and writes the texts or their log-probabilities, as the flags say."""
+    warn_if_too_long(prompts, model.args.max_seq_len)
+    num_samples, writer = arguments.num_samples or 1, cast(Writer | LogprobWriter, Writer())
+    logprobs: Logprobs | None = {} if arguments.logprobs else None
+    if logprobs is not None:
+        writer = LogprobWriter(prompts, num_samples, logprobs, model if arguments.logprobs == "all" else None)
+    elif arguments.input_file is not None or num_samples > 1:
+        writer = Writer(b"\0", "-" * 40 + "\n")
+    write_results(model, prompts, sampling, writer, tally, num_samples, logprobs)
+
+
 def keyboard_line() -> bytes | None:
     """Asks for a line on the terminal; None after Ctrl-D or Ctrl-C."""
     try:
@@ -632,15 +751,28 @@ def keyboard_line() -> bytes | None:
         return None
 
 
-def piped_line() -> bytes | None:
-    """Reads a line of standard input that is no terminal; None at its end."""
+def read_stdin(read: Callable[[int], bytes], what: str) -> bytes:
+    """Reads a bounded part of standard input by one of its buffer's methods."""
     try:
-        line = sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1)
+        data = read(MAX_PROMPT_BYTES + 1)
     except OSError as error:
         raise OSError(error.errno, error.strerror, "standard input") from None
-    if len(line) > MAX_PROMPT_BYTES:
-        raise OSError(errno.EFBIG, f"a line of more than {MAX_PROMPT_BYTES:,} bytes; divide it", "standard input")
+    if len(data) > MAX_PROMPT_BYTES:
+        raise OSError(errno.EFBIG, f"{what} of more than {MAX_PROMPT_BYTES:,} bytes; divide it", "standard input")
+    return data
+
+
+def piped_line() -> bytes | None:
+    """Reads a line of standard input that is no terminal; None at its end."""
+    line = read_stdin(sys.stdin.buffer.readline, "a line")
     return line.removesuffix(b"\n").removesuffix(b"\r") if line else None
+
+
+def piped_prompt() -> bytes:
+    """Reads all of standard input as it is."""
+    if sys.stdin.isatty():
+        command.note("Type the prompt. Ctrl-D on a line of its own ends it.")
+    return read_stdin(sys.stdin.buffer.read, "a prompt")
 
 
 def read_prompts(path: str) -> list[bytes]:
@@ -676,7 +808,7 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored else "bf16")
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
-    model_module.attn_impl = choose_attn_impl(model.args, arguments.attn_impl)
+    model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)
     if warning := decode.attach(model, keep_attn_impl=arguments.attn_impl is not None):
         command.warn("generate.py", warning)
     return model
@@ -700,7 +832,7 @@ def make_parser() -> command.Parser:
     parser = command.Parser("generate.py", description=about, epilog=EPILOG, formatter_class=form)
     parser.add_argument("--ckpt-path", required=True, metavar="DIR", help="a checkpoint, or the folder of a run")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--prompt", metavar="TEXT", help="the text to continue; empty: the beginning of a document")
+    add("--prompt", metavar="TEXT", help="the text to continue; empty: the beginning of a document; -: read from stdin")
     add("--input-file", metavar="FILE", help="a file of prompts, one a line")
     add("--interactive", action="store_true", help="continue what you type, line by line")
     add = parser.add_argument_group("sampling").add_argument
@@ -712,8 +844,13 @@ def make_parser() -> command.Parser:
     drafts = "bytes drafted at a time by MTP modules, for speed; default: one each, or 1 for several texts; 0: none"
     add("--speculate", type=integer(0, MAX_DRAFTS), metavar="N", help=drafts)
     add("--stop", type=stop_string, metavar="STRING", help="ends a text; not printed")
+    add("--num-samples", type=integer(1, 10**6), metavar="N", help="texts for each prompt; default: 1")
+    lines = "JSON lines instead of text: the log-probability of each new byte (new, the default), or also of prompts'"
+    add("--logprobs", nargs="?", const="new", choices=("new", "all"), help=lines)
     parser.set_defaults(**asdict(Sampling()) | {"seed": None, "speculate": None})
     add = parser.add_argument_group("machine").add_argument
+    most = "texts at a time, as many as the KV cache has room for; default: max_batch_size of the model's config"
+    add("--max-batch-size", type=integer(1, 1 << 20), metavar="N", help=most)
     add("--attn-impl", choices=("naive", "absorb"), help="default: absorb where there is a latent")
     gemm = "default: fp8 for weights stored in FP8 where the hardware multiplies them, else bf16"
     add("--gemm-impl", choices=("bf16", "fp8"), help=gemm)
@@ -749,7 +886,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> None:
     """Parses the flags, loads the model, writes the texts, and reports the speed on stderr."""
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.interactive and (arguments.num_samples is not None or arguments.logprobs is not None):
+        parser.error("--num-samples and --logprobs go with --prompt or --input-file, not with --interactive")
     with parallel.process_group("generate.py", MISTAKES):
         prompts = [] if arguments.prompt is None else [encode(arguments.prompt)]
         if arguments.input_file is not None:
@@ -759,21 +899,25 @@ def run(argv: Sequence[str] | None) -> None:
         ctx = ParallelContext.join(parallel.pick_device(arguments.device), parallel.read_launch().world_size)
         ctx.require_equal({name: value for name, value in vars(arguments).items() if name not in LOCAL_FLAGS})
         ctx.require_equal({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})
+        if arguments.prompt == "-":
+            prompts = [cast(bytes, ctx.broadcast_bytes(piped_prompt))]
         seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
         seed = int(ctx.broadcast_bytes(lambda: str(seed).encode()))
         with ctx.collective_section():
-            model, tally = load(arguments, ctx), Tally()
+            model = load(arguments, ctx)
             speculate = choose_speculate(model.args, arguments.speculate, len(prompts))
+        model.args.max_batch_size = arguments.max_batch_size or model.args.max_batch_size
+        reads = decode.MemoryReads(model)
+        tally = Tally(reads=reads)
         given = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
         sampling = Sampling(**given | {"seed": seed, "speculate": speculate})
         if arguments.interactive:
             converse(model, sampling, tally, ctx)
         else:
-            warn_if_too_long(prompts, model.args.max_seq_len)
-            writer = Writer() if arguments.input_file is None else Writer(b"\0", "-" * 40 + "\n")
-            write_results(model, prompts, sampling, writer, tally)
+            write_all(model, prompts, sampling, tally, arguments)
         if is_rank_zero():
-            command.note(f"{tally}, seed {seed}" if sampling.temperature > 0 else str(tally))
+            seed_used = f"seed {seed}" if sampling.temperature > 0 else ""
+            command.note(", ".join(filter(None, [str(tally), reads.mbu(model.head.weight.device), seed_used])))
 
 
 if __name__ == "__main__":

@@ -723,7 +723,6 @@ class Transformer(nn.Module):
 
     Weights keep the dtype they were created or loaded in; `compute_dtype` is that of the activations, and every product
     casts its weight to it. So float32 masters train in bfloat16, and weights stored in bfloat16 are used as they are.
-
     With `fp8_weights` there is room for weights stored in FP8 and their scales, as an FP8 checkpoint has them. Without
     `init`, and on the meta device, weights are undefined: to be loaded; else `init_weights` draws them.
     """
@@ -736,6 +735,7 @@ class Transformer(nn.Module):
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False  # whether the backward pass computes each block again, which saves memory
         self.decoder: Any = None  # a faster path for calls of few positions under its `attn_impls`: see decode.py
+        self.absorbs = args.kv_lora_rank > 0  # in decoding, unless `decode.attach` finds that it changes the model
         weight = torch.empty(args.vocab_size, args.dim)  # an Embedding would draw its own
         self.embed = nn.Embedding(args.vocab_size, args.dim, _weight=weight)
         self.layers: Any = nn.ModuleList(Block(i, args) for i in range(args.n_layers))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from hypothesis import strategies as st
 import checkpoint as checkpoints
 import command
 import decode
+import fp8_ops
 import generate
 import model as model_module
 from generate import (
@@ -111,7 +114,7 @@ class Script:
 
     def __init__(self, scripts: dict[bytes, bytes], batch_size: int = 4):
         self.args = SimpleNamespace(max_seq_len=10**6, max_batch_size=batch_size, n_mtp_layers=0, dim=1, kv_lora_rank=0)
-        self.compute_dtype = torch.float32
+        self.compute_dtype, self.absorbs = torch.float32, False
         self.head = SimpleNamespace(weight=torch.zeros(1))
         self.scripts = scripts  # by the first byte of the prompt, which is one byte
 
@@ -309,6 +312,152 @@ def test_continuing_in_two_calls_is_continuing_in_one(models: dict[str, Transfor
 
 def test_no_new_bytes_never_run_the_model() -> None:
     assert collect(None, [b"a", b"b"], replace(GREEDY, max_new_tokens=0)) == [b"", b""]
+    assert collect(None, [], GREEDY) == []
+
+
+class Counted(Script):
+    """Counts the calls that decode, and keeps the batch sizes of all."""
+
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.n_steps, self.sizes = 0, set()
+
+    def forward_with_hidden(self, tokens: torch.Tensor, cache: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+        self.n_steps += 1  # prompts of one byte are not forwarded before
+        self.sizes.add(len(tokens))
+        return super().forward_with_hidden(tokens, cache)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=12), st.integers(1, 5))
+def test_a_text_begins_as_soon_as_another_ends(lengths: list[int], size: int) -> None:
+    scripts = {bytes([100 + i]): b"x" * n for i, n in enumerate(lengths)}
+    model = Counted(scripts, size)
+    assert collect(model, list(scripts), Sampling(temperature=0)) == list(scripts.values())
+    free = [0] * min(size, len(lengths))  # the step at which each row can take the next text
+    for n in lengths:
+        free[free.index(min(free))] += n + 1  # byte 0 takes a step, too
+    assert model.n_steps == max(free)
+    assert max(model.sizes) <= size
+
+
+def test_uneven_texts_take_fewer_steps_than_batch_by_batch() -> None:
+    scripts = {bytes([100 + i]): b"x" * (40 if i % 4 == 0 else 2) for i in range(16)}
+    together, by_batch = Counted(scripts, 4), Counted(scripts, 4)
+    prompts = list(scripts)
+    texts = collect(together, prompts, GREEDY)
+    assert texts == [text for i in range(0, 16, 4) for text in collect(by_batch, prompts[i : i + 4], GREEDY)]
+    assert (together.n_steps, by_batch.n_steps) == (18 + 41, 4 * 41)  # the last long text begins after 18 steps
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, database=None)  # rounding decides now and then
+@given(st.integers(0, 10**6), st.integers(2, 4), st.integers(0, 3), st.sampled_from([0.0, 1.0]), st.booleans())
+def test_what_begins_among_others_is_what_it_is_alone(
+    seed: int, size: int, speculate: int, temperature: float, absorbs: bool
+) -> None:
+    """Prompts of one byte beside long ones, drafts, contexts that move, texts that end in the midst of others."""
+    model = guessing(seed, n_mtp_layers=2, max_batch_size=size)
+    model_module.attn_impl = "absorb" if absorbs else "naive"
+    model.head.weight[0] = model.head.weight[ord("a")] / 2  # byte 0 ends some of them
+    prompts = [b"abcd"[: i % 5] * (1 + 5 * (i % 2)) for i in range(7)]
+    sampling = Sampling(temperature, 4, max_new_tokens=18, speculate=speculate, stop=b"dd")
+    texts = collect(model, prompts, sampling)
+    model.args.max_batch_size = 1
+    assert texts == collect(model, prompts, sampling)
+    if temperature == 0:
+        assert texts == [collect(model, [prompt], sampling)[0] for prompt in prompts]
+
+
+def test_the_cache_has_the_rows_of_a_batch_and_no_more(models: dict[str, Transformer]) -> None:
+    caches, model = [], models["latent"]
+    with pytest.MonkeyPatch.context() as patch:
+        new_cache = model.new_cache
+        patch.setattr(model, "new_cache", lambda *given: caches.append(given[:2]) or new_cache(*given))
+        patch.setattr(generate, "PREFILL_POSITIONS", 20)
+        collect(model, PROMPTS * 3, replace(GREEDY, stop=b"a"))
+    (first, *others) = caches
+    assert first == (3, CONTEXT) and others
+    assert all(n_rows * length <= 20 for n_rows, length in others)  # while prompts are read
+
+
+# --- samples of a prompt --------------------------------------------------------------------------------------------
+
+
+def samples(model: Transformer, prompts: list[bytes], sampling: Sampling, n: int) -> list[list[bytes]]:
+    """The samples of each prompt."""
+    texts = [b""] * n * len(prompts)
+    for number, piece in generate.generate(model, prompts, sampling, num_samples=n):
+        texts[number] += piece
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+def test_a_sample_depends_on_its_number_alone() -> None:
+    model, sampling = tiny(), replace(GREEDY, temperature=1.0, top_k=4, max_new_tokens=12)
+    many = samples(model, PROMPTS[:4], sampling, 5)
+    assert [first for first, *_ in many] == collect(model, PROMPTS[:4], sampling)
+    for size in (1, 2, 50):
+        model.args.max_batch_size = size
+        assert samples(model, PROMPTS[:4], sampling, 3) == [texts[:3] for texts in many]
+    assert len({text for texts in many for text in texts}) == 20
+    assert samples(model, [b"ab"], replace(sampling, temperature=0), 3) == [[complete(model, b"ab", GREEDY)[:12]] * 3]
+
+
+def test_no_two_samples_share_a_generator() -> None:
+    drawn = {generate.uniform(row_generator(*numbers)) for numbers in itertools.product(range(12), repeat=3)}
+    assert len(drawn) == 12**3
+
+
+# --- log-probabilities ----------------------------------------------------------------------------------------------
+
+
+def expected_logprobs(model: Transformer, prompt: bytes, new: bytes) -> list[float | None]:
+    """Of each byte by a forward pass over its context, without a cache; None where that has none before it."""
+    model_module.attn_impl = "naive"
+    given, context, passes, nats = prompt or b"\0", model.args.max_seq_len, {}, []
+    text = given + new
+    for end, byte in enumerate(text):
+        seen = max(end, len(given))  # of the prompt, the model sees what its first new byte sees
+        start = next(s for s in range(0, seen, context // 2) if seen - s <= context)
+        if start not in passes:
+            logits = model(torch.tensor([list(text[start : start + context])]))
+            passes[start] = logits[0].double().log_softmax(-1)
+        nats.append(passes[start][end - start - 1, byte].item() if end > start else None)
+    return nats if prompt else nats[1:]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(0, 10**6), st.lists(st.lists(st.sampled_from(b"abcd"), max_size=40).map(bytes), min_size=1, max_size=4),
+    st.integers(0, 3), st.integers(1, 3), st.sampled_from([0.0, 0.7]), st.sampled_from([b"", b"bd"]),
+    st.sampled_from(["naive", "absorb"]),
+)  # fmt: skip
+def test_logprobs_are_those_of_a_forward_pass_over_the_text(
+    seed: int, prompts: list[bytes], speculate: int, n: int, temperature: float, stop: bytes, attn_impl: str
+) -> None:
+    """Before temperature and top-k, whatever drafts, batches, samples and stop strings there are."""
+    model = guessing(seed, max_batch_size=3)
+    model.head.weight[0] = model.head.weight[ord("a")] / 2  # byte 0 ends some of them
+    model.head.weight.mul_(0.1)  # logits as small as a trained model's, and with them float32's rounding
+    model_module.attn_impl = attn_impl
+    sampling = Sampling(temperature, 3, max_new_tokens=20, stop=stop, speculate=speculate)
+    output, logprobs, texts = io.BytesIO(), {}, samples(model, prompts, sampling, n)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(output))
+        patch.setattr(generate.model_module, "attn_impl", attn_impl)
+        writer = generate.LogprobWriter(prompts, n, logprobs, model)
+        generate.write_results(model, prompts, sampling, writer, generate.Tally(), n, logprobs)
+        lines = [json.loads(line) for line in output.getvalue().splitlines()]
+    assert logprobs == {}
+    for row, prompt in enumerate(prompts):
+        for sample, text in enumerate(texts[row]):
+            ours = [line for line in lines if (line["prompt"], line["sample"]) == (row, sample)]
+            assert bytes(line["byte"] for line in ours) in (prompt + text, prompt + text + b"\0")
+            assert [line["position"] for line in ours] == list(range(len(ours)))
+            assert [line["new"] for line in ours] == [i >= len(prompt) for i in range(len(ours))]
+            new = bytes(line["byte"] for line in ours if line["new"])
+            for line, nats in zip(ours, expected_logprobs(model, prompt, new), strict=True):
+                assert line["logprob"] == (None if nats is None else pytest.approx(nats, abs=1e-5))
+    order = [(line["prompt"], line["sample"], line["position"]) for line in lines]
+    assert order == sorted(order)
 
 
 @given(
@@ -360,6 +509,21 @@ def test_a_prompt_may_be_text_and_needs_nothing_else(
     assert model_module.attn_impl == "naive"  # as before
     with pytest.raises(generate.GenerationError, match="kv_lora_rank 0"):
         next(generate.generate(models["plain"], [b"a"], GREEDY, attn_impl="absorb"))
+
+
+def test_a_model_whose_absorbed_attention_is_another_is_not_decoded_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a REPL, too, once `decode.attach` has found it."""
+    model = guessing(3, max_seq_len=200, original_seq_len=200)
+    text = complete(model, b"ab", GREEDY)
+    absorbed = model_module.MLA._attend_absorbed
+    monkeypatch.setattr(model_module.MLA, "_attend_absorbed", lambda *given: 1.5 * absorbed(*given))
+    assert "absorbed attention differs" in str(decode.attach(model))
+    assert complete(model, b"ab", GREEDY) == text
+    model_module.attn_impl = "absorb"  # whatever that is for another model
+    assert complete(model, b"ab", GREEDY) == text
+    monkeypatch.undo()
+    decode.attach(model)
+    assert generate.choose_attn_impl(model) == "absorb"
 
 
 @pytest.mark.slow
@@ -629,6 +793,89 @@ def test_the_command_drafts_unless_told_otherwise(folder: Path, capfd: pytest.Ca
     assert len(set(outputs)) == 1
 
 
+# --- memory that decoding reads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_to_read_are_those_of_the_tensors_that_are_used(dtype: torch.dtype) -> None:
+    """Each tensor by its name; each way in which even routing can choose experts, as often as the others."""
+    model = Transformer(ModelArgs.from_dict(TINY | {"n_mtp_layers": 2, "n_layers": 3, "score_func": "sigmoid"}), dtype)
+    args, model = model.args, model.to(dtype)
+    assert args.n_routed_experts == 4 and args.n_activated_experts == 2
+    pairs = list(itertools.combinations(range(4), 2))
+
+    def of(prefixes: tuple[str, ...], n_positions: int) -> float:
+        total, ways = 0.0, list(itertools.product(pairs, repeat=n_positions))
+        reached = sum(len(set().union(*way)) for way in ways) / len(ways)
+        for name, tensor in model.state_dict().items():
+            if name.startswith(prefixes):
+                total += tensor.nbytes * (reached / 4 if ".experts." in name else 1)
+        return total
+
+    for n_rows, n_drafted in [(1, 0), (2, 0), (1, 1), (1, 3), (2, 1)]:
+        cache = model.new_cache(n_rows, 40, 3)
+        cache.lengths = [5, 17][:n_rows]
+        kept = {  # bytes of the positions that are cached, of each layer
+            i: sum(tensor[row, :length].nbytes for tensor in layer for row, length in enumerate(cache.lengths))
+            for i, layer in enumerate(cache.layers)
+        }
+        expected = of(("layers.", "norm.", "head."), n_rows * (1 + n_drafted)) + sum(kept[i] for i in range(3))
+        for module in [0, 1, 1][:n_drafted]:  # the last module goes on
+            expected += of((f"mtp.{module}.", "head."), n_rows) + kept[3 + module]
+        reads = decode.MemoryReads(model)
+        reads.count(cache, n_drafted, 0.5)
+        assert reads.bytes == pytest.approx(expected, rel=1e-12)
+    dense = decode.MemoryReads(tiny(n_routed_experts=0, kv_lora_rank=0))
+    assert all(routed == 0 for _, routed in dense.sizes)
+
+
+def test_weights_that_decoding_has_in_another_width_count_as_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    (always, routed), _ = decode.MemoryReads(model).sizes
+    model.quantize_weights()
+    assert decode.MemoryReads(model).sizes[0] == (always, routed)
+    with monkeypatch.context() as patch:
+        patch.setattr(fp8_ops, "gemm_impl", "fp8")
+        quantized = decode.MemoryReads(model).sizes[0]
+    model = tiny()
+    if model.decoder is None:
+        pytest.skip("no C compiler")
+    for p in model.parameters():
+        p.copy_(p.bfloat16())
+    with_decoder(model)  # which keeps what bfloat16 holds as that
+    narrow = decode.MemoryReads(model).sizes[0]
+    assert quantized[1] == pytest.approx(routed / 4, rel=0.1) and quantized[0] < always
+    assert narrow[1] == pytest.approx(routed / 2, rel=0.1) and narrow[0] == pytest.approx(always / 2, rel=0.1)
+
+
+def test_steps_that_decode_are_counted_and_their_mbu_is_told(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "read_bandwidth", lambda device: 10e9)
+    counts = []
+    count = decode.MemoryReads.count
+    monkeypatch.setattr(decode.MemoryReads, "count", lambda self, *given: counts.append(self) or count(self, *given))
+    flags = flags_for(folder, "parrot", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "9")
+    for most, told in [(100, False), (1, True)]:
+        monkeypatch.setattr(decode, "MBU_STEPS", most)
+        counts.clear()
+        assert generate.main([*flags, "--speculate", "0"]) == 0
+        assert len(counts) == 8  # the first byte comes with the prompt
+        assert bool(re.search(r"bytes/s, MBU \d+% of 10\.0 GB/s\n$", capfd.readouterr().err)) == told
+
+
+def test_bandwidth_is_that_of_the_fastest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.accumulate([0, 3, 1, 2, 1, 4] + 10 * [1, 5])  # the second pass takes two seconds
+    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert decode.read_bandwidth(torch.device("cpu")) == 2**27 / 2
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: failing())
+    assert decode.read_bandwidth(torch.device("cpu")) is None
+
+
+def failing() -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 
@@ -674,6 +921,93 @@ def test_a_file_of_prompts_gives_each_result_in_order_and_a_zero(
     )
     assert speed.startswith(f"{sum(map(len, texts)):,} bytes in ")
     assert speed.endswith(", seed 4")
+
+
+def test_samples_come_after_each_other_and_are_marked(
+    folder: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    (tmp_path / "file").write_bytes(b"one\n\nthree\n")
+    prompts, sampling = [b"one", b"", b"three"], Sampling(seed=4, top_k=4, speculate=1, max_new_tokens=60)
+    texts = samples(tiny(), prompts, sampling, 3)
+    flags = ["--input-file", str(tmp_path / "file"), "--top-k", "4", "--seed", "4", "--num-samples"]
+    for n in ("3", "1"):
+        assert generate.main(flags_for(folder, "tiny", *flags, n, "--max-batch-size", n)) == 0
+        wanted = [p + text for p, row in zip(prompts, texts, strict=True) for text in row[: int(n)]]
+        assert capfdbinary.readouterr().out == b"".join(text + b"\0" for text in wanted)
+    assert generate.main(flags_for(folder, "tiny", "--prompt", "one", *flags[2:], "2")) == 0
+    assert capfdbinary.readouterr().out == b"".join(b"one" + text + b"\0" for text in texts[0][:2])
+
+
+def test_the_command_bounds_the_batch(
+    folder: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"one\ntwo\nthree\nfour\nfive\n")
+    sizes, outputs, step = [], [], generate.step
+    monkeypatch.setattr(generate, "step", lambda batch, *given: sizes.append(len(batch.texts)) or step(batch, *given))
+    for flags, most in [([], 3), (["--max-batch-size", "1"], 1), (["--max-batch-size", "1000"], 5)]:
+        sizes.clear()
+        assert (
+            generate.main(
+                flags_for(folder, "tiny", "--input-file", str(tmp_path / "file"), "--temperature", "0", *flags)
+            )
+            == 0
+        )
+        outputs.append(capfdbinary.readouterr().out)
+        assert max(sizes) == most
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_logprobs_are_lines_of_json(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def lines(*flags: str) -> list[dict[str, Any]]:
+        assert generate.main(flags_for(folder, "parrot", "--prompt", "aS", "--temperature", "0", *flags)) == 0
+        return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+
+    new, everything = lines("--logprobs"), lines("--logprobs", "all", "--num-samples", "2")
+    assert new[0] == {
+        "prompt": 0,
+        "sample": 0,
+        "position": 2,
+        "new": True,
+        "byte": HOSTILE[1],
+        "logprob": pytest.approx(new[0]["logprob"]),
+    }
+    assert bytes(line["byte"] for line in new) == HOSTILE[1:] + b"\0"
+    assert [line for line in everything if line["new"] and line["sample"] == 0] == new
+    for sample in range(2):
+        (first, second, *others) = [line for line in everything if line["sample"] == sample]
+        assert (first["byte"], first["logprob"], second["byte"]) == (ord("a"), None, ord("S"))
+        assert second["logprob"] < -1 < new[0]["logprob"] <= 0 and len(others) == len(new)
+    scored = lines("--logprobs", "all", "--max-new-tokens", "0")
+    assert scored == everything[:2]
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes, is_terminal: bool = False) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(data))
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stdin", stream)
+
+
+@pytest.mark.parametrize("prompt", [b"", b"ab\r\n", b"\xff\0\x1b\n\n", b"-"])
+def test_a_prompt_from_stdin_is_taken_as_it_is(
+    folder: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, prompt: bytes
+) -> None:
+    text = complete(tiny(), prompt, replace(GREEDY, max_new_tokens=60))
+    for is_terminal in (False, True):
+        stdin(monkeypatch, prompt, is_terminal)
+        assert generate.main(flags_for(folder, "tiny", "--prompt", "-", "--temperature", "0")) == 0
+        out, err = capfdbinary.readouterr()
+        assert out == prompt + text
+        assert err.count(b"Ctrl-D") == int(is_terminal)
+
+
+def test_a_prompt_from_stdin_is_bounded(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "MAX_PROMPT_BYTES", 1000)
+    stdin(monkeypatch, b"x" * 1001)
+    assert generate.main(flags_for(folder, "tiny", "--prompt", "-")) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and "1,000 bytes" in err and "standard input" in err
 
 
 @pytest.mark.parametrize(
@@ -774,6 +1108,11 @@ BAD = {
         "--max-new-tokens: must be an integer, 0 or more, got '-1'",
     ),
     "negative top-k": (["--prompt", "a", "--top-k", "-1"], "--top-k: must be an integer, 0 or more"),
+    "no samples": (["--prompt", "a", "--num-samples", "0"], "--num-samples: must be an integer from 1"),
+    "samples of a conversation": (["--interactive", "--num-samples", "2"], "not with --interactive"),
+    "logprobs of a conversation": (["--interactive", "--logprobs"], "not with --interactive"),
+    "unknown logprobs": (["--prompt", "a", "--logprobs", "5"], "--logprobs"),
+    "no batch": (["--prompt", "a", "--max-batch-size", "0"], "--max-batch-size: must be an integer from 1"),
     "negative drafts": (["--prompt", "a", "--speculate", "-1"], "--speculate: must be an integer from 0 to 256"),
     "negative seed": (["--prompt", "a", "--seed", "-5"], "--seed: must be an integer, 0 or more"),
     "top-p 0": (["--prompt", "a", "--top-p", "0"], "--top-p: must be a number above 0 to 1"),
