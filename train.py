@@ -1,6 +1,8 @@
 """Trains a model on bytes: flags, schedule, the loop, evaluation, resuming.
 
     python train.py --config configs/nano.json --data my.txt --save-path out --minutes 5
+    python train.py --init-from out --data other.txt --save-path tuned --minutes 1
+    python train.py --init-from tuned --eval-only --val-data other.txt
 
 Three rules make a run repeatable and safe to stop at any moment:
 
@@ -27,7 +29,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -40,13 +42,36 @@ import metrics
 import parallel
 import plan
 from byte_tokenizer import VOCAB_SIZE
-from checkpoint import Run, has_run, load_run, read_config, save_run
+from checkpoint import (
+    OLD_NAMES,
+    OVERRIDABLE,
+    Checkpoint,
+    Run,
+    check_origin,
+    check_settings,
+    check_state,
+    has_run,
+    load_run,
+    load_weights,
+    read_config,
+    save_run,
+)
 from command import integer, real, shorten
+from convert import open_checkpoint
 from data.prepare import DataError, open_bytes, resolve
 from data.sampler import Corpus, SequenceSampler, fingerprint, read_batch, split
 from metrics import METRICS_FILE, Clock, Due, Meter, Metrics, ProgressBar, describe, evaluate, sample_text
 from model import ConfigError, Losses, ModelArgs, Transformer
-from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, optimizer_tensors
+from optim import (
+    freeze,
+    is_hidden_matrix,
+    load_optimizer_tensors,
+    make_optimizers,
+    optimizer_tensors,
+    rate,
+    schedule,
+    stretch,
+)
 from parallel import CollectiveError, DeviceError, ParallelContext, ParallelError, is_rank_zero
 from safetensors_io import CheckpointError
 
@@ -54,8 +79,14 @@ SHORT_UNTIL = 0.5  # which part of a run --short-seq-len is for
 LAST_EVALUATION_SHARE = 0.1  # of the time of a run by the clock, at most
 FEW_STEPS = 10  # a run by the clock with fewer is reported
 LEFTOVER = re.compile(rf"{METRICS_FILE}|step-\d{{8,}}|\..*\.(tmp|lock)")  # of a run killed before it saved
-KEPT = ("step", "best_val", "val_step", "val_loss", "eval_sequences")  # attributes of a trainer, in its state
-OLD_NAMES = {"windows": "sequences", "eval_windows": "eval_sequences", "short_windows": "short_seq_len"}
+KEPT = ["step", "best_val", "val_step", "val_loss", "eval_sequences", "n_not_better"]  # attributes of a trainer, in its
+KEPT += ["progress", "stretch_from", "stretch_to", "origin"]  # state
+OVERRIDING = """
+A resumed run keeps its settings, but for those that --override names. If its length is one of them, what is left of the
+schedule is stretched over what is left of the run, so that the learning rate does not jump: a stable phase lasts
+longer, a decay that has begun becomes slower, and so does the fall of a cosine. A schedule that has ended begins anew,
+with its warm-up. A line says what changes, and where the schedule stands.
+"""
 
 
 class NotFinite(RuntimeError):
@@ -68,6 +99,8 @@ MISTAKES = (ConfigError, DataError, CheckpointError, DeviceError, ParallelError,
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 
+EVAL_FLAGS = ["context", "stride", "json"]  # of --eval-only alone, and those that it cannot have
+NO_EVAL_FLAGS = ["steps", "minutes", "save_path", "resume", "override", "freeze", "keep", "patience", "compile", "plan"]
 _POSITIVE, _BELOW_ONE, _FRACTION = real(0, open_low=True), real(0, 1, open_high=True), real(0, 1)
 _MINUTES = real(0, 1e6, open_low=True)
 
@@ -80,14 +113,31 @@ def _flag(default: Any, help: str, parse: Callable[[str], Any] = str, **options:
     return field(default=default, metadata={"help": help, "type": parse, **options})
 
 
+def _names(text: str) -> list[str]:
+    """Parses the names of --override."""
+    names = text.replace("-", "_").split(",")
+    if unknown := [name for name in names if name not in OVERRIDABLE.values()]:
+        known = ", ".join(dict.fromkeys(OVERRIDABLE.values()))
+        raise argparse.ArgumentTypeError(f"must be of {known}, with commas between, got {shorten(unknown[0], 40)!r}")
+    return names
+
+
 @dataclass
 class TrainFlags:
     """The flags of train.py: the command line, --help, and the object "train" of a config follow from these fields."""
 
-    config: str = _flag(MISSING, "JSON file of ModelArgs; its key 'train' sets defaults", required=True, fixed=True)
+    config: str | None = _flag(None, "JSON file of ModelArgs; its key 'train' sets defaults", fixed=True)
     data: str = _flag("stdlib", "a file, a folder, or stdlib, shakespeare, enwik8", action="append")
+    val_data: str | None = _flag(None, "what to evaluate on; default: the last tenth of --data")
     save_path: Path | None = _flag(None, "folder of the run; without it nothing is kept", Path, fixed=True)
     resume: bool = _flag(False, "go on from the last checkpoint in --save-path, if any", fixed=True)
+    override: list[str] | None = _flag(None, "what a resumed run may change: see below", _names, fixed=True)
+    init_from: Path | None = _flag(None, "a checkpoint or run to begin with", Path, fixed=True, group="given weights")
+    freeze: list[str] | None = _flag(None, "parameters to leave as they are, 'layers.0.*'", action="append", fixed=True)
+    eval_only: bool = _flag(False, "print the loss of --init-from over all of --val-data", fixed=True)
+    context: int | None = _flag(None, "with --eval-only: bytes of a sequence", integer(1, 1 << 30), fixed=True)
+    stride: int | None = _flag(None, "with --eval-only: bytes from a sequence to the next", integer(1), fixed=True)
+    json: bool = _flag(False, "with --eval-only: print one JSON object", fixed=True)
     steps: int | None = _flag(None, "optimizer steps", integer(1), group="length of the run (one of them)")
     minutes: float | None = _flag(None, "time for the whole process, start to end", _MINUTES)
     batch_size: int = _flag(32, "sequences of max_seq_len bytes at a time", integer(1, 10**6), group="batch")
@@ -119,12 +169,15 @@ class TrainFlags:
     log_interval: int = _flag(10, "steps between lines of metrics", integer(1), group="reports")
     eval_interval: int = _flag(0, "steps; 0: tenths of the run, where they are long enough", integer(0))
     save_interval: int = _flag(0, "steps; 0: with each evaluation or tenth of the run", integer(0))
+    keep: int = _flag(0, "checkpoints that stay beside the last and the best", integer(0), metavar="N")
+    patience: int = _flag(0, "evaluations without a better loss that end the run; 0: none do", integer(0), metavar="N")
     sample_bytes: int = _flag(200, "bytes of the sample; 0 for none", integer(0, 10**6))
 
 
 def build_parser() -> command.Parser:
     """Builds the parser of the command line from the fields of `TrainFlags`; it returns the flags that are given."""
-    parser = command.Parser("train.py", description="Train a model on bytes.", argument_default=argparse.SUPPRESS)
+    options: Any = {"epilog": OVERRIDING, "argument_default": argparse.SUPPRESS}
+    parser = command.Parser("train.py", description="Train a model on bytes.", **options)
     group: Any = parser
     for flag in fields(TrainFlags):
         options = dict(flag.metadata)
@@ -177,46 +230,66 @@ def parse_args(argv: list[str] | None) -> tuple[TrainFlags, ModelArgs]:
         given["data"], *others = given["data"]
         if others:
             parser.error("--data is given twice; to train on several files, name a folder that holds them")
-    shape, train_object = read_config(given["config"])
-    defaults = config_flags(given["config"], train_object)
+    defaults: dict[str, Any] = {}
+    if "config" in given:
+        shape, train_object = read_config(given["config"])
+        defaults = config_flags(given["config"], train_object)
+    elif "init_from" in given:
+        shape = open_checkpoint(given["init_from"]).args
+    else:
+        parser.error("give --config, a JSON file of ModelArgs, or --init-from, a checkpoint")
     if given.keys() & {"steps", "minutes"}:
         defaults = {key: value for key, value in defaults.items() if key not in ("steps", "minutes")}
     flags = TrainFlags(**defaults | given)
-    flags.gemm_impl = flags.gemm_impl or ("fp8" if shape.dtype == "fp8" else "bf16")
-    if not flags.plan:
+    flags.gemm_impl = flags.gemm_impl or ("fp8" if "config" in given and shape.dtype == "fp8" else "bf16")
+    other, place = (NO_EVAL_FLAGS, "training, not") if flags.eval_only else (EVAL_FLAGS, "")
+    if misplaced := [name for name in other if name in given]:
+        parser.error(f"--{misplaced[0].replace('_', '-')} is for {place} --eval-only".replace("  ", " "))
+    if shape.vocab_size != VOCAB_SIZE and not flags.plan:
+        source = flags.config or flags.init_from
+        raise ConfigError(f"{source}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
+    if flags.eval_only:
+        check_evaluation(parser, flags, shape)
+    elif not flags.plan:
         check_flags(parser, flags, shape)
+    elif flags.freeze:
+        parser.error("--plan is of a run that trains all parameters; leave --freeze out")
     return flags, shape
 
 
+def check_evaluation(parser: command.Parser, flags: TrainFlags, shape: ModelArgs) -> None:
+    """Refuses flags of --eval-only that do not go together, or not with the model."""
+    if flags.init_from is None:
+        parser.error("--eval-only needs --init-from, the checkpoint to evaluate")
+    context, reach = flags.context or shape.max_seq_len, shape.max_seq_len
+    if flags.stride and flags.stride > context:
+        parser.error(f"--stride must be at most the context ({context}), so that no byte is left out")
+    if shape.use_yarn:
+        reach = max(reach, int(shape.original_seq_len * shape.rope_factor))
+        if context > reach:
+            parser.error(f"--context can be {reach} at most: original_seq_len · rope_factor, where YaRN's angles end")
+    elif context > reach and command.is_local_rank_zero():
+        command.warn("train.py", f"--context {context} has positions that a model of max_seq_len {reach} has not seen")
+
+
 def check_flags(parser: command.Parser, flags: TrainFlags, shape: ModelArgs) -> None:
-    """Refuses flags that do not go together, or not with the model."""
+    """Refuses flags of training that do not go together, or not with the model."""
     if flags.world_size is not None or flags.device_memory is not None:
         parser.error("--world-size and --device-memory are for --plan; torchrun says how many processes there are")
     if (flags.steps is None) == (flags.minutes is None):
         parser.error("give one of --steps and --minutes: how long to train")
     if flags.resume and flags.save_path is None:
         parser.error("--resume needs the --save-path of the run to go on with")
-    if shape.vocab_size != VOCAB_SIZE:
-        raise ConfigError(f"{flags.config}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
+    if flags.override and not flags.resume:
+        parser.error("--override is for --resume: a new run has its flags as they are")
     if flags.short_seq_len and shape.max_seq_len % flags.short_seq_len:
         parser.error(f"--short-seq-len must divide max_seq_len ({shape.max_seq_len}), got {flags.short_seq_len}")
+    source = flags.config or flags.init_from
     if shape.n_mtp_layers >= (shortest := flags.short_seq_len or shape.max_seq_len):
-        raise ConfigError(f"{flags.config}: n_mtp_layers must be below the length of the sequences ({shortest})")
+        raise ConfigError(f"{source}: n_mtp_layers must be below the length of the sequences ({shortest})")
 
 
 # --- The trainer -----------------------------------------------------------------------------------------------------
-
-
-def schedule(progress: float, kind: str, warmup: float, decay: float) -> float:
-    """The learning rate as a fraction of its peak, when `progress` of training is done, 0 to 1.
-
-    It warms up linearly; "wsd" then stays, and falls linearly to 0 in the last fraction `decay`; "cosine" falls as one.
-    """
-    if progress < warmup:
-        return progress / warmup
-    if kind == "wsd":
-        return min(1.0, (1 - progress) / decay) if decay > 0 else 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1 - warmup, 1e-9))))
 
 
 @dataclass
@@ -239,11 +312,18 @@ class Trainer:
     val_step: int | None = None  # the step last evaluated, and its loss
     val_loss: float | None = None
     eval_sequences: int | None = None  # number of sequences of an evaluation; None: all
+    n_not_better: int = 0  # evaluations since the best one
+    progress: float = 0.0  # of the schedule, at the last step
+    stretch_from: float = 0.0  # when the run's length was last changed: how much of the new length was done,
+    stretch_to: float = 0.0  # and how much of the schedule
+    origin: dict[str, Any] | None = None  # of the first weights; see `Checkpoint.origin`
     stop_signal: int | None = None
 
     def __post_init__(self) -> None:
         flags, n_bytes, self.context = self.flags, len(self.train_data), self.model.args.max_seq_len
-        self.settings, self.clock = resume_settings(flags, self.train_data), Clock(flags.steps, flags.minutes)
+        self.clock = Clock(flags.steps, flags.minutes)
+        self.settings = resume_settings(flags, self.train_data, self.val_data)
+        self.settings["freeze"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
         self.quantize_weights()
         self.sampler = SequenceSampler(n_bytes, self.context, flags.seed)
         self.short_sampler = SequenceSampler(n_bytes, flags.short_seq_len or self.context, flags.seed)
@@ -257,15 +337,40 @@ class Trainer:
         state |= {"elapsed_s": self.clock.elapsed_s(), "startup_s": self.clock.startup_s}
         return state | {"sequences": self.step * self.step_sequences, "settings": self.settings}
 
-    def resume(self, run: Path) -> None:
-        """Goes on from the last checkpoint of `run`; a CheckpointError if other flags or data made it."""
+    def resume(self, run: Path) -> dict[str, Any]:
+        """Goes on from the last checkpoint of `run`; returns its settings that --override changes, as they were.
+
+        Raises a CheckpointError if other flags or data made it.
+        """
         read, stored = load_run(run, self.model, self.ctx)
         state = check_state(run, stored, self.state())
+        check_origin(run, state["origin"], self.flags.init_from)
+        changed = check_settings(run, state["settings"], self.settings, self.flags.override or [])
         load_optimizer_tensors(self.model, self.optimizers, read, self.ctx)
         self.quantize_weights()
         for name in KEPT:
             setattr(self, name, state[name])
         self.clock.earlier_s, self.clock.startup_s = state["elapsed_s"], state["startup_s"]
+        return changed
+
+    def override(self, changed: dict[str, Any]) -> None:
+        """Goes on with other settings than those in `changed`, and says what that means; see `OVERRIDING`."""
+        now, was = self.settings, self.settings | changed
+        is_over = self.progress == 1 or (was.get("steps") or self.step + 1) <= self.step
+        progress, before = self.progress, rate(self.progress, was)
+        phase = f"{'is over' if is_over else f'stands at {progress:.1%}'}"
+        if changed.keys() & {"steps", "minutes"}:
+            (done,) = self.ctx.broadcast(self.step / now["steps"] if now["steps"] else self.clock.progress(self.step))
+            self.stretch_from, self.stretch_to = (done, 0.0 if is_over else progress) if done < 1 else (0.0, 0.0)
+            progress = self.stretch_to
+            phase += ", begins anew" if is_over else ", what is left of it is stretched over what is left of the run"
+        if any(key.startswith(("training", "validation")) for key in changed):  # losses on other data do not compare
+            self.best_val, self.eval_sequences, self.n_not_better = None, None, 0
+        if was["schedule"] == "wsd" and not is_over and self.progress > 1 - was["decay"]:
+            phase += ", its decay has begun"
+        changes = ", ".join(f"{key} from {shorten(value)} to {now[key]}" for key, value in changed.items())
+        rates = f"lr from {before:.3g} to {rate(progress, now):.3g}"
+        say(f"--override changes {changes}; the schedule ({now['schedule']}) {phase}: {rates}")
 
     def quantize_weights(self) -> None:
         """Brings the FP8 copies of the weights up to date: once a step, however many batches it has."""
@@ -274,7 +379,7 @@ class Trainer:
 
     def train_step(self, progress: float) -> dict[str, Any]:
         """Takes one step; returns its metrics. A NotFinite or DataError has changed nothing."""
-        flags = self.flags
+        flags, progress = self.flags, stretch(progress, self.stretch_from, self.stretch_to)
         losses, load = self._accumulate_gradients(self.short_sampler if progress < SHORT_UNTIL else self.sampler)
         grad_norm = parallel.clip_grad_norm(self.ctx, self.model, flags.grad_clip or math.inf)
         next_byte, mtp, balance, norm = torch.cat([losses, grad_norm.view(1)]).tolist()
@@ -288,7 +393,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.model.update_gate_bias(load)
         self.quantize_weights()
-        self.step += 1
+        self.step, self.progress = self.step + 1, progress
         figures = {"train_loss": next_byte, "lr": flags.lr * factor, "matrix_lr": flags.matrix_lr * factor}
         figures |= {"grad_norm": norm, "balance_loss": balance, "load": load}
         return figures | ({"mtp_loss": mtp} if len(self.model.mtp) else {})
@@ -336,7 +441,7 @@ class Trainer:
         limit = {"val_windows": shorter * self.eval_sequences} if self.eval_sequences else {}
         self.write({"val_loss": val_loss, "val_bpb": bpb} | limit | length)
         is_best = self.best_val is None or val_loss < self.best_val
-        self.best_val = val_loss if is_best else self.best_val
+        self.best_val, self.n_not_better = (val_loss, 0) if is_best else (self.best_val, self.n_not_better + 1)
         self.save(is_best)
         where = f" in sequences of {self.seq_len} bytes" if length else ""
         say(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte{where}")
@@ -378,8 +483,13 @@ class Trainer:
         """Writes a checkpoint, if the run has a folder."""
         if self.run is not None:
             began = self.clock.now()
-            save_run(self.run, self.model, optimizer_tensors(self.model, self.optimizers), self.state(), is_best)
+            tensors = optimizer_tensors(self.model, self.optimizers)
+            save_run(self.run, self.model, tensors, self.state(), is_best, self.flags.keep)
             self.clock.save_s = self.clock.now() - began
+
+    def out_of_patience(self) -> bool:
+        """Whether as many evaluations as --patience were no better than the best."""
+        return 0 < self.flags.patience <= self.n_not_better
 
     def stop(self, signum: int, _frame: object) -> None:
         """Signal handler: ends the run after this step; the second time, at once."""
@@ -402,37 +512,15 @@ def handle_signals(handler: Any) -> None:
             signal.signal(signum, handler)
 
 
-def resume_settings(flags: TrainFlags, data: Corpus) -> dict[str, Any]:
+def resume_settings(flags: TrainFlags, data: Corpus, val_data: Corpus) -> dict[str, Any]:
     """What must not change when a run is resumed, for its steps to be the ones that it would have taken."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
     names += ["short_seq_len", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
-    settings = {name: getattr(flags, name) for name in names}
-    return settings | {"training_bytes": len(data), "training_crc32": fingerprint(data)}
-
-
-def check_state(run: Path, stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Returns the state in a run's checkpoint, by today's names; it must be whole, and have the settings of ours."""
-    state = {OLD_NAMES.get(key, key): value for key, value in stored.items()}
-    for key in ours:
-        if not is_state(key, state.get(key, "missing")):
-            raise CheckpointError(f"{run}: {key!r} in the state of its last checkpoint is damaged; start a new run")
-    for name, value in state["settings"].items():
-        key = OLD_NAMES.get(name, name)
-        if (now := ours["settings"].get(key)) != value:
-            was = f"{run} was trained with {shorten(key)} = {shorten(value)}, now it is {now}"
-            raise CheckpointError(f"{was}; resume with what it began with, or choose another --save-path")
-    return state
-
-
-def is_state(key: str, value: Any) -> bool:
-    """Whether a value can be what `Trainer.state` has under a key."""
-    if key == "settings":
-        return isinstance(value, dict)
-    if value is None:
-        return key in KEPT and key != "step"
-    is_count = key in ("step", "sequences", "val_step", "eval_sequences")
-    lowest = 1 if key == "eval_sequences" else 0
-    return type(value) in ((int,) if is_count else (int, float)) and lowest <= value < 2**53
+    settings = {name: getattr(flags, name) for name in [*names, "steps", "minutes"]}
+    settings |= {"training_bytes": len(data), "training_crc32": fingerprint(data)}
+    is_own = flags.val_data is not None  # else it follows from --data
+    validation = (len(val_data), fingerprint(val_data)) if is_own else (None, None)
+    return settings | dict(zip(("validation_bytes", "validation_crc32"), validation, strict=True))
 
 
 # --- The loop --------------------------------------------------------------------------------------------------------
@@ -466,6 +554,8 @@ def run(trainer: Trainer) -> int:
     if val_loss is None:
         say(f"stopped by {signal.Signals(trainer.stop_signal).name} after step {trainer.step}: {where}")
         return 0
+    if trainer.out_of_patience():
+        say(f"--patience: no better loss than {trainer.best_val:.4f} in {trainer.n_not_better} evaluations")
     if trainer.eval_sequences is not None:
         say(f"validated on {trainer.eval_sequences:,} sequences, evenly spread: all would have taken too long")
     say(f"step {trainer.step}, {trainer.clock.elapsed_s():.1f} s: val_loss {val_loss:.4f} nats/byte, {where}")
@@ -481,7 +571,10 @@ def train_steps(trainer: Trainer) -> None:
             began = clock.now()
             (progress,) = ctx.broadcast(clock.progress(trainer.step))
             bar.show(trainer.step, progress)
-            if trainer.stopped() or progress >= 1:
+            if trainer.stopped() or trainer.out_of_patience():
+                break
+            if progress >= 1:
+                trainer.progress = 1.0
                 break
             figures = trainer.train_step(progress)
             seconds, is_first = clock.now() - began, clock.first_step_s is None
@@ -504,7 +597,7 @@ def train_steps(trainer: Trainer) -> None:
 def require_steps(trainer: Trainer) -> None:
     """Refuses a run by the clock that had no time for a step, and warns of one that had time for a few."""
     clock, step = trainer.clock, trainer.step
-    if clock.seconds is None or step >= FEW_STEPS:
+    if clock.seconds is None or step >= FEW_STEPS or trainer.out_of_patience():
         return
     first_s, end_s = clock.first_step_s or 0.0, clock.eval_s + clock.save_s
     took = f"{clock.elapsed_s() - clock.trained_s() - first_s:.1f} s to start, {first_s:.1f} s for the first step"
@@ -525,26 +618,99 @@ def say(text: str) -> None:
         command.say(text)
 
 
-def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> Trainer:
-    """Opens the data and builds the model, sharded over the processes, and its optimizers."""
+def open_data(flags: TrainFlags, seq_len: int) -> tuple[Corpus, Corpus]:
+    """Opens the bytes to train on, which must hold a sequence of `seq_len`, and those to evaluate on."""
+    if flags.val_data is None:
+        return split(open_bytes(resolve(flags.data)), seq_len)
+    val_data = open_bytes(resolve(flags.val_data))
+    train_data = val_data if flags.eval_only else open_bytes(resolve(flags.data))
+    for name, data, least in (("--data", train_data, seq_len + 1), ("--val-data", val_data, 2)):
+        if len(data) < least:
+            raise DataError(f"{name} has {len(data)} bytes, too few: at least {least} are needed")
+    return train_data, val_data
+
+
+def open_initial(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> Checkpoint | None:
+    """Opens the checkpoint of --init-from, if any, and names the MTP modules in which the model differs from it."""
+    if flags.init_from is None:
+        return None
+    with ctx.collective_section():
+        checkpoint = open_checkpoint(flags.init_from)
+        checkpoint.check_same_model(shape)
+        crc32 = checkpoint.fingerprint()
+    ctx.require_equal({"in the weights of --init-from a CRC-32": crc32})
+    ours, theirs = shape.n_mtp_layers, checkpoint.args.n_mtp_layers
+    if ours != theirs and not flags.eval_only:
+        names = ", ".join(f"mtp.{k}" for k in range(min(ours, theirs), max(ours, theirs)))
+        say(f"{names}: {'not taken from' if ours < theirs else 'drawn anew, as it is not in'} {flags.init_from}")
+    return checkpoint
+
+
+def build_model(
+    flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext, initial: Checkpoint | None
+) -> tuple[Transformer, Callable[[torch.Tensor, torch.Tensor], Losses]]:
+    """Builds the model, sharded over the processes, and the function of its loss; each process reads its slices.
+
+    Weights that `initial` does not have are fresh ones.
+    """
     dtype = parallel.pick_dtype(torch.device(ctx.device).type, flags.dtype)
     fp8_ops.gemm_impl = cast(Any, flags.gemm_impl)
-    with ctx.collective_section():
-        ctx.check_divisible(shape, flags.batch_size)
-        train_data, val_data = split(open_bytes(resolve(flags.data)), shape.max_seq_len)
-    ctx.require_equal({"the dtype": dtype} | resume_settings(flags, train_data))
     model = parallel.build(ctx, shape, dtype)
-    parallel.init_weights(ctx, model, flags.seed)
+    if initial is None or shape.n_mtp_layers > initial.args.n_mtp_layers:
+        parallel.init_weights(ctx, model, flags.seed)
     model = model.to(ctx.device).train()
     model.gradient_checkpointing = flags.gradient_checkpointing
+    with ctx.collective_section():
+        freeze(model, flags.freeze or [])
+    loss: Any = model.loss
+    if ctx.fsdp or not flags.eval_only:
+        loss = parallel.parallelize(ctx, model, flags.compile)
+    if initial is not None:
+        with ctx.collective_section():
+            load_weights(model, initial, ctx)
+    return model, loss
+
+
+def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext, resumes: bool = False) -> Trainer:
+    """Opens the data and builds the model and its optimizers; a run that `resumes` loads its own weights later."""
+    dtype = parallel.pick_dtype(torch.device(ctx.device).type, flags.dtype)
+    with ctx.collective_section():
+        ctx.check_divisible(shape, flags.batch_size)
+        train_data, val_data = open_data(flags, shape.max_seq_len)
+    ctx.require_equal({"the dtype": dtype} | resume_settings(flags, train_data, val_data))
+    initial = None if resumes else open_initial(flags, shape, ctx)
+    model, loss = build_model(flags, shape, ctx, initial)
     full_model = model
     if ctx.mp_size > 1:
         with torch.device("meta"):
             full_model = Transformer(shape, dtype)
+        freeze(full_model, flags.freeze or [])
     peak_flops = ctx.world_size * metrics.measure_peak(ctx.device, dtype)
-    loss = parallel.parallelize(ctx, model, flags.compile)
     optimizers = make_optimizers(model, flags, dtype, ctx)
-    return Trainer(flags, ctx, model, full_model, loss, optimizers, train_data, val_data, peak_flops)
+    trainer = Trainer(flags, ctx, model, full_model, loss, optimizers, train_data, val_data, peak_flops)
+    trainer.origin = None if initial is None else initial.origin(flags.init_from)
+    return trainer
+
+
+def evaluate_only(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> int:
+    """Prints the loss of the weights of --init-from over a file; returns the exit code."""
+    with ctx.collective_section():
+        ctx.check_divisible(shape)
+        _, data = open_data(flags, 1)
+    ctx.require_equal({"the bytes to evaluate": len(data), "their CRC-32": fingerprint(data)})
+    checkpoint = open_initial(flags, shape, ctx)
+    context = flags.context or shape.max_seq_len
+    batch_size = max(1, flags.batch_size * shape.max_seq_len // context)  # as many bytes at a time
+    model, _ = build_model(flags, replace(shape, max_seq_len=context, n_mtp_layers=0), ctx, checkpoint)
+    if fp8_ops.gemm_impl == "fp8" and not ctx.fsdp:
+        model.quantize_weights()
+    figures = metrics.evaluate_file(model, data, batch_size, ctx, flags.stride)
+    if not math.isfinite(figures["val_loss"]):
+        raise CollectiveError(f"the loss of {flags.init_from} is {figures['val_loss']}; try --dtype fp32")
+    data_name = flags.val_data or f"the last tenth of {flags.data}"
+    figures = checkpoint.origin(flags.init_from) | {"data": data_name, **figures}
+    say(json.dumps(figures) if flags.json else metrics.describe_loss(figures))
+    return 0
 
 
 def find_run(flags: TrainFlags, ctx: ParallelContext) -> bool:
@@ -582,18 +748,24 @@ def train(argv: list[str] | None) -> int:
     if flags.compile:
         parallel.require_compiler(device)
     ctx = ParallelContext.join(device, flags.model_parallel, flags.fsdp, timeout=timedelta(minutes=flags.timeout))
-    # before any other collective; config and data may have other paths on other machines, their content is compared
-    values = {name: value for name, value in vars(flags).items() if name not in ("config", "data", "device")}
-    ctx.require_equal(values | shape.to_dict())
+    # before any other collective; files may have other paths on other machines, their content is compared
+    paths = "config", "data", "val_data", "init_from", "device"
+    ctx.require_equal({name: value for name, value in vars(flags).items() if name not in paths} | shape.to_dict())
+    if flags.eval_only:
+        return evaluate_only(flags, shape, ctx)
     with nullcontext() if flags.save_path is None else Run(flags.save_path, ctx) as kept:
         resumes = find_run(flags, ctx)
-        trainer = build_trainer(flags, shape, ctx)
+        trainer = build_trainer(flags, shape, ctx, resumes)
         trainer.run = kept
         say(describe(trainer.full_model, ctx, trainer.peak_flops, len(trainer.train_data), len(trainer.val_data)))
         if resumes:
             with ctx.collective_section():
-                trainer.resume(flags.save_path)
+                changed = trainer.resume(flags.save_path)
             say(f"resumed {flags.save_path} at step {trainer.step}")
+            if changed:
+                trainer.override(changed)
+        elif trainer.origin is not None:
+            say(f"begins with the weights of {flags.init_from} ({trainer.origin['kind']})")
         return run(trainer)
 
 

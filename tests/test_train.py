@@ -413,7 +413,7 @@ def test_loss_that_is_not_finite_ends_the_run(
     assert all(t.isfinite().all() for t in load_model(here.run).state_dict().values())
     assert [row["step"] for row in lines(here.run)] == [1, 2, 3, 4, 5]
     monkeypatch.undo()
-    assert main(here.flags("--steps", 10, "--resume")) == 0  # it can go on from there
+    assert main(here.flags("--steps", 10, "--resume", "--override", "steps")) == 0  # it can go on from there
 
 
 def test_loss_that_is_not_finite_without_a_checkpoint(
@@ -495,7 +495,7 @@ def test_best_is_remembered_by_a_resumed_run(here: Here, monkeypatch: pytest.Mon
     flags = ["--eval-interval", 2, "--save-interval", 1]
     assert main(here.flags("--steps", 4, *flags)) == 0
     assert checkpoint(here.run, "best").name == "step-00000004"
-    assert main(here.flags("--steps", 8, *flags, "--resume")) == 0
+    assert main(here.flags("--steps", 8, *flags, "--resume", "--override", "steps")) == 0
     assert checkpoint(here.run, "best").name == "step-00000004"
     assert checkpoint(here.run).name == "step-00000008"
 
@@ -512,11 +512,13 @@ def test_full_disk(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         write_all(file, tensor)
 
     monkeypatch.setattr(checkpoints, "write_all", full_disk)
-    assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, "No space left on device")
+    assert_refused(
+        capsys, here.flags("--steps", 4, "--resume", "--override", "steps"), here.run, "No space left on device"
+    )
     assert {p: p.read_bytes() for p in here.run.rglob("*.safetensors")} == before
     assert not list(here.run.glob(".*"))
     monkeypatch.undo()
-    assert main(here.flags("--steps", 4, "--resume")) == 0
+    assert main(here.flags("--steps", 4, "--resume", "--override", "steps")) == 0
 
 
 def test_full_disk_for_metrics(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -535,7 +537,7 @@ def test_litter_of_other_steps_is_swept(here: Here) -> None:
         (here.run / name).mkdir()
         (here.run / name / "model0-mp1.safetensors").write_bytes(b"torn")
     (here.run / ".checkpoints.json.tmp").write_text("{")
-    assert main(here.flags("--steps", 2, "--resume")) == 0
+    assert main(here.flags("--steps", 2, "--resume", "--override", "steps")) == 0
     assert {p.name for p in here.run.iterdir()} == {"checkpoints.json", "metrics.jsonl", "step-00000002"}
 
 
@@ -627,7 +629,7 @@ def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optim
 
 def test_resumed_run_can_be_made_longer(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(here.flags("--steps", 2)) == 0
-    assert main(here.flags("--steps", 5, "--resume")) == 0
+    assert main(here.flags("--steps", 5, "--resume", "--override", "steps")) == 0
     assert [row["step"] for row in lines(here.run) if "train_loss" in row] == [1, 2, 3, 4, 5]
     assert f"resumed {here.run} at step 2" in capsys.readouterr().out
 
@@ -684,7 +686,7 @@ def test_resume_of_what_is_no_run(here: Here, capsys: pytest.CaptureFixture[str]
 def test_resume_of_nothing_is_told(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(here.flags("--steps", 1, "--resume")) == 0
     assert f"nothing to resume in {here.run}, starting" in capsys.readouterr().out
-    assert main(here.flags("--steps", 2, "--resume")) == 0
+    assert main(here.flags("--steps", 2, "--resume", "--override", "steps")) == 0
     assert "nothing to resume" not in capsys.readouterr().out
 
 
@@ -701,7 +703,7 @@ def test_states_of_earlier_versions_are_resumed(here: Here) -> None:
     file.write_text(json.dumps(state))
     for run in (whole, here.run):
         here.run = run
-        assert main(here.flags("--steps", 6, *flags, "--resume")) == 0
+        assert main(here.flags("--steps", 6, *flags, "--resume", "--override", "steps")) == 0
     assert_same_run(here.run, whole, 6)
 
 
@@ -709,9 +711,9 @@ def test_one_writer_at_a_time(here: Here, capsys: pytest.CaptureFixture[str]) ->
     assert main(here.flags("--steps", 2)) == 0
     before = {path: path.stat().st_mtime_ns for path in here.run.rglob("*")}
     with checkpoints.Run(here.run):
-        assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, "another process")
+        assert_refused(capsys, here.flags("--steps", 4, "--resume", "--override", "steps"), here.run, "another process")
     assert {path: path.stat().st_mtime_ns for path in here.run.rglob("*")} == before
-    assert main(here.flags("--steps", 4, "--resume")) == 0
+    assert main(here.flags("--steps", 4, "--resume", "--override", "steps")) == 0
 
 
 def test_torn_metrics_are_dropped(here: Here) -> None:
@@ -744,7 +746,7 @@ def test_resume_with_another_flag_is_refused(here: Here, capsys: pytest.CaptureF
 
 def test_resume_with_another_config_or_data_is_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(here.flags("--steps", 1)) == 0
-    resume = here.flags("--steps", 2, "--resume")
+    resume = here.flags("--steps", 2, "--resume", "--override", "steps")
     here.write_config(bias_update_speed=0.5)
     assert_refused(capsys, resume, here.run, "bias_update_speed = ", "0.5")
     here.write_config(n_layers=3)
@@ -982,7 +984,7 @@ def test_signal_before_the_first_step_and_twice(
         patch.setattr(train, "train_steps", interrupted)
         assert main(here.flags("--steps", 2)) == 0
     assert "after step 0" in capsys.readouterr().out
-    assert main(here.flags("--steps", 2, "--resume")) == 0
+    assert main(here.flags("--steps", 2, "--resume", "--override", "steps")) == 0
     whole, here.run = here.run, here.path / "other"
     assert main(here.flags("--steps", 2)) == 0
     assert lines(here.run) == lines(whole)
@@ -993,7 +995,7 @@ def test_signal_before_the_first_step_and_twice(
         train_steps(trainer)
 
     monkeypatch.setattr(train, "train_steps", impatient)
-    assert main(here.flags("--steps", 4, "--resume")) == 130
+    assert main(here.flags("--steps", 4, "--resume", "--override", "steps")) == 130
 
     def panicking(*_: Any) -> None:
         try:
@@ -1004,7 +1006,7 @@ def test_signal_before_the_first_step_and_twice(
 
     monkeypatch.setattr(train, "train_steps", panicking)
     capsys.readouterr()
-    assert main(here.flags("--steps", 4, "--resume")) == 130
+    assert main(here.flags("--steps", 4, "--resume", "--override", "steps")) == 130
     assert capsys.readouterr().err == ""
 
 
@@ -1012,7 +1014,7 @@ def test_a_run_that_lost_its_pointer_goes_on(here: Here) -> None:
     """As after a crash between a checkpoint and the pointer to it: nothing that was trained is swept away."""
     assert main(here.flags("--steps", 4)) == 0
     (here.run / "checkpoints.json").unlink()
-    assert main(here.flags("--steps", 6, "--resume")) == 0
+    assert main(here.flags("--steps", 6, "--resume", "--override", "steps")) == 0
     assert [row["step"] for row in lines(here.run) if "train_loss" in row] == list(range(1, 7))
 
 
