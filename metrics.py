@@ -328,7 +328,7 @@ class OverlappingBatches:
 def evaluate_file(
     model: Transformer, data: Corpus, batch_size: int, ctx: ParallelContext, stride: int | None = None
 ) -> dict[str, Any]:
-    """Measures the loss over a whole file, in sequences of the model's context.
+    """Measures the loss over a whole file of two bytes or more, in sequences of the model's context.
 
     Each byte is predicted once, but for the first, before which there is nothing. The batches are the same however many
     processes there are.
@@ -343,10 +343,8 @@ def evaluate_file(
         "stride"; and the "worst" sequences: "offset" of the first byte that each predicts, their number, their loss.
 
     Raises:
-        DataError: There is nothing to predict, or the file cannot be read.
+        DataError: The file cannot be read.
     """
-    if len(data) < 2:
-        raise DataError("a file of one byte has nothing to predict: its first byte has none before it")
     seq_len = model.args.max_seq_len
     batches = OverlappingBatches(len(data), seq_len, stride or seq_len, batch_size)
     sums, worst = torch.zeros(6, dtype=torch.float64), list[tuple[float, int, int]]()

@@ -624,7 +624,7 @@ def open_data(flags: TrainFlags, seq_len: int) -> tuple[Corpus, Corpus]:
         return split(open_bytes(resolve(flags.data)), seq_len)
     val_data = open_bytes(resolve(flags.val_data))
     train_data = val_data if flags.eval_only else open_bytes(resolve(flags.data))
-    for name, data, least in (("--data", train_data, seq_len + 1), ("--val-data", val_data, 2)):
+    for name, data, least in (("--val-data", val_data, 2), ("--data", train_data, seq_len + 1)):
         if len(data) < least:
             raise DataError(f"{name} has {len(data)} bytes, too few: at least {least} are needed")
     return train_data, val_data
@@ -696,7 +696,7 @@ def evaluate_only(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> 
     """Prints the loss of the weights of --init-from over a file; returns the exit code."""
     with ctx.collective_section():
         ctx.check_divisible(shape)
-        _, data = open_data(flags, 1)
+        others, data = open_data(flags, 1)
     ctx.require_equal({"the bytes to evaluate": len(data), "their CRC-32": fingerprint(data)})
     checkpoint = open_initial(flags, shape, ctx)
     context = flags.context or shape.max_seq_len
@@ -707,7 +707,7 @@ def evaluate_only(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> 
     figures = metrics.evaluate_file(model, data, batch_size, ctx, flags.stride)
     if not math.isfinite(figures["val_loss"]):
         raise CollectiveError(f"the loss of {flags.init_from} is {figures['val_loss']}; try --dtype fp32")
-    data_name = flags.val_data or f"the last tenth of {flags.data}"
+    data_name = flags.val_data or f"the last tenth of {flags.data}, from byte {len(others)} on"
     figures = checkpoint.origin(flags.init_from) | {"data": data_name, **figures}
     say(json.dumps(figures) if flags.json else metrics.describe_loss(figures))
     return 0
