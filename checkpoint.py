@@ -87,6 +87,14 @@ OVERRIDABLE = {key: key for key in ("steps", "minutes", "lr", "matrix_lr", "weig
 OVERRIDABLE |= {key: key for key in ("beta1", "beta2", "schedule", "warmup", "decay", "gemm_impl")}
 OVERRIDABLE |= dict.fromkeys(("training_bytes", "training_crc32"), "data")
 OVERRIDABLE |= dict.fromkeys(("validation_bytes", "validation_crc32"), "val_data")
+OVERRIDE_HELP = f"""
+A resumed run keeps its settings, but for those that --override names with commas between, out of
+{", ".join(dict.fromkeys(OVERRIDABLE.values()))}.
+If its length is one of them, what is left of the schedule is stretched over what is left of the run, so that the
+learning rate does not jump: a stable phase lasts longer, a decay that has begun becomes slower, and so does the fall of
+a cosine. A schedule that has ended begins anew, warm-up and short sequences included. A line says what changes, and
+where the schedule stands.
+"""
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------

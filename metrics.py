@@ -396,14 +396,19 @@ def _gather_worst(worst: list[tuple[float, int, int]], ctx: ParallelContext) -> 
     return [{"offset": int(-at), "bytes": int(n), "loss": loss} for loss, at, n in heapq.nlargest(N_WORST, rows)]
 
 
+def describe_origin(origin: dict[str, Any]) -> str:
+    """Describes where weights are from; see `Checkpoint.origin`."""
+    step = "" if origin["step"] is None else f", step {origin['step']}"
+    return f"{origin['path']} ({origin['kind']}{step})"
+
+
 def describe_loss(figures: dict[str, Any]) -> str:
     """Describes figures of `evaluate_file`, those of `Checkpoint.origin` and the name of the "data" in some lines."""
     loss, bpb, error = figures["val_loss"], figures["val_bpb"], figures["standard_error"]
     errors = ["" if error is None else f" ± {e:.4f}" for e in (error, error and error / math.log(2))]
     apart = "" if figures["stride"] == figures["context"] else f", {figures['stride']:,} apart"
-    step = "" if figures["step"] is None else f", step {figures['step']}"
     lines = [
-        f"{figures['path']} ({figures['kind']}{step}) on {figures['data']}:",
+        f"{describe_origin(figures)} on {figures['data']}:",
         f"{loss:.4f}{errors[0]} nats/byte, {bpb:.4f}{errors[1]} bits/byte: {figures['bytes']:,} bytes predicted, in "
         f"{figures['sequences']:,} sequences of {figures['context']:,} bytes{apart}",
         "the worst sequences, by the offset of the first byte that they predict:",

@@ -36,42 +36,22 @@ from typing import Any, cast, get_args
 
 import torch
 
+import checkpoint
 import command
 import fp8_ops
 import metrics
+import optim
 import parallel
 import plan
 from byte_tokenizer import VOCAB_SIZE
-from checkpoint import (
-    OLD_NAMES,
-    OVERRIDABLE,
-    Checkpoint,
-    Run,
-    check_origin,
-    check_settings,
-    check_state,
-    has_run,
-    load_run,
-    load_weights,
-    read_config,
-    save_run,
-)
+from checkpoint import Checkpoint, Run, has_run, load_run, load_weights, read_config, save_run
 from command import integer, real, shorten
 from convert import open_checkpoint
 from data.prepare import DataError, open_bytes, resolve
 from data.sampler import Corpus, SequenceSampler, fingerprint, read_batch, split
 from metrics import METRICS_FILE, Clock, Due, Meter, Metrics, ProgressBar, describe, evaluate, sample_text
 from model import ConfigError, Losses, ModelArgs, Transformer
-from optim import (
-    freeze,
-    is_hidden_matrix,
-    load_optimizer_tensors,
-    make_optimizers,
-    optimizer_tensors,
-    rate,
-    schedule,
-    stretch,
-)
+from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, optimizer_tensors, schedule
 from parallel import CollectiveError, DeviceError, ParallelContext, ParallelError, is_rank_zero
 from safetensors_io import CheckpointError
 
@@ -79,14 +59,9 @@ SHORT_UNTIL = 0.5  # which part of a run --short-seq-len is for
 LAST_EVALUATION_SHARE = 0.1  # of the time of a run by the clock, at most
 FEW_STEPS = 10  # a run by the clock with fewer is reported
 LEFTOVER = re.compile(rf"{METRICS_FILE}|step-\d{{8,}}|\..*\.(tmp|lock)")  # of a run killed before it saved
-KEPT = ["step", "best_val", "val_step", "val_loss", "eval_sequences", "n_not_better"]  # attributes of a trainer, in its
-KEPT += ["progress", "stretch_from", "stretch_to", "origin"]  # state
-OVERRIDING = """
-A resumed run keeps its settings, but for those that --override names. If its length is one of them, what is left of the
-schedule is stretched over what is left of the run, so that the learning rate does not jump: a stable phase lasts
-longer, a decay that has begun becomes slower, and so does the fall of a cosine. A schedule that has ended begins anew,
-with its warm-up. A line says what changes, and where the schedule stands.
-"""
+# attributes of a trainer that are in its state
+KEPT = ["step", "best_val", "val_step", "val_loss", "eval_sequences", "n_not_better"]
+KEPT += ["progress", "stretch_from", "stretch_to", "origin"]
 
 
 class NotFinite(RuntimeError):
@@ -116,8 +91,8 @@ def _flag(default: Any, help: str, parse: Callable[[str], Any] = str, **options:
 def _names(text: str) -> list[str]:
     """Parses the names of --override."""
     names = text.replace("-", "_").split(",")
-    if unknown := [name for name in names if name not in OVERRIDABLE.values()]:
-        known = ", ".join(dict.fromkeys(OVERRIDABLE.values()))
+    if unknown := [name for name in names if name not in checkpoint.OVERRIDABLE.values()]:
+        known = ", ".join(dict.fromkeys(checkpoint.OVERRIDABLE.values()))
         raise argparse.ArgumentTypeError(f"must be of {known}, with commas between, got {shorten(unknown[0], 40)!r}")
     return names
 
@@ -131,7 +106,7 @@ class TrainFlags:
     val_data: str | None = _flag(None, "what to evaluate on; default: the last tenth of --data")
     save_path: Path | None = _flag(None, "folder of the run; without it nothing is kept", Path, fixed=True)
     resume: bool = _flag(False, "go on from the last checkpoint in --save-path, if any", fixed=True)
-    override: list[str] | None = _flag(None, "what a resumed run may change: see below", _names, fixed=True)
+    override: list[str] | None = _flag(None, "flags that --resume may change; see below", _names, fixed=True)
     init_from: Path | None = _flag(None, "a checkpoint or run to begin with", Path, fixed=True, group="given weights")
     freeze: list[str] | None = _flag(None, "parameters to leave as they are, 'layers.0.*'", action="append", fixed=True)
     eval_only: bool = _flag(False, "print the loss of --init-from over all of --val-data", fixed=True)
@@ -156,7 +131,7 @@ class TrainFlags:
     decay: float = _flag(0.5, "fraction of the run (wsd)", _FRACTION)
     device: str | None = _flag(None, "default: the best there is", choices=["cuda", "mps", "cpu"], group="compute")
     dtype: str = _flag("auto", "of the activations", choices=["auto", "fp32", "bf16"])
-    gemm_impl: str | None = _flag(None, "linear layers; default: by the config's dtype", choices=["bf16", "fp8"])
+    gemm_impl: str | None = _flag(None, "linear layers; default: by the dtype of --config", choices=["bf16", "fp8"])
     compile: bool = _flag(False, "torch.compile the step: on a CPU that takes a C++ compiler")
     gradient_checkpointing: bool = _flag(False, "recompute blocks: less memory, slower")
     model_parallel: int = _flag(1, "processes that share one model's layers", integer(1, 10**4), metavar="M")
@@ -176,7 +151,7 @@ class TrainFlags:
 
 def build_parser() -> command.Parser:
     """Builds the parser of the command line from the fields of `TrainFlags`; it returns the flags that are given."""
-    options: Any = {"epilog": OVERRIDING, "argument_default": argparse.SUPPRESS}
+    options: Any = {"epilog": checkpoint.OVERRIDE_HELP, "argument_default": argparse.SUPPRESS}
     parser = command.Parser("train.py", description="Train a model on bytes.", **options)
     group: Any = parser
     for flag in fields(TrainFlags):
@@ -200,7 +175,7 @@ def config_flags(path: str, values: dict[str, Any]) -> dict[str, Any]:
     flags = {flag.name: flag for flag in fields(TrainFlags) if not flag.metadata.get("fixed")}
     checked: dict[str, Any] = {}
     for given, value in values.items():
-        key = OLD_NAMES.get(given, given)
+        key = checkpoint.OLD_NAMES.get(given, given)
         if key not in flags:
             raise ConfigError(f"{path}: train.{shorten(given)} is not a flag of train.py that a config may set")
         if key in checked:
@@ -242,9 +217,9 @@ def parse_args(argv: list[str] | None) -> tuple[TrainFlags, ModelArgs]:
         defaults = {key: value for key, value in defaults.items() if key not in ("steps", "minutes")}
     flags = TrainFlags(**defaults | given)
     flags.gemm_impl = flags.gemm_impl or ("fp8" if "config" in given and shape.dtype == "fp8" else "bf16")
-    other, place = (NO_EVAL_FLAGS, "training, not") if flags.eval_only else (EVAL_FLAGS, "")
-    if misplaced := [name for name in other if name in given]:
-        parser.error(f"--{misplaced[0].replace('_', '-')} is for {place} --eval-only".replace("  ", " "))
+    barred, use = (NO_EVAL_FLAGS, "training, not for --eval-only") if flags.eval_only else (EVAL_FLAGS, "--eval-only")
+    if misplaced := [name for name in barred if name in given]:
+        parser.error(f"--{misplaced[0].replace('_', '-')} is for {use}")
     if shape.vocab_size != VOCAB_SIZE and not flags.plan:
         source = flags.config or flags.init_from
         raise ConfigError(f"{source}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
@@ -343,9 +318,9 @@ class Trainer:
         Raises a CheckpointError if other flags or data made it.
         """
         read, stored = load_run(run, self.model, self.ctx)
-        state = check_state(run, stored, self.state())
-        check_origin(run, state["origin"], self.flags.init_from)
-        changed = check_settings(run, state["settings"], self.settings, self.flags.override or [])
+        state = checkpoint.check_state(run, stored, self.state())
+        checkpoint.check_origin(run, state["origin"], self.flags.init_from)
+        changed = checkpoint.check_settings(run, state["settings"], self.settings, self.flags.override or [])
         load_optimizer_tensors(self.model, self.optimizers, read, self.ctx)
         self.quantize_weights()
         for name in KEPT:
@@ -354,11 +329,11 @@ class Trainer:
         return changed
 
     def override(self, changed: dict[str, Any]) -> None:
-        """Goes on with other settings than those in `changed`, and says what that means; see `OVERRIDING`."""
+        """Goes on with other settings than those in `changed`, and says what that means; see `OVERRIDE_HELP`."""
         now, was = self.settings, self.settings | changed
         is_over = self.progress == 1 or (was.get("steps") or self.step + 1) <= self.step
-        progress, before = self.progress, rate(self.progress, was)
-        phase = f"{'is over' if is_over else f'stands at {progress:.1%}'}"
+        progress, before = self.progress, optim.rate(self.progress, was)
+        phase = "is over" if is_over else f"stands at {progress:.1%}"
         if changed.keys() & {"steps", "minutes"}:
             (done,) = self.ctx.broadcast(self.step / now["steps"] if now["steps"] else self.clock.progress(self.step))
             self.stretch_from, self.stretch_to = (done, 0.0 if is_over else progress) if done < 1 else (0.0, 0.0)
@@ -368,8 +343,8 @@ class Trainer:
             self.best_val, self.eval_sequences, self.n_not_better = None, None, 0
         if was["schedule"] == "wsd" and not is_over and self.progress > 1 - was["decay"]:
             phase += ", its decay has begun"
-        changes = ", ".join(f"{key} from {shorten(value)} to {now[key]}" for key, value in changed.items())
-        rates = f"lr from {before:.3g} to {rate(progress, now):.3g}"
+        changes = ", ".join(f"{key} from {shorten(value)} to {now.get(key)}" for key, value in changed.items())
+        rates = f"lr from {before:.3g} to {optim.rate(progress, now):.3g}"
         say(f"--override changes {changes}; the schedule ({now['schedule']}) {phase}: {rates}")
 
     def quantize_weights(self) -> None:
@@ -379,7 +354,7 @@ class Trainer:
 
     def train_step(self, progress: float) -> dict[str, Any]:
         """Takes one step; returns its metrics. A NotFinite or DataError has changed nothing."""
-        flags, progress = self.flags, stretch(progress, self.stretch_from, self.stretch_to)
+        flags, progress = self.flags, optim.stretch(progress, self.stretch_from, self.stretch_to)
         losses, load = self._accumulate_gradients(self.short_sampler if progress < SHORT_UNTIL else self.sampler)
         grad_norm = parallel.clip_grad_norm(self.ctx, self.model, flags.grad_clip or math.inf)
         next_byte, mtp, balance, norm = torch.cat([losses, grad_norm.view(1)]).tolist()
@@ -427,7 +402,9 @@ class Trainer:
 
         Returns the loss in nats per byte; None if a signal came first. Then, and after NotFinite, nothing is saved.
         """
-        if self.val_step == self.step:  # resumed after its last step
+        if self.val_step == self.step:  # before the run was seen to be over, or resumed after its last step
+            if self.progress == 1:
+                self.save(is_best=False)  # its state alone
             return self.val_loss
         began = self.clock.now()
         val_loss = self.evaluate(self.eval_sequences, self.seq_len)
@@ -473,7 +450,7 @@ class Trainer:
         clock.startup_s += clock.now() - times[0]
         bound = LAST_EVALUATION_SHARE * clock.seconds
         (expected,) = self.ctx.broadcast((times[2] - times[1]) * n_available / count)
-        if expected > bound and self.val_step is None:  # a resumed run keeps to the sequences of its best loss
+        if expected > bound and self.best_val is None:  # a resumed run keeps to the sequences of its best loss
             self.eval_sequences = max(1, int(n_available * bound / expected))
         clock.eval_s = min(expected, bound) + sample_s
         if self.flags.save_path is not None:
@@ -518,9 +495,8 @@ def resume_settings(flags: TrainFlags, data: Corpus, val_data: Corpus) -> dict[s
     names += ["short_seq_len", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
     settings = {name: getattr(flags, name) for name in [*names, "steps", "minutes"]}
     settings |= {"training_bytes": len(data), "training_crc32": fingerprint(data)}
-    is_own = flags.val_data is not None  # else it follows from --data
-    validation = (len(val_data), fingerprint(val_data)) if is_own else (None, None)
-    return settings | dict(zip(("validation_bytes", "validation_crc32"), validation, strict=True))
+    own = {"validation_bytes": len(val_data), "validation_crc32": fingerprint(val_data)}
+    return settings | (own if flags.val_data is not None else {})  # else it follows from --data
 
 
 # --- The loop --------------------------------------------------------------------------------------------------------
@@ -635,15 +611,15 @@ def open_initial(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> C
     if flags.init_from is None:
         return None
     with ctx.collective_section():
-        checkpoint = open_checkpoint(flags.init_from)
-        checkpoint.check_same_model(shape)
-        crc32 = checkpoint.fingerprint()
+        initial = open_checkpoint(flags.init_from)
+        initial.check_same_model(shape)
+        crc32 = initial.fingerprint()
     ctx.require_equal({"in the weights of --init-from a CRC-32": crc32})
-    ours, theirs = shape.n_mtp_layers, checkpoint.args.n_mtp_layers
+    ours, theirs = shape.n_mtp_layers, initial.args.n_mtp_layers
     if ours != theirs and not flags.eval_only:
         names = ", ".join(f"mtp.{k}" for k in range(min(ours, theirs), max(ours, theirs)))
         say(f"{names}: {'not taken from' if ours < theirs else 'drawn anew, as it is not in'} {flags.init_from}")
-    return checkpoint
+    return initial
 
 
 def build_model(
@@ -661,7 +637,7 @@ def build_model(
     model = model.to(ctx.device).train()
     model.gradient_checkpointing = flags.gradient_checkpointing
     with ctx.collective_section():
-        freeze(model, flags.freeze or [])
+        optim.freeze(model, flags.freeze or [])
     loss: Any = model.loss
     if ctx.fsdp or not flags.eval_only:
         loss = parallel.parallelize(ctx, model, flags.compile)
@@ -684,7 +660,7 @@ def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext, res
     if ctx.mp_size > 1:
         with torch.device("meta"):
             full_model = Transformer(shape, dtype)
-        freeze(full_model, flags.freeze or [])
+        optim.freeze(full_model, flags.freeze or [])
     peak_flops = ctx.world_size * metrics.measure_peak(ctx.device, dtype)
     optimizers = make_optimizers(model, flags, dtype, ctx)
     trainer = Trainer(flags, ctx, model, full_model, loss, optimizers, train_data, val_data, peak_flops)
@@ -698,17 +674,17 @@ def evaluate_only(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> 
         ctx.check_divisible(shape)
         others, data = open_data(flags, 1)
     ctx.require_equal({"the bytes to evaluate": len(data), "their CRC-32": fingerprint(data)})
-    checkpoint = open_initial(flags, shape, ctx)
+    initial = open_initial(flags, shape, ctx)
     context = flags.context or shape.max_seq_len
     batch_size = max(1, flags.batch_size * shape.max_seq_len // context)  # as many bytes at a time
-    model, _ = build_model(flags, replace(shape, max_seq_len=context, n_mtp_layers=0), ctx, checkpoint)
+    model, _ = build_model(flags, replace(shape, max_seq_len=context, n_mtp_layers=0), ctx, initial)
     if fp8_ops.gemm_impl == "fp8" and not ctx.fsdp:
         model.quantize_weights()
     figures = metrics.evaluate_file(model, data, batch_size, ctx, flags.stride)
     if not math.isfinite(figures["val_loss"]):
         raise CollectiveError(f"the loss of {flags.init_from} is {figures['val_loss']}; try --dtype fp32")
     data_name = flags.val_data or f"the last tenth of {flags.data}, from byte {len(others)} on"
-    figures = checkpoint.origin(flags.init_from) | {"data": data_name, **figures}
+    figures = initial.origin(flags.init_from) | {"data": data_name, **figures}
     say(json.dumps(figures) if flags.json else metrics.describe_loss(figures))
     return 0
 
@@ -765,7 +741,7 @@ def train(argv: list[str] | None) -> int:
             if changed:
                 trainer.override(changed)
         elif trainer.origin is not None:
-            say(f"begins with the weights of {flags.init_from} ({trainer.origin['kind']})")
+            say(f"begins with the weights of {metrics.describe_origin(trainer.origin)}")
         return run(trainer)
 
 

@@ -1181,6 +1181,45 @@ def test_other_rates_and_data_are_taken(here: Here, capsys: pytest.CaptureFixtur
     assert main(here.flags(*flags)) == 0  # nothing changes any more
 
 
+def test_data_of_ones_own_is_given_up(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    val = here.path / "val.txt"
+    val.write_bytes(text(300, 9))
+    assert main(here.flags("--steps", 2, "--val-data", val)) == 0
+    assert main(here.flags("--steps", 2, "--resume", "--override", "data,val-data")) == 0
+    assert "validation_bytes from 300 to None" in capsys.readouterr().out
+
+
+def test_runs_of_earlier_versions_have_no_length(here: Here) -> None:
+    """Nor a place in the schedule: they go on as they did, whatever their new length."""
+    assert main(here.flags("--steps", 4)) == 0
+    file = checkpoint(here.run) / "state.json"
+    state = json.loads(file.read_text())
+    for key in ("progress", "stretch_from", "stretch_to", "n_not_better", "origin"):
+        del state[key]
+    for key in ("steps", "minutes", "freeze"):
+        del state["settings"][key]
+    file.write_text(json.dumps(state))
+    assert main(here.flags("--steps", 6, "--resume")) == 0
+    usual = [0.003 * schedule((step + 0.5) / 6, "wsd", 0.02, 0.5) for step in (4, 5)]
+    assert rates_of(here.run)[4:] == pytest.approx(usual)
+
+
+def test_an_evaluation_at_the_end_ends_the_schedule(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the clock, it may turn out only afterwards that no time is left."""
+    clock = Turned(monkeypatch)
+    clock.takes(Trainer, "train_step", lambda n: 3.0)
+    clock.takes(train, "evaluate", lambda n: 0.1 if n < 2 else 30.0)
+    flags = ["--eval-interval", 8, "--schedule", "wsd"]
+    assert main(here.flags("--minutes", 1, *flags)) == 0
+    state = json.loads((checkpoint(here.run) / "state.json").read_text())
+    assert state["progress"] == 1 and state["step"] == 8
+    clock.now = 3.0
+    assert main(here.flags("--minutes", 3, *flags, "--resume", "--override", "minutes")) == 0
+    assert "is over, begins anew" in capsys.readouterr().out
+
+
 def test_other_minutes(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """By the clock too, the rate goes on from where it was; and from steps to minutes."""
     clock = Turned(monkeypatch)
