@@ -135,8 +135,7 @@ class Checkpoint:
         return {"path": os.path.abspath(path), "kind": "huggingface" if self.config else "native", "step": step}
 
     def fingerprint(self) -> int:
-        """A CRC-32 of some weights, which differ between any two models that were trained: of the last norm, and the
-        first row of the head."""
+        """A CRC-32 of the last norm and the first row of the head, which differ between any two trained models."""
         norm, head = self.tensors["norm.weight"], self.tensors["head.weight"]
         parts = norm.read(norm.box, torch.float32), head.read(head.box._replace(bottom=1), torch.float32)
         return zlib.crc32(torch.cat(parts, dim=-1).numpy().tobytes())
@@ -616,7 +615,8 @@ def _is_state(key: str, value: Any) -> bool:
         return key in ("best_val", "val_step", "val_loss", "eval_sequences", "origin")
     is_count = key in ("step", "sequences", "val_step", "eval_sequences", "n_not_better")
     lowest = 1 if key == "eval_sequences" else 0
-    return type(value) in ((int,) if is_count else (int, float)) and lowest <= value < 2**53
+    highest = {"progress": 1, "stretch_to": 1, "stretch_from": math.nextafter(1, 0)}.get(key, 2**53 - 1)
+    return type(value) in ((int,) if is_count else (int, float)) and lowest <= value <= highest
 
 
 def check_settings(run: Path, was: dict[str, Any], now: dict[str, Any], override: list[str]) -> dict[str, Any]:
@@ -624,12 +624,22 @@ def check_settings(run: Path, was: dict[str, Any], now: dict[str, Any], override
     changed = {key: value for key, value in was.items() if now.get(key) != value}
     refused = [key for key in changed if OVERRIDABLE.get(key) not in override]
     if not refused:
+        for key, value in changed.items():
+            if not _is_setting(key, value, now.get(key)):
+                raise CheckpointError(f"{run}: {key!r} in the state of its last checkpoint is damaged; start a new run")
         return changed
     remedy = "choose another --save-path"
     if all(key in OVERRIDABLE for key in refused):
         remedy = "add --override " + ",".join(dict.fromkeys(OVERRIDABLE[key] for key in changed))
     listed = ", ".join(f"{shorten(key)} = {shorten(was[key])} (now {shorten(now.get(key))})" for key in refused)
     raise CheckpointError(f"{run} was trained with {listed}; resume with what it began with, or {remedy}")
+
+
+def _is_setting(key: str, value: Any, now: Any) -> bool:
+    """Whether a value can be a setting that --override changes to `now`."""
+    if value is None or isinstance(value, str):
+        return key in ("steps", "minutes") if value is None else isinstance(now, str)
+    return type(value) in (int, float) and 0 <= value < 2**53 and not isinstance(now, str)
 
 
 def check_origin(run: Path, origin: dict[str, Any] | None, path: str | os.PathLike | None) -> None:

@@ -196,4 +196,4 @@ def stretch(progress: float, begin: float, done: float) -> float:
 
     So the rest of one goes with the rest of the other; with zeros, the two are the same.
     """
-    return done + (1 - done) * max(0.0, (progress - begin) / (1 - begin))
+    return min(1.0, done + (1 - done) * max(0.0, (progress - begin) / (1 - begin)))

@@ -1547,6 +1547,7 @@ def test_a_damaged_state_is_refused(here: Here, capsys: pytest.CaptureFixture[st
     (path,) = here.run.glob("step-*/state.json")
     state, before = json.loads(path.read_text()), (here.run / "metrics.jsonl").read_bytes()
     damaged = [("step", -5), ("step", "x"), ("step", True), ("step", 1.5), ("step", None), ("elapsed_s", "x")]
+    damaged += [("stretch_from", 1.0), ("stretch_to", 2), ("progress", None), ("origin", "x"), ("n_not_better", 0.5)]
     damaged += [("elapsed_s", -1e9), ("elapsed_s", None), ("best_val", []), ("eval_sequences", 0), ("settings", 3)]
     lacking = [{k: v for k, v in state.items() if k != key} for key in ("step", "settings", "best_val", "elapsed_s")]
     bad = [(key, state | {key: value}) for key, value in [*damaged, ("val_loss", -1)]]
@@ -1555,6 +1556,17 @@ def test_a_damaged_state_is_refused(here: Here, capsys: pytest.CaptureFixture[st
         path.write_text(json.dumps(values))
         assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, repr(key))
         assert (here.run / "metrics.jsonl").read_bytes() == before
+
+
+def test_damaged_settings_are_not_overridden(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 2)) == 0
+    path = checkpoint(here.run) / "state.json"
+    state = json.loads(path.read_text())
+    resume = here.flags("--steps", 4, "--resume", "--override", "steps,lr,schedule,data")
+    damaged = [("steps", "x"), ("steps", [3]), ("lr", None), ("lr", True), ("lr", -1.0), ("lr", 10**400)]
+    for key, value in [*damaged, ("schedule", 3), ("training_bytes", {"a": 1})]:
+        path.write_text(json.dumps(state | {"settings": state["settings"] | {key: value}}))
+        assert_refused(capsys, resume, here.run, repr(key), "damaged")
 
 
 class Turned:
