@@ -24,6 +24,7 @@ import math
 import os
 import re
 import shutil
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -72,6 +73,28 @@ _Shapes = dict[str, tuple[int, ...]]  # of full tensors, by name
 _Slice = tuple[str, Slice2D, torch.Tensor]  # name, rectangle of the full tensor, and its content
 _State = dict[str, dict[str, torch.Tensor]]  # of an optimizer, by the parameter's name and a key
 STEP_NAME = re.compile(r"step-[0-9]{8,15}")  # of a run's checkpoint
+# Fields of a config in which a run may differ from the checkpoint that it begins with: they change neither the shape of
+# a weight that both have, nor what a position computes; and those of YaRN, where it is new.
+FREE_FIELDS = {"max_batch_size", "max_seq_len", "dtype", "scale_fmt", "n_mtp_layers"}
+FREE_FIELDS |= {"bias_update_speed", "aux_loss_alpha", "mtp_loss_weight"}  # of training alone
+YARN_FIELDS = {"use_yarn", "original_seq_len", "rope_factor", "beta_fast", "beta_slow", "mscale"}
+
+OLD_NAMES = {"windows": "sequences", "eval_windows": "eval_sequences", "short_windows": "short_seq_len"}
+NEW_STATE = {"n_not_better": 0, "progress": 0.0, "stretch_from": 0.0, "stretch_to": 0.0, "origin": None}
+# Settings in a run's state that --override may change, and the flag of each. With another seed, batch or optimizer,
+# the positions and tensors that a run goes on from would be of no use.
+OVERRIDABLE = {key: key for key in ("steps", "minutes", "lr", "matrix_lr", "weight_decay", "grad_clip", "momentum")}
+OVERRIDABLE |= {key: key for key in ("beta1", "beta2", "schedule", "warmup", "decay", "gemm_impl")}
+OVERRIDABLE |= dict.fromkeys(("training_bytes", "training_crc32", "data_weights"), "data")
+OVERRIDABLE |= dict.fromkeys(("validation_bytes", "validation_crc32"), "val_data")
+OVERRIDE_HELP = f"""
+A resumed run keeps its settings, but for those that --override names with commas between, out of
+{", ".join(dict.fromkeys(OVERRIDABLE.values()))}.
+If its length is one of them, what is left of the schedule is stretched over what is left of the run, so that the
+learning rate does not jump: a stable phase lasts longer, a decay that has begun becomes slower, and so does the fall of
+a cosine. A schedule that has ended begins anew, warm-up and short sequences included. A line says what changes, and
+where the schedule stands.
+"""
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -105,6 +128,27 @@ class Checkpoint:
     def is_fp8(self) -> bool:
         """Whether any weight is stored in FP8."""
         return any(source.dtype == E4M3 for source in self.tensors.values())
+
+    def origin(self, path: str | os.PathLike) -> dict[str, Any]:
+        """What a run that begins with it keeps of that, ready for JSON; `path` is what it was opened by."""
+        step = int(self.folder.name[5:]) if STEP_NAME.fullmatch(self.folder.name) else None
+        return {"path": os.path.abspath(path), "kind": "huggingface" if self.config else "native", "step": step}
+
+    def fingerprint(self) -> int:
+        """A CRC-32 of the last norm and the first row of the head, which differ between any two trained models."""
+        norm, head = self.tensors["norm.weight"], self.tensors["head.weight"]
+        parts = norm.read(norm.box, torch.float32), head.read(head.box._replace(bottom=1), torch.float32)
+        return zlib.crc32(torch.cat(parts, dim=-1).numpy().tobytes())
+
+    def check_same_model(self, args: ModelArgs) -> None:
+        """Raises a ConfigError unless a model of `args` can begin with these weights and compute what they are for."""
+        ours, theirs, free = args.to_dict(), self.args.to_dict(), FREE_FIELDS
+        if args.max_seq_len > self.args.max_seq_len or not (args.use_yarn or self.args.use_yarn):
+            free = free | YARN_FIELDS
+        for key in ours:
+            if ours[key] != theirs[key] and key not in free:
+                remedy = f"set it to {theirs[key]}, or leave --config out"
+                raise ConfigError(f"{self.folder} has {key} = {theirs[key]}, but --config {ours[key]}; {remedy}")
 
 
 def native_scale_name(name: str) -> str:
@@ -423,11 +467,14 @@ def _pointer(run: Path) -> dict[str, Any]:
     return dict.fromkeys(("last", "best"), max(steps, key=lambda name: int(name[5:]))) if steps else {}
 
 
-def save_run(run: Run, model: Transformer, optimizer: _State, state: dict[str, Any], is_best: bool) -> Path:
+def save_run(
+    run: Run, model: Transformer, optimizer: _State, state: dict[str, Any], is_best: bool, keep: int = 0
+) -> Path:
     """Writes a checkpoint of a training run, points to it, and removes those that are neither last nor best any more.
 
     All processes of the run call it, and it returns the checkpoint's folder. `optimizer` has the optimizer's state of
     each parameter, by the parameter's name; `state` has the rest, ready for JSON; its "step" gives the folder its name.
+    Of the checkpoints before it that are not the best, the newest `keep` stay.
 
     Raises:
         CheckpointError: It cannot be written. The checkpoints that were there before are still complete.
@@ -447,7 +494,7 @@ def save_run(run: Run, model: Transformer, optimizer: _State, state: dict[str, A
             if is_best or "best" not in pointer:
                 pointer["best"] = path.name
             write_json(run.path / POINTER_FILE, pointer, run.folder_fd())
-            _sweep(run.path, set(pointer.values()))
+            _sweep(run.path, set(pointer.values()), state["step"], keep)
     return path
 
 
@@ -466,8 +513,15 @@ def _save_step(path: Path, model: Transformer, optimizer: _State, state: dict[st
             stack.close()
 
 
-def _sweep(run: Path, kept: set[str]) -> None:
-    """Removes checkpoints other than those named, and leftovers of dead processes; nothing with other names."""
+def _sweep(run: Path, kept: set[str], step: int, keep: int) -> None:
+    """Removes checkpoints and leftovers of dead processes; nothing with other names.
+
+    Stay those that are named in `kept`, and beside them the newest `keep` of those before `step`: one of a later step
+    was left by a process that died before it could point to it.
+    """
+    steps = {int(old.name[5:]): old.name for old in run.iterdir() if STEP_NAME.fullmatch(old.name)}
+    others = sorted((n for n, name in steps.items() if n < step and name not in kept), reverse=True)
+    kept = kept | {steps[n] for n in others[:keep]}
     for old in list(run.iterdir()):
         if STEP_NAME.fullmatch(old.name) and old.name not in kept:
             shutil.rmtree(old, ignore_errors=True)
@@ -541,3 +595,59 @@ def _read_state(
         if (found[key] < lowest).any():
             raise CheckpointError(f"{source.shards[0].info} has a number below {lowest}; start a new run")
     return found
+
+
+def check_state(run: Path, stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state in a run's checkpoint, by today's names; a CheckpointError unless it has all that ours has."""
+    state = NEW_STATE | {OLD_NAMES.get(key, key): value for key, value in stored.items()}
+    for key in ours:
+        if not _is_state(key, state.get(key, "missing")):
+            raise CheckpointError(f"{run}: {key!r} in the state of its last checkpoint is damaged; start a new run")
+    settings = {OLD_NAMES.get(key, key): value for key, value in state["settings"].items()}
+    return state | {"settings": {"freeze": []} | settings}
+
+
+def _is_state(key: str, value: Any) -> bool:
+    """Whether a value can be what train.py's `Trainer.state` has under a key."""
+    if key == "settings" or key == "origin" and value is not None:
+        return isinstance(value, dict)
+    if value is None:
+        return key in ("best_val", "val_step", "val_loss", "eval_sequences", "origin")
+    is_count = key in ("step", "sequences", "val_step", "eval_sequences", "n_not_better")
+    lowest = 1 if key == "eval_sequences" else 0
+    highest = {"progress": 1, "stretch_to": 1, "stretch_from": math.nextafter(1, 0)}.get(key, 2**53 - 1)
+    return type(value) in ((int,) if is_count else (int, float)) and lowest <= value <= highest
+
+
+def check_settings(run: Path, was: dict[str, Any], now: dict[str, Any], override: list[str]) -> dict[str, Any]:
+    """Returns those of a run's settings that are others now; a CheckpointError unless `override` has their flags."""
+    changed = {key: value for key, value in was.items() if now.get(key) != value}
+    refused = [key for key in changed if OVERRIDABLE.get(key) not in override]
+    if not refused:
+        for key, value in changed.items():
+            if not _is_setting(key, value, now.get(key)):
+                raise CheckpointError(f"{run}: {key!r} in the state of its last checkpoint is damaged; start a new run")
+        return changed
+    remedy = "choose another --save-path"
+    if all(key in OVERRIDABLE for key in refused):
+        remedy = "add --override " + ",".join(dict.fromkeys(OVERRIDABLE[key] for key in changed))
+    listed = ", ".join(f"{shorten(key)} = {shorten(was[key])} (now {shorten(now.get(key))})" for key in refused)
+    raise CheckpointError(f"{run} was trained with {listed}; resume with what it began with, or {remedy}")
+
+
+def _is_setting(key: str, value: Any, now: Any) -> bool:
+    """Whether a value can be a setting that --override changes to `now`."""
+    if key == "data_weights":
+        return value is None or isinstance(value, list) and all(type(weight) in (int, float) for weight in value)
+    if value is None or isinstance(value, str):
+        return key in ("steps", "minutes") if value is None else isinstance(now, str)
+    return type(value) in (int, float) and 0 <= value < 2**53 and not isinstance(now, str)
+
+
+def check_origin(run: Path, origin: dict[str, Any] | None, path: str | os.PathLike | None) -> None:
+    """Raises a CheckpointError if a run did not begin with the weights of `path`, where one is given."""
+    began = None if origin is None else origin.get("path")
+    if path is not None and began != os.path.abspath(path):
+        weights = "fresh weights" if began is None else f"the weights of {shorten(began)}"
+        remedy = "leave --init-from out to go on with its own, or choose another --save-path"
+        raise CheckpointError(f"{run} began with {weights}, not of {path}; {remedy}")

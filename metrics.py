@@ -24,6 +24,7 @@ Fields of a line of `metrics.jsonl`; figures of speed and load are of the steps 
     window             their length in bytes, where it is shorter than the context
 """
 
+import heapq
 import json
 import math
 import os
@@ -40,7 +41,9 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -62,6 +65,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 RUN_FILES = rf"{METRICS_FILE}|{SETTINGS_FILE}|{TENSORBOARD_FOLDER}|profile-\d{{8,}}\.json\.gz"  # what a run writes here
 MAX_METRICS_BYTES = 1 << 34  # of a file that is read; a line of the largest models has some 100 KB
 MAX_LINE_BYTES = 1 << 24
+N_WORST = 5  # sequences of a file that are reported
 MEASURING_S = 0.05  # how long a product of each size is repeated
 FIRST_LOG_S, LONGEST_LOG_S = 10.0, 300.0  # between lines of a log without a terminal: each takes twice the last
 WARM_UP_STEPS = 3  # before a profile: they compile, and allocate memory
@@ -243,9 +247,11 @@ def describe(model: Transformer, ctx: ParallelContext, peak_flops: float, n_trai
     """Describes in a line what will be trained, and on how many bytes."""
     total, active = model.n_params()
     latent, plain = (n * model.compute_dtype.itemsize for n in model.args.cache_numbers_per_position())
+    n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = f" ({n_frozen:,} frozen)" if n_frozen else ""
     ranks = f"; {ctx.dp_size} data-parallel × {ctx.mp_size} model-parallel processes" if ctx.world_size > 1 else ""
     return (
-        f"{total:,} parameters, {active:,} active per byte; cache {latent:,} bytes per position "
+        f"{total:,} parameters{frozen}, {active:,} active per byte; cache {latent:,} bytes per position "
         f"(plain multi-head attention: {plain:,}); {torch.device(ctx.device).type}, "
         f"{str(model.compute_dtype).removeprefix('torch.')} at {peak_flops / 1e12:.3g} TFLOP/s at most"
         f"{', products in FP8' if fp8_ops.gemm_impl == 'fp8' else ''}{ranks}; "
@@ -359,18 +365,144 @@ def evaluate(
     batches = EvaluationBatches(len(data), seq_len or model.args.max_seq_len, batch_size, max_sequences)
     total = torch.zeros((), dtype=torch.float64)
     model.eval()
-    for i in range(0, len(batches), ctx.dp_size):
+    for i, is_mine in _deal(len(batches), ctx):
         if stop():
             return None
-        # all ranks must go through the model equally often: one with no batch left repeats the last, for nothing
-        starts, length = batches[min(i + ctx.dp_rank, len(batches) - 1)]
+        starts, length = batches[i]
         with reading(ctx):
             tokens, targets = read_batch(data, starts, length, ctx.device)
         loss = model.next_byte_loss(tokens, targets).item()
-        if i + ctx.dp_rank < len(batches):
+        if is_mine:
             total += loss * len(starts) * length
     model.train()
     return ctx.all_reduce_dp(total).item() / batches.n_targets
+
+
+def _deal(n_batches: int, ctx: ParallelContext) -> Iterator[tuple[int, bool]]:
+    """Deals batches out to the data-parallel ranks: yields the number of each, and whether it counts.
+
+    All ranks must go through the model equally often: one with no batch left repeats the last, for nothing.
+    """
+    for i in range(ctx.dp_rank, n_batches + ctx.dp_rank, ctx.dp_size):
+        yield min(i, n_batches - 1), i < n_batches
+
+
+class OverlappingBatches:
+    """Batches of sequences of `seq_len` bytes, `stride` apart, which together predict each byte but the first once.
+
+    A sequence predicts what the one before it has not: the first all that it reaches, the others their last `stride`
+    bytes, each from at least `seq_len - stride` bytes before it. What remains at the end is one shorter sequence.
+    """
+
+    def __init__(self, n_bytes: int, seq_len: int, stride: int, batch_size: int):
+        self.n_targets, self.seq_len, self.stride, self.batch_size = n_bytes - 1, seq_len, stride, batch_size
+        self.n_full = max(0, (self.n_targets - seq_len) // stride + 1)
+        self.rest = self.n_targets - (seq_len + (self.n_full - 1) * stride if self.n_full else 0)
+
+    def __len__(self) -> int:
+        return -(-self.n_full // self.batch_size) + (self.rest > 0)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """Returns offsets, int64 (sequences,), the targets of each sequence, and how many of its first do not count."""
+        numbers = np.arange(i * self.batch_size, min((i + 1) * self.batch_size, self.n_full))
+        if len(numbers):
+            return numbers * self.stride, self.seq_len, np.where(numbers == 0, 0, self.seq_len - self.stride)
+        start = self.n_full * self.stride
+        length = self.n_targets - start
+        return np.array([start]), length, np.array([length - self.rest])
+
+
+@torch.inference_mode()
+def evaluate_file(
+    model: Transformer, data: Corpus, batch_size: int, ctx: ParallelContext, stride: int | None = None
+) -> dict[str, Any]:
+    """Measures the loss over a whole file of two bytes or more, in sequences of the model's context.
+
+    Each byte is predicted once, but for the first, before which there is nothing. The batches are the same however many
+    processes there are.
+
+    Args:
+        batch_size: Sequences that a process computes at a time.
+        stride: Distance of the sequences; by default the context, so that they do not overlap.
+
+    Returns:
+        Figures ready for JSON: "val_loss" in nats per byte, "val_bpb" in bits; "standard_error" of val_loss over the
+        sequences, None for a single one; how many "bytes" were predicted in how many "sequences", with "context" and
+        "stride"; and the "worst" sequences: "offset" of the first byte that each predicts, their number, their loss.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    seq_len = model.args.max_seq_len
+    batches = OverlappingBatches(len(data), seq_len, stride or seq_len, batch_size)
+    sums, worst = torch.zeros(6, dtype=torch.float64), list[tuple[float, int, int]]()
+    model.eval()
+    bar = tqdm(total=len(batches), disable=None if ctx.rank == 0 else True, unit="batch")
+    for i, is_mine in _deal(len(batches), ctx):
+        starts, length, skips = batches[i]
+        with reading(ctx):
+            tokens, targets = read_batch(data, starts, length, ctx.device)
+        losses = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        bar.update(ctx.dp_size)
+        if is_mine:
+            counts = torch.from_numpy(length - skips)
+            is_predicted = torch.arange(length) >= length - counts[:, None]
+            totals = losses.cpu().double().where(is_predicted, 0.0).sum(dim=1)
+            n = counts.double()
+            terms = n, totals, n * n, n * totals, totals * totals, torch.ones_like(n)
+            sums += torch.stack([term.sum() for term in terms])
+            worst += zip((totals / n).tolist(), (-1 - starts - skips).tolist(), counts.tolist(), strict=True)
+            worst = heapq.nlargest(N_WORST, worst)  # of equals, those that come first
+    bar.close()
+    figures = _loss_figures(ctx.all_reduce_dp(sums)) | {"context": seq_len, "stride": batches.stride}
+    return figures | {"worst": _gather_worst(worst, ctx)}
+
+
+def _loss_figures(sums: torch.Tensor) -> dict[str, Any]:
+    """From sums over sequences of n bytes whose loss is L: of n, L, n², nL, L² and 1.
+
+    The loss is a ratio of two sums, so its variance is that of L - loss·n, as of any ratio estimator.
+    """
+    n, total, n_n, n_total, total_total, count = sums.tolist()
+    loss = total / n
+    squares = max(0.0, total_total - 2 * loss * n_total + loss * loss * n_n)
+    error = math.sqrt(squares * count / (count - 1)) / n if count > 1 else None
+    return {
+        "val_loss": loss,
+        "val_bpb": loss / math.log(2),
+        "standard_error": error,
+        "bytes": int(n),
+        "sequences": int(count),
+    }
+
+
+def _gather_worst(worst: list[tuple[float, int, int]], ctx: ParallelContext) -> list[dict[str, Any]]:
+    """The worst sequences of all data-parallel ranks, from those of each: loss, minus offset, bytes."""
+    table = torch.zeros(ctx.dp_size, N_WORST, 3, dtype=torch.float64)
+    table[ctx.dp_rank, : len(worst)] = torch.tensor(worst, dtype=torch.float64).view(-1, 3)
+    rows = [row for row in ctx.all_reduce_dp(table).flatten(0, 1).tolist() if row[2] > 0]
+    return [{"offset": int(-at), "bytes": int(n), "loss": loss} for loss, at, n in heapq.nlargest(N_WORST, rows)]
+
+
+def describe_origin(origin: dict[str, Any]) -> str:
+    """Describes where weights are from; see `Checkpoint.origin`."""
+    step = "" if origin["step"] is None else f", step {origin['step']}"
+    return f"{origin['path']} ({origin['kind']}{step})"
+
+
+def describe_loss(figures: dict[str, Any]) -> str:
+    """Describes figures of `evaluate_file`, those of `Checkpoint.origin` and the name of the "data" in some lines."""
+    loss, bpb, error = figures["val_loss"], figures["val_bpb"], figures["standard_error"]
+    errors = ["" if error is None else f" ± {e:.4f}" for e in (error, error and error / math.log(2))]
+    apart = "" if figures["stride"] == figures["context"] else f", {figures['stride']:,} apart"
+    lines = [
+        f"{describe_origin(figures)} on {figures['data']}:",
+        f"{loss:.4f}{errors[0]} nats/byte, {bpb:.4f}{errors[1]} bits/byte: {figures['bytes']:,} bytes predicted, in "
+        f"{figures['sequences']:,} sequences of {figures['context']:,} bytes{apart}",
+        "the worst sequences: offset of the first byte that each predicts, their number, nats/byte",
+    ]
+    lines += [f"  {row['offset']:>15,}  {row['bytes']:>7,} bytes  {row['loss']:.4f}" for row in figures["worst"]]
+    return "\n".join(lines)
 
 
 @torch.inference_mode()

@@ -941,7 +941,7 @@ class Transformer(nn.Module):
         """
         speed = self.args.bias_update_speed
         for gate, counts in zip(self.gates(), load, strict=True):
-            if gate.bias is None:
+            if gate.bias is None or not gate.weight.requires_grad:  # a frozen router stays as it is
                 continue
             mean = counts.mean()
             if speed is not None:

@@ -1,5 +1,6 @@
-"""Muon and the parameter groups: matrices are trained by Muon (or AdamW), all else by AdamW."""
+"""Muon, the parameter groups (matrices are trained by Muon or AdamW, all else by AdamW), and their learning rate."""
 
+import fnmatch
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ from torch.optim import Optimizer
 
 import fp8_ops
 import parallel
-from model import Transformer
+from command import shorten
+from model import ConfigError, Transformer
 from parallel import ParallelContext, is_matrix
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration, and how many of them
@@ -105,16 +107,42 @@ def is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
     return is_matrix(name, p.shape) and name not in ("embed.weight", "head.weight")
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Excludes parameters from training: those whose name matches one of some shell-style patterns.
+
+    The routing bias of a gate is no parameter: it stays when the gate's weight does.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or nothing is left to train.
+    """
+    params = dict(model.named_parameters())
+    for pattern in patterns:
+        matches = [name for name in params if fnmatch.fnmatchcase(name, pattern)]
+        if not matches:
+            some = ", ".join(list(params)[:: -(-len(params) // 5)])
+            raise ConfigError(f"--freeze {shorten(pattern)} matches no parameter; some of them are {some}")
+        for name in matches:
+            params[name].requires_grad_(False)
+    if not any(p.requires_grad for p in params.values()):
+        raise ConfigError("--freeze leaves no parameter to train; narrow its patterns")
+
+
 def make_optimizers(
     model: Transformer, flags: Any, dtype: torch.dtype, ctx: ParallelContext | None = None
 ) -> list[Optimizer]:
     """Divides the parameters: hidden matrices by `--optimizer`; embedding, head, router and norms by AdamW.
 
-    Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink. `flags`
-    are `TrainFlags`. A group has the "name" of its rate in the metrics, and its "peak_lr".
+    Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink. Frozen
+    parameters are left out. `flags` are `TrainFlags`. A group has the "name" of its rate in the metrics, and its
+    "peak_lr".
     """
     params: dict[str, list[nn.Parameter]] = {"matrices": [], "routers": [], "others": []}
-    for name, p in model.named_parameters():
+    for name, p in trainable(model).items():
         is_router = name.endswith("gate.weight")
         params["matrices" if is_hidden_matrix(name, p) else "routers" if is_router else "others"].append(p)
     # AdamW moves each of a row's `dim` weights by the rate: at 1,024, scores would leap faster than biases balance
@@ -123,9 +151,9 @@ def make_optimizers(
     groups += [{"name": "router_lr", "params": params["routers"], "lr": router_lr, "weight_decay": 0.0}]  # may be none
     matrices = {"name": "matrix_lr", "params": params["matrices"]}
     optimizers: list[Optimizer] = []
-    if flags.optimizer == "muon":
+    if flags.optimizer == "muon" and params["matrices"]:
         optimizers.append(Muon([matrices], flags.matrix_lr, flags.momentum, flags.weight_decay, dtype, ctx))
-    else:
+    elif flags.optimizer == "adamw":
         groups.append(matrices | {"lr": flags.matrix_lr, "weight_decay": flags.weight_decay})
     optimizers.append(torch.optim.AdamW(groups, betas=(flags.beta1, flags.beta2), eps=1e-10, fused=True))
     for optimizer in optimizers:
@@ -146,7 +174,32 @@ def load_optimizer_tensors(
 ) -> None:
     """Puts back what `optimizer_tensors` returned, which `read` knows of each parameter; see `checkpoint.load_run`."""
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
+    for name, p in trainable(model).items():
         for key, tensor in read(name, p, STATE_KEYS[type(owner[p]).__name__]).items():
             owner[p].state[p][key] = state = torch.zeros_like(p) if tensor.ndim else tensor.to(p.device)
             ctx.local_shard(state)[0].copy_(tensor)
+
+
+def schedule(progress: float, kind: str, warmup: float, decay: float) -> float:
+    """The learning rate as a fraction of its peak, when `progress` of training is done, 0 to 1.
+
+    It warms up linearly; "wsd" then stays, and falls linearly to 0 in the last fraction `decay`; "cosine" falls as one.
+    """
+    if progress < warmup:
+        return progress / warmup
+    if kind == "wsd":
+        return min(1.0, (1 - progress) / decay) if decay > 0 else 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1 - warmup, 1e-9))))
+
+
+def rate(progress: float, settings: dict[str, Any]) -> float:
+    """The learning rate of all but the hidden matrices, when `progress` of the schedule is done."""
+    return settings["lr"] * schedule(progress, settings["schedule"], settings["warmup"], settings["decay"])
+
+
+def stretch(progress: float, begin: float, done: float) -> float:
+    """How much of the schedule is done when `progress` of the run is, if `done` of it was when `begin` of the run was.
+
+    So the rest of one goes with the rest of the other; with zeros, the two are the same.
+    """
+    return min(1.0, done + (1 - done) * max(0.0, (progress - begin) / (1 - begin)))

@@ -755,7 +755,7 @@ def replicated_parameters(ctx: ParallelContext, model: Transformer) -> list[nn.P
     if ctx.mp_size == 1:
         return []
     inside = [(name, p) for name, p in model.named_parameters() if ".attn." in name or ".ffn." in name]
-    return [p for name, p in inside if sharded_dim(name) is None]
+    return [p for name, p in inside if sharded_dim(name) is None and p.requires_grad]
 
 
 def all_reduce_replicated_grads(ctx: ParallelContext, model: Transformer) -> None:
@@ -770,7 +770,7 @@ def all_reduce_replicated_grads(ctx: ParallelContext, model: Transformer) -> Non
 
 def clip_grad_norm(ctx: ParallelContext, model: Transformer, max_norm: float) -> torch.Tensor:
     """Clips like `nn.utils.clip_grad_norm_` on the full model; returns the norm before."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
     if ctx.world_size == 1:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
     grads = [ctx.local_shard(p.grad)[0] for p in parameters]

@@ -1,6 +1,8 @@
 """Trains a model on bytes: flags, schedule, the loop, evaluation, resuming.
 
     python train.py --config configs/nano.json --data my.txt --save-path out --minutes 5
+    python train.py --init-from out --data other.txt --save-path tuned --minutes 1
+    python train.py --init-from tuned --eval-only --val-data other.txt
 
 Three rules make a run repeatable and safe to stop at any moment:
 
@@ -27,7 +29,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,19 +37,22 @@ from typing import Any, cast, get_args, get_origin
 
 import torch
 
+import checkpoint
 import command
 import fp8_ops
 import metrics
+import optim
 import parallel
 import plan
 from byte_tokenizer import VOCAB_SIZE
-from checkpoint import Run, has_run, load_run, read_config, save_run
+from checkpoint import Checkpoint, Run, has_run, load_run, load_weights, read_config, save_run
 from command import integer, real, shorten
+from convert import open_checkpoint
 from data.prepare import DataError, open_bytes, resolve
 from data.sampler import Corpus, JoinedCorpus, MixtureSampler, fingerprint, read_batch, split
 from metrics import RUN_FILES, Clock, Due, Meter, Metrics, Profile, ProgressBar, describe, evaluate, sample_text
 from model import ConfigError, Losses, ModelArgs, Transformer
-from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, optimizer_tensors
+from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, optimizer_tensors, schedule
 from parallel import CollectiveError, DeviceError, ParallelContext, ParallelError, is_rank_zero
 from safetensors_io import CheckpointError
 
@@ -55,8 +60,9 @@ SHORT_UNTIL = 0.5  # which part of a run --short-seq-len is for
 LAST_EVALUATION_SHARE = 0.1  # of the time of a run by the clock, at most
 FEW_STEPS = 10  # a run by the clock with fewer is reported
 LEFTOVER = re.compile(rf"{RUN_FILES}|step-\d{{8,}}|\..*\.(tmp|lock)")  # of a run killed before it saved
-KEPT = ("step", "best_val", "val_step", "val_loss", "eval_sequences")  # attributes of a trainer, in its state
-OLD_NAMES = {"windows": "sequences", "eval_windows": "eval_sequences", "short_windows": "short_seq_len"}
+# attributes of a trainer that are in its state
+KEPT = ["step", "best_val", "val_step", "val_loss", "eval_sequences", "n_not_better"]
+KEPT += ["progress", "stretch_from", "stretch_to", "origin"]
 
 
 class NotFinite(RuntimeError):
@@ -69,6 +75,8 @@ MISTAKES = (ConfigError, DataError, CheckpointError, DeviceError, ParallelError,
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 
+EVAL_FLAGS = ["context", "stride", "json"]  # of --eval-only alone, and those that it cannot have
+NO_EVAL_FLAGS = ["steps", "minutes", "save_path", "resume", "override", "freeze", "keep", "patience", "compile", "plan"]
 _POSITIVE, _BELOW_ONE, _FRACTION = real(0, open_low=True), real(0, 1, open_high=True), real(0, 1)
 _MINUTES = real(0, 1e6, open_low=True)
 
@@ -81,11 +89,20 @@ def _flag(default: Any, help: str, parse: Callable[[str], Any] = str, **options:
     return field(default=default, metadata={"help": help, "type": parse, **options})
 
 
+def _names(text: str) -> list[str]:
+    """Parses the names of --override."""
+    names = text.replace("-", "_").split(",")
+    if unknown := [name for name in names if name not in checkpoint.OVERRIDABLE.values()]:
+        known = ", ".join(dict.fromkeys(checkpoint.OVERRIDABLE.values()))
+        raise argparse.ArgumentTypeError(f"must be of {known}, with commas between, got {shorten(unknown[0], 40)!r}")
+    return names
+
+
 @dataclass
 class TrainFlags:
     """The flags of train.py: the command line, --help, and the object "train" of a config follow from these fields."""
 
-    config: str = _flag(MISSING, "JSON file of ModelArgs; its key 'train' sets defaults", required=True, fixed=True)
+    config: str | None = _flag(None, "JSON file of ModelArgs; its key 'train' sets defaults", fixed=True)
     data: list[str] | None = _flag(
         None, "files, .jsonl, .gz, folders, stdlib, shakespeare, enwik8 (default: stdlib)", nargs="+", action="extend"
     )
@@ -93,8 +110,16 @@ class TrainFlags:
         None, "share of each DATA in training; default, and in validation: by size", _POSITIVE, nargs="+", metavar="W"
     )
     text_key: str = _flag("text", "of .jsonl: the field of each line that holds the text", metavar="KEY")
+    val_data: str | None = _flag(None, "what to evaluate on; default: the last tenth of --data")
     save_path: Path | None = _flag(None, "folder of the run; without it nothing is kept", Path, fixed=True)
     resume: bool = _flag(False, "go on from the last checkpoint in --save-path, if any", fixed=True)
+    override: list[str] | None = _flag(None, "flags that --resume may change; see below", _names, fixed=True)
+    init_from: Path | None = _flag(None, "a checkpoint or run to begin with", Path, fixed=True, group="given weights")
+    freeze: list[str] | None = _flag(None, "parameters to leave as they are, 'layers.0.*'", action="append", fixed=True)
+    eval_only: bool = _flag(False, "print the loss of --init-from over all of --val-data", fixed=True)
+    context: int | None = _flag(None, "with --eval-only: bytes of a sequence", integer(1, 1 << 30), fixed=True)
+    stride: int | None = _flag(None, "with --eval-only: bytes from a sequence to the next", integer(1), fixed=True)
+    json: bool = _flag(False, "with --eval-only: print one JSON object", fixed=True)
     steps: int | None = _flag(None, "optimizer steps", integer(1), group="length of the run (one of them)")
     minutes: float | None = _flag(None, "time for the whole process, start to end", _MINUTES)
     batch_size: int = _flag(32, "sequences of max_seq_len bytes at a time", integer(1, 10**6), group="batch")
@@ -113,7 +138,7 @@ class TrainFlags:
     decay: float = _flag(0.5, "fraction of the run (wsd)", _FRACTION)
     device: str | None = _flag(None, "default: the best there is", choices=["cuda", "mps", "cpu"], group="compute")
     dtype: str = _flag("auto", "of the activations", choices=["auto", "fp32", "bf16"])
-    gemm_impl: str | None = _flag(None, "linear layers; default: by the config's dtype", choices=["bf16", "fp8"])
+    gemm_impl: str | None = _flag(None, "linear layers; default: by the dtype of --config", choices=["bf16", "fp8"])
     compile: bool = _flag(False, "torch.compile the step: on a CPU that takes a C++ compiler")
     gradient_checkpointing: bool = _flag(False, "recompute blocks: less memory, slower")
     model_parallel: int = _flag(1, "processes that share one model's layers", integer(1, 10**4), metavar="M")
@@ -126,6 +151,8 @@ class TrainFlags:
     log_interval: int = _flag(10, "steps between lines of metrics", integer(1), group="reports")
     eval_interval: int = _flag(0, "steps; 0: tenths of the run, where they are long enough", integer(0))
     save_interval: int = _flag(0, "steps; 0: with each evaluation or tenth of the run", integer(0))
+    keep: int = _flag(0, "checkpoints that stay beside the last and the best", integer(0), metavar="N")
+    patience: int = _flag(0, "evaluations without a better loss that end the run; 0: none do", integer(0), metavar="N")
     sample_bytes: int = _flag(200, "bytes of the sample; 0 for none", integer(0, 10**6))
     tensorboard: bool = _flag(False, "write the metrics for TensorBoard as well, into --save-path")
     profile: int = _flag(0, "trace N steps, into --save-path; 0: none", integer(0, 10**4), metavar="N", fixed=True)
@@ -133,7 +160,8 @@ class TrainFlags:
 
 def build_parser() -> command.Parser:
     """Builds the parser of the command line from the fields of `TrainFlags`; it returns the flags that are given."""
-    parser = command.Parser("train.py", description="Train a model on bytes.", argument_default=argparse.SUPPRESS)
+    options: Any = {"epilog": checkpoint.OVERRIDE_HELP, "argument_default": argparse.SUPPRESS}
+    parser = command.Parser("train.py", description="Train a model on bytes.", **options)
     group: Any = parser
     for flag in fields(TrainFlags):
         options = dict(flag.metadata)
@@ -156,7 +184,7 @@ def config_flags(path: str, values: dict[str, Any]) -> dict[str, Any]:
     flags = {flag.name: flag for flag in fields(TrainFlags) if not flag.metadata.get("fixed")}
     checked: dict[str, Any] = {}
     for given, value in values.items():
-        key = OLD_NAMES.get(given, given)
+        key = checkpoint.OLD_NAMES.get(given, given)
         if key not in flags:
             raise ConfigError(f"{path}: train.{shorten(given)} is not a flag of train.py that a config may set")
         if key in checked:
@@ -189,8 +217,14 @@ def parse_args(argv: list[str] | None) -> tuple[TrainFlags, ModelArgs]:
     """Parses the command line over the defaults under "train" in the config; returns the flags and the model's args."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))
-    shape, train_object = read_config(given["config"])
-    defaults = config_flags(given["config"], train_object)
+    defaults: dict[str, Any] = {}
+    if "config" in given:
+        shape, train_object = read_config(given["config"])
+        defaults = config_flags(given["config"], train_object)
+    elif "init_from" in given:
+        shape = open_checkpoint(given["init_from"]).args
+    else:
+        parser.error("give --config, a JSON file of ModelArgs, or --init-from, a checkpoint")
     if given.keys() & {"steps", "minutes"}:
         defaults = {key: value for key, value in defaults.items() if key not in ("steps", "minutes")}
     if "data" in given:
@@ -200,14 +234,39 @@ def parse_args(argv: list[str] | None) -> tuple[TrainFlags, ModelArgs]:
     if flags.data_weights and len(flags.data_weights) != len(flags.data):
         parser.error(f"--data-weights must be as many as --data: {len(flags.data)}, got {len(flags.data_weights)}")
     flags.data_weights = flags.data_weights if len(flags.data) > 1 else None  # of one corpus it changes nothing
-    flags.gemm_impl = flags.gemm_impl or ("fp8" if shape.dtype == "fp8" else "bf16")
-    if not flags.plan:
+    flags.gemm_impl = flags.gemm_impl or ("fp8" if "config" in given and shape.dtype == "fp8" else "bf16")
+    barred, use = (NO_EVAL_FLAGS, "training, not for --eval-only") if flags.eval_only else (EVAL_FLAGS, "--eval-only")
+    if misplaced := [name for name in barred if name in given]:
+        parser.error(f"--{misplaced[0].replace('_', '-')} is for {use}")
+    if shape.vocab_size != VOCAB_SIZE and not flags.plan:
+        source = flags.config or flags.init_from
+        raise ConfigError(f"{source}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
+    if flags.eval_only:
+        check_evaluation(parser, flags, shape)
+    elif not flags.plan:
         check_flags(parser, flags, shape)
+    elif flags.freeze:
+        parser.error("--plan is of a run that trains all parameters; leave --freeze out")
     return flags, shape
 
 
+def check_evaluation(parser: command.Parser, flags: TrainFlags, shape: ModelArgs) -> None:
+    """Refuses flags of --eval-only that do not go together, or not with the model."""
+    if flags.init_from is None:
+        parser.error("--eval-only needs --init-from, the checkpoint to evaluate")
+    context, reach = flags.context or shape.max_seq_len, shape.max_seq_len
+    if flags.stride and flags.stride > context:
+        parser.error(f"--stride must be at most the context ({context}), so that no byte is left out")
+    if shape.use_yarn:
+        reach = max(reach, int(shape.original_seq_len * shape.rope_factor))
+        if context > reach:
+            parser.error(f"--context can be {reach} at most: original_seq_len · rope_factor, where YaRN's angles end")
+    elif context > reach and command.is_local_rank_zero():
+        command.warn("train.py", f"--context {context} has positions that a model of max_seq_len {reach} has not seen")
+
+
 def check_flags(parser: command.Parser, flags: TrainFlags, shape: ModelArgs) -> None:
-    """Refuses flags that do not go together, or not with the model."""
+    """Refuses flags of training that do not go together, or not with the model."""
     if flags.world_size is not None or flags.device_memory is not None:
         parser.error("--world-size and --device-memory are for --plan; torchrun says how many processes there are")
     if (flags.steps is None) == (flags.minutes is None):
@@ -218,27 +277,16 @@ def check_flags(parser: command.Parser, flags: TrainFlags, shape: ModelArgs) -> 
         parser.error("--tensorboard and --profile write into the folder of --save-path; give one")
     if flags.tensorboard and find_spec("tensorboard") is None:
         parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
-    if shape.vocab_size != VOCAB_SIZE:
-        raise ConfigError(f"{flags.config}: vocab_size must be {VOCAB_SIZE} to train on bytes, got {shape.vocab_size}")
+    if flags.override and not flags.resume:
+        parser.error("--override is for --resume: a new run has its flags as they are")
     if flags.short_seq_len and shape.max_seq_len % flags.short_seq_len:
         parser.error(f"--short-seq-len must divide max_seq_len ({shape.max_seq_len}), got {flags.short_seq_len}")
+    source = flags.config or flags.init_from
     if shape.n_mtp_layers >= (shortest := flags.short_seq_len or shape.max_seq_len):
-        raise ConfigError(f"{flags.config}: n_mtp_layers must be below the length of the sequences ({shortest})")
+        raise ConfigError(f"{source}: n_mtp_layers must be below the length of the sequences ({shortest})")
 
 
 # --- The trainer -----------------------------------------------------------------------------------------------------
-
-
-def schedule(progress: float, kind: str, warmup: float, decay: float) -> float:
-    """The learning rate as a fraction of its peak, when `progress` of training is done, 0 to 1.
-
-    It warms up linearly; "wsd" then stays, and falls linearly to 0 in the last fraction `decay`; "cosine" falls as one.
-    """
-    if progress < warmup:
-        return progress / warmup
-    if kind == "wsd":
-        return min(1.0, (1 - progress) / decay) if decay > 0 else 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1 - warmup, 1e-9))))
 
 
 @dataclass
@@ -261,12 +309,19 @@ class Trainer:
     val_step: int | None = None  # the step last evaluated, and its loss
     val_loss: float | None = None
     eval_sequences: int | None = None  # number of sequences of an evaluation; None: all
+    n_not_better: int = 0  # evaluations since the best one
+    progress: float = 0.0  # of the schedule, at the last step
+    stretch_from: float = 0.0  # when the run's length was last changed: how much of the new length was done,
+    stretch_to: float = 0.0  # and how much of the schedule
+    origin: dict[str, Any] | None = None  # of the first weights; see `Checkpoint.origin`
     stop_signal: int | None = None
 
     def __post_init__(self) -> None:
         flags, data, self.context = self.flags, self.train_data, self.model.args.max_seq_len
-        self.settings, self.clock = resume_settings(flags, data), Clock(flags.steps, flags.minutes)
+        self.clock = Clock(flags.steps, flags.minutes)
         self.meter = Meter(self.peak_flops, self.ctx.device, self.clock.now)
+        self.settings = resume_settings(flags, data, self.val_data)
+        self.settings["freeze"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
         self.quantize_weights()
         sizes, weights = data.sizes if isinstance(data, JoinedCorpus) else [len(data)], flags.data_weights
         self.sampler = MixtureSampler(sizes, self.context, flags.seed, weights)
@@ -281,15 +336,40 @@ class Trainer:
         state |= {"elapsed_s": self.clock.elapsed_s(), "startup_s": self.clock.startup_s}
         return state | {"sequences": self.step * self.step_sequences, "settings": self.settings}
 
-    def resume(self, run: Path) -> None:
-        """Goes on from the last checkpoint of `run`; a CheckpointError if other flags or data made it."""
+    def resume(self, run: Path) -> dict[str, Any]:
+        """Goes on from the last checkpoint of `run`; returns its settings that --override changes, as they were.
+
+        Raises a CheckpointError if other flags or data made it.
+        """
         read, stored = load_run(run, self.model, self.ctx)
-        state = check_state(run, stored, self.state())
+        state = checkpoint.check_state(run, stored, self.state())
+        checkpoint.check_origin(run, state["origin"], self.flags.init_from)
+        changed = checkpoint.check_settings(run, state["settings"], self.settings, self.flags.override or [])
         load_optimizer_tensors(self.model, self.optimizers, read, self.ctx)
         self.quantize_weights()
         for name in KEPT:
             setattr(self, name, state[name])
         self.clock.earlier_s, self.clock.startup_s = state["elapsed_s"], state["startup_s"]
+        return changed
+
+    def override(self, changed: dict[str, Any]) -> None:
+        """Goes on with other settings than those in `changed`, and says what that means; see `OVERRIDE_HELP`."""
+        now, was = self.settings, self.settings | changed
+        is_over = self.progress == 1 or (was.get("steps") or self.step + 1) <= self.step
+        progress, before = self.progress, optim.rate(self.progress, was)
+        phase = "is over" if is_over else f"stands at {progress:.1%}"
+        if changed.keys() & {"steps", "minutes"}:
+            (done,) = self.ctx.broadcast(self.step / now["steps"] if now["steps"] else self.clock.progress(self.step))
+            self.stretch_from, self.stretch_to = (done, 0.0 if is_over else progress) if done < 1 else (0.0, 0.0)
+            progress = self.stretch_to
+            phase += ", begins anew" if is_over else ", what is left of it is stretched over what is left of the run"
+        if any(key.startswith(("training", "validation")) for key in changed):  # losses on other data do not compare
+            self.best_val, self.eval_sequences, self.n_not_better = None, None, 0
+        if was["schedule"] == "wsd" and not is_over and self.progress > 1 - was["decay"]:
+            phase += ", its decay has begun"
+        changes = ", ".join(f"{key} from {shorten(value)} to {now.get(key)}" for key, value in changed.items())
+        rates = f"lr from {before:.3g} to {optim.rate(progress, now):.3g}"
+        say(f"--override changes {changes}; the schedule ({now['schedule']}) {phase}: {rates}")
 
     def quantize_weights(self) -> None:
         """Brings the FP8 copies of the weights up to date: once a step, however many batches it has."""
@@ -298,7 +378,7 @@ class Trainer:
 
     def train_step(self, progress: float) -> dict[str, Any]:
         """Takes one step; returns its metrics. A NotFinite or DataError has changed nothing."""
-        flags = self.flags
+        flags, progress = self.flags, optim.stretch(progress, self.stretch_from, self.stretch_to)
         losses, load = self._accumulate_gradients(self.short_sampler if progress < SHORT_UNTIL else self.sampler)
         grad_norm = parallel.clip_grad_norm(self.ctx, self.model, flags.grad_clip or math.inf)
         next_byte, mtp, balance, norm = torch.cat([losses, grad_norm.view(1)]).tolist()
@@ -314,7 +394,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.model.update_gate_bias(load)
         self.quantize_weights()
-        self.step += 1
+        self.step, self.progress = self.step + 1, progress
         figures = {"train_loss": next_byte, **rates, "grad_norm": norm, "balance_loss": balance, "load": load}
         return figures | ({"mtp_loss": mtp} if len(self.model.mtp) else {})
 
@@ -347,7 +427,9 @@ class Trainer:
 
         Returns the loss in nats per byte; None if a signal came first. Then, and after NotFinite, nothing is saved.
         """
-        if self.val_step == self.step:  # resumed after its last step
+        if self.val_step == self.step:  # before the run was seen to be over, or resumed after its last step
+            if self.progress == 1:
+                self.save(is_best=False)  # its state alone
             return self.val_loss
         began = self.clock.now()
         val_loss = self.evaluate(self.eval_sequences, self.seq_len)
@@ -361,7 +443,7 @@ class Trainer:
         limit = {"val_windows": shorter * self.eval_sequences} if self.eval_sequences else {}
         self.write({"val_loss": val_loss, "val_bpb": bpb} | limit | length)
         is_best = self.best_val is None or val_loss < self.best_val
-        self.best_val = val_loss if is_best else self.best_val
+        self.best_val, self.n_not_better = (val_loss, 0) if is_best else (self.best_val, self.n_not_better + 1)
         self.save(is_best)
         where = f" in sequences of {self.seq_len} bytes" if length else ""
         say(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte{where}")
@@ -393,7 +475,7 @@ class Trainer:
         clock.startup_s += clock.now() - times[0]
         bound = LAST_EVALUATION_SHARE * clock.seconds
         (expected,) = self.ctx.broadcast((times[2] - times[1]) * n_available / count)
-        if expected > bound and self.val_step is None:  # a resumed run keeps to the sequences of its best loss
+        if expected > bound and self.best_val is None:  # a resumed run keeps to the sequences of its best loss
             self.eval_sequences = max(1, int(n_available * bound / expected))
         clock.eval_s = min(expected, bound) + sample_s
         if self.flags.save_path is not None:
@@ -403,8 +485,13 @@ class Trainer:
         """Writes a checkpoint, if the run has a folder."""
         if self.run is not None:
             began = self.clock.now()
-            save_run(self.run, self.model, optimizer_tensors(self.model, self.optimizers), self.state(), is_best)
+            tensors = optimizer_tensors(self.model, self.optimizers)
+            save_run(self.run, self.model, tensors, self.state(), is_best, self.flags.keep)
             self.clock.save_s = self.clock.now() - began
+
+    def out_of_patience(self) -> bool:
+        """Whether as many evaluations as --patience were no better than the best."""
+        return 0 < self.flags.patience <= self.n_not_better
 
     def stop(self, signum: int, _frame: object) -> None:
         """Signal handler: ends the run after this step; the second time, at once."""
@@ -427,38 +514,14 @@ def handle_signals(handler: Any) -> None:
             signal.signal(signum, handler)
 
 
-def resume_settings(flags: TrainFlags, data: Corpus) -> dict[str, Any]:
+def resume_settings(flags: TrainFlags, data: Corpus, val_data: Corpus) -> dict[str, Any]:
     """What must not change when a run is resumed, for its steps to be the ones that it would have taken."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
     names += ["short_seq_len", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
-    names.append("data_weights")
-    settings = {name: getattr(flags, name) for name in names}
-    return settings | {"training_bytes": len(data), "training_crc32": fingerprint(data)}
-
-
-def check_state(run: Path, stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Returns the state in a run's checkpoint, by today's names; it must be whole, and have the settings of ours."""
-    state = {OLD_NAMES.get(key, key): value for key, value in stored.items()}
-    for key in ours:
-        if not is_state(key, state.get(key, "missing")):
-            raise CheckpointError(f"{run}: {key!r} in the state of its last checkpoint is damaged; start a new run")
-    for name, value in state["settings"].items():
-        key = OLD_NAMES.get(name, name)
-        if (now := ours["settings"].get(key)) != value:
-            was = f"{run} was trained with {shorten(key)} = {shorten(value)}, now it is {now}"
-            raise CheckpointError(f"{was}; resume with what it began with, or choose another --save-path")
-    return state
-
-
-def is_state(key: str, value: Any) -> bool:
-    """Whether a value can be what `Trainer.state` has under a key."""
-    if key == "settings":
-        return isinstance(value, dict)
-    if value is None:
-        return key in KEPT and key != "step"
-    is_count = key in ("step", "sequences", "val_step", "eval_sequences")
-    lowest = 1 if key == "eval_sequences" else 0
-    return type(value) in ((int,) if is_count else (int, float)) and lowest <= value < 2**53
+    settings = {name: getattr(flags, name) for name in [*names, "steps", "minutes", "data_weights"]}
+    settings |= {"training_bytes": len(data), "training_crc32": fingerprint(data)}
+    own = {"validation_bytes": len(val_data), "validation_crc32": fingerprint(val_data)}
+    return settings | (own if flags.val_data is not None else {})  # else it follows from --data
 
 
 # --- The loop --------------------------------------------------------------------------------------------------------
@@ -495,6 +558,8 @@ def run(trainer: Trainer) -> int:
     if val_loss is None:
         say(f"stopped by {signal.Signals(trainer.stop_signal).name} after step {trainer.step}: {where}")
         return 0
+    if trainer.out_of_patience():
+        say(f"--patience: no better loss than {trainer.best_val:.4f} in {trainer.n_not_better} evaluations")
     if trainer.eval_sequences is not None:
         say(f"validated on {trainer.eval_sequences:,} sequences, evenly spread: all would have taken too long")
     say(f"step {trainer.step}, {trainer.clock.elapsed_s():.1f} s: val_loss {val_loss:.4f} nats/byte, {where}")
@@ -511,7 +576,10 @@ def train_steps(trainer: Trainer) -> None:
             began = clock.now()
             (progress,) = ctx.broadcast(clock.progress(trainer.step))
             bar.show(trainer.step, progress)
-            if trainer.stopped() or progress >= 1:
+            if trainer.stopped() or trainer.out_of_patience():
+                break
+            if progress >= 1:
+                trainer.progress = 1.0
                 break
             profile.begin_step(trainer.step + 1)
             figures = trainer.train_step(progress)
@@ -536,7 +604,7 @@ def train_steps(trainer: Trainer) -> None:
 def require_steps(trainer: Trainer) -> None:
     """Refuses a run by the clock that had no time for a step, and warns of one that had time for a few."""
     clock, step = trainer.clock, trainer.step
-    if clock.seconds is None or step >= FEW_STEPS:
+    if clock.seconds is None or step >= FEW_STEPS or trainer.out_of_patience():
         return
     first_s, end_s = clock.first_step_s or 0.0, clock.eval_s + clock.save_s
     took = f"{clock.elapsed_s() - clock.trained_s() - first_s:.1f} s to start, {first_s:.1f} s for the first step"
@@ -557,27 +625,103 @@ def say(text: str) -> None:
         command.say(text)
 
 
-def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> Trainer:
-    """Opens the data and builds the model, sharded over the processes, and its optimizers."""
+def open_data(flags: TrainFlags, seq_len: int) -> tuple[Corpus, Corpus]:
+    """Opens the bytes to train on, which must hold a sequence of `seq_len`, and those to evaluate on."""
+
+    def open_source(source: str) -> Corpus:
+        return open_bytes(resolve(source, text_key=flags.text_key))
+
+    val_data = None if flags.val_data is None else open_source(flags.val_data)
+    if val_data is not None and len(val_data) < 2:
+        raise DataError("--val-data has 1 bytes, too few: at least 2 are needed")
+    if flags.eval_only and val_data is not None:
+        return val_data, val_data
+    return split([open_source(source) for source in flags.data or []], seq_len, val_data)
+
+
+def open_initial(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> Checkpoint | None:
+    """Opens the checkpoint of --init-from, if any, and names the MTP modules in which the model differs from it."""
+    if flags.init_from is None:
+        return None
+    with ctx.collective_section():
+        initial = open_checkpoint(flags.init_from)
+        initial.check_same_model(shape)
+        crc32 = initial.fingerprint()
+    ctx.require_equal({"in the weights of --init-from a CRC-32": crc32})
+    ours, theirs = shape.n_mtp_layers, initial.args.n_mtp_layers
+    if ours != theirs and not flags.eval_only:
+        names = ", ".join(f"mtp.{k}" for k in range(min(ours, theirs), max(ours, theirs)))
+        say(f"{names}: {'not taken from' if ours < theirs else 'drawn anew, as it is not in'} {flags.init_from}")
+    return initial
+
+
+def build_model(
+    flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext, initial: Checkpoint | None
+) -> tuple[Transformer, Callable[[torch.Tensor, torch.Tensor], Losses]]:
+    """Builds the model, sharded over the processes, and the function of its loss; each process reads its slices.
+
+    Weights that `initial` does not have are fresh ones.
+    """
     dtype = parallel.pick_dtype(torch.device(ctx.device).type, flags.dtype)
     fp8_ops.gemm_impl = cast(Any, flags.gemm_impl)
-    with ctx.collective_section():
-        ctx.check_divisible(shape, flags.batch_size)
-        corpora: list[Corpus] = [open_bytes(resolve(data, text_key=flags.text_key)) for data in flags.data]
-        train_data, val_data = split(corpora, shape.max_seq_len)
-    ctx.require_equal({"the dtype": dtype} | resume_settings(flags, train_data))
     model = parallel.build(ctx, shape, dtype)
-    parallel.init_weights(ctx, model, flags.seed)
+    if initial is None or shape.n_mtp_layers > initial.args.n_mtp_layers:
+        parallel.init_weights(ctx, model, flags.seed)
     model = model.to(ctx.device).train()
     model.gradient_checkpointing = flags.gradient_checkpointing
+    with ctx.collective_section():
+        optim.freeze(model, flags.freeze or [])
+    loss: Any = model.loss
+    if ctx.fsdp or not flags.eval_only:
+        loss = parallel.parallelize(ctx, model, flags.compile)
+    if initial is not None:
+        with ctx.collective_section():
+            load_weights(model, initial, ctx)
+    return model, loss
+
+
+def build_trainer(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext, resumes: bool = False) -> Trainer:
+    """Opens the data and builds the model and its optimizers; a run that `resumes` loads its own weights later."""
+    dtype = parallel.pick_dtype(torch.device(ctx.device).type, flags.dtype)
+    with ctx.collective_section():
+        ctx.check_divisible(shape, flags.batch_size)
+        train_data, val_data = open_data(flags, shape.max_seq_len)
+    ctx.require_equal({"the dtype": dtype} | resume_settings(flags, train_data, val_data))
+    initial = None if resumes else open_initial(flags, shape, ctx)
+    model, loss = build_model(flags, shape, ctx, initial)
     full_model = model
     if ctx.mp_size > 1:
         with torch.device("meta"):
             full_model = Transformer(shape, dtype)
+        optim.freeze(full_model, flags.freeze or [])
     peak_flops = ctx.world_size * metrics.measure_peak(ctx.device, dtype)
-    loss = parallel.parallelize(ctx, model, flags.compile)
     optimizers = make_optimizers(model, flags, dtype, ctx)
-    return Trainer(flags, ctx, model, full_model, loss, optimizers, train_data, val_data, peak_flops)
+    trainer = Trainer(flags, ctx, model, full_model, loss, optimizers, train_data, val_data, peak_flops)
+    trainer.origin = None if initial is None else initial.origin(flags.init_from)
+    return trainer
+
+
+def evaluate_only(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> int:
+    """Prints the loss of the weights of --init-from over a file; returns the exit code."""
+    with ctx.collective_section():
+        ctx.check_divisible(shape)
+        others, data = open_data(flags, 1)
+    ctx.require_equal({"the bytes to evaluate": len(data), "their CRC-32": fingerprint(data)})
+    initial = open_initial(flags, shape, ctx)
+    context = flags.context or shape.max_seq_len
+    batch_size = max(1, flags.batch_size * shape.max_seq_len // context)  # as many bytes at a time
+    model, _ = build_model(flags, replace(shape, max_seq_len=context, n_mtp_layers=0), ctx, initial)
+    if fp8_ops.gemm_impl == "fp8" and not ctx.fsdp:
+        model.quantize_weights()
+    figures = metrics.evaluate_file(model, data, batch_size, ctx, flags.stride)
+    if not math.isfinite(figures["val_loss"]):
+        raise CollectiveError(f"the loss of {flags.init_from} is {figures['val_loss']}; try --dtype fp32")
+    data_name = flags.val_data or f"the last tenth of {', '.join(flags.data or [])}"
+    if flags.val_data is None and len(flags.data or []) == 1:
+        data_name += f", from byte {len(others)} on"
+    figures = initial.origin(flags.init_from) | {"data": data_name, **figures}
+    say(json.dumps(figures) if flags.json else metrics.describe_loss(figures))
+    return 0
 
 
 def find_run(flags: TrainFlags, ctx: ParallelContext) -> bool:
@@ -615,18 +759,24 @@ def train(argv: list[str] | None) -> int:
     if flags.compile:
         parallel.require_compiler(device)
     ctx = ParallelContext.join(device, flags.model_parallel, flags.fsdp, timeout=timedelta(minutes=flags.timeout))
-    # before any other collective; config and data may have other paths on other machines, their content is compared
-    values = {name: value for name, value in vars(flags).items() if name not in ("config", "data", "device")}
-    ctx.require_equal(values | shape.to_dict())
+    # before any other collective; files may have other paths on other machines, their content is compared
+    paths = "config", "data", "val_data", "init_from", "device"
+    ctx.require_equal({name: value for name, value in vars(flags).items() if name not in paths} | shape.to_dict())
+    if flags.eval_only:
+        return evaluate_only(flags, shape, ctx)
     with nullcontext() if flags.save_path is None else Run(flags.save_path, ctx) as kept:
         resumes = find_run(flags, ctx)
-        trainer = build_trainer(flags, shape, ctx)
+        trainer = build_trainer(flags, shape, ctx, resumes)
         trainer.run = kept
         say(describe(trainer.full_model, ctx, trainer.peak_flops, len(trainer.train_data), len(trainer.val_data)))
         if resumes:
             with ctx.collective_section():
-                trainer.resume(flags.save_path)
+                changed = trainer.resume(flags.save_path)
             say(f"resumed {flags.save_path} at step {trainer.step}")
+            if changed:
+                trainer.override(changed)
+        elif trainer.origin is not None:
+            say(f"begins with the weights of {metrics.describe_origin(trainer.origin)}")
         return run(trainer)
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import Run, has_run, load_run, read_config, save_model, save_run
-from convert import load_model
+from convert import convert, load_model, open_checkpoint
 from model import ConfigError, ModelArgs, Transformer
 from parallel import ParallelContext, build
 from safetensors_io import CheckpointError, temporary_path
@@ -532,6 +532,25 @@ def test_a_save_sweeps_nothing_of_the_user(tmp_path: Path) -> None:
     (tmp_path / ".step-00000009.lock").touch()
     save_step(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "checkpoints.json", "step-00000002"])
+
+
+def test_the_newest_others_are_kept(tmp_path: Path) -> None:
+    """Beside the last and the best; what is of a later step was left by a crash, and comes again."""
+    for step, is_best in ((1, False), (2, True), (3, False), (4, False), (5, False), (6, False)):
+        (tmp_path / "step-00000009").mkdir(parents=True, exist_ok=True)
+        with Run(tmp_path) as run:
+            save_run(run, tiny(dim=8), {}, {"step": step}, is_best, 2)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-0000000{step}" for step in (2, 4, 5, 6)]
+
+
+def test_weights_are_told_apart(tmp_path: Path) -> None:
+    """By a CRC-32 of few of them, which is the same in each format and any number of files."""
+    save_model(tiny(1), tmp_path / "a")
+    save_model(tiny(2), tmp_path / "b")
+    convert(tmp_path / "a", tmp_path / "mp2", 2)
+    convert(tmp_path / "a", tmp_path / "hf", is_hf=True)
+    first, other, *same = (open_checkpoint(tmp_path / name).fingerprint() for name in ("a", "b", "mp2", "hf"))
+    assert first != other and same == [first, first]
 
 
 class Crash(BaseException):

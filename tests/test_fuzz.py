@@ -131,7 +131,7 @@ def change_kind(path: Path, chance: random.Random) -> str:
 # --- What is run -----------------------------------------------------------------------------------------------------
 
 RESUME = ["--config", "config.json", "--data", "data.txt", "--batch-size", "2", "--device", "cpu", "--dtype", "fp32"]
-RESUME += ["--save-path", "run", "--resume", "--steps", "3", "--sample-bytes", "0"]
+RESUME += ["--save-path", "run", "--resume", "--override", "steps", "--steps", "3", "--sample-bytes", "0"]
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int], list[str]]] = {
     "resume": ("run", train.main, RESUME),
     "generate": ("run", generate.main, ["--ckpt-path", "run", "--prompt", "a", "--max-new-tokens", "4"]),

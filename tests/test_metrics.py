@@ -361,7 +361,7 @@ def test_settings_of_a_run_are_kept(flags: list[str], tmp_path: Path) -> None:
     """As they are after the config's defaults; a resumed run has those of its last process."""
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"train": {"lr": 0.004, "beta1": 0.8}}))
     assert train.main([*flags, "--steps", "1", "--beta1", "0.7"]) == 0
-    assert train.main([*flags, "--steps", "2", "--beta1", "0.7", "--resume"]) == 0
+    assert train.main([*flags, "--steps", "2", "--beta1", "0.7", "--resume", "--override", "steps,beta1"]) == 0
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings.pop("model") == json.loads((tmp_path / "run" / "step-00000002" / "config.json").read_text())
     assert settings.keys() == {flag.name for flag in train.fields(train.TrainFlags)}
@@ -393,7 +393,10 @@ def test_tensorboard_has_what_the_file_has(flags: list[str], tmp_path: Path) -> 
     run = tmp_path / "run"
     assert train.main([*flags, "--steps", "4", "--eval-interval", "2", "--tensorboard"]) == 0
     assert_same_events(run)
-    assert train.main([*flags, "--steps", "6", "--eval-interval", "2", "--tensorboard", "--resume"]) == 0
+    assert (
+        train.main([*flags, "--steps", "6", "--eval-interval", "2", "--tensorboard", "--resume", "--override", "steps"])
+        == 0
+    )
     assert_same_events(run)
     assert len(events(run)["train_loss"]) == 6 and len(events(run)["val_loss"]) == 3
 
@@ -499,7 +502,7 @@ def test_an_error_ends_a_profile(small_flags: list[str], tmp_path: Path, monkeyp
         patch.setattr(train.Trainer, "train_step", fail)
         assert train.main([*small_flags, "--steps", "7", "--profile", "2"]) == 1
     assert not list((tmp_path / "run").glob("*profile*"))
-    assert train.main([*small_flags, "--steps", "9", "--profile", "2", "--resume"]) == 0
+    assert train.main([*small_flags, "--steps", "9", "--profile", "2", "--resume", "--override", "steps"]) == 0
     assert trace(tmp_path / "run")[0] == "profile-00000008.json.gz"
 
 

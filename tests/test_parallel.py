@@ -308,7 +308,8 @@ def train_in(runs: Runs, layout: str, kind: str) -> dict[str, Any]:
 
 def move(runs: Runs, layout: str, run: str = "moved", steps: int | None = None) -> list[dict[str, Any]]:
     """The next steps of the runs that move between layouts; without a schedule, their length changes nothing."""
-    flat = ["--warmup", 0, "--decay", 0, "--save-interval", 3, "--resume", *RANK_FLAGS.get(layout, [])]
+    flat = ["--warmup", 0, "--decay", 0, "--save-interval", 3, *RANK_FLAGS.get(layout, [])]
+    flat += ["--resume", "--override", "steps"]
     steps = steps or LENGTHS[layout]
     return [{"flags": runs.flags(f"{run}-{k}", *flat, *KINDS[k], steps=steps)} for k in ("muon", "adamw")]
 
@@ -927,7 +928,9 @@ def test_an_error_of_one_is_raised_on_all_and_the_run_stays(runs: Runs, two: lis
     code += "write = c.write_all\ndef full(file, tensor):\n    if os.environ['RANK'] == '1':\n"
     code += "        raise OSError(28, 'No space left on device')\n    write(file, tensor)\nc.write_all = full\n"
     code += "import json; t.work(json.loads(sys.argv[1]))\n"
-    flags = runs.flags("mp2-plain", "--resume", "--model-parallel", 2, config="plain", steps=STEPS + 3)
+    flags = runs.flags(
+        "mp2-plain", "--resume", "--override", "steps", "--model-parallel", 2, config="plain", steps=STEPS + 3
+    )
     scenario = {"flags": flags, "code": 2, "port": free_port()}
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     processes = [

@@ -37,13 +37,13 @@ import metrics
 import model as model_module
 import train
 from byte_tokenizer import visible
-from checkpoint import load_run
-from convert import load_model
+from checkpoint import load_run, save_model
+from convert import convert, load_model
 from data.prepare import resolve
-from data.sampler import Corpus
+from data.sampler import Corpus, SequenceSampler
 from metrics import Clock, Metrics, evaluate
-from model import ConfigError
-from optim import STATE_KEYS, is_hidden_matrix
+from model import ConfigError, ModelArgs, Transformer
+from optim import STATE_KEYS, is_hidden_matrix, stretch
 from parallel import ParallelContext, keep_freed_memory
 from safetensors_io import CheckpointError
 from train import Trainer, main, schedule
@@ -414,7 +414,7 @@ def test_loss_that_is_not_finite_ends_the_run(
     assert all(t.isfinite().all() for t in load_model(here.run).state_dict().values())
     assert [row["step"] for row in lines(here.run)] == [1, 2, 3, 4, 5]
     monkeypatch.undo()
-    assert main(here.flags("--steps", 10, "--resume")) == 0  # it can go on from there
+    assert main(here.flags("--steps", 10, "--resume", "--override", "steps")) == 0  # it can go on from there
 
 
 def test_loss_that_is_not_finite_without_a_checkpoint(
@@ -496,7 +496,7 @@ def test_best_is_remembered_by_a_resumed_run(here: Here, monkeypatch: pytest.Mon
     flags = ["--eval-interval", 2, "--save-interval", 1]
     assert main(here.flags("--steps", 4, *flags)) == 0
     assert checkpoint(here.run, "best").name == "step-00000004"
-    assert main(here.flags("--steps", 8, *flags, "--resume")) == 0
+    assert main(here.flags("--steps", 8, *flags, "--resume", "--override", "steps")) == 0
     assert checkpoint(here.run, "best").name == "step-00000004"
     assert checkpoint(here.run).name == "step-00000008"
 
@@ -513,16 +513,22 @@ def test_full_disk(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         write_all(file, tensor)
 
     monkeypatch.setattr(checkpoints, "write_all", full_disk)
-    assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, "No space left on device")
+    assert_refused(
+        capsys, here.flags("--steps", 4, "--resume", "--override", "steps"), here.run, "No space left on device"
+    )
     assert {p: p.read_bytes() for p in here.run.rglob("*.safetensors")} == before
     assert not list(here.run.glob(".*"))
     monkeypatch.undo()
-    assert main(here.flags("--steps", 4, "--resume")) == 0
+    assert main(here.flags("--steps", 4, "--resume", "--override", "steps")) == 0
 
 
 def test_full_disk_for_metrics(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(metrics, "open_append", lambda *_: open("/dev/full", "ab", buffering=0))  # noqa: SIM115
     assert_refused(capsys, here.flags("--steps", 2), "metrics.jsonl", "No space left on device")
+
+
+def crash() -> None:
+    raise Crash
 
 
 class Crash(BaseException):
@@ -629,7 +635,7 @@ def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optim
 
 def test_resumed_run_can_be_made_longer(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(here.flags("--steps", 2)) == 0
-    assert main(here.flags("--steps", 5, "--resume")) == 0
+    assert main(here.flags("--steps", 5, "--resume", "--override", "steps")) == 0
     assert [row["step"] for row in lines(here.run) if "train_loss" in row] == [1, 2, 3, 4, 5]
     assert f"resumed {here.run} at step 2" in capsys.readouterr().out
 
@@ -686,7 +692,7 @@ def test_resume_of_what_is_no_run(here: Here, capsys: pytest.CaptureFixture[str]
 def test_resume_of_nothing_is_told(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(here.flags("--steps", 1, "--resume")) == 0
     assert f"nothing to resume in {here.run}, starting" in capsys.readouterr().out
-    assert main(here.flags("--steps", 2, "--resume")) == 0
+    assert main(here.flags("--steps", 2, "--resume", "--override", "steps")) == 0
     assert "nothing to resume" not in capsys.readouterr().out
 
 
@@ -703,7 +709,7 @@ def test_states_of_earlier_versions_are_resumed(here: Here) -> None:
     file.write_text(json.dumps(state))
     for run in (whole, here.run):
         here.run = run
-        assert main(here.flags("--steps", 6, *flags, "--resume")) == 0
+        assert main(here.flags("--steps", 6, *flags, "--resume", "--override", "steps")) == 0
     assert_same_run(here.run, whole, 6)
 
 
@@ -711,9 +717,9 @@ def test_one_writer_at_a_time(here: Here, capsys: pytest.CaptureFixture[str]) ->
     assert main(here.flags("--steps", 2)) == 0
     before = {path: path.stat().st_mtime_ns for path in here.run.rglob("*")}
     with checkpoints.Run(here.run):
-        assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, "another process")
+        assert_refused(capsys, here.flags("--steps", 4, "--resume", "--override", "steps"), here.run, "another process")
     assert {path: path.stat().st_mtime_ns for path in here.run.rglob("*")} == before
-    assert main(here.flags("--steps", 4, "--resume")) == 0
+    assert main(here.flags("--steps", 4, "--resume", "--override", "steps")) == 0
 
 
 def test_torn_metrics_are_dropped(here: Here) -> None:
@@ -746,7 +752,7 @@ def test_resume_with_another_flag_is_refused(here: Here, capsys: pytest.CaptureF
 
 def test_resume_with_another_config_or_data_is_refused(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(here.flags("--steps", 1)) == 0
-    resume = here.flags("--steps", 2, "--resume")
+    resume = here.flags("--steps", 2, "--resume", "--override", "steps")
     here.write_config(bias_update_speed=0.5)
     assert_refused(capsys, resume, here.run, "bias_update_speed = ", "0.5")
     here.write_config(n_layers=3)
@@ -783,6 +789,525 @@ def test_damaged_runs_are_refused(here: Here, capsys: pytest.CaptureFixture[str]
         file.write_bytes(whole)
     (here.run / "checkpoints.json").write_text('{"last": "../x"}')
     assert_refused(capsys, resume, here.run / "checkpoints.json")
+
+
+# --- Given weights ----------------------------------------------------------------------------------------------------
+
+
+def given_weights(here: Here, **changes: Any) -> Path:
+    """A native checkpoint whose weights are far from fresh ones."""
+    model = Transformer(ModelArgs.from_dict(TINY | changes))
+    shake(model, 4)
+    with torch.no_grad():
+        for gate in model.gates():
+            gate.bias.copy_(torch.linspace(-0.1, 0.1, 4))
+    save_model(model, here.path / "given")
+    return here.path / "given"
+
+
+def tune(here: Here, source: Path, run: str, *extra: object) -> list[dict[str, Any]]:
+    """The metrics of a short run from given weights, without --config."""
+    here.run = here.path / run
+    assert main([*here.flags("--steps", 3, "--eval-interval", 2, "--init-from", source, *extra)[2:]]) == 0
+    return lines(here.run)
+
+
+@pytest.mark.parametrize("dtype", [None, "fp8", "bf16"])
+def test_formats_and_shards_train_alike(here: Here, dtype: str | None) -> None:
+    """Bit for bit; and the first step begins where the model that is loaded for use stands."""
+    source = given_weights(here)
+    convert(source, here.path / "mp1", dtype=dtype)
+    convert(source, here.path / "mp2", 2, dtype=dtype)
+    convert(source, here.path / "hf", is_hf=True, dtype=dtype)
+    first = tune(here, here.path / "mp1", "run-mp1")
+    for name in ("mp2", "hf"):
+        assert tune(here, here.path / name, f"run-{name}") == first
+        assert_same_run(here.run, here.path / "run-mp1", 3)
+        assert json.loads((checkpoint(here.run) / "state.json").read_text())["origin"] == {
+            "path": str(here.path / name),
+            "kind": "huggingface" if name == "hf" else "native",
+            "step": None,
+        }
+    model, data = load_model(here.path / "hf").train(), np.fromfile(here.data, np.uint8)[:3600]
+    batch = torch.from_numpy(np.stack([data[s : s + 33] for s in SequenceSampler(3600, 32, 0).starts(0, 4)])).long()
+    assert first[0]["train_loss"] == pytest.approx(model.loss(batch[:, :-1], batch[:, 1:]).next_byte.item(), abs=1e-5)
+
+
+def test_weights_of_a_run(here: Here, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its best, or a step that is named; the new run begins at step 0, and keeps where it came from."""
+    values = iter([1.0, 2.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *_: next(values))
+        assert main(here.flags("--steps", 4, "--eval-interval", 2)) == 0
+    source = here.run
+    for path, step in ((source, 2), (source / "step-00000002", 2), (source / "step-00000004", 4)):
+        rows = tune(here, path, f"tuned-{len(str(path))}-{step}")
+        assert [row["step"] for row in rows if "train_loss" in row] == [1, 2, 3]
+        state = json.loads((checkpoint(here.run) / "state.json").read_text())
+        assert state["origin"] == {"path": str(path), "kind": "native", "step": step}
+    assert lines(here.path / f"tuned-{len(str(source))}-2") == lines(here.path / f"tuned-{len(str(path))}-2")
+    assert lines(here.path / f"tuned-{len(str(path))}-4") != lines(here.path / f"tuned-{len(str(path))}-2")
+    # a restart goes on with the run, without its origin too, but not with another
+    same = here.flags("--steps", 3, "--eval-interval", 2, "--resume")
+    assert main([*same, "--init-from", str(path)]) == 0 and main(same) == 0
+    assert_refused(capsys, [*same, "--init-from", str(source)], here.run, path, source)
+    here.run = source
+    again = here.flags("--steps", 4, "--eval-interval", 2, "--resume", "--init-from", path)
+    assert_refused(capsys, again, source, "fresh weights", path)
+
+
+def test_a_config_must_be_of_the_given_model(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    source = given_weights(here)
+    flags = here.flags("--steps", 2, "--init-from", source, save=False)
+    others: dict[str, Any] = {"dim": 64, "n_heads": 4, "n_routed_experts": 8, "score_func": "softmax", "norm_eps": 1e-3}
+    others |= {"hidden_act": "gelu", "rope_theta": 5e5, "route_scale": 2.0, "n_layers": 3, "kv_lora_rank": 0}
+    others |= {"use_yarn": True, "n_activated_experts": 1, "q_lora_rank": 8, "v_head_dim": 4}
+    for key, value in others.items():
+        here.write_config(**{key: value})
+        was = ModelArgs.from_dict(TINY).to_dict()[key]
+        assert_refused(capsys, flags, source, f"{key} = {was}", value)
+    # what is free: the context, with YaRN where it becomes longer, storage, and hyper-parameters of training
+    free: dict[str, Any] = {"dtype": "bf16", "max_batch_size": 3, "aux_loss_alpha": 0.0, "bias_update_speed": 0.1}
+    for changes in (free, {"max_seq_len": 16, "original_seq_len": 16}, {"max_seq_len": 64, "rope_factor": 2.0}):
+        here.write_config(**changes)
+        args, shape = train.parse_args(flags)
+        trainer = train.build_trainer(args, shape, ParallelContext("cpu"))
+        assert torch.equal(trainer.model.head.weight, load_model(source).head.weight)
+        assert shape.use_yarn == (shape.max_seq_len == 64)
+    here.write_config(max_seq_len=64, original_seq_len=64, rope_theta=5e5)
+    assert_refused(capsys, flags, source, "rope_theta")
+
+
+def test_mtp_modules_may_differ(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    source = given_weights(here)
+    theirs = load_model(source).state_dict()
+    for count, note in ((0, "mtp.0: not taken from"), (2, "mtp.1: drawn anew")):
+        here.write_config(n_mtp_layers=count)
+        args, shape = train.parse_args(here.flags("--steps", 2, "--init-from", source, "--seed", 7, save=False))
+        capsys.readouterr()
+        ours = train.build_trainer(args, shape, ParallelContext("cpu")).model
+        out = capsys.readouterr().out
+        assert note in out and str(source) in out and out.count("\n") == 1
+        fresh = Transformer(shape)
+        fresh.init_weights(7)
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.get(name, fresh.state_dict()[name])), name
+        assert [f"mtp.{k}.norm.weight" in ours.state_dict() for k in range(3)] == [k < count for k in range(3)]
+
+
+FROZEN = ["--freeze", "layers.0.*", "--freeze", "*gate.weight", "--freeze", "embed.weight"]
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--optimizer", "adamw", "--gradient-checkpointing"]])
+def test_frozen_parameters_stay(here: Here, flags: list[object]) -> None:
+    """The others move, in the first step, as they do where nothing is frozen."""
+    source, built = given_weights(here), []
+    before = load_model(source).state_dict()
+    for frozen in ([], FROZEN):
+        more = ["--steps", 4, "--init-from", source, "--grad-clip", 0, *flags, *frozen]
+        args, shape = train.parse_args(here.flags(*more, save=False))
+        built.append(train.build_trainer(args, shape, ParallelContext("cpu")))
+        built[-1].train_step(0.3)
+    plain, trainer = built
+    after = trainer.model.state_dict()
+    is_frozen = {n: n.startswith(("layers.0.", "embed.")) or ".gate." in n for n in after}
+    assert 10 < sum(is_frozen.values()) < len(after) - 10
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name] if is_frozen[name] else plain.model.state_dict()[name]), name
+        assert is_frozen[name] or not torch.equal(tensor, before[name]), name
+    tensors = train.optimizer_tensors(trainer.model, trainer.optimizers)
+    assert tensors.keys() == {name for name, _ in trainer.model.named_parameters() if not is_frozen[name]}
+    assert trainer.settings["freeze"] == [n for n, _ in trainer.model.named_parameters() if is_frozen[n]]
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_a_run_with_frozen_parameters_is_resumed(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = given_weights(here)
+    flags = ["--save-interval", 1, *FROZEN]
+    tune(here, source, "whole", *flags)
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, crash)
+        here.run = here.path / "crashed"
+        assert main(here.flags("--steps", 3, "--eval-interval", 2, "--init-from", source, *flags)) == 1
+    # other patterns for the same parameters
+    same = [*flags[:-2], "--freeze", "embed.*"]
+    tune(here, source, "crashed", *same, "--resume")
+    assert_same_run(here.run, here.path / "whole", 3)
+    names = set(load_file(checkpoint(here.run) / "state0-mp1.safetensors"))
+    assert names and not any(name.startswith(("layers.0.", "embed.")) or ".gate." in name for name in names)
+    for other in ([], ["--freeze", "layers.0.*"]):
+        again = here.flags("--steps", 3, "--eval-interval", 2, "--resume", "--init-from", source, *other)
+        assert_refused(capsys, again, here.run, "freeze = ", "--save-path")
+
+
+@pytest.mark.parametrize(("pattern", "part"), [("layer.*", "embed.weight"), ("*", "nothing"), ("", "matches no")])
+def test_patterns_that_cannot_be(here: Here, capsys: pytest.CaptureFixture[str], pattern: str, part: str) -> None:
+    part = "no parameter to train" if part == "nothing" else part
+    assert_refused(capsys, here.flags("--steps", 2, "--freeze", pattern), "--freeze", part)
+    assert not here.run.exists()
+
+
+@pytest.mark.parametrize("patterns", [["*norm*", "*gate*", "embed*", "head*"], ["*.w*.weight", "*eh_proj*"]])
+def test_one_optimizer_may_have_nothing_to_do(here: Here, patterns: list[str]) -> None:
+    """Of matrices and all else, one is frozen whole."""
+    args, shape = train.parse_args(here.flags("--steps", 2, *(f"--freeze={pattern}" for pattern in patterns)))
+    trainer = train.build_trainer(args, shape, ParallelContext("cpu"))
+    trainer.train_step(0.3)
+    tensors = train.optimizer_tensors(trainer.model, trainer.optimizers)
+    kinds = {is_hidden_matrix(name, dict(trainer.model.named_parameters())[name]) for name in tensors}
+    assert kinds == {"head*" in patterns}
+
+
+# --- Evaluation of a file ---------------------------------------------------------------------------------------------
+
+
+def loss_of(capsys: pytest.CaptureFixture[str], *flags: object) -> dict[str, Any]:
+    """What --eval-only prints as JSON."""
+    capsys.readouterr()
+    common = ["--eval-only", "--json", "--device", "cpu", "--dtype", "fp32"]
+    assert main([str(flag) for flag in (*common, *flags)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@settings(draws, max_examples=12)
+@given(st.integers(2, 80), st.integers(1, 30), st.data())
+def test_each_byte_is_predicted_once(n_bytes: int, context: int, data: st.DataObject) -> None:
+    """Against a loop over bytes: each from the sequence that must predict it, at least context - stride before it."""
+    stride, batch_size = data.draw(st.integers(1, context)), data.draw(st.integers(1, 5))
+    model = Transformer(ModelArgs.from_dict(TINY | {"max_seq_len": context, "n_mtp_layers": 0}))
+    shake(model)
+    corpus = np.frombuffer(text(n_bytes, n_bytes), np.uint8)
+    found = metrics.evaluate_file(model, corpus, batch_size, ParallelContext("cpu"), stride)
+    losses: dict[int, list[float]] = {}
+    for target in range(1, n_bytes):
+        number = max(0, -(-(target - context) // stride))
+        first = number * stride
+        assert first == 0 or target - first >= context - stride
+        tokens = torch.from_numpy(corpus[first:target].astype(np.int64))[None]
+        with torch.no_grad():
+            loss = F.cross_entropy(model(tokens)[0, -1:].double(), torch.tensor([int(corpus[target])])).item()
+        losses.setdefault(number, []).append(loss)
+    every = [loss for group in losses.values() for loss in group]
+    assert found["val_loss"] == pytest.approx(np.mean(every), rel=1e-5)
+    assert found["val_bpb"] == pytest.approx(np.mean(every) / math.log(2), rel=1e-5)
+    assert (found["bytes"], found["sequences"]) == (n_bytes - 1, len(losses))
+    means = [np.mean(group) for group in losses.values()]
+    if len(losses) > 1 and len({len(group) for group in losses.values()}) == 1:
+        assert found["standard_error"] == pytest.approx(np.std(means, ddof=1) / len(means) ** 0.5, rel=1e-3, abs=1e-6)
+    assert (found["standard_error"] is None) == (len(losses) == 1)
+    expected = sorted(means, reverse=True)[:5]
+    assert [row["loss"] for row in found["worst"]] == pytest.approx(expected, rel=1e-5)
+    for row in found["worst"]:
+        number = max(0, -(-(row["offset"] - context) // stride))
+        assert row["bytes"] == len(losses[number]) and row["loss"] == pytest.approx(np.mean(losses[number]), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_layer_freq": 1, "n_mtp_layers": 0}])
+def test_the_loss_of_transformers(here: Here, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    source, val = given_weights(here, **changes), here.path / "val.bin"
+    convert(source, here.path / "hf", is_hf=True)
+    val.write_bytes(text(501, 3))
+    data = torch.from_numpy(np.fromfile(val, np.uint8).astype(np.int64))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(here.path / "hf").eval()
+    for context in (32, 48):
+        total = 0.0
+        for first in range(0, 500, context):
+            tokens = data[first : first + context + 1]
+            with torch.no_grad():
+                logits = theirs(tokens[None, :-1], use_cache=False).logits[0]
+            total += F.cross_entropy(logits.double(), tokens[1:], reduction="sum").item()
+        for path in (source, here.path / "hf"):
+            found = loss_of(capsys, "--init-from", path, "--val-data", val, "--context", context)
+            assert found["val_loss"] == pytest.approx(total / 500, abs=1e-5) and found["bytes"] == 500
+
+
+def test_evaluation_writes_nothing(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    source = given_weights(here)
+    before = {path: path.stat().st_mtime_ns for path in here.path.rglob("*")}
+    val = here.path / "data.txt"
+    whole = loss_of(capsys, "--init-from", source, "--val-data", val)
+    assert (whole["kind"], whole["step"], whole["path"], whole["bytes"]) == ("native", None, str(source), 3999)
+    tenth = loss_of(capsys, "--init-from", source, "--data", val, "--config", here.config)
+    assert tenth["bytes"] == 399 and tenth["sequences"] == 13 and "last tenth" in tenth["data"]
+    model = load_model(source).eval()
+    ours = evaluate(model, np.fromfile(val, np.uint8)[3600:], 7, ParallelContext("cpu"))
+    assert tenth["val_loss"] == pytest.approx(ours, rel=1e-6)
+    flags = ["--init-from", source, "--val-data", val, "--eval-only", "--device", "cpu", "--dtype", "fp32"]
+    assert main([*map(str, flags)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{whole['val_loss']:.4f} ± {whole['standard_error']:.4f} nats/byte" in shown
+    assert f"{whole['worst'][0]['offset']:,}  " in shown and shown.count("\n") == 8
+    fp8 = loss_of(capsys, *flags[:4], "--gemm-impl", "fp8")
+    assert fp8["val_loss"] == pytest.approx(whole["val_loss"], rel=0.02) and fp8["val_loss"] != whole["val_loss"]
+    assert {path: path.stat().st_mtime_ns for path in here.path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--eval-only"], "--init-from"),
+        (["--eval-only", "--init-from", "SOURCE", "--steps", 2], "--steps is for training"),
+        (["--eval-only", "--init-from", "SOURCE", "--save-path", "RUN"], "--save-path is for training"),
+        (["--eval-only", "--init-from", "SOURCE", "--freeze", "*"], "--freeze"),
+        (["--eval-only", "--init-from", "SOURCE", "--stride", 33], "--stride must be at most the context (32)"),
+        (["--eval-only", "--init-from", "SOURCE", "--stride", 9, "--context", 8], "--stride"),
+        (["--eval-only", "--init-from", "SOURCE", "--context", 2**31], "--context"),
+        (["--eval-only", "--init-from", "SOURCE", "--val-data", "BYTE"], "--val-data has 1 bytes"),
+        (["--eval-only", "--init-from", "SOURCE", "--val-data", "NONE"], "NONE"),
+        (["--eval-only", "--init-from", "NONE"], "NONE"),
+        (["--steps", 2, "--init-from", "SOURCE", "--json"], "--json is for --eval-only"),
+        (["--steps", 2, "--init-from", "SOURCE", "--context", 8], "--context is for --eval-only"),
+        (["--steps", 2, "--init-from", "SOURCE", "--val-data", "BYTE"], "--val-data has 1 bytes"),
+        (["--steps", 2, "--init-from", "SOURCE", "--data", "BYTE", "--val-data", "DATA"], "byte: 1 bytes are too few"),
+        (["--steps", 2], "--config"),
+        (["--init-from", "SOURCE", "--steps", 2, "--override", "steps"], "--resume"),
+        (["--init-from", "SOURCE", "--steps", 2, "--override", "seed"], "'seed'"),
+        (["--init-from", "SOURCE", "--plan", "--freeze", "*"], "--freeze"),
+    ],
+)
+def test_flags_of_given_weights(here: Here, capsys: pytest.CaptureFixture[str], flags: list[object], part: str) -> None:
+    given_weights(here)
+    (here.path / "byte").write_bytes(b"x")
+    places = {"SOURCE": here.path / "given", "BYTE": here.path / "byte", "NONE": here.path / "NONE", "RUN": here.run}
+    places["DATA"] = here.data
+    argv = [str(places.get(flag, flag)) for flag in flags]
+    assert_refused(capsys, argv if "--data" in flags else ["--data", str(here.data), *argv], part)
+    assert not here.run.exists()
+
+
+def test_contexts_beyond_the_angles(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    source = given_weights(here, original_seq_len=8, rope_factor=8.0)  # YaRN: 64 positions
+    flags = ["--init-from", source, "--val-data", here.data]
+    assert loss_of(capsys, *flags, "--context", 64)["context"] == 64
+    argv = [str(flag) for flag in ("--eval-only", *flags, "--context", 65)]
+    assert_refused(capsys, argv, "--context can be 64 at most", "YaRN")
+
+
+def test_evaluation_on_a_file_of_ones_own(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    """In training, all of --data is trained on then; the two of a resumed run are compared."""
+    val = here.path / "val.txt"
+    val.write_bytes(text(700, 9))
+    assert main(here.flags("--steps", 2, "--val-data", val)) == 0
+    assert "4,000 bytes to train on, 700 to validate" in capsys.readouterr().out
+    rows = lines(here.run)
+    found = loss_of(capsys, "--init-from", here.run, "--val-data", val)
+    assert rows[-1]["val_loss"] == pytest.approx(found["val_loss"], rel=1e-5) and found["step"] == 2
+    state = json.loads((checkpoint(here.run) / "state.json").read_text())
+    assert state["settings"]["training_bytes"] == 4000 and state["settings"]["validation_bytes"] == 700
+    val.write_bytes(text(700, 10))
+    again = here.flags("--steps", 2, "--resume", "--val-data", val)
+    assert_refused(capsys, again, here.run, "validation_crc32", "--override val_data")
+    assert_refused(capsys, here.flags("--steps", 2, "--resume"), "--override data,val_data")
+
+
+# --- Going on with other settings -------------------------------------------------------------------------------------
+
+
+@draws
+@given(fractions, fractions, st.floats(0, 0.999))
+def test_a_stretched_schedule_goes_on(progress: float, done: float, begin: float) -> None:
+    assert stretch(progress, 0.0, 0.0) == progress  # to the bit
+    assert stretch(begin, begin, done) == done and stretch(1.0, begin, done) == pytest.approx(1)
+    assert done <= stretch(max(progress, begin), begin, done) <= 1 + 1e-12
+
+
+def rates_of(run: Path) -> list[float]:
+    return [row["lr"] for row in lines(run) if "lr" in row]
+
+
+def stopped_at(here: Here, monkeypatch: pytest.MonkeyPatch, step: int, *flags: object) -> None:
+    with monkeypatch.context() as patch:
+        before_step(patch, step, crash)
+        assert main(here.flags(*flags, "--save-interval", 1, "--eval-interval", 100)) == 1
+    assert checkpoint(here.run).name == f"step-{step:08d}"
+
+
+@pytest.mark.parametrize("kind", ["wsd", "cosine"])
+@pytest.mark.parametrize("stop_at", [0, 1, 8, 17, 20])
+def test_a_run_of_another_length_has_no_jump(
+    here: Here, capsys: pytest.CaptureFixture[str], kind: str, stop_at: int
+) -> None:
+    """Warming up, stable, decaying, or over: the rate goes on from where it was, and ends at 0."""
+    usual = [0.0, *(schedule((step + 0.5) / 20, kind, 0.2, 0.5) for step in range(20))]
+    largest = 1.001 * max(abs(b - a) for a, b in itertools.pairwise(usual))
+    for steps in (30, 200):
+        trainer = here.trainer("--steps", steps, "--schedule", kind, "--warmup", 0.2)
+        trainer.step, trainer.progress = stop_at, max(0.0, (stop_at - 0.5) / 20)
+        trainer.override({"steps": 20})
+        progress = [trainer.clock.progress(step) for step in range(stop_at, steps)]
+        done = [stretch(p, trainer.stretch_from, trainer.stretch_to) for p in progress]
+        factors = [usual[stop_at], *(schedule(d, kind, 0.2, 0.5) for d in done)]
+        slope = largest * (2 if stop_at == 20 else 1)  # a schedule of the added steps alone
+        assert all(abs(b - a) <= slope for a, b in itertools.pairwise(factors)) and factors[-1] <= slope
+        is_falling = stop_at == 17 or (stop_at == 8 and kind == "cosine")
+        assert max(factors[1:]) == pytest.approx(usual[stop_at] if is_falling else 1, rel=0.1)
+        assert not is_falling or factors == sorted(factors, reverse=True)
+        out = capsys.readouterr().out
+        assert f"--override changes steps from 20 to {steps}; the schedule ({kind}) " in out and "lr from " in out
+        assert ("is over, begins anew" in out) == (stop_at == 20)
+        assert ("its decay has begun" in out) == (kind == "wsd" and stop_at == 17)
+
+
+def test_a_changed_run_is_repeated_to_the_bit(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command again, after a crash, when there is nothing left to change."""
+    stopped_at(here, monkeypatch, 3, "--steps", 6, "--short-seq-len", 16)
+    other = here.path / "other"
+    shutil.copytree(here.run, other)
+    flags = ["--steps", 9, "--lr", 0.001, "--short-seq-len", 16, "--resume", "--override", "lr,steps"]
+    flags += ["--save-interval", 1, "--eval-interval", 4]
+    assert main(here.flags(*flags)) == 0
+    whole, here.run = here.run, other
+    with monkeypatch.context() as patch:
+        before_step(patch, 4, crash)  # the first after 3 is its first call
+        assert main(here.flags(*flags)) == 1
+    assert main(here.flags(*flags)) == 0
+    assert_same_run(here.run, whole, 9)
+
+
+def test_other_rates_and_data_are_taken(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 4, "--decay", 0, "--warmup", 0)) == 0
+    here.data.write_bytes(text(6000, 5))
+    flags = ["--steps", 8, "--decay", 0, "--warmup", 0, "--resume", "--lr", 0.0005]
+    err = assert_refused(capsys, here.flags(*flags), "--override lr,steps,data", "lr = 0.003 (now 0.0005)")
+    assert "training_bytes = 3600 (now 5400)" in err
+    assert_refused(capsys, here.flags(*flags, "--override", "lr,steps"), "--override lr,steps,data")
+    assert main(here.flags(*flags, "--override", "lr,steps,data")) == 0
+    out = capsys.readouterr().out
+    assert "lr from 0.003 to 0.0005" in out and "training_bytes from 3600 to 5400" in out and "steps from 4 to 8" in out
+    assert rates_of(here.run) == pytest.approx([0.003] * 4 + [0.0005] * 4)
+    state = json.loads((checkpoint(here.run, "best") / "state.json").read_text())
+    assert state["step"] == 8  # however good a loss on other data was
+    assert main(here.flags(*flags)) == 0  # nothing changes any more
+
+
+def test_data_of_ones_own_is_given_up(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    val = here.path / "val.txt"
+    val.write_bytes(text(300, 9))
+    assert main(here.flags("--steps", 2, "--val-data", val)) == 0
+    assert main(here.flags("--steps", 2, "--resume", "--override", "data,val-data")) == 0
+    assert "validation_bytes from 300 to None" in capsys.readouterr().out
+
+
+def test_runs_of_earlier_versions_have_no_length(here: Here) -> None:
+    """Nor a place in the schedule: they go on as they did, whatever their new length."""
+    assert main(here.flags("--steps", 4)) == 0
+    file = checkpoint(here.run) / "state.json"
+    state = json.loads(file.read_text())
+    for key in ("progress", "stretch_from", "stretch_to", "n_not_better", "origin"):
+        del state[key]
+    for key in ("steps", "minutes", "freeze"):
+        del state["settings"][key]
+    file.write_text(json.dumps(state))
+    assert main(here.flags("--steps", 6, "--resume")) == 0
+    usual = [0.003 * schedule((step + 0.5) / 6, "wsd", 0.02, 0.5) for step in (4, 5)]
+    assert rates_of(here.run)[4:] == pytest.approx(usual)
+
+
+def test_an_evaluation_at_the_end_ends_the_schedule(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the clock, it may turn out only afterwards that no time is left."""
+    clock = Turned(monkeypatch)
+    clock.takes(Trainer, "train_step", lambda n: 3.0)
+    clock.takes(train, "evaluate", lambda n: 0.1 if n < 2 else 30.0)
+    flags = ["--eval-interval", 8, "--schedule", "wsd"]
+    assert main(here.flags("--minutes", 1, *flags)) == 0
+    state = json.loads((checkpoint(here.run) / "state.json").read_text())
+    assert state["progress"] == 1 and state["step"] == 8
+    clock.now = 3.0
+    assert main(here.flags("--minutes", 3, *flags, "--resume", "--override", "minutes")) == 0
+    assert "is over, begins anew" in capsys.readouterr().out
+
+
+def test_other_minutes(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the clock too, the rate goes on from where it was; and from steps to minutes."""
+    clock = Turned(monkeypatch)
+    clock.takes(Trainer, "train_step", lambda n: 2.0)
+    before_step(monkeypatch, 20, lambda: signal.raise_signal(signal.SIGTERM))
+    assert main(here.flags("--minutes", 1, "--eval-interval", 10**6)) == 0
+    n_before = len(rates_of(here.run))
+    clock.now = 3.0
+    assert_refused(capsys, here.flags("--minutes", 3, "--resume"), "minutes = 1.0 (now 3.0)", "--override minutes")
+    assert main(here.flags("--minutes", 3, "--resume", "--override", "minutes", "--eval-interval", 10**6)) == 0
+    rates = rates_of(here.run)
+    assert n_before == 21 and len(rates) > 2.5 * n_before
+    falling = rates[n_before - 1 :]
+    assert all(b <= a * 1.01 for a, b in itertools.pairwise(falling)) and falling[1] > 0.95 * falling[0]
+    assert rates[-1] < 0.05 * max(rates) and "its decay has begun" in capsys.readouterr().out
+    other = here.flags("--steps", len(rates) + 5, "--resume")
+    assert_refused(capsys, other, "--override steps,minutes")
+
+
+# --- What is kept, and when a run ends --------------------------------------------------------------------------------
+
+
+def test_kept_checkpoints(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([5.0, 1.0, 4.0, 3.0, 2.0, 2.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    assert main(here.flags("--steps", 12, "--eval-interval", 2, "--save-interval", 1, "--keep", 3)) == 0
+    assert sorted(int(path.name[5:]) for path in here.run.glob("step-*")) == [4, 9, 10, 11, 12]
+    assert load_model(here.run / "step-00000009").args.dim == 32
+
+
+def test_patience(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    values = itertools.chain([3.0, 2.0, 2.5, 2.0, 2.1, 1.0], itertools.repeat(1.5))
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    flags = ["--steps", 20, "--eval-interval", 2, "--log-interval", 1]
+    assert main(here.flags(*flags, "--patience", 2)) == 0
+    out = capsys.readouterr().out
+    assert "--patience: no better loss than 2.0000 in 2 evaluations" in out
+    assert out.splitlines()[-1].startswith("step 8, ") and checkpoint(here.run).name == "step-00000008"
+    assert checkpoint(here.run, "best").name == "step-00000004"
+    before = lines(here.run)
+    assert main(here.flags(*flags, "--patience", 2, "--resume")) == 0  # it has ended
+    assert lines(here.run) == before and "step 8, " in capsys.readouterr().out.splitlines()[-1]
+    assert main(here.flags(*flags, "--patience", 4, "--resume")) == 0  # not yet: the next but one is better
+    assert [row["val_loss"] for row in lines(here.run) if "val_loss" in row][:6] == [3.0, 2.0, 2.5, 2.0, 2.1, 1.0]
+    assert checkpoint(here.run, "best").name == "step-00000012"
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_given_weights_at_every_layout(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two processes train from given weights, some frozen, and evaluate a file, as one does."""
+    import test_parallel
+
+    convert(given_weights(here), here.path / "hf", 1, True)
+    here.write_config(n_mtp_layers=0)
+    tuned = ["--steps", 3, "--init-from", here.path / "hf", *FROZEN]
+    evaluated = ["--init-from", here.path / "given", "--val-data", here.data, "--stride", 24, "--batch-size", 6]
+    one = loss_of(capsys, *evaluated)
+    assert main(here.flags(*tuned)) == 0
+    expected, scenarios = lines(here.run), []
+    layouts = {"dp2": [], "mp2": ["--model-parallel", 2], "fsdp2": ["--fsdp"]}
+    for name, flags in layouts.items():
+        here.run = here.path / name
+        resumed = ["--resume", "--override", "steps", *flags]
+        scenarios += [{"flags": here.flags(*tuned, *flags)}, {"flags": here.flags(*tuned, *resumed, "--steps", 4)}]
+        evaluation = ["--eval-only", "--json", "--device", "cpu", "--dtype", "fp32", *evaluated, *flags]
+        scenarios += [{"flags": [str(flag) for flag in evaluation]}]
+    first, second = test_parallel.launch(2, scenarios)
+    found = [json.loads(line) for line in first.splitlines() if line.startswith("{")]
+    assert len(found) == 3 and "{" not in second
+    for row in found:
+        assert [(w["offset"], w["bytes"]) for w in row["worst"]] == [(w["offset"], w["bytes"]) for w in one["worst"]]
+        for key in ("val_loss", "val_bpb", "standard_error", "bytes", "sequences"):
+            assert row[key] == pytest.approx(one[key], rel=1e-5)
+    weights = load_model(here.path / "hf").state_dict()
+    for name in layouts:
+        rows = lines(here.path / name)
+        assert [row["step"] for row in rows if "train_loss" in row] == [1, 2, 3, 4]
+        for ours, theirs in zip(rows[:3], expected, strict=False):
+            for key in ("train_loss", "grad_norm"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (name, key)
+        for key, tensor in load_model(checkpoint(here.path / name)).state_dict().items():
+            is_frozen = key.startswith(("layers.0.", "embed.")) or ".gate." in key
+            assert torch.equal(tensor, weights[key]) == is_frozen, (name, key)
 
 
 # --- Real processes ---------------------------------------------------------------------------------------------------
@@ -984,7 +1509,7 @@ def test_signal_before_the_first_step_and_twice(
         patch.setattr(train, "train_steps", interrupted)
         assert main(here.flags("--steps", 2)) == 0
     assert "after step 0" in capsys.readouterr().out
-    assert main(here.flags("--steps", 2, "--resume")) == 0
+    assert main(here.flags("--steps", 2, "--resume", "--override", "steps")) == 0
     whole, here.run = here.run, here.path / "other"
     assert main(here.flags("--steps", 2)) == 0
     assert lines(here.run) == lines(whole)
@@ -995,7 +1520,7 @@ def test_signal_before_the_first_step_and_twice(
         train_steps(trainer)
 
     monkeypatch.setattr(train, "train_steps", impatient)
-    assert main(here.flags("--steps", 4, "--resume")) == 130
+    assert main(here.flags("--steps", 4, "--resume", "--override", "steps")) == 130
 
     def panicking(*_: Any) -> None:
         try:
@@ -1006,7 +1531,7 @@ def test_signal_before_the_first_step_and_twice(
 
     monkeypatch.setattr(train, "train_steps", panicking)
     capsys.readouterr()
-    assert main(here.flags("--steps", 4, "--resume")) == 130
+    assert main(here.flags("--steps", 4, "--resume", "--override", "steps")) == 130
     assert capsys.readouterr().err == ""
 
 
@@ -1014,7 +1539,7 @@ def test_a_run_that_lost_its_pointer_goes_on(here: Here) -> None:
     """As after a crash between a checkpoint and the pointer to it: nothing that was trained is swept away."""
     assert main(here.flags("--steps", 4)) == 0
     (here.run / "checkpoints.json").unlink()
-    assert main(here.flags("--steps", 6, "--resume")) == 0
+    assert main(here.flags("--steps", 6, "--resume", "--override", "steps")) == 0
     assert [row["step"] for row in lines(here.run) if "train_loss" in row] == list(range(1, 7))
 
 
@@ -1024,6 +1549,7 @@ def test_a_damaged_state_is_refused(here: Here, capsys: pytest.CaptureFixture[st
     (path,) = here.run.glob("step-*/state.json")
     state, before = json.loads(path.read_text()), (here.run / "metrics.jsonl").read_bytes()
     damaged = [("step", -5), ("step", "x"), ("step", True), ("step", 1.5), ("step", None), ("elapsed_s", "x")]
+    damaged += [("stretch_from", 1.0), ("stretch_to", 2), ("progress", None), ("origin", "x"), ("n_not_better", 0.5)]
     damaged += [("elapsed_s", -1e9), ("elapsed_s", None), ("best_val", []), ("eval_sequences", 0), ("settings", 3)]
     lacking = [{k: v for k, v in state.items() if k != key} for key in ("step", "settings", "best_val", "elapsed_s")]
     bad = [(key, state | {key: value}) for key, value in [*damaged, ("val_loss", -1)]]
@@ -1032,6 +1558,17 @@ def test_a_damaged_state_is_refused(here: Here, capsys: pytest.CaptureFixture[st
         path.write_text(json.dumps(values))
         assert_refused(capsys, here.flags("--steps", 4, "--resume"), here.run, repr(key))
         assert (here.run / "metrics.jsonl").read_bytes() == before
+
+
+def test_damaged_settings_are_not_overridden(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(here.flags("--steps", 2)) == 0
+    path = checkpoint(here.run) / "state.json"
+    state = json.loads(path.read_text())
+    resume = here.flags("--steps", 4, "--resume", "--override", "steps,lr,schedule,data")
+    damaged = [("steps", "x"), ("steps", [3]), ("lr", None), ("lr", True), ("lr", -1.0), ("lr", 10**400)]
+    for key, value in [*damaged, ("schedule", 3), ("training_bytes", {"a": 1})]:
+        path.write_text(json.dumps(state | {"settings": state["settings"] | {key: value}}))
+        assert_refused(capsys, resume, here.run, repr(key), "damaged")
 
 
 class Turned:
