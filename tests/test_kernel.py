@@ -179,7 +179,7 @@ def dispatched() -> Iterator[set[str]]:
         return lambda *args: ran.add(name) or function(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in "act_quant", "act_quant_both", "weight_quant", "weight_dequant":
+        for name in "act_quant", "act_quant_both", "weight_quant", "weight_quant_both", "weight_dequant":
             patch.setattr(kernel, name, recorded(name, getattr(kernel, name)))
         for name in "gemm", "grouped_gemm", "grouped_outer":
             patch.setattr(kernel, name, recorded(name, getattr(kernel, name)))
@@ -460,7 +460,7 @@ def test_every_candidate(which: int) -> None:
         if which < len(GEMM_TILES):  # more than a band of 8 tiles, and one column of them and a bit
             block = kernel._gemm_kernel.configs[0].kwargs
             rows, m, n = block["BLOCK_M"], 9 * block["BLOCK_M"] + 5, block["BLOCK_N"] + 5
-        else:  # more than a band of 16, and more tiles than multiprocessors
+        else:  # more than a band of 16, and more tiles than SMs
             rows = HOPPER_TILES[which - len(GEMM_TILES)]
             m, n = 17 * rows + 5, 9 * 128 + 5
             check_gemm(m, n, 1000, which % 2 == 0, layout, dtype, 4)
@@ -511,8 +511,8 @@ def test_products_of_extreme_scales(exponents: tuple[int, int]) -> None:
 
 
 def test_which_products_run_hoppers_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large ones on Hopper, in tiles of 128 rows where those of 256 would leave too many multiprocessors idle."""
-    monkeypatch.setattr(kernel, "_hopper_processors", lambda device: 132)
+    """Large ones on Hopper, in tiles of 128 rows where those of 256 would leave too many SMs idle."""
+    monkeypatch.setattr(kernel, "_hopper_sms", lambda device: 132)
     for m, n, groups, rows in (
         (4096, 7168, 0, 256),
         (4096, 2112, 0, 128),
@@ -524,7 +524,7 @@ def test_which_products_run_hoppers_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         (64 * 100, 2048, 64, 0),
     ):
         assert kernel._hopper_rows(m, n, groups, DEVICE) == rows
-    monkeypatch.setattr(kernel, "_hopper_processors", lambda device: 0)
+    monkeypatch.setattr(kernel, "_hopper_sms", lambda device: 0)
     assert kernel._hopper_rows(4096, 7168, 0, DEVICE) == 0
 
 
@@ -628,7 +628,7 @@ def test_linear_layer(counts: list[int] | None, scale_fmt: str | None, dtype: to
     on_device = None if offsets is None else offsets.to(DEVICE)
     with dispatched() as ran, tiles(2):
         got = grads_of(x.to(DEVICE), [w.to(DEVICE) for w in ws], on_device, scale_fmt)
-    assert ran == {"weight_quant", "act_quant_both", *(["grouped_gemm", "grouped_outer"] if stack else ["gemm"])}
+    assert ran == {"weight_quant_both", "act_quant_both", *(["grouped_gemm", "grouped_outer"] if stack else ["gemm"])}
     assert_near(got, want, dtype)
 
 
@@ -695,14 +695,8 @@ def test_glu(rows: int, n: int, act: str, dtype: torch.dtype, seed: int) -> None
     def reference(gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor]:
         return [model.ACTIVATIONS[act](gate) * up]
 
-    inputs = [2 * randn(rows, n, seed=seed), randn(rows, n, seed=seed + 1)]
-    compare(lambda gate, up: [kernel_fused.glu(gate, up, act)], reference, inputs, dtype)
-    compare(
-        lambda both: [kernel_fused.glu(both, None, act)],
-        lambda both: reference(*both.split(n, dim=-1)),
-        [torch.cat(inputs, dim=-1)],
-        dtype,
-    )
+    gate_up = torch.cat([2 * randn(rows, n, seed=seed), randn(rows, n, seed=seed + 1)], dim=-1)
+    compare(lambda x: [kernel_fused.glu(x, act)], lambda x: reference(*x.split(n, dim=-1)), [gate_up], dtype)
 
 
 head_sizes = {
@@ -775,8 +769,9 @@ def test_route(data: st.DataObject) -> None:
 @given(st.integers(1, 1500), st.integers(1, 40), st.integers(1, 4), seeds)
 def test_sort_by_expert(n: int, experts: int, k: int, seed: int) -> None:
     choices = torch.randint(experts, (n, k), generator=generator(seed))
-    places, ends = kernel_fused.sort_by_expert(choices.to(DEVICE), experts)
+    places, index, ends = kernel_fused.sort_by_expert(choices.to(DEVICE), experts)
     order = choices.flatten().sort(stable=True).indices
+    assert torch.equal(index.cpu().long(), order // k)
     assert torch.equal(places.flatten().cpu().long(), order.argsort())
     assert torch.equal(ends.cpu().long(), choices.flatten().bincount(minlength=experts).cumsum(0))
 
@@ -928,7 +923,7 @@ def compile_all(arch: int) -> list[dict[str, Any]]:
     triton.runtime.driver.set_active(DryDriver(arch))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
-        patch.setattr(kernel, "_hopper_processors", lambda device: 132)
+        patch.setattr(kernel, "_hopper_sms", lambda device: 132)
         x, offsets = torch.empty(256, 384, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int32)
         kernel.act_quant(x, None)
         kernel.act_quant_both(x, "ue8m0")
@@ -974,10 +969,10 @@ def compile_fused() -> None:
     angles = torch.empty(32, 1, 16), torch.empty(32, 1, 16)
     heads, pe = x.unflatten(-1, (4, 64)), torch.empty(4, 32, 32, dtype=torch.bfloat16, requires_grad=True)
     choices, scores = torch.zeros(128, 2, dtype=torch.int64), torch.empty(128, 8)
-    places, ends = kernel_fused.sort_by_expert(choices, 8)
+    places, index, ends = kernel_fused.sort_by_expert(choices, 8)
     outputs = [
         *kernel_fused.add_rms_norm(x, x, w, 1e-6),
-        *(kernel_fused.glu(wide, None, act) for act in model.ACTIVATIONS),
+        *(kernel_fused.glu(wide, act) for act in model.ACTIVATIONS),
         kernel_fused.rope(heads, *angles),
         *kernel_fused.keys_and_values(heads, pe, *angles, 32),
         kernel_fused.permute(rows, places),
