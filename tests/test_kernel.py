@@ -41,6 +41,7 @@ import fp8_ops  # noqa: E402
 import kernel  # noqa: E402
 import kernel_fused  # noqa: E402
 import model  # noqa: E402
+import parallel  # noqa: E402
 from fp8_ops import E4M3  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and fp8_ops.multiplies_fp8(torch.device("cuda")) else "cpu")
@@ -167,7 +168,7 @@ def run(wrapper: Callable[..., Any], *args: Any) -> Any:
         patch.setattr(kernel, "torch", guards)
         out = wrapper(*(framed(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
     guards.check()
-    return out.cpu() if isinstance(out, torch.Tensor) else tuple(t.cpu() for t in out)
+    return out.cpu() if isinstance(out, torch.Tensor) else tuple(t.cpu() for t in out if t is not None)
 
 
 @contextmanager
@@ -305,6 +306,21 @@ def test_activations(
 
 
 @runs
+@settings(draws, max_examples=10)
+@given(n=st.integers(1, 300), m=sizes, k=sizes, limit=st.integers(0, 300), dtype=dtypes, both=st.booleans(), seed=seeds)
+def test_gathered_activations(n: int, m: int, k: int, limit: int, dtype: torch.dtype, both: bool, seed: int) -> None:
+    """Any rows of a matrix, quantised as if they had been gathered before; from a limit on, zeros."""
+    x = laid_out(numbers((n, k), "normal", dtype, seed), LAYOUTS[seed % len(LAYOUTS)])
+    index = torch.randint(n, (m,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    rows = x[index].masked_fill((torch.arange(m) >= limit)[:, None], 0)
+    index[limit:] = 2**30  # is not read
+    got = run(kernel.gather_quant, x, index, torch.tensor([limit], dtype=torch.int32), FORMATS[seed % 2], both)
+    want = fp8_ops.act_quant_both(rows, FORMATS[seed % 2])
+    for g, w in zip(got, want[: 4 if both else 2], strict=True):
+        assert_same(g, w)
+
+
+@runs
 @draws
 @given(
     stack=st.sampled_from([(), (1,), (3,), (2, 2)]),
@@ -328,8 +344,25 @@ def test_weights(
 ) -> None:
     """Quantisation of single weights and stacks of them."""
     w = laid_out(numbers((*stack, n, k), magnitude, dtype, seed), layout)
-    for got, want in zip(run(kernel.weight_quant, w, scale_fmt), fp8_ops.weight_quant(w, 128, scale_fmt), strict=True):
+    q, s = fp8_ops.weight_quant(w, 128, scale_fmt)
+    for got, want in zip(run(kernel.weight_quant, w, scale_fmt), (q, s), strict=True):
         assert_same(got, want)
+    for got, want in zip(run(kernel.weight_quant_both, w, scale_fmt), (q, s, q.mT), strict=True):
+        assert_same(got, want)
+        assert got.is_contiguous()
+
+
+@runs
+def test_weights_are_quantised_in_place() -> None:
+    w = numbers((2, 140, 150), "normal", torch.float32, 1).to(DEVICE)
+    with dispatched():
+        old = fp8_ops.quantize(0 * w)
+        addresses = [t.data_ptr() for t in old]
+        new = fp8_ops.quantize(w, "ue8m0", old)
+    assert [t.data_ptr() for t in new] == [t.data_ptr() for t in old] == addresses
+    q, s = fp8_ops.weight_quant(w.cpu(), 128, "ue8m0")
+    for got, want in zip(old, (q, s, q.mT), strict=True):
+        assert_same(got.cpu(), want)
 
 
 @runs
@@ -699,6 +732,127 @@ def test_glu(rows: int, n: int, act: str, dtype: torch.dtype, seed: int) -> None
     compare(lambda x: [kernel_fused.glu(x, act)], lambda x: reference(*x.split(n, dim=-1)), [gate_up], dtype)
 
 
+def quantised(x: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor, ...]:
+    """What plain torch makes of an activation, on the CPU: the reference of kernels that quantise their results."""
+    return fp8_ops.act_quant_both(x.detach().cpu().flatten(0, -2), scale_fmt)
+
+
+@runs
+@settings(draws, max_examples=5)
+@given(
+    n=st.integers(1, 150), dim=st.integers(1, 150), act=st.sampled_from(sorted(model.ACTIVATIONS)),
+    limit=st.integers(1, 150), dtype=fused_dtypes, seed=seeds,
+)  # fmt: skip
+def test_glu_quantised(n: int, dim: int, act: str, limit: int, dtype: torch.dtype, seed: int) -> None:
+    """The same bits as quantising what the kernel without quantisation writes, forward and backward."""
+    gate_up, dy = (2 * randn(n, 2 * dim, seed=seed)).to(dtype), randn(n, dim, seed=seed + 1).to(dtype)
+    leaf, scale_fmt = gate_up.to(DEVICE).requires_grad_(), FORMATS[seed % 2]
+    y = kernel_fused.glu(leaf, act)
+    y.backward(dy.to(DEVICE))
+    behind, offsets = (torch.arange(n) >= limit)[:, None], torch.tensor([limit // 2, min(n, limit)], dtype=torch.int32)
+    expected = [y.detach(), *leaf.grad.split(dim, dim=-1)]
+    wanted = [quantised(t.cpu().masked_fill(behind, 0), scale_fmt) for t in expected]
+    # what no group wrote is not read
+    gate, up = (t.masked_fill(behind, float("nan")) for t in gate_up.split(dim, dim=-1))
+    dy = dy.masked_fill(behind, float("nan"))
+    for both in (True, False):
+        results = run(kernel_fused.glu_quant, gate, up, act, offsets, scale_fmt, both)
+        for got, want in zip(results, wanted[0][: len(results)], strict=True):
+            assert_same(got, want)
+
+    def backward(*args: Any) -> tuple[torch.Tensor | None, ...]:
+        dgate, dup = kernel_fused.glu_backward_quant(*args)
+        return *dgate, *dup
+
+    results = run(backward, gate, up, dy, act, offsets, scale_fmt)
+    for got, want in zip(results, [*wanted[1], *wanted[2]], strict=True):
+        assert_same(got, want)
+
+
+@runs
+@settings(draws, max_examples=6)
+@given(
+    n=st.integers(1, 150), dim=st.integers(1, 300), updated=st.booleans(), both=st.booleans(),
+    with_values=st.booleans(), dtype=fused_dtypes, seed=seeds,
+)  # fmt: skip
+def test_rms_norm_quantised(
+    n: int, dim: int, updated: bool, both: bool, with_values: bool, dtype: torch.dtype, seed: int
+) -> None:
+    """The same bits as the norm and a quantiser after it, and the same gradients.
+
+    Of integers, whose squares add up exactly: the order of a sum differs between the two kernels.
+    """
+    scale_fmt, w = FORMATS[seed % 2], (1 + 0.2 * randn(dim, seed=seed)).to(DEVICE)
+    x, update = (torch.randint(-9, 9, (1, n, dim), generator=generator(seed + i)).to(dtype) for i in range(2))
+    results = []
+    for quantises in (True, False):
+        leaves = [t.to(DEVICE).requires_grad_() for t in (x, update, w)]
+        inputs = leaves[0], leaves[1] if updated else None, leaves[2], 1e-6
+        if quantises:
+            total, y, *in_fp8 = kernel_fused.add_rms_norm_quant(*inputs, scale_fmt, both, with_values)
+            placeholder = y
+        else:
+            total, y = kernel_fused.add_rms_norm(*inputs)
+        grads = [randn(*x.shape, seed=seed + i).to(DEVICE, dtype) for i in range(2)]
+        torch.autograd.backward([total, y], grads)
+        results.append([total.detach(), *(t.grad for t in leaves if t.grad is not None)])
+    for got, want in zip(*results, strict=True):
+        assert_same(got.cpu(), want.cpu())
+    for got, want in zip(in_fp8[: 4 if both else 2], quantised(y, scale_fmt)[: 4 if both else 2], strict=True):
+        assert_same(got.cpu(), want)
+    assert (in_fp8[2] is not None) == both
+    if with_values:
+        assert_same(placeholder.detach().cpu(), y.detach().cpu())
+    else:  # without memory, and reading it shows
+        assert placeholder.isnan().all() and placeholder.untyped_storage().nbytes() == dtype.itemsize
+
+
+@runs
+@settings(draws, max_examples=5)
+@given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 5), st.integers(1, 200), fused_dtypes, seeds)
+def test_permute_quantised(n: int, k: int, experts: int, dim: int, dtype: torch.dtype, seed: int) -> None:
+    """The rows of the first experts as `permute` has them, quantised; those of others are zeros without a gradient."""
+    x, choices = randn(n, dim, seed=seed).to(dtype), torch.randint(experts, (n, k), generator=generator(seed))
+    places, index, ends = kernel_fused.sort_by_expert(choices.to(DEVICE), experts)
+    here, scale_fmt = 1 + seed % experts, FORMATS[seed % 2]
+    behind = (torch.arange(n * k) >= ends[here - 1].cpu())[:, None]
+    leaf, twin = (x.to(DEVICE).requires_grad_() for _ in range(2))
+    rows, *in_fp8 = kernel_fused.permute_quant(leaf, places, index, ends[here - 1 : here], scale_fmt, True)
+    permuted = kernel_fused.permute(twin, places)
+    for got, want in zip(in_fp8, quantised(permuted.cpu().masked_fill(behind, 0), scale_fmt), strict=True):
+        assert_same(got.cpu(), want)
+    grad = randn(n * k, dim, seed=seed + 1).to(dtype)
+    rows.backward(grad.masked_fill(behind, float("nan")).to(DEVICE))
+    permuted.backward(grad.masked_fill(behind, 0).to(DEVICE))
+    assert rows.isnan().all() and torch.equal(leaf.grad, twin.grad)
+
+
+@runs
+@pytest.mark.parametrize("counts", [None, [0, 39, 1]])
+def test_mlp_in_fp8(counts: list[int] | None) -> None:
+    """Output and gradients are those of three FP8 layers and the kernel of the activation between them, to the bit."""
+    offsets = None if counts is None else ends(counts).to(DEVICE)
+    stack = () if counts is None else (len(counts),)
+    x = numbers((40, 30) if stack else (2, 65, 30), "normal", torch.bfloat16, 1)
+    shapes = [(20, x.shape[-1]), (x.shape[-1], 20), (20, x.shape[-1])]
+    ws = [numbers((*stack, *shape), "normal", torch.float32, i) for i, shape in enumerate(shapes)]
+
+    def separate_layers(x: torch.Tensor, weights: Any, quantized: Any, act: str, offsets: Any) -> torch.Tensor:
+        gate_up = fp8_ops.fp8_linear(x, weights[::2], quantized[::2], offsets)
+        h = kernel_fused.glu(torch.cat(gate_up, dim=-1), act)
+        return fp8_ops.fp8_linear(h, weights[1:2], quantized[1:2], offsets)[0]
+
+    results = []
+    for mlp in (fp8_ops.fp8_mlp, separate_layers):
+        leaf, *weights = leaves = [t.to(DEVICE).requires_grad_() for t in (x, *ws)]
+        with dispatched(), tiles(3):
+            y = mlp(leaf, weights, [fp8_ops.quantize(w) for w in weights], "silu", offsets)
+            y.backward(numbers(tuple(x.shape), "normal", torch.bfloat16, 5).to(DEVICE))
+        results.append([y.detach(), *(t.grad for t in leaves)])
+    for got, want in zip(*results, strict=True):
+        assert_same(got.cpu(), want.cpu())
+
+
 head_sizes = {
     "bsz": st.integers(1, 2),
     "seqlen": st.integers(1, 5),
@@ -816,6 +970,49 @@ def test_model_by_kernels(values: dict[str, int], monkeypatch: pytest.MonkeyPatc
         assert (by_torch - by_kernels).abs().max() <= 1e-4 * max(1e-2, by_torch.abs().max().item())
 
 
+@runs
+@pytest.mark.parametrize(
+    ("values", "ranks"),
+    [
+        ({"kv_lora_rank": 0, "q_lora_rank": 8, "n_mtp_layers": 0}, 2),
+        pytest.param({"hidden_act": "relu2", "scale_fmt": "ue8m0"}, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_model_in_fp8_by_kernels(values: dict[str, Any], ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that quantise what they compute change a model's loss and gradients by roundings of float32 alone.
+
+    Everything reads what it should: a placeholder's NaN would go through all that follows. One of two tensor-parallel
+    ranks, whose experts get some of the rows, and with gradient checkpointing.
+    """
+    sizes = {"dim": 16, "inter_dim": 12, "moe_inter_dim": 8, "n_layers": 2, "n_heads": 2, "kv_lora_rank": 8}
+    sizes |= {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 4, "n_mtp_layers": 1}
+    args = model.ModelArgs(**{**sizes, "n_activated_experts": 2, "n_shared_experts": 1, **values})
+    ctx = parallel.ParallelContext(world_size=ranks, rank=ranks - 1, model_parallel=ranks)
+    net = parallel.build(ctx, args, torch.float32)
+    parallel.init_weights(ctx, net, 0)
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.add_(0.2 * randn(*p.shape, seed=i))
+    net, tokens = net.to(DEVICE), torch.randint(256, (1, 6), generator=generator(1)).to(DEVICE)
+    net.gradient_checkpointing = ranks == 2
+    monkeypatch.setattr(fp8_ops, "gemm_impl", "fp8")
+    monkeypatch.setattr(fp8_ops, "activation_kernels", lambda x: kernel_fused)
+    fuses, results, used = fp8_ops.fuses_fp8, [], []
+    monkeypatch.setattr(fp8_ops, "fp8_mlp", lambda *args, mlp=fp8_ops.fp8_mlp: used.append(args) or mlp(*args))
+    for function in (fuses, lambda x: False):
+        monkeypatch.setattr(fp8_ops, "fuses_fp8", function)
+        net.zero_grad()
+        with dispatched(), tiles(3):
+            net.quantize_weights()
+            loss = net.loss(tokens[:, :-1], tokens[:, 1:]).total
+            loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in net.parameters())])
+    mlps = 1 + 2 * (1 + args.n_mtp_layers)  # a dense one, and routed and shared experts
+    assert len(used) == mlps * (2 if net.gradient_checkpointing else 1)
+    for fused, separate in zip(*results, strict=True):
+        assert (fused - separate).norm() <= 0.02 * separate.norm()
+
+
 # --- Muon ---------------------------------------------------------------------------------------------------------
 
 
@@ -928,6 +1125,8 @@ def compile_all(arch: int) -> list[dict[str, Any]]:
         kernel.act_quant(x, None)
         kernel.act_quant_both(x, "ue8m0")
         kernel.weight_quant(x.float(), None)
+        kernel.weight_quant_both(x.float(), "ue8m0")
+        kernel.gather_quant(x, torch.empty(500, dtype=torch.int32), offsets[-1:], None, True)
         kernel.weight_dequant(fp8(256, 384), torch.empty(2, 3), torch.bfloat16)
         if arch == 90:  # other dtypes, strides and sizes of 1, which Triton compiles as constants
             kernel.act_quant(x.T.double(), "ue8m0")
@@ -976,9 +1175,17 @@ def compile_fused() -> None:
         kernel_fused.rope(heads, *angles),
         *kernel_fused.keys_and_values(heads, pe, *angles, 32),
         kernel_fused.permute(rows, places),
+        *kernel_fused.add_rms_norm_quant(x, x, w, 1e-6, None, True, True)[:2],
+        kernel_fused.permute_quant(rows, places, index, ends[-1:], None, True)[0],
         kernel_fused.combine(wide.view(256, 256), places, scores[:, :2].clone().requires_grad_()),
     ]
     torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    matrices = [rows.detach()] * 3
+    kernel_fused.add_rms_norm_quant(x, None, w, 1e-6, "ue8m0", False, False)
+    for act in model.ACTIVATIONS:
+        kernel_fused.glu_quant(*matrices[:2], act, None, "ue8m0", False)
+        kernel_fused.glu_quant(*matrices[:2], act, ends, None, True)
+        kernel_fused.glu_backward_quant(*matrices, act, ends, None)
     kernel_fused.route(scores, torch.empty(8), 4, 2, 2)
     kernel_fused.newton_schulz(x.detach(), (3.4, -4.8, 2.0), 1)
     grad, p, one = torch.empty(5000), torch.empty(5000), torch.ones(())
