@@ -682,8 +682,9 @@ def fp8_mlp(
 ) -> torch.Tensor:
     """The gated MLP `w2(act(w1 x) · w3 x)` where `fuses_fp8(x)`, with all nine products in FP8.
 
-    The hidden activation and the gradients of gate and up exist in FP8 only, written by the kernels that compute them.
-    An element of them costs 16 bytes of memory traffic beside the products, where separate quantisers make it 28.
+    The hidden activation and the gradients of gate and up exist in FP8 only, written by the kernels that compute them:
+    16 bytes of memory traffic an element beside the products, where separate quantisers make it 28. The gradient of x
+    is one product, summed in float32 over both weights.
 
     Args:
         x: As for `fp8_linear`.
@@ -697,7 +698,8 @@ def fp8_mlp(
         Shape (..., dim), in the dtype of `x`.
     """
     operands = [tensor for weight in quantized for tensor in weight]
-    given = _quantized_rows(x, scale_fmt, keep := _needs_grad(x, weights))
+    keep = _needs_grad(x, weights)
+    given = _quantized_rows(x, scale_fmt, keep)
     return _FP8MLP.apply(offsets, scale_fmt, hidden_act, keep, given, values_of(x), *operands, *weights)
 
 
@@ -729,6 +731,7 @@ class _FP8MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        import kernel
         import kernel_fused
 
         offsets, gate, up, x_t, x_ts, h_t, h_ts, w1, w1_s, w2, w2_s, w3, w3_s = ctx.saved_tensors
@@ -738,8 +741,8 @@ class _FP8MLP(torch.autograd.Function):
         dgate, dup = kernel_fused.glu_backward_quant(gate, up, grad_h, hidden_act, offsets, scale_fmt)
         grad_x = None
         if ctx.needs_input_grad[5]:
-            grad_x = _gemm(*dgate[:2], w1, w1_s.mT, offsets, grad.dtype)
-            grad_x = (grad_x + _gemm(*dup[:2], w3, w3_s.mT, offsets, grad.dtype)).view(ctx.shape)
+            operands = [(*dgate[:2], w1, w1_s.mT), (*dup[:2], w3, w3_s.mT)]
+            grad_x = kernel.gemm_sum(operands, offsets, grad.dtype).view(ctx.shape)
         pairs = (*dgate[2:], x_t, x_ts), (g_t, g_ts, h_t, h_ts), (*dup[2:], x_t, x_ts)
         grad_weights = [
             _weight_grad(*pair, offsets, dtype) if needed else None

@@ -251,8 +251,9 @@ def weight_dequant(q: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> torc
 
 def _set_block_shapes(args: dict[str, Any]) -> None:
     """Sets the block shapes of both descriptors to the tiles of the configuration about to run."""
-    args["a_desc"].block_shape = [args["BLOCK_M"], 128]
-    args["b_desc"].block_shape = [args["BLOCK_N"], 128]
+    for name, rows in (("a_desc", "BLOCK_M"), ("b_desc", "BLOCK_N"), ("a2_desc", "BLOCK_M"), ("b2_desc", "BLOCK_N")):
+        if name in args:
+            args[name].block_shape = [args[rows], 128]
 
 
 # (BLOCK_M, BLOCK_N, warps, stages): large tiles for many rows, small ones for decoding and for small GPUs
@@ -273,15 +274,35 @@ def _descriptor(q: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(_tma_aligned(q), [128, 128])
 
 
-@triton.autotune(TILES, key=["N", "K", "M_BUCKET"], cache_results=True)
+@triton.jit
+def _add_product(
+    acc, a_desc, as_ptr, row_a, as_stride_k, b_desc, bs_ptr, row_b, bs_stride_k, K, B_IN_BLOCKS: tl.constexpr
+):  # fmt: skip
+    """acc plus a tile of a · bᵀ, in steps of 128 along K; the scales' pointers are those of the tile's rows."""
+    for i in range(0, tl.cdiv(K, BLOCK)):
+        a = a_desc.load([row_a, i * BLOCK])
+        b = b_desc.load([row_b, i * BLOCK])
+        a_s = tl.load(as_ptr + i * as_stride_k)
+        b_s = tl.load(bs_ptr + i * bs_stride_k)
+        if B_IN_BLOCKS:
+            acc += tl.dot(a, b.T) * (a_s * b_s)[:, None]
+        else:
+            acc += tl.dot(a, b.T) * a_s[:, None] * b_s[None, :]
+    return acc
+
+
+@triton.autotune(TILES, key=["N", "K", "M_BUCKET", "PAIRS"], cache_results=True)
 @triton.jit
 def _gemm_kernel(
-    a_desc, as_ptr, b_desc, bs_ptr, c_ptr, offsets_ptr, M, N, K,
+    a_desc, as_ptr, b_desc, bs_ptr, a2_desc, as2_ptr, b2_desc, bs2_ptr, c_ptr, offsets_ptr, M, N, K,
     as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, M_BUCKET,
-    B_IN_BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
+    PAIRS: tl.constexpr, B_IN_BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """c (M, N) = a (M, K) · b (N, K)ᵀ; with GROUPS, rows `offsets[e-1]` to `offsets[e]` by matrix e of b (E, N, K).
+
+    With two PAIRS, plus a2 · b2ᵀ of the same shapes and strides: c is written once, 2 bytes an element in bfloat16,
+    where two products and their sum move 10.
 
     A program makes BLOCK_M×BLOCK_N of c in steps of 128 along K: it reads (BLOCK_M + BLOCK_N)·128 bytes and multiplies
     BLOCK_M·BLOCK_N·128 times in each. Programs run in bands of 8 tiles of rows, whose operands stay in the L2 cache.
@@ -315,29 +336,30 @@ def _gemm_kernel(
         end = tl.sum(tl.where(groups == e, ends, 0), 0)
     m = start + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    as_ptr += (m % M).to(tl.int64) * as_stride_m
-    bs_ptr += e * bs_stride_e
+    a_s = (m % M).to(tl.int64) * as_stride_m
     if B_IN_BLOCKS:  # a tile is no wider than a block: one scale for all of it
-        bs_ptr += tile_n * BLOCK_N // BLOCK * bs_stride_n
+        b_s = e * bs_stride_e + tile_n * BLOCK_N // BLOCK * bs_stride_n
     else:
-        bs_ptr += (n % N).to(tl.int64) * bs_stride_n
+        b_s = e * bs_stride_e + (n % N).to(tl.int64) * bs_stride_n
+    b_row = e * N + tile_n * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for i in range(0, tl.cdiv(K, BLOCK)):
-        a = a_desc.load([start, i * BLOCK])
-        b = b_desc.load([e * N + tile_n * BLOCK_N, i * BLOCK])
-        a_s = tl.load(as_ptr + i * as_stride_k)
-        b_s = tl.load(bs_ptr + i * bs_stride_k)
-        if B_IN_BLOCKS:
-            acc += tl.dot(a, b.T) * (a_s * b_s)[:, None]
-        else:
-            acc += tl.dot(a, b.T) * a_s[:, None] * b_s[None, :]
+    acc = _add_product(
+        acc, a_desc, as_ptr + a_s, start, as_stride_k, b_desc, bs_ptr + b_s, b_row, bs_stride_k, K, B_IN_BLOCKS
+    )
+    if PAIRS == 2:
+        acc = _add_product(
+            acc, a2_desc, as2_ptr + a_s, start, as_stride_k, b2_desc, bs2_ptr + b_s, b_row, bs_stride_k, K, B_IN_BLOCKS
+        )
     c = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=(m < end)[:, None] & (n < N)[None, :])
 
 
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # a, its scales, b, its scales
+
+
 def gemm(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """See `fp8_ops.fp8_gemm`; `a` has shape (M, K)."""
-    return _gemm(a, a_s, b.unsqueeze(0), b_s.unsqueeze(0), None, dtype)
+    return _gemm([(a, a_s, b.unsqueeze(0), b_s.unsqueeze(0))], None, dtype)
 
 
 def grouped_gemm(
@@ -349,31 +371,37 @@ def grouped_gemm(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `fp8_ops.fp8_grouped_gemm`."""
-    return _gemm(a, a_s, b, b_s, offsets, dtype)
+    return _gemm([(a, a_s, b, b_s)], offsets, dtype)
 
 
-def _gemm(
-    a: torch.Tensor,
-    a_s: torch.Tensor,
-    b: torch.Tensor,
-    b_s: torch.Tensor,
-    offsets: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def gemm_sum(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of two products of equal shapes: without `offsets` as `gemm` makes them, else as `grouped_gemm`."""
+    if offsets is None:
+        pairs = [(a, a_s, b.unsqueeze(0), b_s.unsqueeze(0)) for a, a_s, b, b_s in pairs]
+    return _gemm(pairs, offsets, dtype)
+
+
+def _gemm(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    a, a_s, b, b_s = pairs[0]
+    a2, a2_s, b2, b2_s = pairs[-1]
+    if (a2.shape, b2.shape, a2_s.stride(), b2_s.stride()) != (a.shape, b.shape, a_s.stride(), b_s.stride()):
+        raise ValueError("products that are added must have operands of equal shapes, and scales of equal strides")
     (m, k), (e, n, _) = a.shape, b.shape
     groups = 0 if offsets is None else e
     c = torch.empty(m, n, dtype=dtype, device=a.device)
     if rows := _hopper_rows(m, n, groups, a.device):
-        _launch_hopper(rows, a, a_s, b.reshape(-1, k), b_s, c, offsets, outer=False)
+        _launch_hopper(rows, [(a, a_s, b.reshape(-1, k), b_s) for a, a_s, b, b_s in pairs], c, offsets, outer=False)
         return c
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return ((triton.cdiv(m, meta["BLOCK_M"]) + groups) * triton.cdiv(n, meta["BLOCK_N"]),)
 
+    operands = [(_descriptor(a), a_s, _descriptor(b.reshape(-1, k)), b_s) for a, a_s, b, b_s in pairs]
     _gemm_kernel[grid](
-        _descriptor(a), a_s, _descriptor(b.reshape(-1, k)), b_s, c, offsets, m, n, k, *a_s.stride(), *b_s.stride(),
-        _bucket(m // max(groups, 1)), B_IN_BLOCKS=b_s.shape[1] != n,
-        GROUPS=groups, GROUPS_POW2=triton.next_power_of_2(max(groups, 1)),
+        *operands[0], *operands[-1],
+        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), _bucket(m // max(groups, 1)),
+        PAIRS=len(pairs), B_IN_BLOCKS=b_s.shape[1] != n, GROUPS=groups,
+        GROUPS_POW2=triton.next_power_of_2(max(groups, 1)),
     )  # fmt: skip
     return c
 
@@ -428,7 +456,7 @@ def grouped_outer(
     n, k, e = len(a), len(b), len(offsets)
     c = torch.empty(e, n, k, dtype=dtype, device=a.device)
     if rows := _hopper_rows(n * e, k, e, a.device):
-        _launch_hopper(rows, a, a_s, b, b_s.unsqueeze(0), c, offsets, outer=True)
+        _launch_hopper(rows, [(a, a_s, b, b_s.unsqueeze(0))], c, offsets, outer=True)
         return c
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
@@ -486,15 +514,51 @@ def _k_steps(k_begin, k_end):
 
 
 @gluon.jit
-def _load_tiles(
+def _load_tile(
     a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k, ring,
-    offsets_ptr, M, N, K, GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
+    row, tile_n, e, M, N, first, last, step, B_IN_BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    """The warp that loads: while the ring has a free stage, operands by TMA and scales by plain loads."""
+    """Loads what one tile needs in steps `first` to `last` along K; returns the next step of the ring."""
     a_ring, b_ring, as_ring, bs_ring, full, empty = ring
     STAGES: gl.constexpr = a_ring.type.shape[0]
     BLOCK_M: gl.constexpr = a_ring.type.shape[1]
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    col = tile_n * 128
+    # rows beyond the last one get its scale, and are not stored
+    m = gl.minimum(gl.arange(0, BLOCK_M, flat), M - 1 - row)
+    a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
+    if B_IN_BLOCKS:  # a tile is as wide as a block: one scale for all of it
+        b_s_at = bs_ptr + e.to(gl.int64) * bs_stride_e + tile_n * bs_stride_n
+        b_row = e * N + col
+    else:
+        n = gl.minimum(gl.arange(0, 128, flat), N - 1 - col)
+        b_s_at = bs_ptr + col.to(gl.int64) * bs_stride_n + n * bs_stride_n
+        b_row = col
+    for i in range(first, last):
+        stage = step % STAGES
+        a_s, b_s = gl.load(a_s_at + i * as_stride_k), gl.load(b_s_at + i * bs_stride_k)
+        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(full.index(stage), (BLOCK_M + 128) * 128)
+        _tma_load(a_desc, [row, i * 128], full.index(stage), a_ring.index(stage))
+        _tma_load(b_desc, [b_row, i * 128], full.index(stage), b_ring.index(stage))
+        if B_IN_BLOCKS:
+            as_ring.index(stage).store(a_s * b_s)
+        else:
+            as_ring.index(stage).store(a_s)
+            bs_ring.index(stage).store(b_s)
+        mbarrier.arrive(full.index(stage), count=1)
+        step += 1
+    return step
+
+
+@gluon.jit
+def _load_tiles(
+    a_desc, as_ptr, a2_desc, as2_ptr, as_stride_m, as_stride_k,
+    b_desc, bs_ptr, b2_desc, bs2_ptr, bs_stride_e, bs_stride_n, bs_stride_k, ring, offsets_ptr, M, N, K,
+    PAIRS: gl.constexpr, GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads: while the ring has a free stage, operands by TMA and scales by plain loads."""
+    BLOCK_M: gl.constexpr = ring[0].type.shape[1]
     n_tiles_n = gl.cdiv(N, 128)
     tile = gl.program_id(0)
     step = 0
@@ -504,31 +568,16 @@ def _load_tiles(
         first, last = _k_steps(k_begin, k_end)
         while tile < n_tiles_m * n_tiles_n:
             tile_m, tile_n = _tile_coordinates(tile, n_tiles_m, n_tiles_n)
-            row, col = m_begin + tile_m * BLOCK_M, tile_n * 128
-            # rows beyond the last one get its scale, and are not stored
-            m = gl.minimum(gl.arange(0, BLOCK_M, flat), M - 1 - row)
-            a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
-            if B_IN_BLOCKS:  # a tile is as wide as a block: one scale for all of it
-                b_s_at = bs_ptr + e.to(gl.int64) * bs_stride_e + tile_n * bs_stride_n  # type: ignore[attr-defined]
-                b_row = e * N + col
-            else:
-                n = gl.minimum(gl.arange(0, 128, flat), N - 1 - col)
-                b_s_at = bs_ptr + col.to(gl.int64) * bs_stride_n + n * bs_stride_n
-                b_row = col
-            for i in range(first, last):
-                stage = step % STAGES
-                a_s, b_s = gl.load(a_s_at + i * as_stride_k), gl.load(b_s_at + i * bs_stride_k)
-                mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-                mbarrier.expect(full.index(stage), (BLOCK_M + 128) * 128)
-                _tma_load(a_desc, [row, i * 128], full.index(stage), a_ring.index(stage))
-                _tma_load(b_desc, [b_row, i * 128], full.index(stage), b_ring.index(stage))
-                if B_IN_BLOCKS:
-                    as_ring.index(stage).store(a_s * b_s)
-                else:
-                    as_ring.index(stage).store(a_s)
-                    bs_ring.index(stage).store(b_s)
-                mbarrier.arrive(full.index(stage), count=1)
-                step += 1
+            row = m_begin + tile_m * BLOCK_M
+            step = _load_tile(
+                a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k, ring,
+                row, tile_n, e, M, N, first, last, step, B_IN_BLOCKS,
+            )  # fmt: skip
+            if PAIRS == 2:
+                step = _load_tile(
+                    a2_desc, as2_ptr, as_stride_m, as_stride_k, b2_desc, bs2_ptr, bs_stride_e, bs_stride_n,
+                    bs_stride_k, ring, row, tile_n, e, M, N, first, last, step, B_IN_BLOCKS,
+                )  # fmt: skip
             tile += gl.num_programs(0)
         tile -= n_tiles_m * n_tiles_n
 
@@ -569,7 +618,7 @@ def _store(c_ptr, acc, row, m_end, col, N):
 
 @gluon.jit
 def _multiply_tiles(
-    c_ptr, ring, offsets_ptr, M, N, K, HALF: gl.constexpr,
+    c_ptr, ring, offsets_ptr, M, N, K, HALF: gl.constexpr, PAIRS: gl.constexpr,
     GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply the upper or lower half of each tile, and scale, accumulate and store it.
@@ -599,7 +648,7 @@ def _multiply_tiles(
             tile_m, tile_n = _tile_coordinates(tile, n_tiles_m, n_tiles_n)
             product = gl.zeros([64, 128], gl.float32, layout)
             acc0, acc1 = product, product
-            for i in range(first, last):
+            for i in range(first, PAIRS * last):  # with two pairs, of which none is OUTER, from 0
                 stage = step % STAGES
                 a, b = a_ring.index(stage), b_ring.index(stage).permute([1, 0])
                 a_s, b_s = as_ring.index(stage), bs_ring.index(stage)
@@ -631,8 +680,8 @@ def _multiply_tiles(
 
 @gluon.jit
 def _hopper_kernel(
-    a_desc, as_ptr, b_desc, bs_ptr, c_ptr, offsets_ptr, M, N, K,
-    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k,
+    a_desc, as_ptr, b_desc, bs_ptr, a2_desc, as2_ptr, b2_desc, bs2_ptr, c_ptr, offsets_ptr, M, N, K,
+    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, PAIRS: gl.constexpr,
     GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -659,13 +708,14 @@ def _hopper_kernel(
     ring = a_ring, b_ring, as_ring, bs_ring, full, empty
     gl.warp_specialize(
         [
-            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, 0, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
-            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, 1, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
+            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, 0, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
+            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, 1, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
             (
                 _load_tiles,
                 (
-                    a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k,
-                    ring, offsets_ptr, M, N, K, GROUPS, GROUPED, OUTER, B_IN_BLOCKS,
+                    a_desc, as_ptr, a2_desc, as2_ptr, as_stride_m, as_stride_k,
+                    b_desc, bs_ptr, b2_desc, bs2_ptr, bs_stride_e, bs_stride_n, bs_stride_k, ring, offsets_ptr, M, N, K,
+                    PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS,
                 ),
             ),
         ],
@@ -698,14 +748,19 @@ def _hopper_rows(m: int, n: int, groups: int, device: torch.device) -> int:
 
 
 def _launch_hopper(
-    rows: int, a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, c: torch.Tensor,
-    offsets: torch.Tensor | None, outer: bool,
-) -> None:  # fmt: skip
+    rows: int, pairs: list[Operands], c: torch.Tensor, offsets: torch.Tensor | None, outer: bool
+) -> None:
+    """Runs `_hopper_kernel` with tiles of `rows` rows on one or two pairs of operands; every b is (E·N, K)."""
+    a, a_s, _, b_s = pairs[0]
     m, k, n = *a.shape, c.shape[-1]
+
+    def descriptor(q: torch.Tensor, tile_rows: int) -> HopperDescriptor:
+        return HopperDescriptor.from_tensor(_tma_aligned(q), [tile_rows, 128], OPERAND)
+
+    operands = [(descriptor(a, rows), a_s, descriptor(b, 128), b_s) for a, a_s, b, b_s in pairs]
     _hopper_kernel[(_hopper_sms(a.device),)](
-        HopperDescriptor.from_tensor(_tma_aligned(a), [rows, 128], OPERAND), a_s,
-        HopperDescriptor.from_tensor(_tma_aligned(b), [128, 128], OPERAND), b_s,
-        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(),
+        *operands[0], *operands[-1],
+        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), PAIRS=len(pairs),
         GROUPS=1 if offsets is None else len(offsets), GROUPED=offsets is not None, OUTER=outer,
         B_IN_BLOCKS=b_s.shape[1] != n, BLOCK_M=rows, STAGES=4 if rows == 256 else 6, num_warps=4, maxnreg=168,
     )  # fmt: skip

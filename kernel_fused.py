@@ -711,6 +711,7 @@ class _QuantizedPermute(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor,
         scale_fmt: str | None, both: bool,
     ) -> Any:  # fmt: skip
+        ctx.set_materialize_grads(False)  # no zeros for what is quantised
         ctx.save_for_backward(places, limit)
         quantized = gather_quant(x, rows, limit, scale_fmt, both)
         ctx.mark_non_differentiable(*quantized[: 4 if both else 2])
