@@ -782,7 +782,9 @@ def _symmetric_kernel(
     left_desc, right_desc, gram_ptr, scale_ptr, y_ptr, R, K, a, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = x xᵀ for matrices x (R, K), or with TALL xᵀ x of (K, R); with POLYNOMIAL, y = as·I + bs³·gram + cs⁵·x xᵀ.
+    """y = u vᵀ for matrices u, v (R, K), or with TALL uᵀ v of (K, R); with POLYNOMIAL, y = as·I + bs³·gram + cs⁵·u vᵀ.
+
+    u = v, or both are symmetric and commute.
 
     The result is symmetric: a program computes a tile of BLOCK_M×BLOCK_N that touches the lower triangle and writes it
     twice, the second time transposed; the other programs exit. So little more than half of the products are computed.
@@ -816,14 +818,21 @@ def _symmetric_kernel(
 
 def _symmetric(
     x: torch.Tensor,
+    other: torch.Tensor | None = None,
     tall: bool = False,
     coefficients: tuple[float, float, float] | None = None,
     scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
+    """Products x xᵀ (n, R, R), with `tall` xᵀ x; or x · other of symmetric matrices that commute.
+
+    With `coefficients` a, b, c, of which `scale` s (n,) is a part: as·I + bs³·x + cs⁵·x xᵀ of symmetric x.
+    """
     r, k = x.shape[1:][::-1] if tall else x.shape[1:]
-    y = torch.empty(len(x), r, r, dtype=x.dtype, device=x.device)
+    y = torch.empty(len(x), r, r, dtype=dtype or x.dtype, device=x.device)
     m, n, step = SYMMETRIC_TILE
-    left, right = (TensorDescriptor.from_tensor(x, [1, step, size] if tall else [1, size, step]) for size in (m, n))
+    sides = zip((x, x if other is None else other), (m, n), strict=True)
+    left, right = (TensorDescriptor.from_tensor(t, [1, step, size] if tall else [1, size, step]) for t, size in sides)
     _symmetric_kernel[(triton.cdiv(r, m), triton.cdiv(r, n), len(x))](
         left, right, x, y if scale is None else scale, y, r, k, *(coefficients or (0.0, 0.0, 0.0)),
         POLYNOMIAL=coefficients is not None, TALL=tall, BLOCK_M=m, BLOCK_N=n, BLOCK_K=step, **SYMMETRIC_LAUNCH,
@@ -835,19 +844,55 @@ SYMMETRIC_TILE = 128, 256, 64  # rows, columns, and elements along the sum
 SYMMETRIC_LAUNCH = {"num_warps": 8, "num_stages": 4}
 
 
+# Ratio of a matrix's sides from which Muon iterates on its Gram matrix. With sides r and k ≥ r, five usual steps take
+# 15·r²·k + 5·r³ FLOPs, symmetric products counted half, and five on the Gram matrix 6·r²·k + 14·r³: equal at k = r.
+GRAM_RATIO = 1.5
+
+
 def newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
     """Normalises matrices x (n, rows, columns), then `steps` times x ← (a·I + b·x xᵀ + c·(x xᵀ)²) x.
 
     The products are over the shorter side. TMA needs rows and columns of a multiple of 16 bytes.
     """
+    if max(x.shape[1:]) >= GRAM_RATIO * min(x.shape[1:]):
+        return _gram_newton_schulz(x, coefficients, steps)
     tall, scale = x.shape[1] > x.shape[2], None
     for _ in range(steps):
-        gram = _symmetric(x, tall)
-        if scale is None:  # the trace is the square of the norm: so x need not be divided by it
-            scale = gram.diagonal(dim1=1, dim2=2).sum(dim=1, dtype=torch.float32).sqrt().clamp(min=1e-7).reciprocal()
-        p = _symmetric(gram, False, coefficients, scale)
+        gram = _symmetric(x, tall=tall)
+        scale = _inverse_norm(gram) if scale is None else torch.ones_like(scale)
+        p = _symmetric(gram, coefficients=coefficients, scale=scale)
         x = torch.bmm(x, p) if tall else torch.bmm(p, x)
-        scale = torch.ones_like(scale)
+    return x
+
+
+def _inverse_norm(gram: torch.Tensor) -> torch.Tensor:
+    """1 / ‖x‖ of each x, float32 (n,), from x xᵀ: the trace is the square of the norm, so no pass over x is needed."""
+    return gram.diagonal(dim1=1, dim2=2).sum(dim=1, dtype=torch.float32).sqrt().clamp(min=1e-7).reciprocal()
+
+
+def _gram_newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """`newton_schulz` with few products of the long side.
+
+    A step multiplies x by p, a polynomial of its Gram matrix g. These are symmetric and commute, so the product q of
+    the steps' p is computed in r×r, and g follows as g ← p g p. There are two runs of steps, each from the Gram matrix
+    of its first x: in a single one, rounding errors of g grow until small singular values are lost. Matrices of r×r
+    are float16, in which no entry here overflows: with its three bits more than bfloat16, the result is nearer to the
+    exact iteration than the usual one's.
+    """
+    dtype = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
+    tall, scale = x.shape[1] > x.shape[2], None
+    for count in (steps - steps // 2, steps // 2):
+        g, q = _symmetric(x, tall=tall, dtype=torch.float32), None
+        scale = _inverse_norm(g) if scale is None else torch.ones_like(scale)
+        g = g.mul_(scale.square()[:, None, None]).to(dtype)
+        for i in range(count):
+            p = _symmetric(g, coefficients=coefficients, scale=torch.ones_like(scale))
+            q = p if q is None else _symmetric(q, p)
+            if i + 1 < count:
+                g = _symmetric(_symmetric(g, p), p)
+        if q is not None:
+            q = (q * scale[:, None, None]).to(x.dtype)
+            x = torch.bmm(x, q) if tall else torch.bmm(q, x)
     return x
 
 
