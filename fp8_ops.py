@@ -434,6 +434,25 @@ def fp8_grouped_outer(
     return outer.mT.to(dtype, memory_format=torch.contiguous_format)
 
 
+@_operator
+def fp8_gemm_sum(
+    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor,
+    a2: torch.Tensor, a2_s: torch.Tensor, b2: torch.Tensor, b2_s: torch.Tensor,
+    offsets: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:  # fmt: skip
+    """Adds two products of equal shapes (M, N): each as `fp8_gemm`, or with `offsets` as `fp8_grouped_gemm`.
+
+    A kernel rounds the sum once to `dtype`; plain torch rounds both products and then the sum.
+    """
+    _check_operands(a, a_s, b, b_s, offsets)
+    _check_operands(a2, a2_s, b2, b2_s, offsets)
+    if _runs_kernel(a):
+        import kernel
+
+        return kernel.gemm_sum([(a, a_s, b, b_s), (a2, a2_s, b2, b2_s)], offsets, dtype)
+    return _gemm(a, a_s, b, b_s, offsets, dtype) + _gemm(a2, a2_s, b2, b2_s, offsets, dtype)
+
+
 def _check_operands(
     a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor | None = None
 ) -> None:
@@ -464,6 +483,11 @@ def _(a, a_s, b, b_s, dtype=torch.bfloat16):
 @torch.library.register_fake("bytegpt::fp8_grouped_gemm")
 def _(a, a_s, b, b_s, offsets, dtype=torch.bfloat16):
     return a_s.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("bytegpt::fp8_gemm_sum")
+def _(a, a_s, b, b_s, a2, a2_s, b2, b2_s, offsets=None, dtype=torch.bfloat16):
+    return a_s.new_empty(a.shape[0], b.shape[-2], dtype=dtype)
 
 
 @torch.library.register_fake("bytegpt::fp8_grouped_outer")
@@ -658,17 +682,15 @@ class _FP8Linear(torch.autograd.Function):
         offsets, x_t, x_ts, *weights = ctx.saved_tensors
         n = len(grads)
         needs_x, needs_weights = ctx.needs_input_grad[4], ctx.needs_input_grad[5 + 3 * n :]
-        grad_x: torch.Tensor | None = None
-        grad_weights: list[torch.Tensor | None] = [None] * n
-        for i, grad in enumerate(grads):
-            g, g_s, g_t, g_ts = act_quant_both(grad.reshape(-1, grad.shape[-1]), ctx.scale_fmt)
-            if needs_x:
-                grad_i = _gemm(g, g_s, weights[2 * i], weights[2 * i + 1].mT, offsets, grad.dtype)
-                grad_x = grad_i if grad_x is None else grad_x + grad_i
-            if needs_weights[i]:
-                grad_weights[i] = _weight_grad(g_t, g_ts, x_t, x_ts, offsets, ctx.dtypes[i])
-        if grad_x is not None:
-            grad_x = grad_x.view(ctx.shape)
+        quantised = [act_quant_both(grad.reshape(-1, grad.shape[-1]), ctx.scale_fmt) for grad in grads]
+        grad_x = None
+        if needs_x:
+            operands = [(g, g_s, weights[2 * i], weights[2 * i + 1].mT) for i, (g, g_s, *_) in enumerate(quantised)]
+            grad_x = _sum_of_products(operands, offsets, grads[0].dtype).view(ctx.shape)
+        grad_weights = [
+            _weight_grad(g_t, g_ts, x_t, x_ts, offsets, dtype) if needed else None
+            for (_, _, g_t, g_ts), dtype, needed in zip(quantised, ctx.dtypes, needs_weights, strict=True)
+        ]
         return None, None, None, None, grad_x, *[None] * (3 * n), *grad_weights
 
 
@@ -683,8 +705,7 @@ def fp8_mlp(
     """The gated MLP `w2(act(w1 x) · w3 x)` where `fuses_fp8(x)`, with all nine products in FP8.
 
     The hidden activation and the gradients of gate and up exist in FP8 only, written by the kernels that compute them:
-    16 bytes of memory traffic an element beside the products, where separate quantisers make it 28. The gradient of x
-    is one product, summed in float32 over both weights.
+    16 bytes of memory traffic an element beside the products, where separate quantisers make it 28.
 
     Args:
         x: As for `fp8_linear`.
@@ -731,7 +752,6 @@ class _FP8MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        import kernel
         import kernel_fused
 
         offsets, gate, up, x_t, x_ts, h_t, h_ts, w1, w1_s, w2, w2_s, w3, w3_s = ctx.saved_tensors
@@ -741,14 +761,27 @@ class _FP8MLP(torch.autograd.Function):
         dgate, dup = kernel_fused.glu_backward_quant(gate, up, grad_h, hidden_act, offsets, scale_fmt)
         grad_x = None
         if ctx.needs_input_grad[5]:
-            operands = [(*dgate[:2], w1, w1_s.mT), (*dup[:2], w3, w3_s.mT)]
-            grad_x = kernel.gemm_sum(operands, offsets, grad.dtype).view(ctx.shape)
+            operands = [(dgate[0], dgate[1], w1, w1_s.mT), (dup[0], dup[1], w3, w3_s.mT)]
+            grad_x = _sum_of_products(operands, offsets, grad.dtype).view(ctx.shape)
         pairs = (*dgate[2:], x_t, x_ts), (g_t, g_ts, h_t, h_ts), (*dup[2:], x_t, x_ts)
         grad_weights = [
             _weight_grad(*pair, offsets, dtype) if needed else None
             for pair, dtype, needed in zip(pairs, ctx.dtypes, ctx.needs_input_grad[15:], strict=True)
         ]
         return *[None] * 5, grad_x, *[None] * 9, *grad_weights
+
+
+def _sum_of_products(
+    operands: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]], offsets: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """The sum of the products of each a, a_s, b, b_s: the gradient of an input that several weights read."""
+    if len(operands) == 1:
+        return _gemm(*operands[0], offsets, dtype)
+    total = fp8_gemm_sum(*operands[0], *operands[1], offsets, dtype)
+    for operand in operands[2:]:
+        total = total + _gemm(*operand, offsets, dtype)
+    return total
 
 
 def _weight_grad(
@@ -906,7 +939,7 @@ def attention(
     may look everywhere. `scale` is the factor of the scores.
     """
     is_causal = mask is None and q.shape[1] > 1
-    if is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[1] == k.shape[1]:
+    if is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] == k.shape[1]:
         return blockwise_attention(q, k, v, scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale).transpose(1, 2)

@@ -295,14 +295,14 @@ def _add_product(
 @triton.jit
 def _gemm_kernel(
     a_desc, as_ptr, b_desc, bs_ptr, a2_desc, as2_ptr, b2_desc, bs2_ptr, c_ptr, offsets_ptr, M, N, K,
-    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, M_BUCKET,
+    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, K2, as2_stride_m, bs2_stride_e, M_BUCKET,
     PAIRS: tl.constexpr, B_IN_BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """c (M, N) = a (M, K) · b (N, K)ᵀ; with GROUPS, rows `offsets[e-1]` to `offsets[e]` by matrix e of b (E, N, K).
 
-    With two PAIRS, plus a2 · b2ᵀ of the same shapes and strides: c is written once, 2 bytes an element in bfloat16,
-    where two products and their sum move 10.
+    With two PAIRS, plus a2 (M, K2) · b2 (N, K2)ᵀ, in groups likewise: c is written once, 2 bytes an element in
+    bfloat16, where two products and their sum move 10.
 
     A program makes BLOCK_M×BLOCK_N of c in steps of 128 along K: it reads (BLOCK_M + BLOCK_N)·128 bytes and multiplies
     BLOCK_M·BLOCK_N·128 times in each. Programs run in bands of 8 tiles of rows, whose operands stay in the L2 cache.
@@ -336,20 +336,20 @@ def _gemm_kernel(
         end = tl.sum(tl.where(groups == e, ends, 0), 0)
     m = start + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_s = (m % M).to(tl.int64) * as_stride_m
-    if B_IN_BLOCKS:  # a tile is no wider than a block: one scale for all of it
-        b_s = e * bs_stride_e + tile_n * BLOCK_N // BLOCK * bs_stride_n
-    else:
-        b_s = e * bs_stride_e + (n % N).to(tl.int64) * bs_stride_n
-    b_row = e * N + tile_n * BLOCK_N
+    a_s = (m % M).to(tl.int64)
+    # a tile is no wider than a block, which then has one scale for all of it
+    b_s = (tile_n * BLOCK_N // BLOCK if B_IN_BLOCKS else (n % N).to(tl.int64)) * bs_stride_n
+    row_b = e * N + tile_n * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc = _add_product(
-        acc, a_desc, as_ptr + a_s, start, as_stride_k, b_desc, bs_ptr + b_s, b_row, bs_stride_k, K, B_IN_BLOCKS
-    )
+        acc, a_desc, as_ptr + a_s * as_stride_m, start, as_stride_k,
+        b_desc, bs_ptr + e * bs_stride_e + b_s, row_b, bs_stride_k, K, B_IN_BLOCKS,
+    )  # fmt: skip
     if PAIRS == 2:
         acc = _add_product(
-            acc, a2_desc, as2_ptr + a_s, start, as_stride_k, b2_desc, bs2_ptr + b_s, b_row, bs_stride_k, K, B_IN_BLOCKS
-        )
+            acc, a2_desc, as2_ptr + a_s * as2_stride_m, start, as_stride_k,
+            b2_desc, bs2_ptr + e * bs2_stride_e + b_s, row_b, bs_stride_k, K2, B_IN_BLOCKS,
+        )  # fmt: skip
     c = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=(m < end)[:, None] & (n < N)[None, :])
 
@@ -375,7 +375,10 @@ def grouped_gemm(
 
 
 def gemm_sum(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The sum of two products of equal shapes: without `offsets` as `gemm` makes them, else as `grouped_gemm`."""
+    """The sum of one or two products, as `gemm` makes them without `offsets`, else as `grouped_gemm`.
+
+    Both have the same rows, and the same columns, but may sum over different numbers of products.
+    """
     if offsets is None:
         pairs = [(a, a_s, b.unsqueeze(0), b_s.unsqueeze(0)) for a, a_s, b, b_s in pairs]
     return _gemm(pairs, offsets, dtype)
@@ -383,27 +386,33 @@ def gemm_sum(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.d
 
 def _gemm(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     a, a_s, b, b_s = pairs[0]
-    a2, a2_s, b2, b2_s = pairs[-1]
-    if (a2.shape, b2.shape, a2_s.stride(), b2_s.stride()) != (a.shape, b.shape, a_s.stride(), b_s.stride()):
-        raise ValueError("products that are added must have operands of equal shapes, and scales of equal strides")
     (m, k), (e, n, _) = a.shape, b.shape
     groups = 0 if offsets is None else e
     c = torch.empty(m, n, dtype=dtype, device=a.device)
+    pairs = [(a, a_s, b.reshape(-1, b.shape[-1]), b_s) for a, a_s, b, b_s in pairs]
     if rows := _hopper_rows(m, n, groups, a.device):
-        _launch_hopper(rows, [(a, a_s, b.reshape(-1, k), b_s) for a, a_s, b, b_s in pairs], c, offsets, outer=False)
+        _launch_hopper(rows, pairs, c, offsets, outer=False)
         return c
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return ((triton.cdiv(m, meta["BLOCK_M"]) + groups) * triton.cdiv(n, meta["BLOCK_N"]),)
 
-    operands = [(_descriptor(a), a_s, _descriptor(b.reshape(-1, k)), b_s) for a, a_s, b, b_s in pairs]
+    operands = [(_descriptor(a), a_s, _descriptor(b), b_s) for a, a_s, b, b_s in pairs]
     _gemm_kernel[grid](
         *operands[0], *operands[-1],
-        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), _bucket(m // max(groups, 1)),
+        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), *_second_strides(pairs), _bucket(m // max(groups, 1)),
         PAIRS=len(pairs), B_IN_BLOCKS=b_s.shape[1] != n, GROUPS=groups,
         GROUPS_POW2=triton.next_power_of_2(max(groups, 1)),
     )  # fmt: skip
     return c
+
+
+def _second_strides(pairs: list[Operands]) -> tuple[int, int, int]:
+    """K of the last pair, and the strides of its scales that depend on it; the other strides are the first pair's."""
+    (_, a_s, _, b_s), (a2, a2_s, _, b2_s) = pairs[0], pairs[-1]
+    if (a2_s.stride(1), *b2_s.stride()[1:]) != (a_s.stride(1), *b_s.stride()[1:]):
+        raise ValueError("scales of products that are added must be laid out alike")
+    return a2.shape[1], a2_s.stride(0), b2_s.stride(0)
 
 
 def _bucket(rows: int) -> int:
@@ -553,8 +562,8 @@ def _load_tile(
 
 @gluon.jit
 def _load_tiles(
-    a_desc, as_ptr, a2_desc, as2_ptr, as_stride_m, as_stride_k,
-    b_desc, bs_ptr, b2_desc, bs2_ptr, bs_stride_e, bs_stride_n, bs_stride_k, ring, offsets_ptr, M, N, K,
+    a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k,
+    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, M, N, K,
     PAIRS: gl.constexpr, GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: while the ring has a free stage, operands by TMA and scales by plain loads."""
@@ -575,8 +584,8 @@ def _load_tiles(
             )  # fmt: skip
             if PAIRS == 2:
                 step = _load_tile(
-                    a2_desc, as2_ptr, as_stride_m, as_stride_k, b2_desc, bs2_ptr, bs_stride_e, bs_stride_n,
-                    bs_stride_k, ring, row, tile_n, e, M, N, first, last, step, B_IN_BLOCKS,
+                    a2_desc, as2_ptr, as2_stride_m, as_stride_k, b2_desc, bs2_ptr, bs2_stride_e, bs_stride_n,
+                    bs_stride_k, ring, row, tile_n, e, M, N, 0, gl.cdiv(K2, 128), step, B_IN_BLOCKS,
                 )  # fmt: skip
             tile += gl.num_programs(0)
         tile -= n_tiles_m * n_tiles_n
@@ -618,7 +627,7 @@ def _store(c_ptr, acc, row, m_end, col, N):
 
 @gluon.jit
 def _multiply_tiles(
-    c_ptr, ring, offsets_ptr, M, N, K, HALF: gl.constexpr, PAIRS: gl.constexpr,
+    c_ptr, ring, offsets_ptr, M, N, K, K2, HALF: gl.constexpr, PAIRS: gl.constexpr,
     GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply the upper or lower half of each tile, and scale, accumulate and store it.
@@ -641,6 +650,8 @@ def _multiply_tiles(
         m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPED, OUTER)
         n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
         first, last = _k_steps(k_begin, k_end)
+        if PAIRS == 2:  # never OUTER, so the first step is 0
+            last += gl.cdiv(K2, 128)
         c = c_ptr
         if OUTER:
             c += e.to(gl.int64) * M * N  # type: ignore[attr-defined]
@@ -648,7 +659,7 @@ def _multiply_tiles(
             tile_m, tile_n = _tile_coordinates(tile, n_tiles_m, n_tiles_n)
             product = gl.zeros([64, 128], gl.float32, layout)
             acc0, acc1 = product, product
-            for i in range(first, PAIRS * last):  # with two pairs, of which none is OUTER, from 0
+            for i in range(first, last):
                 stage = step % STAGES
                 a, b = a_ring.index(stage), b_ring.index(stage).permute([1, 0])
                 a_s, b_s = as_ring.index(stage), bs_ring.index(stage)
@@ -681,7 +692,8 @@ def _multiply_tiles(
 @gluon.jit
 def _hopper_kernel(
     a_desc, as_ptr, b_desc, bs_ptr, a2_desc, as2_ptr, b2_desc, bs2_ptr, c_ptr, offsets_ptr, M, N, K,
-    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, PAIRS: gl.constexpr,
+    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, K2, as2_stride_m, bs2_stride_e,
+    PAIRS: gl.constexpr,
     GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -708,13 +720,13 @@ def _hopper_kernel(
     ring = a_ring, b_ring, as_ring, bs_ring, full, empty
     gl.warp_specialize(
         [
-            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, 0, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
-            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, 1, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
+            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, K2, 0, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
+            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, K2, 1, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
             (
                 _load_tiles,
                 (
-                    a_desc, as_ptr, a2_desc, as2_ptr, as_stride_m, as_stride_k,
-                    b_desc, bs_ptr, b2_desc, bs2_ptr, bs_stride_e, bs_stride_n, bs_stride_k, ring, offsets_ptr, M, N, K,
+                    a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k,
+                    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, M, N, K,
                     PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS,
                 ),
             ),
@@ -760,7 +772,7 @@ def _launch_hopper(
     operands = [(descriptor(a, rows), a_s, descriptor(b, 128), b_s) for a, a_s, b, b_s in pairs]
     _hopper_kernel[(_hopper_sms(a.device),)](
         *operands[0], *operands[-1],
-        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), PAIRS=len(pairs),
+        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), *_second_strides(pairs), PAIRS=len(pairs),
         GROUPS=1 if offsets is None else len(offsets), GROUPED=offsets is not None, OUTER=outer,
         B_IN_BLOCKS=b_s.shape[1] != n, BLOCK_M=rows, STAGES=4 if rows == 256 else 6, num_warps=4, maxnreg=168,
     )  # fmt: skip

@@ -940,6 +940,8 @@ def test_operators_are_well_formed(shapes: tuple[tuple[int, int], tuple[int, int
         (ops.fp8_gemm, (a, a_s, b, b_s)),
         (ops.fp8_gemm, (a[None], a_s[None], b, b_s, torch.float32)),
         (ops.fp8_grouped_gemm, (a, a_s, stack, stack_s, ends, torch.float32)),
+        (ops.fp8_gemm_sum, (a, a_s, b, b_s, a, a_s, b, b_s)),
+        (ops.fp8_gemm_sum, (a, a_s, stack, stack_s, a, a_s, stack, stack_s, ends)),
         (ops.fp8_grouped_outer, (g_t, g_ts, a_t, a_ts, ends, torch.bfloat16)),
     ]:
         tensors = [t for t in arguments if isinstance(t, torch.Tensor)]

@@ -183,7 +183,7 @@ def dispatched() -> Iterator[set[str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name in "act_quant", "act_quant_both", "weight_quant", "weight_quant_both", "weight_dequant":
             patch.setattr(kernel, name, recorded(name, getattr(kernel, name)))
-        for name in "gemm", "grouped_gemm", "grouped_outer":
+        for name in "gemm", "gemm_sum", "grouped_gemm", "grouped_outer":
             patch.setattr(kernel, name, recorded(name, getattr(kernel, name)))
         if DEVICE.type == "cpu":
             patch.setattr(fp8_ops, "multiplies_fp8", lambda device: True)
@@ -476,12 +476,13 @@ def test_grouped_product(
 
 @runs
 @settings(draws, max_examples=6)
-@given(counts=st.none() | group_sizes, n=sizes, k=sizes, which=candidates, seed=seeds)
-def test_sum_of_products(counts: list[int] | None, n: int, k: int, which: int, seed: int) -> None:
-    """Of two products, plain or in groups, as one product of twice the length."""
+@given(counts=st.none() | group_sizes, n=sizes, k=sizes, k2=sizes, which=candidates, seed=seeds)
+def test_sum_of_products(counts: list[int] | None, n: int, k: int, k2: int, which: int, seed: int) -> None:
+    """Of two products, plain or in groups, as one product of both lengths."""
     rows, offsets = sum(counts or [150]), ends(counts or [150])
-    a, a2 = (activations(rows, k, seed + i) for i in range(2))
-    b, b2 = (weights(len(offsets), n, k, seed=seed + i) for i in range(2, 4))
+    a, a2 = (activations(rows, size, seed + size) for size in (k, k2))
+    b, b2 = (weights(len(offsets), size, n, seed=seed + size) for size in (k, k2))
+    b, b2 = ((q.mT.contiguous(), s.mT) for q, s in (b, b2))  # as weights are for the gradient of their input
     if counts is None:
         b, b2 = ((q[0], s[0]) for q, s in (b, b2))
     with tiles(which):
@@ -632,6 +633,8 @@ def test_what_torch_compile_is_told() -> None:
         (fp8_ops.fp8_gemm, q_t, s_t, q_t, s_t),
         (fp8_ops.fp8_grouped_gemm, q, s, b, b_s, offsets),
         (fp8_ops.fp8_grouped_outer, q_t, s_t, q_t, s_t, offsets),
+        (fp8_ops.fp8_gemm_sum, q, s, b[0], b_s[0], q, s, b[1], b_s[1]),
+        (fp8_ops.fp8_gemm_sum, q, s, b, b_s, q, s, b, b_s, offsets),
     ):
         with FakeTensorMode() as mode:
             told = function(*(mode.from_tensor(arg) for arg in args))
@@ -682,7 +685,8 @@ def test_linear_layer(counts: list[int] | None, scale_fmt: str | None, dtype: to
     on_device = None if offsets is None else offsets.to(DEVICE)
     with dispatched() as ran, tiles(2):
         got = grads_of(x.to(DEVICE), [w.to(DEVICE) for w in ws], on_device, scale_fmt)
-    assert ran == {"weight_quant_both", "act_quant_both", *(["grouped_gemm", "grouped_outer"] if stack else ["gemm"])}
+    products = {"grouped_gemm", "grouped_outer", "gemm_sum"} if stack else {"gemm", "gemm_sum"}
+    assert ran == {"weight_quant_both", "act_quant_both"} | products
     assert_near(got, want, dtype)
 
 
@@ -1005,8 +1009,8 @@ def test_model_by_kernels(values: dict[str, int], monkeypatch: pytest.MonkeyPatc
 def test_model_in_fp8_by_kernels(values: dict[str, Any], ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that quantise what they compute change a model's loss and gradients by roundings of float32 alone.
 
-    Everything reads what it should: a placeholder's NaN would go through all that follows. One of two tensor-parallel
-    ranks, whose experts get some of the rows, and with gradient checkpointing.
+    Nothing reads a placeholder, whose NaN would spread. On one of two tensor-parallel ranks, whose experts get some of
+    the rows, and on a single one with gradient checkpointing.
     """
     sizes = {"dim": 16, "inter_dim": 12, "moe_inter_dim": 8, "n_layers": 2, "n_heads": 2, "kv_lora_rank": 8}
     sizes |= {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 4, "n_mtp_layers": 1}
@@ -1018,7 +1022,7 @@ def test_model_in_fp8_by_kernels(values: dict[str, Any], ranks: int, monkeypatch
         for i, p in enumerate(net.parameters()):
             p.add_(0.2 * randn(*p.shape, seed=i))
     net, tokens = net.to(DEVICE), torch.randint(256, (1, 6), generator=generator(1)).to(DEVICE)
-    net.gradient_checkpointing = ranks == 2
+    net.gradient_checkpointing = ranks == 1
     monkeypatch.setattr(fp8_ops, "gemm_impl", "fp8")
     monkeypatch.setattr(fp8_ops, "activation_kernels", lambda x: kernel_fused)
     fuses, results, used = fp8_ops.fuses_fp8, [], []
