@@ -22,7 +22,7 @@ half the memory of bfloat16. On a GPU, large activations are quantised by the ke
 gated activation of an MLP, the permutation to experts) and exist in FP8 only: `QuantizedActivation`.
 
 Each function here is one function on all devices. Where a CUDA GPU multiplies FP8 (compute capability 8.9 or more) it
-runs a kernel of `kernel.py`. Everywhere else it is plain torch with the same numbers: the products are those of the
+runs a kernel of `kernel.py`. Everywhere else it is plain torch with the same results: the products are those of the
 dequantised operands in float32. `gemm_impl` chooses what linear layers do.
 """
 
@@ -67,7 +67,7 @@ def multiplies_fp8(device: torch.device) -> bool:
 def kernels(x: torch.Tensor) -> Any:
     """The module `kernel_fused` where its kernels take tensors such as `x`: on a GPU, outside of torch.compile.
 
-    None elsewhere: there plain torch computes the same, and torch.compile fuses it by itself.
+    None elsewhere: there plain torch computes the same, which torch.compile fuses.
     """
     if x.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling():
         return None
@@ -91,6 +91,7 @@ def fuses_fp8(x: Any) -> bool:
 
 
 def _runs_kernel(x: torch.Tensor, block_size: int = BLOCK) -> bool:
+    """Whether a kernel of `kernel.py` takes this tensor."""
     return block_size == BLOCK and x.numel() > 0 and multiplies_fp8(x.device)
 
 
@@ -121,7 +122,7 @@ def act_quant(
     """Quantises activations in tiles of 1×`block_size` along the last dimension.
 
     Args:
-        x: Shape (..., K), any float dtype, contiguous or not. NaN or infinity makes its whole tile NaN when read back.
+        x: Shape (..., K), any float dtype, contiguous or not. NaN or infinity makes its tile NaN when dequantised.
         block_size: Width of a tile; the last one may be narrower.
         scale_fmt: "ue8m0" rounds scales up to powers of two.
 
@@ -174,7 +175,7 @@ def weight_quant(
 
     Args:
         w: Shape (..., N, K), any float dtype, contiguous or not; leading dimensions are a stack of matrices. NaN or
-            infinity makes its whole block NaN when read back.
+            infinity makes its block NaN when dequantised.
         block_size: Width and height of a block; those at the edges may be smaller.
         scale_fmt: "ue8m0" rounds scales up to powers of two.
 
@@ -274,6 +275,7 @@ def act_dequant(q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK) -> to
 
 
 def _check(x: torch.Tensor, block_size: int, scale_fmt: str | None) -> None:
+    """Raises a ValueError for what cannot be quantised, or not so."""
     if not x.is_floating_point() or x.dtype.itemsize < 2:
         raise ValueError(f"only float tensors of 16 bits or more can be quantised, got {x.dtype}")
     if block_size < 1:
@@ -456,6 +458,7 @@ def fp8_gemm_sum(
 def _check_operands(
     a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor | None = None
 ) -> None:
+    """Raises a ValueError for operands or scales that do not fit each other."""
     k_tiles = -(-a.shape[-1] // BLOCK)
     if a.dtype != E4M3 or b.dtype != E4M3:
         raise ValueError(f"both operands must be {E4M3}, got {a.dtype} and {b.dtype}")
@@ -547,7 +550,7 @@ Activation = Any  # torch.Tensor | QuantizedActivation: a checker of types canno
 
 
 def values_of(x: Activation) -> torch.Tensor:
-    """The tensor that gradients pass through; with numbers in it, unless `x` exists in FP8 only."""
+    """The tensor that gradients pass through: a placeholder if `x` exists in FP8 only."""
     return x.values if isinstance(x, QuantizedActivation) else x
 
 
@@ -580,7 +583,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None =
     """Multiplies rows by a weight matrix, or consecutive groups of rows by one each (a mixture of experts).
 
     The weight is taken as it is stored, master weights in float32 for instance, and cast to the dtype of the
-    activations. The cast is part of the graph, so the gradient arrives in the weight's own precision.
+    activations. The cast is in the graph, so the gradient has the weight's own dtype.
 
     Args:
         x: Activations of shape (..., in_features), any float dtype; with `offsets` (rows, in_features), the rows of
@@ -653,6 +656,7 @@ def fp8_linear(
 
 
 def _needs_grad(x: Activation, weights: Sequence[torch.Tensor]) -> bool:
+    """Whether there will be a backward pass."""
     return torch.is_grad_enabled() and (values_of(x).requires_grad or any(w.requires_grad for w in weights))
 
 
@@ -788,6 +792,7 @@ def _weight_grad(
     g_t: torch.Tensor, g_ts: torch.Tensor, x_t: torch.Tensor, x_ts: torch.Tensor, offsets: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
+    """The gradient of a weight, from those of the outputs and from the inputs, both quantised along the rows."""
     if offsets is None:
         return fp8_gemm(g_t, g_ts, x_t, x_ts, dtype)
     return fp8_grouped_outer(g_t, g_ts, x_t, x_ts, offsets, dtype)
@@ -797,6 +802,7 @@ def _gemm(
     a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
+    """`fp8_gemm`, or with `offsets` `fp8_grouped_gemm`."""
     if offsets is None:
         return fp8_gemm(a, a_s, b, b_s, dtype)
     return fp8_grouped_gemm(a, a_s, b, b_s, offsets, dtype)

@@ -1,7 +1,7 @@
 """The FP8 kernels for CUDA GPUs of compute capability 8.9 and more, in Triton.
 
-What they compute is defined in `fp8_ops.py`, whose functions are the only callers and have checked the arguments; that
-file says what a tile, a block and a scale are. Two things govern how they are written.
+What they compute is defined in `fp8_ops.py`, where tiles, blocks and scales are explained; its functions check the
+arguments. Two things govern how the kernels are written.
 
 Quantisation moves bytes. A kernel reads each element once, from memory to registers, and writes it once, at a quarter
 or half of its size; the maximum of a tile and the division by its scale are free beside that. So each program takes a
@@ -11,9 +11,9 @@ kernels that quantise what they compute, and need no read at all.
 A product of FP8 matrices moves few bytes and multiplies at twice the rate of bfloat16, but tensor cores sum products
 with only some 14 bits (DeepSeek-V3 report, section 3.3.2). So a sum runs over 128 products, which is as far as a scale
 reaches anyway, and is then multiplied by both scales and added to an accumulator in float32. Both operands are read
-along the dimension that is summed over, as Hopper's tensor cores want them: `a` (M, K) and `b` (N, K). They are read
-through tensor descriptors, which Hopper's TMA unit follows by itself: elements beyond a matrix are loaded as
-zeros, so loads need no masks.
+along the dimension of the sum, as Hopper's tensor cores need them: `a` (M, K) and `b` (N, K). They are read
+through tensor descriptors, which Hopper's TMA unit executes: elements beyond a matrix are loaded as zeros, so loads
+need no masks.
 
 There are two such kernels. A portable one in plain Triton waits for each product before it scales it, so the tensor
 cores idle. Large products on Hopper run one in Gluon, the layer below Triton, where warps have different tasks: while
@@ -140,6 +140,7 @@ def _act_quant(
     x: torch.Tensor, scale_fmt: str | None, both: bool,
     index: torch.Tensor | None = None, limit: torch.Tensor | None = None,
 ) -> Quantized:  # fmt: skip
+    """Runs `_act_quant_kernel` on x (M, K), or on the rows of it that `index` lists."""
     m, k = len(x if index is None else index), x.shape[1]
     out, block_m = empty_quantized(m, k, x.device, both), 128 if both else 32
     _act_quant_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, 128))](
@@ -205,6 +206,7 @@ def weight_quant_both(
 def _weight_quant(
     w: torch.Tensor, scale_fmt: str | None, out: tuple[torch.Tensor, torch.Tensor], q_t: torch.Tensor | None
 ) -> Any:
+    """Runs `_weight_quant_kernel` on a stack of weights; returns `out` and `q_t`, which it fills."""
     w = w.reshape(-1, *w.shape[-2:])
     n, k = w.shape[1:]
     _weight_quant_kernel[(triton.cdiv(n, 128), triton.cdiv(k, 128), len(w))](
@@ -214,6 +216,7 @@ def _weight_quant(
 
 
 def _empty_quantized_weight(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised values and scales of `weight_quant`."""
     *stack, n, k = w.shape
     q = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
     s = torch.empty(*stack, triton.cdiv(n, 128), triton.cdiv(k, 128), dtype=torch.float32, device=w.device)
@@ -271,7 +274,21 @@ def _tma_aligned(q: torch.Tensor) -> torch.Tensor:
 
 
 def _descriptor(q: torch.Tensor) -> TensorDescriptor:
+    """A tensor descriptor of a matrix, for tiles that `_set_block_shapes` sizes later."""
     return TensorDescriptor.from_tensor(_tma_aligned(q), [128, 128])
+
+
+@triton.jit
+def _find_group(offsets_ptr, tile, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The group of a tile of rows, the tile's first row and the group's end; group GROUPS beyond the last tile."""
+    groups = tl.arange(0, GROUPS_POW2)
+    ends = tl.load(offsets_ptr + groups, mask=groups < GROUPS, other=0)
+    starts = tl.load(offsets_ptr + groups - 1, mask=(groups > 0) & (groups < GROUPS), other=0)
+    last_tile = tl.cumsum(tl.where(groups < GROUPS, tl.cdiv(ends - starts, BLOCK_M), 0), 0)
+    e = tl.sum(((last_tile <= tile) & (groups < GROUPS)).to(tl.int32), 0)
+    before = tl.sum(tl.where(groups == e - 1, last_tile, 0), 0)
+    start = tl.sum(tl.where(groups == e, starts, 0), 0) + (tile - before) * BLOCK_M
+    return e, start, tl.sum(tl.where(groups == e, ends, 0), 0)
 
 
 @triton.jit
@@ -304,12 +321,12 @@ def _gemm_kernel(
     With two PAIRS, plus a2 (M, K2) · b2 (N, K2)ᵀ, in groups likewise: c is written once, 2 bytes an element in
     bfloat16, where two products and their sum move 10.
 
-    A program makes BLOCK_M×BLOCK_N of c in steps of 128 along K: it reads (BLOCK_M + BLOCK_N)·128 bytes and multiplies
-    BLOCK_M·BLOCK_N·128 times in each. Programs run in bands of 8 tiles of rows, whose operands stay in the L2 cache.
-    With large tiles it is bound by the tensor cores; with few rows (decoding), by reading b once.
+    A program computes a tile of BLOCK_M×BLOCK_N in steps of 128 along K, each of which reads (BLOCK_M + BLOCK_N)·128
+    bytes for BLOCK_M·BLOCK_N·128 multiplications. Programs run in bands of 8 tiles of rows, whose operands stay in the
+    L2 cache. With large tiles it is bound by the tensor cores; with few rows (decoding), by reading b once.
 
-    With GROUPS, each program finds its group by itself, so the host need not know their sizes: the grid has room for
-    one ragged tile per group, and programs beyond the last tile leave. Rows beyond the group's end are multiplied, but
+    With GROUPS, each program finds its group on the device, so the host need not know their sizes: the grid has room
+    for one ragged tile per group, and programs beyond the last tile exit. Rows beyond a group's end are multiplied, but
     not stored.
     """
     n_tiles_n = tl.cdiv(N, BLOCK_N)
@@ -323,17 +340,10 @@ def _gemm_kernel(
         end = M
         e = 0
     else:
-        tile, tile_n = pid // n_tiles_n, pid % n_tiles_n
-        groups = tl.arange(0, GROUPS_POW2)
-        ends = tl.load(offsets_ptr + groups, mask=groups < GROUPS, other=0)
-        starts = tl.load(offsets_ptr + groups - 1, mask=(groups > 0) & (groups < GROUPS), other=0)
-        last_tile = tl.cumsum(tl.where(groups < GROUPS, tl.cdiv(ends - starts, BLOCK_M), 0), 0)
-        e = tl.sum(((last_tile <= tile) & (groups < GROUPS)).to(tl.int32), 0)
+        tile_n = pid % n_tiles_n
+        e, start, end = _find_group(offsets_ptr, pid // n_tiles_n, GROUPS, GROUPS_POW2, BLOCK_M)
         if e >= GROUPS:
             return
-        before = tl.sum(tl.where(groups == e - 1, last_tile, 0), 0)
-        start = tl.sum(tl.where(groups == e, starts, 0), 0) + (tile - before) * BLOCK_M
-        end = tl.sum(tl.where(groups == e, ends, 0), 0)
     m = start + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     a_s = (m % M).to(tl.int64)
@@ -377,7 +387,7 @@ def grouped_gemm(
 def gemm_sum(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The sum of one or two products, as `gemm` makes them without `offsets`, else as `grouped_gemm`.
 
-    Both have the same rows, and the same columns, but may sum over different numbers of products.
+    Both have shape (M, N), but K may differ.
     """
     if offsets is None:
         pairs = [(a, a_s, b.unsqueeze(0), b_s.unsqueeze(0)) for a, a_s, b, b_s in pairs]
@@ -385,6 +395,7 @@ def gemm_sum(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.d
 
 
 def _gemm(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """`gemm_sum` with every b (E, N, K): runs Hopper's own kernel where that is faster, else the portable one."""
     a, a_s, b, b_s = pairs[0]
     (m, k), (e, n, _) = a.shape, b.shape
     groups = 0 if offsets is None else e
@@ -429,7 +440,7 @@ def _grouped_outer_kernel(
 ):  # fmt: skip
     """c[e] (N, K) = a[:, group e] · b[:, group e]ᵀ for a (N, rows) and b (K, rows).
 
-    Program (i, e) makes BLOCK_M×BLOCK_N of c[e], in steps of 128 rows that begin at multiples of 128, as the scales do:
+    Program (i, e) computes BLOCK_M×BLOCK_N of c[e], in steps of 128 rows from multiples of 128 on, as the scales have:
     the first and the last step may reach into a neighbouring group, whose rows count as zero in `a`. Bound by the
     tensor cores with many rows per group, by writing c with few.
     """
@@ -699,7 +710,7 @@ def _hopper_kernel(
 ):  # fmt: skip
     """All three products: `_gemm_kernel`'s, and with OUTER `_grouped_outer_kernel`'s, in tiles of BLOCK_M×128.
 
-    A persistent program on each SM makes every P-th tile, of P programs. One warp fills a ring of STAGES in
+    A persistent program on each SM computes every P-th tile, of P programs. One warp fills a ring of STAGES in
     shared memory, each of them a step of 128 along K: (BLOCK_M + 128)·128 bytes of operands, and their scales. Two
     groups of four warps empty it, each for one half of the tile's rows, without waiting for each other: so the tensor
     cores multiply for one while the other scales, or stores its tile. A stage is full when its bytes have been counted

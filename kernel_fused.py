@@ -129,6 +129,8 @@ def _sm_count(device: torch.device) -> int:
 
 
 class _RMSNorm(torch.autograd.Function):
+    """`add_rms_norm`."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor, eps: float) -> Any:
         rows, update, total, r = _prepare_norm(ctx, x, update, w)
@@ -285,6 +287,8 @@ def _glu_kernel(
 
 
 class _GLU(torch.autograd.Function):
+    """`glu`, with the number of its activation."""
+
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor, act: int) -> torch.Tensor:
         gate_up = gate_up.contiguous()
@@ -305,6 +309,7 @@ class _GLU(torch.autograd.Function):
 def _launch_glu(
     gate_up: torch.Tensor, dy: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, act: int, backward: bool
 ) -> None:
+    """Runs `_glu_kernel`, which fills y, or grad if `backward`."""
     dim = y.shape[-1]
     n = y.numel() // dim
     up, dup = (t.view(-1)[dim:] for t in (gate_up, grad))
@@ -377,6 +382,7 @@ def _launch_glu_quant(
     gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor | None, offsets: torch.Tensor | None,
     out: Quantized, out2: Quantized, hidden_act: str, scale_fmt: str | None, both: bool,
 ) -> None:  # fmt: skip
+    """Runs `_glu_quant_kernel`, which fills `out`; with `dy` both, with the gradients of gate and up."""
     (n, dim), rows = gate.shape, 128 if both else 32
     _glu_quant_kernel[(triton.cdiv(n, rows), triton.cdiv(dim, 128))](
         gate, up, dy, None if offsets is None else offsets[-1:], *out, *out2, n, dim, BACKWARD=dy is not None,
@@ -428,6 +434,8 @@ def _rope_kernel(
 
 
 class _Rope(torch.autograd.Function):
+    """`rope`; its gradient is the rotation back."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False) -> Any:
         bsz, seqlen, heads, width = x.shape
@@ -453,6 +461,7 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 
 
 def _head_tile(**sizes: int) -> dict[str, int]:
+    """BLOCK_NAME for each `name=size`: powers of two, which sizes of tiles must be."""
     return {f"BLOCK_{name.upper()}": triton.next_power_of_2(max(size, 1)) for name, size in sizes.items()}
 
 
@@ -511,6 +520,8 @@ def _keys_backward_kernel(
 
 
 class _KeysAndValues(torch.autograd.Function):
+    """`keys_and_values`; the values are a view of the input."""
+
     @staticmethod
     def forward(
         ctx: Any, kv: torch.Tensor, k_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, nope: int
@@ -600,9 +611,8 @@ def _count_kernel(
 ):  # fmt: skip
     """A stable counting sort of n choices in two launches: of SIZE choices a program counts those of each expert.
 
-    With PLACE, from the counts before it, it writes where each choice goes, and there the row that it is for, of K
-    choices each. Reads 8 bytes a choice and writes 8. Bound by launches: a choice is thousands of times smaller than
-    the row that it moves.
+    With PLACE, it computes each choice's place from the counts before it, and writes there which row the choice is of,
+    with K choices a row. Reads 8 bytes a choice and writes 8. Bound by the launch: the rows to move are far larger.
     """
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     e = tl.arange(0, BLOCK_E)
@@ -689,6 +699,8 @@ def _combine_backward_kernel(
 
 
 class _Permute(torch.autograd.Function):
+    """`permute`."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(places)
@@ -724,6 +736,8 @@ class _QuantizedPermute(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
+    """`combine`."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         x, weights = x.contiguous(), weights.contiguous()
@@ -745,6 +759,7 @@ class _Combine(torch.autograd.Function):
 def _combine(
     x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None, limit: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """Runs `_combine_kernel`."""
     (n, k), dim = places.shape, x.shape[1]
     y = torch.empty(n, dim, dtype=x.dtype, device=x.device)
     _combine_kernel[(n,)](
@@ -826,7 +841,7 @@ def _symmetric(
 ) -> torch.Tensor:
     """Products x xᵀ (n, R, R), with `tall` xᵀ x; or x · other of symmetric matrices that commute.
 
-    With `coefficients` a, b, c, of which `scale` s (n,) is a part: as·I + bs³·x + cs⁵·x xᵀ of symmetric x.
+    With `coefficients` a, b, c and `scale` s (n,), the polynomial as·I + bs³·x + cs⁵·x xᵀ of symmetric x.
     """
     r, k = x.shape[1:][::-1] if tall else x.shape[1:]
     y = torch.empty(len(x), r, r, dtype=dtype or x.dtype, device=x.device)

@@ -1199,7 +1199,6 @@ def compile_all(arch: int) -> list[dict[str, Any]]:
             a, a_s, per_row = fp8(256, 384), torch.empty(256, 3), torch.empty(3, 256).T
             kernel.gemm(a, a_s, a, torch.empty(2, 3), torch.bfloat16)
             kernel.gemm(a, per_row, a, per_row, torch.float32)
-            kernel.gemm_sum([(a, a_s, a, torch.empty(2, 3))] * 2, None, torch.bfloat16)
             kernel.gemm_sum([(a, a_s, fp8(4, 256, 384), torch.empty(4, 2, 3))] * 2, offsets, torch.bfloat16)
             kernel.gemm(fp8(1, 100), torch.empty(1, 1), fp8(200, 100), torch.empty(200, 1), torch.float64)
             kernel.grouped_gemm(a, a_s, fp8(4, 256, 384), torch.empty(4, 2, 3), offsets, torch.bfloat16)
