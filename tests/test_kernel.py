@@ -1170,7 +1170,6 @@ def compile_all(arch: int) -> list[dict[str, Any]]:
         kernel.act_quant_both(x, "ue8m0")
         kernel.weight_quant(x.float(), None)
         kernel.weight_quant_both(x.float(), "ue8m0")
-        kernel.gather_quant(x, torch.empty(500, dtype=torch.int32), offsets[-1:], None, True)
         kernel.weight_dequant(fp8(256, 384), torch.empty(2, 3), torch.bfloat16)
         if arch == 90:  # other dtypes, strides and sizes of 1, which Triton compiles as constants
             kernel.act_quant(x.T.double(), "ue8m0")
@@ -1229,7 +1228,6 @@ def compile_fused() -> None:
     torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     matrices = [rows.detach()] * 3
     kernel_fused.add_rms_norm_quant(x, None, w, 1e-6, "ue8m0", False, False)
-    kernel_fused.glu_quant(*matrices[:2], "relu2", None, "ue8m0", False)
     kernel_fused.glu_quant(*matrices[:2], "gelu", ends, None, True)
     kernel_fused.glu_backward_quant(*matrices, "silu", ends, None)
     kernel_fused.route(scores, torch.empty(8), 4, 2, 2)
@@ -1260,6 +1258,7 @@ def binaries(request: pytest.FixtureRequest, all_binaries: dict[str, list[dict]]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # of which the fixture may take some minutes on a busy machine
 def test_compiles(binaries: tuple[int, list[dict[str, Any]]]) -> None:
     """All kernels become machine code of this compute capability, and their casts the hardware's own."""
     arch, compiled = binaries
