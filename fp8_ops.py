@@ -1,7 +1,7 @@
-"""The operators of `model.py` that differ by device: matrix products, in FP8 or not, and rows of experts.
+"""The operators of `model.py` that differ by device: FP8, products of groups, rows of experts, attention on a CPU.
 
 FP8 here is `float8_e4m3fn`: a sign, 4 bits of exponent, 3 of mantissa, values up to 448. That is too little range for a
-tensor, so each small block of it carries a float32 scale that stores the block's largest value as 448 (DeepSeek-V3
+tensor, so each small block of it carries a float32 scale that maps the block's maximum to 448 (DeepSeek-V3
 report, section 3.3.2):
 
     activations and gradients   one scale per 1×128 tile along the inner dimension     (rows, K) -> (rows, ⌈K/128⌉)
@@ -11,17 +11,18 @@ A scale is what the stored value is multiplied by to get back: x ≈ q · s. The
 
 A linear layer y = x Wᵀ is three products, all of them in FP8 while training: y itself, the gradient dx = dy W, and the
 gradient dW = dyᵀ x. FP8 tensor cores read both operands along the dimension that is summed over, and so do the scales.
-Hence what each of them sums over decides how it is quantised:
+Hence the dimension of the sum decides how operands are quantised:
 
     y  = x · Wᵀ     over K      x in tiles along K         W in blocks
     dx = dy · W     over N      dy in tiles along N        the same blocks, transposed
     dW = dyᵀ · x    over rows   dyᵀ in tiles along rows    xᵀ in tiles along rows
 
-So activations and gradients are quantised both ways in one pass, and what a layer keeps for the backward pass is xᵀ in
-FP8, half the memory of bfloat16.
+So activations and gradients are quantised both ways in one pass, and a layer keeps xᵀ in FP8 for the backward pass,
+half the memory of bfloat16. On a GPU, large activations are quantised by the kernel that computes them (a norm, the
+gated activation of an MLP, the permutation to experts) and exist in FP8 only: `QuantizedActivation`.
 
 Each function here is one function on all devices. Where a CUDA GPU multiplies FP8 (compute capability 8.9 or more) it
-runs a kernel of `kernel.py`. Everywhere else it is plain torch with the same numbers: the products are those of the
+runs a kernel of `kernel.py`. Everywhere else it is plain torch with the same results: the products are those of the
 dequantised operands in float32. `gemm_impl` chooses what linear layers do.
 """
 
@@ -41,10 +42,10 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # so that a scale's reciprocal is finite; all-zero blocks get this one
 SCALE_FORMATS = (None, "ue8m0")
-QUERY_BLOCK = 256  # queries of one product in `attend_in_products`: larger blocks compute more masked scores
-# Numbers of an activation from which a fused kernel is used. A launch from Python takes the CPU longer than torch's own
-# operations, and a GPU with little to do waits for it. On an H100, eager: small.json, 16 × 512, takes 91 ms a step by
-# torch and 113 ms by kernels; base.json, 32 × 1,024 (2^25 numbers), 171 and 125 to 142 ms. The bound can go once
+QUERY_BLOCK = 256  # of `blockwise_attention`: larger blocks compute more masked scores
+# Elements of an activation from which a fused kernel is used. A launch from Python takes the CPU longer than torch's
+# own operations, and a GPU with little to do waits for it. On an H100, eager: small.json, 16 × 512, takes 91 ms a step
+# by torch and 113 ms by kernels; base.json, 32 × 1,024 (2^25 elements), 171 and 125 to 142 ms. The bound can go once
 # training replays its steps as CUDA graphs, which launch nothing from Python.
 MIN_FUSED_NUMEL = 1 << 25
 
@@ -66,7 +67,7 @@ def multiplies_fp8(device: torch.device) -> bool:
 def kernels(x: torch.Tensor) -> Any:
     """The module `kernel_fused` where its kernels take tensors such as `x`: on a GPU, outside of torch.compile.
 
-    None elsewhere: there plain torch computes the same, and torch.compile fuses it by itself.
+    None elsewhere: there plain torch computes the same, which torch.compile fuses.
     """
     if x.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling():
         return None
@@ -78,11 +79,19 @@ def kernels(x: torch.Tensor) -> Any:
 
 
 def activation_kernels(x: torch.Tensor) -> Any:
-    """`kernels(x)` for an activation that is worth a launch, of `MIN_FUSED_NUMEL` numbers or more; else None."""
+    """`kernels(x)` for an activation that is worth a launch, of `MIN_FUSED_NUMEL` elements or more; else None."""
     return kernels(x) if x.numel() >= MIN_FUSED_NUMEL else None
 
 
+def fuses_fp8(x: Any) -> bool:
+    """Whether kernels quantise an activation such as `x` where they compute it; or it is a `QuantizedActivation`."""
+    if isinstance(x, QuantizedActivation):
+        return True
+    return gemm_impl == "fp8" and activation_kernels(x) is not None and multiplies_fp8(x.device)
+
+
 def _runs_kernel(x: torch.Tensor, block_size: int = BLOCK) -> bool:
+    """Whether a kernel of `kernel.py` takes this tensor."""
     return block_size == BLOCK and x.numel() > 0 and multiplies_fp8(x.device)
 
 
@@ -113,7 +122,7 @@ def act_quant(
     """Quantises activations in tiles of 1×`block_size` along the last dimension.
 
     Args:
-        x: Shape (..., K), any float dtype, contiguous or not. NaN or infinity makes its whole tile NaN when read back.
+        x: Shape (..., K), any float dtype, contiguous or not. NaN or infinity makes its tile NaN when dequantised.
         block_size: Width of a tile; the last one may be narrower.
         scale_fmt: "ue8m0" rounds scales up to powers of two.
 
@@ -166,7 +175,7 @@ def weight_quant(
 
     Args:
         w: Shape (..., N, K), any float dtype, contiguous or not; leading dimensions are a stack of matrices. NaN or
-            infinity makes its whole block NaN when read back.
+            infinity makes its block NaN when dequantised.
         block_size: Width and height of a block; those at the edges may be smaller.
         scale_fmt: "ue8m0" rounds scales up to powers of two.
 
@@ -189,6 +198,17 @@ def weight_quant(
     s = _scale(blocks.abs().amax(dim=(-3, -1)), scale_fmt)
     q = (blocks * s.reciprocal()[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
     return _to_e4m3(q[..., :n, :k]), s
+
+
+@_operator
+def weight_quant_both(w: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`weight_quant` in blocks of 128×128, and the transposed values, float8_e4m3fn (..., K, N), contiguous too."""
+    if _runs_kernel(w):
+        import kernel
+
+        return kernel.weight_quant_both(w, scale_fmt)
+    q, s = weight_quant(w, BLOCK, scale_fmt)
+    return q, s, q.mT.clone(memory_format=torch.contiguous_format)
 
 
 @_operator
@@ -223,24 +243,24 @@ def weight_dequant(
     out = torch.empty(q.shape, dtype=dtype, device=s.device)
     shift = _shift(q, s)
     s = s.float().mul(2.0**shift).repeat_interleave(block_size, dim=-1)[..., :k]  # by column: (..., N blocks, K)
-    # In bands of rows that stay in the cache from the cast to the store, and in the same memory each time: to the
-    # system, fresh memory costs more than all of the arithmetic.
+    # in bands of rows that stay in the cache from the cast to the store, and in one buffer: page faults of fresh memory
+    # cost more than all of the arithmetic
     height = max(1, (1 << 18) // max(1, q[..., :block_size, :].numel())) * block_size
-    numbers = torch.empty(q[..., :height, :].numel())
-    bits = torch.empty(numbers.shape, dtype=torch.int16)
+    buffer = torch.empty(q[..., :height, :].numel())
+    bits = torch.empty(buffer.shape, dtype=torch.int16)
     for top in range(0, n, height):
-        part, to = q[..., top : top + height, :], out[..., top : top + height, :]
-        band = to if dtype == torch.float32 else numbers[: part.numel()].view(part.shape).to(s.device)
-        _from_e4m3(part, band, shift, bits)
-        scales = s[..., top // block_size : -(-(top + part.shape[-2]) // block_size), :]
-        whole = part.shape[-2] // block_size
-        if whole:
-            even = band[..., : whole * block_size, :].unflatten(-2, (whole, block_size))
-            even.mul_(scales[..., :whole, None, :])
-        if whole < scales.shape[-2]:  # the last block is ragged
-            band[..., whole * block_size :, :].mul_(scales[..., whole:, :])
-        if band is not to:
-            to.copy_(band)
+        source, target = q[..., top : top + height, :], out[..., top : top + height, :]
+        band = target if dtype == torch.float32 else buffer[: source.numel()].view(source.shape).to(s.device)
+        _from_e4m3(source, band, shift, bits)
+        scales = s[..., top // block_size : -(-(top + source.shape[-2]) // block_size), :]
+        full_blocks = source.shape[-2] // block_size
+        if full_blocks:
+            full_rows = band[..., : full_blocks * block_size, :].unflatten(-2, (full_blocks, block_size))
+            full_rows.mul_(scales[..., :full_blocks, None, :])
+        if full_blocks < scales.shape[-2]:  # the last block is ragged
+            band[..., full_blocks * block_size :, :].mul_(scales[..., full_blocks:, :])
+        if band is not target:
+            target.copy_(band)
     return out
 
 
@@ -248,13 +268,14 @@ def act_dequant(q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK) -> to
     """Turns quantised activations back: float32 (..., K) from what `act_quant` returns."""
     k = q.shape[-1]
     shift = _shift(q, s)
-    numbers = torch.empty(q.shape, device=s.device)
-    _from_e4m3(q, numbers, shift, torch.empty(q.numel(), dtype=torch.int16))
-    tiles = F.pad(numbers, (0, -k % block_size)).unflatten(-1, (-1, block_size))
+    values = torch.empty(q.shape, device=s.device)
+    _from_e4m3(q, values, shift, torch.empty(q.numel(), dtype=torch.int16))
+    tiles = F.pad(values, (0, -k % block_size)).unflatten(-1, (-1, block_size))
     return (tiles * (s * 2.0**shift).unsqueeze(-1)).flatten(-2)[..., :k]
 
 
 def _check(x: torch.Tensor, block_size: int, scale_fmt: str | None) -> None:
+    """Raises a ValueError for what cannot be quantised, or not so."""
     if not x.is_floating_point() or x.dtype.itemsize < 2:
         raise ValueError(f"only float tensors of 16 bits or more can be quantised, got {x.dtype}")
     if block_size < 1:
@@ -264,7 +285,7 @@ def _check(x: torch.Tensor, block_size: int, scale_fmt: str | None) -> None:
 
 
 def _scale(amax: torch.Tensor, scale_fmt: str | None) -> torch.Tensor:
-    """The scale that stores `amax`, float32, as E4M3's largest value; infinity and NaN stay what they are."""
+    """The scale that maps `amax`, float32, to E4M3's maximum; infinity and NaN stay as they are."""
     s = (amax / E4M3_MAX).clamp(min=SMALLEST_SCALE)
     if scale_fmt is None:
         return s
@@ -275,7 +296,7 @@ def _scale(amax: torch.Tensor, scale_fmt: str | None) -> torch.Tensor:
 
 @cache
 def _fp8_device(device: torch.device) -> torch.device:
-    """Where FP8 tensors of a device live: there, or on the CPU if it lacks the type, as MPS does until torch 2.14."""
+    """The device of a device's FP8 tensors: itself, or the CPU if it lacks the type, as MPS does until torch 2.14."""
     try:
         torch.zeros(1, device=device).to(E4M3)
     except (TypeError, RuntimeError):
@@ -288,19 +309,19 @@ def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shift(q: torch.Tensor, s: torch.Tensor) -> int:
-    """The power of two that `_from_e4m3` leaves to the scales: 8 where it may move bits, else 0.
+    """The exponent that `_from_e4m3` leaves to the scales: 8 on a CPU, where it shifts bits, else 0.
 
-    It may on a CPU, unless a scale is NaN, infinite or so large that the shifted one would be.
+    Also 0 if a scale is NaN, infinite or so large that the shifted one would be.
     """
     return 8 if q.device.type == "cpu" and s.numel() and s.abs().max() < 2.0**119 else 0
 
 
 def _from_e4m3(q: torch.Tensor, out: torch.Tensor, shift: int, bits: torch.Tensor) -> None:
-    """Writes FP8 numbers · 2^-shift as float32. With a shift of 8 by moving bits, some times as fast as torch's cast.
+    """Writes FP8 values · 2^-shift as float32; with a shift of 8, by integer operations, faster than torch's cast.
 
     A float16 has the layout of e4m3 with one more bit of exponent and seven of mantissa. So `seeeemmm` moved to
-    `s0eeeemmm0000000` is the number times 2^(7 - 15), subnormals included. NaN has to be put back.
-    `out` is float32 in the shape of `q`, `shift` is from `_shift`, and `bits` is room to work in: an int16 a number.
+    `s0eeeemmm0000000` is the value times 2^(7 - 15), subnormals included. NaN has to be restored.
+    `out` is float32 in the shape of `q`, `shift` is from `_shift`, and `bits` is a buffer of an int16 per element.
     """
     if not shift:
         out.copy_(q)
@@ -313,7 +334,7 @@ def _from_e4m3(q: torch.Tensor, out: torch.Tensor, shift: int, bits: torch.Tenso
             out.masked_fill_(q.isnan(), float("nan"))
 
 
-# What torch.compile is told of each result: shape, dtype and strides.
+# Fake implementations for torch.compile: the shape, dtype and strides of each result.
 
 
 @torch.library.register_fake("bytegpt::act_quant")
@@ -334,6 +355,13 @@ def _(w, block_size=BLOCK, scale_fmt=None):
     n, k = w.shape[-2:]
     q = torch.empty(w.shape, dtype=E4M3, device=w.device)
     return q, w.new_empty(*w.shape[:-2], -(-n // block_size), -(-k // block_size), dtype=torch.float32)
+
+
+@torch.library.register_fake("bytegpt::weight_quant_both")
+def _(w, scale_fmt=None):
+    n, k = w.shape[-2:]
+    q, q_t = (torch.empty(shape, dtype=E4M3, device=w.device) for shape in (w.shape, w.mT.shape))
+    return q, w.new_empty(*w.shape[:-2], -(-n // BLOCK), -(-k // BLOCK), dtype=torch.float32), q_t
 
 
 @torch.library.register_fake("bytegpt::weight_dequant")
@@ -408,9 +436,29 @@ def fp8_grouped_outer(
     return outer.mT.to(dtype, memory_format=torch.contiguous_format)
 
 
+@_operator
+def fp8_gemm_sum(
+    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor,
+    a2: torch.Tensor, a2_s: torch.Tensor, b2: torch.Tensor, b2_s: torch.Tensor,
+    offsets: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:  # fmt: skip
+    """Adds two products of equal shapes (M, N): each as `fp8_gemm`, or with `offsets` as `fp8_grouped_gemm`.
+
+    A kernel rounds the sum once to `dtype`; plain torch rounds both products and then the sum.
+    """
+    _check_operands(a, a_s, b, b_s, offsets)
+    _check_operands(a2, a2_s, b2, b2_s, offsets)
+    if _runs_kernel(a):
+        import kernel
+
+        return kernel.gemm_sum([(a, a_s, b, b_s), (a2, a2_s, b2, b2_s)], offsets, dtype)
+    return _gemm(a, a_s, b, b_s, offsets, dtype) + _gemm(a2, a2_s, b2, b2_s, offsets, dtype)
+
+
 def _check_operands(
     a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor | None = None
 ) -> None:
+    """Raises a ValueError for operands or scales that do not fit each other."""
     k_tiles = -(-a.shape[-1] // BLOCK)
     if a.dtype != E4M3 or b.dtype != E4M3:
         raise ValueError(f"both operands must be {E4M3}, got {a.dtype} and {b.dtype}")
@@ -424,7 +472,7 @@ def _check_operands(
 
 
 def _right_operand(b: torch.Tensor, b_s: torch.Tensor) -> torch.Tensor:
-    """Dequantises the right operand of a product, whichever way it was quantised; float32."""
+    """Dequantises the right operand of a product, of blocks or tiles; float32."""
     if b_s.shape[-2] == b.shape[-2]:
         return act_dequant(b, b_s)
     return weight_dequant(b, b_s, BLOCK, torch.float32)
@@ -438,6 +486,11 @@ def _(a, a_s, b, b_s, dtype=torch.bfloat16):
 @torch.library.register_fake("bytegpt::fp8_grouped_gemm")
 def _(a, a_s, b, b_s, offsets, dtype=torch.bfloat16):
     return a_s.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("bytegpt::fp8_gemm_sum")
+def _(a, a_s, b, b_s, a2, a2_s, b2, b2_s, offsets=None, dtype=torch.bfloat16):
+    return a_s.new_empty(a.shape[0], b.shape[-2], dtype=dtype)
 
 
 @torch.library.register_fake("bytegpt::fp8_grouped_outer")
@@ -462,17 +515,75 @@ class QuantizedWeight(NamedTuple):
     q_t: torch.Tensor
 
 
-def quantize(weight: torch.Tensor, scale_fmt: str | None = None) -> QuantizedWeight:
-    """Quantises the weight of a linear layer, for as many products as are made until it changes."""
-    q, s = weight_quant(weight.detach(), BLOCK, scale_fmt)
-    return QuantizedWeight(q, s, q.mT.contiguous() if multiplies_fp8(q.device) else q.mT)
+def quantize(weight: torch.Tensor, scale_fmt: str | None = None, out: QuantizedWeight | None = None) -> QuantizedWeight:
+    """Quantises the weight of a linear layer, for all products until it changes; into `out`, if given."""
+    weight = weight.detach()
+    if out is not None and _runs_kernel(weight):
+        import kernel
+
+        return QuantizedWeight(*kernel.weight_quant_both(weight, scale_fmt, out))
+    if multiplies_fp8(weight.device):
+        new = QuantizedWeight(*weight_quant_both(weight, scale_fmt))
+    else:
+        q, s = weight_quant(weight, BLOCK, scale_fmt)
+        new = QuantizedWeight(q, s, q.mT)
+    return new if out is None else QuantizedWeight(*(old.copy_(t) for old, t in zip(out, new, strict=True)))
+
+
+class QuantizedActivation(NamedTuple):
+    """An activation (..., K) of M rows in all, quantised by the kernel that computed it.
+
+    Attributes:
+        values: The activation itself, or a placeholder of its shape and dtype that holds NaN alone: gradients pass
+            through it from the layers that read `q` to the operation that wrote it.
+        q, s, q_t, s_t: What `act_quant_both` returns of it, or `act_quant` and twice None where no gradient is wanted.
+    """
+
+    values: torch.Tensor
+    q: torch.Tensor
+    s: torch.Tensor
+    q_t: torch.Tensor | None
+    s_t: torch.Tensor | None
+
+
+Activation = Any  # torch.Tensor | QuantizedActivation: a checker of types cannot see from `gemm_impl` which it is
+
+
+def values_of(x: Activation) -> torch.Tensor:
+    """The tensor that gradients pass through: a placeholder if `x` exists in FP8 only."""
+    return x.values if isinstance(x, QuantizedActivation) else x
+
+
+def replace_values(x: Activation, change: Callable[[torch.Tensor], torch.Tensor]) -> Activation:
+    """Applies an operation that changes gradients alone, such as a collective."""
+    return x._replace(values=change(x.values)) if isinstance(x, QuantizedActivation) else change(x)
+
+
+def _quantized_rows(x: Activation, scale_fmt: str | None, both: bool) -> tuple[torch.Tensor | None, ...]:
+    """The four tensors of a `QuantizedActivation`, made now if it is a tensor."""
+    if isinstance(x, QuantizedActivation):
+        return x[1:]
+    rows = x.reshape(-1, x.shape[-1])
+    return act_quant_both(rows, scale_fmt) if both else (*act_quant(rows, BLOCK, scale_fmt), None, None)
+
+
+def add_rms_norm(
+    x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float,
+    scale_fmt: str | None, with_values: bool,
+) -> tuple[torch.Tensor, QuantizedActivation]:  # fmt: skip
+    """`model.RMSNorm.add` where `fuses_fp8(x)`: the sum, and its norm quantised, with its values if asked for."""
+    import kernel_fused
+
+    both = torch.is_grad_enabled()
+    total, *norm = kernel_fused.add_rms_norm_quant(x, update, weight, eps, scale_fmt, both, with_values)
+    return total, QuantizedActivation(*norm)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
     """Multiplies rows by a weight matrix, or consecutive groups of rows by one each (a mixture of experts).
 
     The weight is taken as it is stored, master weights in float32 for instance, and cast to the dtype of the
-    activations. The cast is part of the graph, so the gradient arrives in the weight's own precision.
+    activations. The cast is in the graph, so the gradient has the weight's own dtype.
 
     Args:
         x: Activations of shape (..., in_features), any float dtype; with `offsets` (rows, in_features), the rows of
@@ -494,31 +605,31 @@ def linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None =
     return _grouped_mm(x, weight.mT, offsets)
 
 
-def joined(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Casts weights (..., out_features, in_features) into one, below each other, so that one product serves all."""
-    return _Joined.apply(dtype, *weights)
+def concat_weights(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Concatenates weights (..., out_features, in_features) along out_features in one dtype, to share a product."""
+    return _ConcatWeights.apply(dtype, *weights)
 
 
-class _Joined(torch.autograd.Function):
-    """Each weight is read once and written once; its gradient comes back in its own precision."""
+class _ConcatWeights(torch.autograd.Function):
+    """Casts and concatenates in one pass: each weight is read once and written once; its gradient has its own dtype."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: torch.Tensor) -> torch.Tensor:
         ctx.dtypes, ctx.rows = [w.dtype for w in weights], [w.shape[-2] for w in weights]
         first = weights[0]
         out = torch.empty(*first.shape[:-2], sum(ctx.rows), first.shape[-1], dtype=dtype, device=first.device)
-        for w, place in zip(weights, out.split(ctx.rows, dim=-2), strict=True):
-            place.copy_(w)
+        for w, slot in zip(weights, out.split(ctx.rows, dim=-2), strict=True):
+            slot.copy_(w)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        parts = zip(grad.split(ctx.rows, dim=-2), ctx.dtypes, strict=True)
-        return None, *(part.to(dtype, memory_format=torch.contiguous_format) for part, dtype in parts)
+        grads = zip(grad.split(ctx.rows, dim=-2), ctx.dtypes, strict=True)
+        return None, *(g.to(dtype, memory_format=torch.contiguous_format) for g, dtype in grads)
 
 
 def fp8_linear(
-    x: torch.Tensor,
+    x: Activation,
     weights: Sequence[torch.Tensor],
     quantized: Sequence[QuantizedWeight],
     offsets: torch.Tensor | None = None,
@@ -526,10 +637,10 @@ def fp8_linear(
 ) -> tuple[torch.Tensor, ...]:
     """Multiplies the same rows by several weights, with all three products of each in FP8.
 
-    The input is quantised once for all of them, and what is kept for the backward pass is its FP8 copy alone.
+    The input is quantised once for all of them, and only its FP8 copy is kept for the backward pass.
 
     Args:
-        x: As for `linear`.
+        x: As for `linear`, or quantised already.
         weights: The weights that get the gradients, in their own dtype. Their values are not read.
         quantized: The same weights, quantised.
         offsets: As for `linear`.
@@ -539,8 +650,14 @@ def fp8_linear(
         For each weight what `linear` returns.
     """
     operands = [tensor for weight in quantized for tensor in weight]
-    keep = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
-    return _FP8Linear.apply(offsets, scale_fmt, keep, x, *operands, *weights)
+    keep = _needs_grad(x, weights)
+    given = x[1:] if isinstance(x, QuantizedActivation) else None
+    return _FP8Linear.apply(offsets, scale_fmt, keep, given, values_of(x), *operands, *weights)
+
+
+def _needs_grad(x: Activation, weights: Sequence[torch.Tensor]) -> bool:
+    """Whether there will be a backward pass."""
+    return torch.is_grad_enabled() and (values_of(x).requires_grad or any(w.requires_grad for w in weights))
 
 
 class _FP8Linear(torch.autograd.Function):
@@ -552,55 +669,150 @@ class _FP8Linear(torch.autograd.Function):
         offsets: torch.Tensor | None,
         scale_fmt: str | None,
         keep: bool,
+        given: tuple[torch.Tensor, ...] | None,
         x: torch.Tensor,
         *operands: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         n = len(operands) // 4
         quantized = [QuantizedWeight(*operands[3 * i : 3 * i + 3]) for i in range(n)]
-        rows = x.reshape(-1, x.shape[-1])
+        q, s, q_t, s_t = given or _quantized_rows(x, scale_fmt, keep)
         if keep:
-            q, s, q_t, s_t = act_quant_both(rows, scale_fmt)
             ctx.save_for_backward(offsets, q_t, s_t, *(t for w in quantized for t in (w.q_t, w.s)))
             ctx.scale_fmt, ctx.shape, ctx.dtypes = scale_fmt, x.shape, [w.dtype for w in operands[3 * n :]]
-        else:
-            q, s = act_quant(rows, BLOCK, scale_fmt)
         return tuple(_gemm(q, s, w.q, w.s, offsets, x.dtype).view(*x.shape[:-1], w.q.shape[-2]) for w in quantized)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         offsets, x_t, x_ts, *weights = ctx.saved_tensors
         n = len(grads)
-        needs_x, needs_weights = ctx.needs_input_grad[3], ctx.needs_input_grad[4 + 3 * n :]
-        grad_x, grad_weights = None, [None] * n
-        for i, grad in enumerate(grads):
-            g, g_s, g_t, g_ts = act_quant_both(grad.reshape(-1, grad.shape[-1]), ctx.scale_fmt)
-            if needs_x:
-                part = _gemm(g, g_s, weights[2 * i], weights[2 * i + 1].mT, offsets, grad.dtype)
-                grad_x = part if grad_x is None else grad_x + part
-            if needs_weights[i]:
-                if offsets is None:
-                    grad_weights[i] = fp8_gemm(g_t, g_ts, x_t, x_ts, ctx.dtypes[i])
-                else:
-                    grad_weights[i] = fp8_grouped_outer(g_t, g_ts, x_t, x_ts, offsets, ctx.dtypes[i])
-        if grad_x is not None:
-            grad_x = grad_x.view(ctx.shape)
-        return None, None, None, grad_x, *[None] * (3 * n), *grad_weights
+        needs_x, needs_weights = ctx.needs_input_grad[4], ctx.needs_input_grad[5 + 3 * n :]
+        quantised = [act_quant_both(grad.reshape(-1, grad.shape[-1]), ctx.scale_fmt) for grad in grads]
+        grad_x = None
+        if needs_x:
+            operands = [(g, g_s, weights[2 * i], weights[2 * i + 1].mT) for i, (g, g_s, *_) in enumerate(quantised)]
+            grad_x = _sum_of_products(operands, offsets, grads[0].dtype).view(ctx.shape)
+        grad_weights = [
+            _weight_grad(g_t, g_ts, x_t, x_ts, offsets, dtype) if needed else None
+            for (_, _, g_t, g_ts), dtype, needed in zip(quantised, ctx.dtypes, needs_weights, strict=True)
+        ]
+        return None, None, None, None, grad_x, *[None] * (3 * n), *grad_weights
+
+
+def fp8_mlp(
+    x: Activation,
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[QuantizedWeight],
+    hidden_act: str,
+    offsets: torch.Tensor | None = None,
+    scale_fmt: str | None = None,
+) -> torch.Tensor:
+    """The gated MLP `w2(act(w1 x) · w3 x)` where `fuses_fp8(x)`, with all nine products in FP8.
+
+    The hidden activation and the gradients of gate and up exist in FP8 only, written by the kernels that compute them:
+    16 bytes of memory traffic an element beside the products, where separate quantisers make it 28.
+
+    Args:
+        x: As for `fp8_linear`.
+        weights: Those of w1, w2 and w3: (inter_dim, dim), (dim, inter_dim), (inter_dim, dim), or stacks of them.
+        quantized: The same weights, quantised.
+        hidden_act: Name of the activation.
+        offsets: As for `linear`; rows behind the last group are neither read nor written.
+        scale_fmt: As for `fp8_linear`.
+
+    Returns:
+        Shape (..., dim), in the dtype of `x`.
+    """
+    operands = [tensor for weight in quantized for tensor in weight]
+    keep = _needs_grad(x, weights)
+    given = _quantized_rows(x, scale_fmt, keep)
+    return _FP8MLP.apply(offsets, scale_fmt, hidden_act, keep, given, values_of(x), *operands, *weights)
+
+
+class _FP8MLP(torch.autograd.Function):
+    """`fp8_mlp`, with its inputs in a row: three tensors of each quantised weight, then the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        offsets: torch.Tensor | None,
+        scale_fmt: str | None,
+        hidden_act: str,
+        keep: bool,
+        given: tuple[torch.Tensor, ...],
+        x: torch.Tensor,
+        *operands: torch.Tensor,
+    ) -> torch.Tensor:
+        import kernel_fused
+
+        w1, w2, w3 = (QuantizedWeight(*operands[i : i + 3]) for i in (0, 3, 6))
+        q, s, q_t, s_t = given
+        gate, up = (_gemm(q, s, w.q, w.s, offsets, x.dtype) for w in (w1, w3))
+        h, h_s, h_t, h_ts = kernel_fused.glu_quant(gate, up, hidden_act, offsets, scale_fmt, keep)
+        if keep:
+            weights = [t for w in (w1, w2, w3) for t in (w.q_t, w.s)]
+            ctx.save_for_backward(offsets, gate, up, q_t, s_t, h_t, h_ts, *weights)
+            ctx.settings, ctx.shape, ctx.dtypes = (hidden_act, scale_fmt), x.shape, [w.dtype for w in operands[9:]]
+        return _gemm(h, h_s, w2.q, w2.s, offsets, x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        import kernel_fused
+
+        offsets, gate, up, x_t, x_ts, h_t, h_ts, w1, w1_s, w2, w2_s, w3, w3_s = ctx.saved_tensors
+        hidden_act, scale_fmt = ctx.settings
+        g, g_s, g_t, g_ts = act_quant_both(grad.reshape(-1, grad.shape[-1]), scale_fmt)
+        grad_h = _gemm(g, g_s, w2, w2_s.mT, offsets, grad.dtype)
+        dgate, dup = kernel_fused.glu_backward_quant(gate, up, grad_h, hidden_act, offsets, scale_fmt)
+        grad_x = None
+        if ctx.needs_input_grad[5]:
+            operands = [(dgate[0], dgate[1], w1, w1_s.mT), (dup[0], dup[1], w3, w3_s.mT)]
+            grad_x = _sum_of_products(operands, offsets, grad.dtype).view(ctx.shape)
+        pairs = (*dgate[2:], x_t, x_ts), (g_t, g_ts, h_t, h_ts), (*dup[2:], x_t, x_ts)
+        grad_weights = [
+            _weight_grad(*pair, offsets, dtype) if needed else None
+            for pair, dtype, needed in zip(pairs, ctx.dtypes, ctx.needs_input_grad[15:], strict=True)
+        ]
+        return *[None] * 5, grad_x, *[None] * 9, *grad_weights
+
+
+def _sum_of_products(
+    operands: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]], offsets: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """The sum of the products of each a, a_s, b, b_s: the gradient of an input that several weights read."""
+    if len(operands) == 1:
+        return _gemm(*operands[0], offsets, dtype)
+    total = fp8_gemm_sum(*operands[0], *operands[1], offsets, dtype)
+    for operand in operands[2:]:
+        total = total + _gemm(*operand, offsets, dtype)
+    return total
+
+
+def _weight_grad(
+    g_t: torch.Tensor, g_ts: torch.Tensor, x_t: torch.Tensor, x_ts: torch.Tensor, offsets: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of a weight, from those of the outputs and from the inputs, both quantised along the rows."""
+    if offsets is None:
+        return fp8_gemm(g_t, g_ts, x_t, x_ts, dtype)
+    return fp8_grouped_outer(g_t, g_ts, x_t, x_ts, offsets, dtype)
 
 
 def _gemm(
     a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
+    """`fp8_gemm`, or with `offsets` `fp8_grouped_gemm`."""
     if offsets is None:
         return fp8_gemm(a, a_s, b, b_s, dtype)
     return fp8_grouped_gemm(a, a_s, b, b_s, offsets, dtype)
 
 
-def _whole_rows(x: torch.Tensor, n: int) -> int:
-    """How many rows a product of a group of `n` takes.
+def _rounded_rows(x: torch.Tensor, n: int) -> int:
+    """The number of rows, `n` or more, with which a group of `n` is multiplied.
 
     On a CPU, oneDNN compiles a bfloat16 product for each new number of rows, which takes several times as long as the
-    product of a small expert. There it is one of eight numbers between a power of two and the next: they come again.
+    product of a small expert. There it is rounded up to one of eight counts between powers of two, which recur.
     """
     if x.device.type != "cpu" or x.dtype != torch.bfloat16:
         return n
@@ -608,36 +820,36 @@ def _whole_rows(x: torch.Tensor, n: int) -> int:
     return -(-n // step) * step
 
 
-def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """With so many rows, zeros in those added."""
+def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Appends rows of zeros up to `rows`."""
     return F.pad(x, (0, 0, 0, rows - len(x)))
 
 
-# A loop over groups needs their sizes as Python numbers. As an operator of its own it is one node of a compiled graph.
+# A loop over groups needs their sizes in Python: as an operator of its own it is one node of a compiled graph.
 @_operator
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`x[group g] @ weight[g]`: (rows, in), (groups, in, out) -> (rows, out)."""
     out = x.new_empty(len(x), weight.shape[2])
     for w, (start, end) in zip(weight, pairwise([0, *offsets.tolist()]), strict=True):
-        rows = _whole_rows(x, end - start)
-        if start < end and start + rows <= len(x):  # of the rows behind the group, the next ones overwrite the results
+        rows = _rounded_rows(x, end - start)
+        if start < end and start + rows <= len(x):  # the next groups overwrite what is behind this one
             torch.mm(x[start : start + rows], w, out=out[start : start + rows])
         elif start < end:
-            out[start:end] = torch.mm(_padded(x[start:end], rows), w)[: end - start]
+            out[start:end] = torch.mm(_pad_rows(x[start:end], rows), w)[: end - start]
     return out
 
 
 @_operator
 def _grouped_outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`x[group g].T @ grad[group g]`, the gradient of the weights: (rows, in), (rows, out) -> (groups, in, out)."""
-    # made as (groups, out, in) and transposed, as the weight is: so the parameter gets a contiguous gradient
+    # (groups, out, in) transposed, as the weight is: so the parameter gets a contiguous gradient
     out = x.new_zeros(len(offsets), grad.shape[1], x.shape[1])
     for w, (start, end) in zip(out, pairwise([0, *offsets.tolist()]), strict=True):
         if start < end:
-            rows = _whole_rows(x, end - start)
-            # zeros times what the next groups have: nothing, if it is finite, without which no step is taken
-            part = x[start : start + rows] if start + rows <= len(x) else _padded(x[start:end], rows)
-            torch.mm(_padded(grad[start:end], rows).T, part, out=w)
+            rows = _rounded_rows(x, end - start)
+            # the next groups' rows are multiplied by zeros: no harm if they are finite, and else the step is skipped
+            inputs = x[start : start + rows] if start + rows <= len(x) else _pad_rows(x[start:end], rows)
+            torch.mm(_pad_rows(grad[start:end], rows).T, inputs, out=w)
     return out.transpose(1, 2)
 
 
@@ -669,19 +881,27 @@ torch.library.register_autograd("bytegpt::grouped_mm", _grouped_mm_backward, set
 
 
 def sort_by_expert(
-    x: torch.Tensor, experts: torch.Tensor, n_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, experts: torch.Tensor, n_experts: int, n_local: int, scale_fmt: str | None = None
+) -> tuple[Activation, torch.Tensor, torch.Tensor]:
     """Repeats each row of x (N, dim) for its `experts` (N, K), sorted by expert.
 
     Returns the rows (N·K, dim), where each choice stands among them (N, K), and where each expert's rows end, int32.
+    Rows of experts from `n_local` on are zeros. Where `fuses_fp8(x)`, the rows exist in FP8 only.
     """
     if kernel := activation_kernels(x):
-        places, ends = kernel.sort_by_expert(experts, n_experts)
-        return kernel.permute(x, places), places, ends
-    in_order, order = experts.flatten().sort(stable=True)
-    places = order.argsort().view_as(experts)
-    ends = torch.searchsorted(in_order, torch.arange(n_experts, device=x.device), right=True).int()
-    return _Permute.apply(x, order, places), places, ends
+        places, index, ends = kernel.sort_by_expert(experts, n_experts)
+        if fuses_fp8(x):
+            limit, both = ends[n_local - 1 : n_local], torch.is_grad_enabled()
+            return QuantizedActivation(*kernel.permute_quant(x, places, index, limit, scale_fmt, both)), places, ends
+        rows = kernel.permute(x, places)
+    else:
+        in_order, order = experts.flatten().sort(stable=True)
+        places = order.argsort().view_as(experts)
+        ends = torch.searchsorted(in_order, torch.arange(n_experts, device=x.device), right=True).int()
+        rows = _Permute.apply(x, order, places)
+    if n_local < n_experts:
+        rows = rows.where((torch.arange(len(rows), device=x.device) < ends[n_local - 1]).unsqueeze(1), 0)
+    return rows, places, ends
 
 
 def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -692,6 +912,7 @@ def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> tor
 
 
 def _sum_rows(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """`combine` by torch's own operations, with weights in the dtype of `x`, or without."""
     if x.device.type not in ("cuda", "mps"):  # without a copy of the rows; on a GPU it has no gradient for bfloat16
         return F.embedding_bag(places, x, mode="sum", per_sample_weights=weights)
     rows = x.index_select(0, places.flatten()).unflatten(0, places.shape)
@@ -715,11 +936,26 @@ class _Permute(torch.autograd.Function):
 # --- Attention ----------------------------------------------------------------------------------------------------
 
 
-def attend_in_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal softmax attention as two matrix products for each block of queries, over the keys up to its end.
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Softmax attention of queries (B, S, H, d) over keys and values (B, T, H, ·); returns (B, S, H, d_v).
 
-    torch's fused attention does not use a CPU's bfloat16 products: there this is two to three times as fast, forward
-    and backward. The backward pass keeps the probabilities: memory grows with the square of S, unlike torch's.
+    `mask` (B or 1, 1, S, T) is True where a query may look. Without one it is causal with T = S, or of one query that
+    may look everywhere. `scale` is the factor of the scores.
+    """
+    is_causal = mask is None and q.shape[1] > 1
+    if is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] == k.shape[1]:
+        return blockwise_attention(q, k, v, scale)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale).transpose(1, 2)
+
+
+def blockwise_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal softmax attention as two matrix products per block of queries, over the keys up to its end.
+
+    torch's fused attention does not use a CPU's bfloat16 products: this is two to three times as fast there, forward
+    and backward. It keeps the probabilities for the backward pass: memory grows with the square of S, unlike torch's.
 
     Queries and keys are (B, S, H, d), values and the result (B, S, H, d_v); `scale` is the factor of the scores.
     """

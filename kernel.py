@@ -1,18 +1,19 @@
 """The FP8 kernels for CUDA GPUs of compute capability 8.9 and more, in Triton.
 
-What they compute is defined in `fp8_ops.py`, whose functions are the only callers and have checked the arguments; that
-file says what a tile, a block and a scale are. Two things govern how they are written.
+What they compute is defined in `fp8_ops.py`, where tiles, blocks and scales are explained; its functions check the
+arguments. Two things govern how the kernels are written.
 
-Quantisation moves bytes. A kernel reads each number once, from memory to registers, and writes it once, at a quarter or
-half of its size; the largest value of a tile and the division by its scale are free beside that. So each program takes
-a square of 128×128, which holds whole tiles of both directions, and one reading serves both.
+Quantisation moves bytes. A kernel reads each element once, from memory to registers, and writes it once, at a quarter
+or half of its size; the maximum of a tile and the division by its scale are free beside that. So each program takes a
+square of 128×128, which holds complete tiles of both directions, and one read serves both. `kernel_fused.py` has the
+kernels that quantise what they compute, and need no read at all.
 
-A product of FP8 numbers moves few bytes and multiplies at twice the rate of bfloat16, but tensor cores sum FP8 products
+A product of FP8 matrices moves few bytes and multiplies at twice the rate of bfloat16, but tensor cores sum products
 with only some 14 bits (DeepSeek-V3 report, section 3.3.2). So a sum runs over 128 products, which is as far as a scale
 reaches anyway, and is then multiplied by both scales and added to an accumulator in float32. Both operands are read
-along the dimension that is summed over, as Hopper's tensor cores want them: `a` (M, K) and `b` (N, K). They are read
-through tensor descriptors, which Hopper's copy engine (TMA) follows by itself: what lies beyond a matrix comes as
-zeros, so that loads need no masks.
+along the dimension of the sum, as Hopper's tensor cores need them: `a` (M, K) and `b` (N, K). They are read
+through tensor descriptors, which Hopper's TMA unit executes: elements beyond a matrix are loaded as zeros, so loads
+need no masks.
 
 There are two such kernels. A portable one in plain Triton waits for each product before it scales it, so the tensor
 cores idle. Large products on Hopper run one in Gluon, the layer below Triton, where warps have different tasks: while
@@ -46,7 +47,7 @@ MANTISSA_BITS = tl.constexpr(0x007FFFFF)
 
 @triton.jit
 def _scale(x, axis: tl.constexpr, UE8M0: tl.constexpr):
-    """The scale that stores the largest of |x| as 448, and its reciprocal.
+    """The scale that maps max |x| to 448, and its reciprocal.
 
     Positive floats are ordered as the integers of the same bits, NaN above infinity: so as integers the maximum keeps
     a NaN, which as floats it would drop.
@@ -61,93 +62,164 @@ def _scale(x, axis: tl.constexpr, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def _act_quant_kernel(
-    x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, stride_m, stride_k, UE8M0: tl.constexpr, BOTH: tl.constexpr,
+def store_quantized(
+    x, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0: tl.constexpr, BOTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Activations (M, K) to FP8 in tiles of 1×128 and, with BOTH, transposed (K, M) in tiles of 1×128 along M.
+    """Quantises a tile x (BLOCK_M, 128) at (m_start, k_start), both int64, of a matrix (M, K), and writes it.
 
-    Program (i, j) takes BLOCK_M×128 numbers. Reads each once and writes it once, twice with BOTH. Bound by memory.
+    In tiles of 1×128 to q (M, K) and s (M, ⌈K/128⌉). With BOTH, which needs 128 rows, also the transposed matrix in
+    tiles of 1×128 along M to qt (K, M) and st, whose scales of the same 128 rows are adjacent: (⌈M/128⌉, K).
     """
-    # 64-bit offsets for the first number of the square alone
-    m_start, k_start = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(1).to(tl.int64) * BLOCK
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
     m_inside, k_inside = m < M - m_start, k < K - k_start
-    x_ptr += m_start * stride_m + k_start * stride_k
+    values = x.to(tl.float32)
+    s, r = _scale(values, 1, UE8M0)
+    q = (values * r[:, None]).to(tl.float8e4nv)
     inside = m_inside[:, None] & k_inside[None, :]
-    loaded = tl.load(x_ptr + m[:, None] * stride_m + k[None, :] * stride_k, mask=inside, other=0.0)
-    x = loaded.to(tl.float32)
-    s, r = _scale(x, 1, UE8M0)
-    q = (x * r[:, None]).to(tl.float8e4nv)
     tl.store(q_ptr + m_start * K + k_start + m[:, None] * K + k[None, :], q, mask=inside)
-    tl.store(s_ptr + (m_start + m) * tl.num_programs(1) + tl.program_id(1), s, mask=m_inside)
+    tl.store(s_ptr + (m_start + m) * tl.cdiv(K, BLOCK) + k_start // BLOCK, s, mask=m_inside)
     if BOTH:
+        values = tl.trans(x).to(tl.float32)
+        s, r = _scale(values, 1, UE8M0)
+        q = (values * r[:, None]).to(tl.float8e4nv)
         inside = k_inside[:, None] & m_inside[None, :]
-        x = tl.trans(loaded).to(tl.float32)
-        s, r = _scale(x, 1, UE8M0)
-        q = (x * r[:, None]).to(tl.float8e4nv)
         tl.store(qt_ptr + k_start * M + m_start + k[:, None] * M + m[None, :], q, mask=inside)
-        tl.store(st_ptr + tl.program_id(0).to(tl.int64) * K + k_start + k, s, mask=k_inside)
+        tl.store(st_ptr + m_start // BLOCK * K + k_start + k, s, mask=k_inside)
+
+
+@triton.jit
+def _act_quant_kernel(
+    x_ptr, index_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, stride_m, stride_k,
+    UE8M0: tl.constexpr, BOTH: tl.constexpr, GATHER: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Quantises activations (M, K), and with BOTH their transpose; see `store_quantized`.
+
+    With GATHER, row m is row `index[m]` of x, and rows from `limit` on are zeros. Program (i, j) takes a tile of
+    BLOCK_M×128. Reads each element once (2 bytes in bfloat16) and writes it once (1), with BOTH twice (2). Bound by
+    memory. Tokens permuted to K experts each are 4·K bytes an element this way; a permutation in bfloat16 before it
+    adds 2 + 2·K.
+    """
+    # 64-bit offsets for the first element of the tile alone
+    m_start, k_start = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(1).to(tl.int64) * BLOCK
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
+    m_inside = m < M - m_start
+    if GATHER:
+        m_inside &= m_start + m < tl.load(limit_ptr)
+        m = tl.load(index_ptr + m_start + m, mask=m_inside, other=0).to(tl.int64)
+    else:
+        x_ptr += m_start * stride_m
+    inside = m_inside[:, None] & (k < K - k_start)[None, :]
+    x = tl.load(x_ptr + k_start * stride_k + m[:, None] * stride_m + k[None, :] * stride_k, mask=inside, other=0.0)
+    store_quantized(x, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, BOTH, BLOCK_M)
+
+
+Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def act_quant(x: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     """See `fp8_ops.act_quant`; `x` has shape (M, K)."""
-    m, k = x.shape
-    q, s = _new(x, m, k)
-    grid = (triton.cdiv(m, 32), triton.cdiv(k, 128))
-    _act_quant_kernel[grid](x, q, s, q, s, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=False, BLOCK_M=32)
-    return q, s
+    return _act_quant(x, scale_fmt, both=False)[:2]
 
 
 def act_quant_both(
     x: torch.Tensor, scale_fmt: str | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `fp8_ops.act_quant_both`."""
-    m, k = x.shape
-    q_t, s_t = _new(x, k, m)
-    s_t = s_t.view(-1, k).T  # the scales of 128 rows side by side, as the weight gradient reads them
-    outputs = *_new(x, m, k), q_t, s_t
-    grid = (triton.cdiv(m, 128), triton.cdiv(k, 128))
-    _act_quant_kernel[grid](
-        x, *outputs, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=True, BLOCK_M=128, num_warps=4
-    )
-    return outputs
+    return _act_quant(x, scale_fmt, both=True)  # type: ignore[return-value]
 
 
-def _new(x: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for quantised activations and their scales."""
-    q = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
-    return q, torch.empty(rows, triton.cdiv(columns, 128), dtype=torch.float32, device=x.device)
+def gather_quant(
+    x: torch.Tensor, index: torch.Tensor, limit: torch.Tensor, scale_fmt: str | None, both: bool
+) -> Quantized:
+    """`empty_quantized` filled with rows `index` of x: int32 (M,); zeros from row `limit` on, an int32 scalar."""
+    return _act_quant(x, scale_fmt, both, index, limit)
+
+
+def _act_quant(
+    x: torch.Tensor, scale_fmt: str | None, both: bool,
+    index: torch.Tensor | None = None, limit: torch.Tensor | None = None,
+) -> Quantized:  # fmt: skip
+    """Runs `_act_quant_kernel` on x (M, K), or on the rows of it that `index` lists."""
+    m, k = len(x if index is None else index), x.shape[1]
+    out, block_m = empty_quantized(m, k, x.device, both), 128 if both else 32
+    _act_quant_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, 128))](
+        x, index, limit, *out, m, k, *x.stride(),
+        UE8M0=scale_fmt == "ue8m0", BOTH=both, GATHER=index is not None, BLOCK_M=block_m, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def empty_quantized(m: int, k: int, device: torch.device, both: bool) -> Quantized:
+    """Outputs for `store_quantized`: those of `fp8_ops.act_quant_both`, the last two None if not `both`."""
+    tiles_m, tiles_k = triton.cdiv(m, 128), triton.cdiv(k, 128)
+    q = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=device)
+    s = torch.empty(m, tiles_k, dtype=torch.float32, device=device)
+    if not both:
+        return q, s, None, None
+    q_t = torch.empty(k, m, dtype=torch.float8_e4m3fn, device=device)
+    return q, s, q_t, torch.empty(tiles_m, k, dtype=torch.float32, device=device).T
 
 
 @triton.jit
 def _weight_quant_kernel(
-    w_ptr, q_ptr, s_ptr, N, K, stride_e, stride_n, stride_k, UE8M0: tl.constexpr
+    w_ptr, q_ptr, s_ptr, qt_ptr, N, K, stride_e, stride_n, stride_k, UE8M0: tl.constexpr, BOTH: tl.constexpr
 ):  # fmt: skip
-    """A stack of weights (E, N, K) to FP8 in blocks of 128×128; program (i, j, e) takes one.
+    """Quantises a stack of weights (E, N, K) in blocks of 128×128, with BOTH their transpose (E, K, N) too.
 
-    Reads each number once and writes it once. Bound by memory.
+    Program (i, j, e) takes a block. Reads each element once (4 bytes of a master weight) and writes it once or twice.
+    Bound by memory: 6 bytes an element with BOTH; a transposition of its own and copies of the results into buffers
+    that stay made it 11.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     e = tl.program_id(2).to(tl.int64)
-    inside = (n < N)[:, None] & (k < K)[None, :]
+    n_inside, k_inside = n < N, k < K
+    inside = n_inside[:, None] & k_inside[None, :]
     n, k = n.to(tl.int64), k.to(tl.int64)
     where = e * stride_e + n[:, None] * stride_n + k[None, :] * stride_k
     w = tl.load(w_ptr + where, mask=inside, other=0.0).to(tl.float32)
     s, r = _scale(tl.reshape(w, [BLOCK * BLOCK]), 0, UE8M0)
-    tl.store(q_ptr + (e * N + n[:, None]) * K + k[None, :], (w * r).to(tl.float8e4nv), mask=inside)
+    q = (w * r).to(tl.float8e4nv)
+    tl.store(q_ptr + (e * N + n[:, None]) * K + k[None, :], q, mask=inside)
     tl.store(s_ptr + (e * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1), s)
+    if BOTH:
+        inside = k_inside[:, None] & n_inside[None, :]
+        tl.store(qt_ptr + (e * K + k[:, None]) * N + n[None, :], tl.trans(q), mask=inside)
 
 
 def weight_quant(w: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     """See `fp8_ops.weight_quant`."""
+    return _weight_quant(w, scale_fmt, _empty_quantized_weight(w), None)[:2]
+
+
+def weight_quant_both(
+    w: torch.Tensor, scale_fmt: str | None, out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`fp8_ops.weight_quant`'s results and the transposed values, contiguous; written to `out` if it is given."""
+    if out is None:
+        q_t = torch.empty(w.mT.shape, dtype=torch.float8_e4m3fn, device=w.device)
+        out = *_empty_quantized_weight(w), q_t
+    return _weight_quant(w, scale_fmt, out[:2], out[2])
+
+
+def _weight_quant(
+    w: torch.Tensor, scale_fmt: str | None, out: tuple[torch.Tensor, torch.Tensor], q_t: torch.Tensor | None
+) -> Any:
+    """Runs `_weight_quant_kernel` on a stack of weights; returns `out` and `q_t`, which it fills."""
+    w = w.reshape(-1, *w.shape[-2:])
+    n, k = w.shape[1:]
+    _weight_quant_kernel[(triton.cdiv(n, 128), triton.cdiv(k, 128), len(w))](
+        w, *out, q_t, n, k, *w.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=q_t is not None, num_warps=8
+    )
+    return *out, q_t
+
+
+def _empty_quantized_weight(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised values and scales of `weight_quant`."""
     *stack, n, k = w.shape
-    w = w.reshape(-1, n, k)
-    blocks = triton.cdiv(n, 128), triton.cdiv(k, 128)
-    q = torch.empty(*stack, n, k, dtype=torch.float8_e4m3fn, device=w.device)
-    s = torch.empty(*stack, *blocks, dtype=torch.float32, device=w.device)
-    _weight_quant_kernel[(*blocks, len(w))](w, q, s, n, k, *w.stride(), UE8M0=scale_fmt == "ue8m0", num_warps=8)
+    q = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
+    s = torch.empty(*stack, triton.cdiv(n, 128), triton.cdiv(k, 128), dtype=torch.float32, device=w.device)
     return q, s
 
 
@@ -155,9 +227,9 @@ def weight_quant(w: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor, 
 def _weight_dequant_kernel(
     q_ptr, s_ptr, w_ptr, N, K, q_stride_e, q_stride_n, q_stride_k, s_stride_e, s_stride_n, s_stride_k
 ):  # fmt: skip
-    """A stack of quantised weights (E, N, K) back to floats; program (i, j, e) takes a block of 128×128.
+    """Dequantises a stack of weights (E, N, K); program (i, j, e) takes a block of 128×128.
 
-    Reads each number once and writes it once. Bound by memory, and there by what is written.
+    Reads each element once (1 byte) and writes it once (2 or 4). Bound by memory.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -181,9 +253,10 @@ def weight_dequant(q: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> torc
 
 
 def _set_block_shapes(args: dict[str, Any]) -> None:
-    """Cuts the descriptors of both operands to the tiles about to be tried or run."""
-    args["a_desc"].block_shape = [args["BLOCK_M"], 128]
-    args["b_desc"].block_shape = [args["BLOCK_N"], 128]
+    """Sets the block shapes of both descriptors to the tiles of the configuration about to run."""
+    for name, rows in (("a_desc", "BLOCK_M"), ("b_desc", "BLOCK_N"), ("a2_desc", "BLOCK_M"), ("b2_desc", "BLOCK_N")):
+        if name in args:
+            args[name].block_shape = [args[rows], 128]
 
 
 # (BLOCK_M, BLOCK_N, warps, stages): large tiles for many rows, small ones for decoding and for small GPUs
@@ -193,33 +266,67 @@ TILES = [
 ]
 
 
-def _copyable(q: torch.Tensor) -> torch.Tensor:
-    """A quantised matrix whose rows are whole multiples of 16 bytes, as the copy engine needs them."""
+def _tma_aligned(q: torch.Tensor) -> torch.Tensor:
+    """Pads the rows of a quantised matrix to multiples of 16 bytes, which TMA needs."""
     if q.shape[-1] % 16:
         q = torch.nn.functional.pad(q.view(torch.int8), (0, -q.shape[-1] % 16)).view(q.dtype)
     return q.contiguous()
 
 
 def _descriptor(q: torch.Tensor) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(_copyable(q), [128, 128])
+    """A tensor descriptor of a matrix, for tiles that `_set_block_shapes` sizes later."""
+    return TensorDescriptor.from_tensor(_tma_aligned(q), [128, 128])
 
 
-@triton.autotune(TILES, key=["N", "K", "M_BUCKET"], cache_results=True)
+@triton.jit
+def _find_group(offsets_ptr, tile, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The group of a tile of rows, the tile's first row and the group's end; group GROUPS beyond the last tile."""
+    groups = tl.arange(0, GROUPS_POW2)
+    ends = tl.load(offsets_ptr + groups, mask=groups < GROUPS, other=0)
+    starts = tl.load(offsets_ptr + groups - 1, mask=(groups > 0) & (groups < GROUPS), other=0)
+    last_tile = tl.cumsum(tl.where(groups < GROUPS, tl.cdiv(ends - starts, BLOCK_M), 0), 0)
+    e = tl.sum(((last_tile <= tile) & (groups < GROUPS)).to(tl.int32), 0)
+    before = tl.sum(tl.where(groups == e - 1, last_tile, 0), 0)
+    start = tl.sum(tl.where(groups == e, starts, 0), 0) + (tile - before) * BLOCK_M
+    return e, start, tl.sum(tl.where(groups == e, ends, 0), 0)
+
+
+@triton.jit
+def _add_product(
+    acc, a_desc, as_ptr, row_a, as_stride_k, b_desc, bs_ptr, row_b, bs_stride_k, K, B_IN_BLOCKS: tl.constexpr
+):  # fmt: skip
+    """acc plus a tile of a · bᵀ, in steps of 128 along K; the scales' pointers are those of the tile's rows."""
+    for i in range(0, tl.cdiv(K, BLOCK)):
+        a = a_desc.load([row_a, i * BLOCK])
+        b = b_desc.load([row_b, i * BLOCK])
+        a_s = tl.load(as_ptr + i * as_stride_k)
+        b_s = tl.load(bs_ptr + i * bs_stride_k)
+        if B_IN_BLOCKS:
+            acc += tl.dot(a, b.T) * (a_s * b_s)[:, None]
+        else:
+            acc += tl.dot(a, b.T) * a_s[:, None] * b_s[None, :]
+    return acc
+
+
+@triton.autotune(TILES, key=["N", "K", "M_BUCKET", "PAIRS"], cache_results=True)
 @triton.jit
 def _gemm_kernel(
-    a_desc, as_ptr, b_desc, bs_ptr, c_ptr, offsets_ptr, M, N, K,
-    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, M_BUCKET,
-    B_IN_BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
+    a_desc, as_ptr, b_desc, bs_ptr, a2_desc, as2_ptr, b2_desc, bs2_ptr, c_ptr, offsets_ptr, M, N, K,
+    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, K2, as2_stride_m, bs2_stride_e, M_BUCKET,
+    PAIRS: tl.constexpr, B_IN_BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """c (M, N) = a (M, K) · b (N, K)ᵀ; with GROUPS, rows `offsets[e-1]` to `offsets[e]` by matrix e of b (E, N, K).
 
-    A program makes BLOCK_M×BLOCK_N of c in steps of 128 along K: it reads (BLOCK_M + BLOCK_N)·128 bytes and multiplies
-    BLOCK_M·BLOCK_N·128 times in each. Programs run in bands of 8 tiles of rows, whose operands stay in the L2 cache.
-    With large tiles it is bound by the tensor cores; with few rows (decoding), by reading b once.
+    With two PAIRS, plus a2 (M, K2) · b2 (N, K2)ᵀ, in groups likewise: c is written once, 2 bytes an element in
+    bfloat16, where two products and their sum move 10.
 
-    With GROUPS, each program finds its group by itself, so the host need not know their sizes: the grid has room for
-    one ragged tile per group, and programs beyond the last tile leave. Rows beyond the group's end are multiplied, but
+    A program computes a tile of BLOCK_M×BLOCK_N in steps of 128 along K, each of which reads (BLOCK_M + BLOCK_N)·128
+    bytes for BLOCK_M·BLOCK_N·128 multiplications. Programs run in bands of 8 tiles of rows, whose operands stay in the
+    L2 cache. With large tiles it is bound by the tensor cores; with few rows (decoding), by reading b once.
+
+    With GROUPS, each program finds its group on the device, so the host need not know their sizes: the grid has room
+    for one ragged tile per group, and programs beyond the last tile exit. Rows beyond a group's end are multiplied, but
     not stored.
     """
     n_tiles_n = tl.cdiv(N, BLOCK_N)
@@ -233,42 +340,36 @@ def _gemm_kernel(
         end = M
         e = 0
     else:
-        tile, tile_n = pid // n_tiles_n, pid % n_tiles_n
-        groups = tl.arange(0, GROUPS_POW2)
-        ends = tl.load(offsets_ptr + groups, mask=groups < GROUPS, other=0)
-        starts = tl.load(offsets_ptr + groups - 1, mask=(groups > 0) & (groups < GROUPS), other=0)
-        last_tile = tl.cumsum(tl.where(groups < GROUPS, tl.cdiv(ends - starts, BLOCK_M), 0), 0)
-        e = tl.sum(((last_tile <= tile) & (groups < GROUPS)).to(tl.int32), 0)
+        tile_n = pid % n_tiles_n
+        e, start, end = _find_group(offsets_ptr, pid // n_tiles_n, GROUPS, GROUPS_POW2, BLOCK_M)
         if e >= GROUPS:
             return
-        before = tl.sum(tl.where(groups == e - 1, last_tile, 0), 0)
-        start = tl.sum(tl.where(groups == e, starts, 0), 0) + (tile - before) * BLOCK_M
-        end = tl.sum(tl.where(groups == e, ends, 0), 0)
     m = start + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    as_ptr += (m % M).to(tl.int64) * as_stride_m
-    bs_ptr += e * bs_stride_e
-    if B_IN_BLOCKS:  # a tile is no wider than a block: one scale for all of it
-        bs_ptr += tile_n * BLOCK_N // BLOCK * bs_stride_n
-    else:
-        bs_ptr += (n % N).to(tl.int64) * bs_stride_n
+    a_s = (m % M).to(tl.int64)
+    # a tile is no wider than a block, which then has one scale for all of it
+    b_s = (tile_n * BLOCK_N // BLOCK if B_IN_BLOCKS else (n % N).to(tl.int64)) * bs_stride_n
+    row_b = e * N + tile_n * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for i in range(0, tl.cdiv(K, BLOCK)):
-        a = a_desc.load([start, i * BLOCK])
-        b = b_desc.load([e * N + tile_n * BLOCK_N, i * BLOCK])
-        a_s = tl.load(as_ptr + i * as_stride_k)
-        b_s = tl.load(bs_ptr + i * bs_stride_k)
-        if B_IN_BLOCKS:
-            acc += tl.dot(a, b.T) * (a_s * b_s)[:, None]
-        else:
-            acc += tl.dot(a, b.T) * a_s[:, None] * b_s[None, :]
+    acc = _add_product(
+        acc, a_desc, as_ptr + a_s * as_stride_m, start, as_stride_k,
+        b_desc, bs_ptr + e * bs_stride_e + b_s, row_b, bs_stride_k, K, B_IN_BLOCKS,
+    )  # fmt: skip
+    if PAIRS == 2:
+        acc = _add_product(
+            acc, a2_desc, as2_ptr + a_s * as2_stride_m, start, as_stride_k,
+            b2_desc, bs2_ptr + e * bs2_stride_e + b_s, row_b, bs_stride_k, K2, B_IN_BLOCKS,
+        )  # fmt: skip
     c = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=(m < end)[:, None] & (n < N)[None, :])
 
 
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # a, its scales, b, its scales
+
+
 def gemm(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """See `fp8_ops.fp8_gemm`; `a` has shape (M, K)."""
-    return _gemm(a, a_s, b.unsqueeze(0), b_s.unsqueeze(0), None, dtype)
+    return _gemm([(a, a_s, b.unsqueeze(0), b_s.unsqueeze(0))], None, dtype)
 
 
 def grouped_gemm(
@@ -280,37 +381,53 @@ def grouped_gemm(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `fp8_ops.fp8_grouped_gemm`."""
-    return _gemm(a, a_s, b, b_s, offsets, dtype)
+    return _gemm([(a, a_s, b, b_s)], offsets, dtype)
 
 
-def _gemm(
-    a: torch.Tensor,
-    a_s: torch.Tensor,
-    b: torch.Tensor,
-    b_s: torch.Tensor,
-    offsets: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def gemm_sum(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of one or two products, as `gemm` makes them without `offsets`, else as `grouped_gemm`.
+
+    Both have shape (M, N), but K may differ.
+    """
+    if offsets is None:
+        pairs = [(a, a_s, b.unsqueeze(0), b_s.unsqueeze(0)) for a, a_s, b, b_s in pairs]
+    return _gemm(pairs, offsets, dtype)
+
+
+def _gemm(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """`gemm_sum` with every b (E, N, K): runs Hopper's own kernel where that is faster, else the portable one."""
+    a, a_s, b, b_s = pairs[0]
     (m, k), (e, n, _) = a.shape, b.shape
     groups = 0 if offsets is None else e
     c = torch.empty(m, n, dtype=dtype, device=a.device)
+    pairs = [(a, a_s, b.reshape(-1, b.shape[-1]), b_s) for a, a_s, b, b_s in pairs]
     if rows := _hopper_rows(m, n, groups, a.device):
-        _launch_hopper(rows, a, a_s, b.reshape(-1, k), b_s, c, offsets, outer=False)
+        _launch_hopper(rows, pairs, c, offsets, outer=False)
         return c
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return ((triton.cdiv(m, meta["BLOCK_M"]) + groups) * triton.cdiv(n, meta["BLOCK_N"]),)
 
+    operands = [(_descriptor(a), a_s, _descriptor(b), b_s) for a, a_s, b, b_s in pairs]
     _gemm_kernel[grid](
-        _descriptor(a), a_s, _descriptor(b.reshape(-1, k)), b_s, c, offsets, m, n, k, *a_s.stride(), *b_s.stride(),
-        _bucket(m // max(groups, 1)), B_IN_BLOCKS=b_s.shape[1] != n,
-        GROUPS=groups, GROUPS_POW2=triton.next_power_of_2(max(groups, 1)),
+        *operands[0], *operands[-1],
+        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), *_second_strides(pairs), _bucket(m // max(groups, 1)),
+        PAIRS=len(pairs), B_IN_BLOCKS=b_s.shape[1] != n, GROUPS=groups,
+        GROUPS_POW2=triton.next_power_of_2(max(groups, 1)),
     )  # fmt: skip
     return c
 
 
+def _second_strides(pairs: list[Operands]) -> tuple[int, int, int]:
+    """K of the last pair, and the strides of its scales that depend on it; the other strides are the first pair's."""
+    (_, a_s, _, b_s), (a2, a2_s, _, b2_s) = pairs[0], pairs[-1]
+    if (a2_s.stride(1), *b2_s.stride()[1:]) != (a_s.stride(1), *b_s.stride()[1:]):
+        raise ValueError("scales of products that are added must be laid out alike")
+    return a2.shape[1], a2_s.stride(0), b2_s.stride(0)
+
+
 def _bucket(rows: int) -> int:
-    """Row counts that share a choice of tiles."""
+    """The key under which autotuning keeps its choice for a number of rows."""
     return min(max(triton.next_power_of_2(max(rows, 1)), 16), 4096)
 
 
@@ -323,7 +440,7 @@ def _grouped_outer_kernel(
 ):  # fmt: skip
     """c[e] (N, K) = a[:, group e] · b[:, group e]ᵀ for a (N, rows) and b (K, rows).
 
-    Program (i, e) makes BLOCK_M×BLOCK_N of c[e], in steps of 128 rows that begin at multiples of 128, as the scales do:
+    Program (i, e) computes BLOCK_M×BLOCK_N of c[e], in steps of 128 rows from multiples of 128 on, as the scales have:
     the first and the last step may reach into a neighbouring group, whose rows count as zero in `a`. Bound by the
     tensor cores with many rows per group, by writing c with few.
     """
@@ -359,7 +476,7 @@ def grouped_outer(
     n, k, e = len(a), len(b), len(offsets)
     c = torch.empty(e, n, k, dtype=dtype, device=a.device)
     if rows := _hopper_rows(n * e, k, e, a.device):
-        _launch_hopper(rows, a, a_s, b, b_s.unsqueeze(0), c, offsets, outer=True)
+        _launch_hopper(rows, [(a, a_s, b, b_s.unsqueeze(0))], c, offsets, outer=True)
         return c
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
@@ -389,8 +506,8 @@ BAND = gl.constexpr(16)  # tiles of rows
 
 
 @gluon.jit
-def _group(offsets_ptr, e, M, K, GROUPED: gl.constexpr, OUTER: gl.constexpr):
-    """Where in M, and where in K, group e begins and ends."""
+def _group_bounds(offsets_ptr, e, M, K, GROUPED: gl.constexpr, OUTER: gl.constexpr):
+    """The range of group e along M and along K."""
     if GROUPED:
         begin = gl.load(offsets_ptr + e - 1, mask=e > 0, other=0)
         end = gl.load(offsets_ptr + e)
@@ -403,63 +520,84 @@ def _group(offsets_ptr, e, M, K, GROUPED: gl.constexpr, OUTER: gl.constexpr):
 
 
 @gluon.jit
-def _corner(tile, n_tiles_m, n_tiles_n):
-    """Row and column of a tile, in tiles; they are numbered in bands, whose operands stay in the L2 cache."""
+def _tile_coordinates(tile, n_tiles_m, n_tiles_n):
+    """Row and column of a tile, in tiles; tiles are numbered in bands, whose operands stay in the L2 cache."""
     band, rest = tile // (BAND * n_tiles_n), tile % (BAND * n_tiles_n)
     band_rows = gl.minimum(n_tiles_m - band * BAND, BAND)
     return band * BAND + rest % band_rows, rest // band_rows
 
 
 @gluon.jit
-def _steps(k_begin, k_end):
-    """Steps of 128 along K that a group takes part in: the first, and the one after the last."""
+def _k_steps(k_begin, k_end):
+    """The range of steps of 128 along K that cover a group: first, and one past the last."""
     return k_begin // 128, gl.where(k_end > k_begin, gl.cdiv(k_end, 128), 0)
 
 
 @gluon.jit
-def _load_tiles(
+def _load_tile(
     a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k, ring,
-    offsets_ptr, M, N, K, GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
+    row, tile_n, e, M, N, first, last, step, B_IN_BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    """The one warp that loads: as long as there is room in the ring, operands by TMA and scales by itself."""
+    """Loads what one tile needs in steps `first` to `last` along K; returns the next step of the ring."""
     a_ring, b_ring, as_ring, bs_ring, full, empty = ring
     STAGES: gl.constexpr = a_ring.type.shape[0]
     BLOCK_M: gl.constexpr = a_ring.type.shape[1]
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    col = tile_n * 128
+    # rows beyond the last one get its scale, and are not stored
+    m = gl.minimum(gl.arange(0, BLOCK_M, flat), M - 1 - row)
+    a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
+    if B_IN_BLOCKS:  # a tile is as wide as a block: one scale for all of it
+        b_s_at = bs_ptr + e.to(gl.int64) * bs_stride_e + tile_n * bs_stride_n
+        b_row = e * N + col
+    else:
+        n = gl.minimum(gl.arange(0, 128, flat), N - 1 - col)
+        b_s_at = bs_ptr + col.to(gl.int64) * bs_stride_n + n * bs_stride_n
+        b_row = col
+    for i in range(first, last):
+        stage = step % STAGES
+        a_s, b_s = gl.load(a_s_at + i * as_stride_k), gl.load(b_s_at + i * bs_stride_k)
+        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(full.index(stage), (BLOCK_M + 128) * 128)
+        _tma_load(a_desc, [row, i * 128], full.index(stage), a_ring.index(stage))
+        _tma_load(b_desc, [b_row, i * 128], full.index(stage), b_ring.index(stage))
+        if B_IN_BLOCKS:
+            as_ring.index(stage).store(a_s * b_s)
+        else:
+            as_ring.index(stage).store(a_s)
+            bs_ring.index(stage).store(b_s)
+        mbarrier.arrive(full.index(stage), count=1)
+        step += 1
+    return step
+
+
+@gluon.jit
+def _load_tiles(
+    a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k,
+    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, M, N, K,
+    PAIRS: gl.constexpr, GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads: while the ring has a free stage, operands by TMA and scales by plain loads."""
+    BLOCK_M: gl.constexpr = ring[0].type.shape[1]
     n_tiles_n = gl.cdiv(N, 128)
     tile = gl.program_id(0)
     step = 0
     for e in range(GROUPS):
-        m_begin, m_end, k_begin, k_end = _group(offsets_ptr, e, M, K, GROUPED, OUTER)
+        m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPED, OUTER)
         n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
-        first, last = _steps(k_begin, k_end)
+        first, last = _k_steps(k_begin, k_end)
         while tile < n_tiles_m * n_tiles_n:
-            tile_m, tile_n = _corner(tile, n_tiles_m, n_tiles_n)
-            row, col = m_begin + tile_m * BLOCK_M, tile_n * 128
-            # Beyond the last row, the last row's scale: what it belongs to is not stored.
-            m = gl.minimum(gl.arange(0, BLOCK_M, flat), M - 1 - row)
-            a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
-            if B_IN_BLOCKS:  # a tile is as wide as a block: one scale for all of it
-                b_s_at = bs_ptr + e.to(gl.int64) * bs_stride_e + tile_n * bs_stride_n  # type: ignore[attr-defined]
-                b_row = e * N + col
-            else:
-                n = gl.minimum(gl.arange(0, 128, flat), N - 1 - col)
-                b_s_at = bs_ptr + col.to(gl.int64) * bs_stride_n + n * bs_stride_n
-                b_row = col
-            for i in range(first, last):
-                stage = step % STAGES
-                a_s, b_s = gl.load(a_s_at + i * as_stride_k), gl.load(b_s_at + i * bs_stride_k)
-                mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-                mbarrier.expect(full.index(stage), (BLOCK_M + 128) * 128)
-                _tma_load(a_desc, [row, i * 128], full.index(stage), a_ring.index(stage))
-                _tma_load(b_desc, [b_row, i * 128], full.index(stage), b_ring.index(stage))
-                if B_IN_BLOCKS:
-                    as_ring.index(stage).store(a_s * b_s)
-                else:
-                    as_ring.index(stage).store(a_s)
-                    bs_ring.index(stage).store(b_s)
-                mbarrier.arrive(full.index(stage), count=1)
-                step += 1
+            tile_m, tile_n = _tile_coordinates(tile, n_tiles_m, n_tiles_n)
+            row = m_begin + tile_m * BLOCK_M
+            step = _load_tile(
+                a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k, ring,
+                row, tile_n, e, M, N, first, last, step, B_IN_BLOCKS,
+            )  # fmt: skip
+            if PAIRS == 2:
+                step = _load_tile(
+                    a2_desc, as2_ptr, as2_stride_m, as_stride_k, b2_desc, bs2_ptr, bs2_stride_e, bs_stride_n,
+                    bs_stride_k, ring, row, tile_n, e, M, N, 0, gl.cdiv(K2, 128), step, B_IN_BLOCKS,
+                )  # fmt: skip
             tile += gl.num_programs(0)
         tile -= n_tiles_m * n_tiles_n
 
@@ -477,8 +615,8 @@ def _add_scaled(acc, product, a_s, b_s, B_IN_BLOCKS: gl.constexpr):
 
 
 @gluon.jit
-def _keep_columns(a, k, k_begin, k_end):
-    """Zeroes what of 64×128 numbers in shared memory, which begin in column k, is another group's."""
+def _mask_columns(a, k, k_begin, k_end):
+    """Zeroes the columns of other groups in a 64×128 tile in shared memory whose first column is k."""
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     k += gl.arange(0, 128, gl.SliceLayout(0, layout))
     x = a.load(layout)
@@ -487,7 +625,7 @@ def _keep_columns(a, k, k_begin, k_end):
 
 @gluon.jit
 def _store(c_ptr, acc, row, m_end, col, N):
-    """Writes 64×128 of c. Two bytes a number: first rearranged, so that each thread writes 16 bytes."""
+    """Writes a 64×128 tile of c; of 2-byte elements, rearranged first so that each thread writes 16 bytes."""
     if c_ptr.dtype.element_ty.primitive_bitwidth == 16:
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     else:
@@ -500,12 +638,13 @@ def _store(c_ptr, acc, row, m_end, col, N):
 
 @gluon.jit
 def _multiply_tiles(
-    c_ptr, ring, offsets_ptr, M, N, K, HALF: gl.constexpr,
+    c_ptr, ring, offsets_ptr, M, N, K, K2, HALF: gl.constexpr, PAIRS: gl.constexpr,
     GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps that multiply the upper or lower half of each tile, and scale, add up and store it.
+    """Four warps that multiply the upper or lower half of each tile, and scale, accumulate and store it.
 
-    With 256 rows a tile, theirs are two of 64×128: 128 registers a thread to add up in, and 64 that both products use.
+    With 256 rows a tile, their half is two products of 64×128: 128 registers a thread for accumulators, and 64 that
+    both products use.
     """
     a_ring, b_ring, as_ring, bs_ring, full, empty = ring
     STAGES: gl.constexpr = a_ring.type.shape[0]
@@ -514,19 +653,21 @@ def _multiply_tiles(
     top: gl.constexpr = HALF * BLOCK_M // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
-    never = N < 0  # the compiler must not know: so each product goes where the last one was
+    never = N < 0  # false, but not to the compiler, which thus writes each product over the last one
     n_tiles_n = gl.cdiv(N, 128)
     tile = gl.program_id(0)
     step = 0
     for e in range(GROUPS):
-        m_begin, m_end, k_begin, k_end = _group(offsets_ptr, e, M, K, GROUPED, OUTER)
+        m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPED, OUTER)
         n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
-        first, last = _steps(k_begin, k_end)
+        first, last = _k_steps(k_begin, k_end)
+        if PAIRS == 2:  # never OUTER, so the first step is 0
+            last += gl.cdiv(K2, 128)
         c = c_ptr
         if OUTER:
             c += e.to(gl.int64) * M * N  # type: ignore[attr-defined]
         while tile < n_tiles_m * n_tiles_n:
-            tile_m, tile_n = _corner(tile, n_tiles_m, n_tiles_n)
+            tile_m, tile_n = _tile_coordinates(tile, n_tiles_m, n_tiles_n)
             product = gl.zeros([64, 128], gl.float32, layout)
             acc0, acc1 = product, product
             for i in range(first, last):
@@ -535,9 +676,9 @@ def _multiply_tiles(
                 a_s, b_s = as_ring.index(stage), bs_ring.index(stage)
                 mbarrier.wait(full.index(stage), step // STAGES & 1)
                 if OUTER and ((i * 128 < k_begin) | (i * 128 + 128 > k_end)):
-                    _keep_columns(a.slice(top, 64), i * 128, k_begin, k_end)
+                    _mask_columns(a.slice(top, 64), i * 128, k_begin, k_end)
                     if TWO:
-                        _keep_columns(a.slice(top + 64, 64), i * 128, k_begin, k_end)
+                        _mask_columns(a.slice(top + 64, 64), i * 128, k_begin, k_end)
                     fence_async_shared()
                 product = warpgroup_mma(a.slice(top, 64), b, product, use_acc=never, is_async=True)
                 a_s0 = a_s.slice(top, 64).load(rows)
@@ -561,14 +702,15 @@ def _multiply_tiles(
 
 @gluon.jit
 def _hopper_kernel(
-    a_desc, as_ptr, b_desc, bs_ptr, c_ptr, offsets_ptr, M, N, K,
-    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k,
+    a_desc, as_ptr, b_desc, bs_ptr, a2_desc, as2_ptr, b2_desc, bs2_ptr, c_ptr, offsets_ptr, M, N, K,
+    as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, K2, as2_stride_m, bs2_stride_e,
+    PAIRS: gl.constexpr,
     GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """All three products: `_gemm_kernel`'s, and with OUTER `_grouped_outer_kernel`'s, in tiles of BLOCK_M×128.
 
-    A persistent program on each multiprocessor makes every P-th tile, of P programs. One warp fills a ring of STAGES in
+    A persistent program on each SM computes every P-th tile, of P programs. One warp fills a ring of STAGES in
     shared memory, each of them a step of 128 along K: (BLOCK_M + 128)·128 bytes of operands, and their scales. Two
     groups of four warps empty it, each for one half of the tile's rows, without waiting for each other: so the tensor
     cores multiply for one while the other scales, or stores its tile. A stage is full when its bytes have been counted
@@ -589,13 +731,14 @@ def _hopper_kernel(
     ring = a_ring, b_ring, as_ring, bs_ring, full, empty
     gl.warp_specialize(
         [
-            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, 0, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
-            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, 1, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
+            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, K2, 0, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
+            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, K2, 1, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
             (
                 _load_tiles,
                 (
                     a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k,
-                    ring, offsets_ptr, M, N, K, GROUPS, GROUPED, OUTER, B_IN_BLOCKS,
+                    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, M, N, K,
+                    PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS,
                 ),
             ),
         ],
@@ -605,8 +748,8 @@ def _hopper_kernel(
 
 
 @cache
-def _hopper_processors(device: torch.device) -> int:
-    """How many multiprocessors a Hopper GPU has; 0 for other devices."""
+def _hopper_sms(device: torch.device) -> int:
+    """How many SMs a Hopper GPU has; 0 for other devices."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -617,7 +760,7 @@ def _hopper_rows(m: int, n: int, groups: int, device: torch.device) -> int:
 
     A tile of 128 rows takes somewhat more than half the time of one of 256.
     """
-    processors, groups = _hopper_processors(device), max(groups, 1)
+    processors, groups = _hopper_sms(device), max(groups, 1)
     if not processors or m // groups < 128:
         return 0
     columns = (n + 127) // 128 * groups
@@ -628,14 +771,19 @@ def _hopper_rows(m: int, n: int, groups: int, device: torch.device) -> int:
 
 
 def _launch_hopper(
-    rows: int, a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, c: torch.Tensor,
-    offsets: torch.Tensor | None, outer: bool,
-) -> None:  # fmt: skip
+    rows: int, pairs: list[Operands], c: torch.Tensor, offsets: torch.Tensor | None, outer: bool
+) -> None:
+    """Runs `_hopper_kernel` with tiles of `rows` rows on one or two pairs of operands; every b is (E·N, K)."""
+    a, a_s, _, b_s = pairs[0]
     m, k, n = *a.shape, c.shape[-1]
-    _hopper_kernel[(_hopper_processors(a.device),)](
-        HopperDescriptor.from_tensor(_copyable(a), [rows, 128], OPERAND), a_s,
-        HopperDescriptor.from_tensor(_copyable(b), [128, 128], OPERAND), b_s,
-        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(),
+
+    def descriptor(q: torch.Tensor, tile_rows: int) -> HopperDescriptor:
+        return HopperDescriptor.from_tensor(_tma_aligned(q), [tile_rows, 128], OPERAND)
+
+    operands = [(descriptor(a, rows), a_s, descriptor(b, 128), b_s) for a, a_s, b, b_s in pairs]
+    _hopper_kernel[(_hopper_sms(a.device),)](
+        *operands[0], *operands[-1],
+        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), *_second_strides(pairs), PAIRS=len(pairs),
         GROUPS=1 if offsets is None else len(offsets), GROUPED=offsets is not None, OUTER=outer,
         B_IN_BLOCKS=b_s.shape[1] != n, BLOCK_M=rows, STAGES=4 if rows == 256 else 6, num_warps=4, maxnreg=168,
     )  # fmt: skip

@@ -1,11 +1,12 @@
-"""Fused kernels for CUDA GPUs, in Triton: what lies between a model's products, and Muon.
+"""Fused kernels for CUDA GPUs, in Triton: the operations between a model's matrix products, and Muon.
 
-Outside of the matrix products a step moves bytes. Done one operation at a time, a tensor of the residual stream is read
-and written some ten times a layer; each kernel here reads what it needs once and writes what others need once, forward
-and backward, and computes in float32 in between. So they are bound by memory, unless one says otherwise.
+Outside of the matrix products a step moves bytes. One operation at a time, a tensor of the residual stream is read and
+written some ten times a layer; each kernel here reads its inputs and writes its outputs once, forward and backward, and
+computes in float32 in between. So they are bound by memory, unless a docstring names another bound.
 
-The functions equal the plain torch of `model.py` and `optim.py`, their only callers, up to rounding. None of them waits
-for the GPU, so that a step can be recorded as a CUDA graph.
+The functions equal the plain torch of their callers up to rounding. None of them synchronises, so a step can be
+captured as a CUDA graph. Those that quantise do it with `kernel.store_quantized`, bit for bit as a quantiser would that
+reads their result in the dtype of their inputs.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernel import Quantized, empty_quantized, gather_quant, store_quantized
+
 SILU, GELU, RELU2 = 0, 1, 2
 ACTIVATIONS = {"silu": SILU, "gelu": GELU, "relu2": RELU2}
 
@@ -26,7 +29,10 @@ def _rms_norm_kernel(
     x_ptr, update_ptr, w_ptr, sum_ptr, y_ptr, r_ptr, N, D, stride, eps,
     UPDATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y = (x + update) / rms(x + update) · w for ROWS rows of D; reads x, update and w, writes the sum, y and 1/rms."""
+    """y = (x + update) / rms(x + update) · w for N rows of D.
+
+    A program takes ROWS complete rows. Reads x, update and w, writes the sum, y and 1/rms.
+    """
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     inside = (n < N)[:, None] & (d < D)[None, :]
@@ -34,7 +40,7 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + n[:, None] * stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
     if UPDATE:
         x += tl.load(update_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)  # what the backward pass will read
+        x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)  # rounded as the backward pass reads it
         tl.store(sum_ptr + at, x, mask=inside)
     r = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
     w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -43,13 +49,55 @@ def _rms_norm_kernel(
 
 
 @triton.jit
+def _rms_norm_quant_kernel(
+    x_ptr, update_ptr, w_ptr, sum_ptr, y_ptr, r_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, N, D, stride, eps,
+    UPDATE: tl.constexpr, VALUES: tl.constexpr, UE8M0: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`_rms_norm_kernel`, with y quantised by `store_quantized`, and with VALUES written as well.
+
+    A program takes ROWS rows in tiles of 128 columns, twice: for the mean square, then for y. The second time, rows of
+    some thousand elements come from the L2 cache. Reads x and update, and writes the sum, and y in FP8 twice: 8 bytes
+    an element in bfloat16, 4 without an update. A norm and a quantiser after it are 12 and 8. Bound by memory.
+    """
+    n_start = tl.program_id(0).to(tl.int64) * ROWS
+    n, d = tl.arange(0, ROWS), tl.arange(0, 128)
+    n_inside = n < N - n_start
+    x_ptr += n_start * stride
+    update_ptr += n_start * D
+    sum_ptr += n_start * D
+    square = tl.zeros([ROWS, 128], tl.float32)
+    for start in range(0, D, 128):
+        inside = n_inside[:, None] & (d < D - start)[None, :]
+        at = n[:, None] * D + start + d[None, :]
+        x = tl.load(x_ptr + n[:, None] * stride + start + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        if UPDATE:
+            x += tl.load(update_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
+            tl.store(sum_ptr + at, x, mask=inside)
+        square += x * x
+    r = tl.rsqrt(tl.sum(square, axis=1) / D + eps)
+    tl.store(r_ptr + n_start + n, r, mask=n_inside)
+    if UPDATE:
+        tl.debug_barrier()  # the sums are read by other threads than those that wrote them
+        x_ptr, stride = sum_ptr, D
+    for start in range(0, D, 128):
+        inside = n_inside[:, None] & (d < D - start)[None, :]
+        x = tl.load(x_ptr + n[:, None] * stride + start + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + start + d, mask=d < D - start, other=0.0).to(tl.float32)
+        y = (x * r[:, None] * w[None, :]).to(sum_ptr.dtype.element_ty)
+        if VALUES:
+            tl.store(y_ptr + n_start * D + n[:, None] * D + start + d[None, :], y, mask=inside)
+        store_quantized(y, n_start, tl.cast(start, tl.int64), N, D, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, BOTH, ROWS)
+
+
+@triton.jit
 def _rms_norm_backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, N, D, stride,
     RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx = r·(w·dy - x̂·mean(w·dy·x̂)) + dsum, and each program's share of dw; reads dy, dsum, x, w, r, writes dx.
+    """dx = r·(w·dy - x̂·mean(w·dy·x̂)) + dsum, and a partial dw per program; reads dy, dsum, x, w, r, writes dx.
 
-    Programs are few and go through many tiles of ROWS rows, so that what is left to add up of dw is small.
+    Programs are few and each loops over many tiles of ROWS rows, so that few partial sums of dw are left to add.
     """
     d = tl.arange(0, BLOCK_D)
     w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -71,48 +119,92 @@ def _rms_norm_backward_kernel(
 
 
 NORM_PROGRAMS, NORM_WARPS = 8, 4
+QUANT_WARPS = 8  # of kernels that quantise tiles of 128×128 both ways
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has; 1 for other devices, where kernels are interpreted."""
+def _sm_count(device: torch.device) -> int:
+    """How many SMs a GPU has; 1 for other devices, where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 class _RMSNorm(torch.autograd.Function):
+    """`add_rms_norm`."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor, eps: float) -> Any:
-        ctx.set_materialize_grads(False)
-        dim = x.shape[-1]
-        rows = _rows(x)
-        total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rows, update, total, r = _prepare_norm(ctx, x, update, w)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        r = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        dim = x.shape[-1]
         block, tile = _row_tile(dim)
         _rms_norm_kernel[(triton.cdiv(len(rows), tile),)](
-            rows, x if update is None else update.contiguous(), w, total, y, r, len(rows), dim, rows.stride(0), eps,
+            rows, x if update is None else update, w, total, y, r, len(rows), dim, rows.stride(0), eps,
             UPDATE=update is not None, ROWS=tile, BLOCK_D=block,
         )  # fmt: skip
-        ctx.save_for_backward(total, w, r)
-        ctx.updated = update is not None
         return x.view_as(x) if update is None else total, y
 
     @staticmethod
     def backward(ctx: Any, dsum: torch.Tensor | None, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        total, w, r = ctx.saved_tensors
-        if dy is None:
-            return dsum, dsum if ctx.updated else None, None, None
-        rows, dim = _rows(total), total.shape[-1]
-        block, tile = _row_tile(dim)
-        programs = min(triton.cdiv(len(rows), tile), NORM_PROGRAMS * _processors(dy.device))
-        dx = torch.empty(total.shape, dtype=total.dtype, device=dy.device)
-        dw = torch.empty(programs, dim, dtype=torch.float32, device=dy.device)
-        dy = dy.contiguous()
-        _rms_norm_backward_kernel[(programs,)](
-            dy, dy if dsum is None else dsum.contiguous(), rows, w, r, dx, dw, len(rows), dim, rows.stride(0),
-            RESIDUAL=dsum is not None, ROWS=tile, BLOCK_D=block, num_warps=NORM_WARPS,
+        return *_rms_norm_backward(ctx, dsum, dy), None
+
+
+class _QuantizedRMSNorm(torch.autograd.Function):
+    """`_RMSNorm`, and y quantised; unless `with_values`, y itself is a placeholder that only gradients pass through."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor, eps: float,
+        scale_fmt: str | None, both: bool, with_values: bool,
+    ) -> Any:  # fmt: skip
+        rows, update, total, r = _prepare_norm(ctx, x, update, w)
+        y = torch.empty_like(total) if with_values else placeholder(x.shape, x)
+        n, dim = rows.shape
+        quantized = empty_quantized(n, dim, x.device, both)
+        _rms_norm_quant_kernel[(triton.cdiv(n, 128),)](
+            rows, x if update is None else update, w, total, y, r, *quantized, n, dim, rows.stride(0), eps,
+            UPDATE=update is not None, VALUES=with_values, UE8M0=scale_fmt == "ue8m0", BOTH=both, ROWS=128,
+            num_warps=QUANT_WARPS,
         )  # fmt: skip
-        return dx, dx if ctx.updated else None, dw.sum(dim=0).to(w.dtype), None
+        ctx.mark_non_differentiable(*quantized[: 4 if both else 2])
+        return x.view_as(x) if update is None else total, y, *quantized
+
+    @staticmethod
+    def backward(ctx: Any, dsum: torch.Tensor | None, dy: torch.Tensor | None, *_: None) -> Any:
+        return *_rms_norm_backward(ctx, dsum, dy), None, None, None, None
+
+
+def _prepare_norm(ctx: Any, x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor) -> Any:
+    """Saves tensors for the backward pass; returns x as rows, the update contiguous, and the sum and 1/rms to fill."""
+    ctx.set_materialize_grads(False)
+    rows = _rows(x)
+    total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    r = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+    ctx.save_for_backward(total, w, r)
+    ctx.updated = update is not None
+    return rows, update if update is None else update.contiguous(), total, r
+
+
+def _rms_norm_backward(ctx: Any, dsum: torch.Tensor | None, dy: torch.Tensor | None) -> tuple[Any, Any, Any]:
+    """The gradients of x, the update and w."""
+    total, w, r = ctx.saved_tensors
+    if dy is None:
+        return dsum, dsum if ctx.updated else None, None
+    rows, dim = _rows(total), total.shape[-1]
+    block, tile = _row_tile(dim)
+    programs = min(triton.cdiv(len(rows), tile), NORM_PROGRAMS * _sm_count(dy.device))
+    dx = torch.empty(total.shape, dtype=total.dtype, device=dy.device)
+    dw = torch.empty(programs, dim, dtype=torch.float32, device=dy.device)
+    dy = dy.contiguous()
+    _rms_norm_backward_kernel[(programs,)](
+        dy, dy if dsum is None else dsum.contiguous(), rows, w, r, dx, dw, len(rows), dim, rows.stride(0),
+        RESIDUAL=dsum is not None, ROWS=tile, BLOCK_D=block, num_warps=NORM_WARPS,
+    )  # fmt: skip
+    return dx, dx if ctx.updated else None, dw.sum(dim=0).to(w.dtype)
+
+
+def placeholder(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """A tensor of a shape, and of the dtype and device of `like`, that holds a single NaN: to carry gradients."""
+    return torch.full((), float("nan"), dtype=like.dtype, device=like.device).expand(shape)
 
 
 def add_rms_norm(
@@ -122,6 +214,17 @@ def add_rms_norm(
     return _RMSNorm.apply(x, update, w, eps)
 
 
+def add_rms_norm_quant(
+    x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor, eps: float, scale_fmt: str | None,
+    both: bool, with_values: bool,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    """`add_rms_norm`, and the norm's rows as `fp8_ops.act_quant_both` (not `both`: `act_quant`) quantises them.
+
+    Returns the sum, the norm (`placeholder` unless `with_values`) and the four tensors of `kernel.empty_quantized`.
+    """
+    return _QuantizedRMSNorm.apply(x, update, w, eps, scale_fmt, both, with_values)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """(..., D) as (N, D) with a single stride between rows, which a slice of a wider matrix has too."""
     x = x.flatten(0, -2)
@@ -129,7 +232,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _row_tile(dim: int) -> tuple[int, int]:
-    """Width of a tile that holds whole rows, and how many of them: some 4,096 numbers."""
+    """Width and height of a tile of complete rows, some 4,096 elements."""
     block = triton.next_power_of_2(dim)
     return block, max(1, NORM_TILE // block)
 
@@ -163,10 +266,10 @@ def _glu_kernel(
     gate_ptr, up_ptr, dy_ptr, y_ptr, dgate_ptr, dup_ptr, N, D, stride,
     BACKWARD: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """y = act(gate) · up, or with BACKWARD the gradients of both, for ROWS×COLS numbers of N rows of D.
+    """y = act(gate) · up, or with BACKWARD the gradients of both, for a tile of ROWS×COLS of N rows of D.
 
-    Reads gate and up, which lie `stride` apart from row to row as do their gradients, and writes y; or reads dy too and
-    writes both gradients.
+    Rows of gate and up, and of their gradients, are `stride` apart. Reads gate and up and writes y: 6 bytes an element
+    in bfloat16. BACKWARD reads dy as well and writes both gradients: 10 bytes.
     """
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -184,46 +287,113 @@ def _glu_kernel(
 
 
 class _GLU(torch.autograd.Function):
+    """`glu`, with the number of its activation."""
+
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, act: int) -> torch.Tensor:
-        inputs = [gate.contiguous()] if up is None else [gate.contiguous(), up.contiguous()]
-        ctx.save_for_backward(*inputs)
+    def forward(ctx: Any, gate_up: torch.Tensor, act: int) -> torch.Tensor:
+        gate_up = gate_up.contiguous()
+        ctx.save_for_backward(gate_up)
         ctx.act = act
-        y = torch.empty(*gate.shape[:-1], gate.shape[-1] // (3 - len(inputs)), dtype=gate.dtype, device=gate.device)
-        _launch_glu(inputs, y, inputs, y, act, backward=False)
+        y = torch.empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2, dtype=gate_up.dtype, device=gate_up.device)
+        _launch_glu(gate_up, y, gate_up, y, act, backward=False)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ctx.saved_tensors]
-        dy = dy.contiguous()
-        _launch_glu(ctx.saved_tensors, dy, grads, dy, ctx.act, backward=True)
-        return *(grads if len(grads) == 2 else (*grads, None)), None
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        grad, dy = torch.empty_like(gate_up), dy.contiguous()
+        _launch_glu(gate_up, dy, grad, dy, ctx.act, backward=True)
+        return grad, None
 
 
 def _launch_glu(
-    inputs: Sequence[torch.Tensor], dy: torch.Tensor, grads: Sequence[torch.Tensor], y: torch.Tensor, act: int,
-    backward: bool,
-) -> None:  # fmt: skip
-    """Runs `_glu_kernel` on gate and up, or on one tensor with gate and up side by side."""
-    dim, stride = y.shape[-1], inputs[0].shape[-1]
-    (gate, up), (dgate, dup) = (
-        pair if len(pair) == 2 else (pair[0], pair[0].view(-1)[dim:]) for pair in (inputs, grads)
-    )
+    gate_up: torch.Tensor, dy: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, act: int, backward: bool
+) -> None:
+    """Runs `_glu_kernel`, which fills y, or grad if `backward`."""
+    dim = y.shape[-1]
     n = y.numel() // dim
+    up, dup = (t.view(-1)[dim:] for t in (gate_up, grad))
     _glu_kernel[(triton.cdiv(n, 4), triton.cdiv(dim, 512))](
-        gate, up, dy, y, dgate, dup, n, dim, stride, BACKWARD=backward, ACT=act, ROWS=4, COLS=512
+        gate_up, up, dy, y, grad, dup, n, dim, 2 * dim, BACKWARD=backward, ACT=act, ROWS=4, COLS=512
     )
 
 
-def glu(gate: torch.Tensor, up: torch.Tensor | None, hidden_act: str) -> torch.Tensor:
-    """act(gate) · up, for two tensors (..., n), or for gate and up side by side in one (..., 2n)."""
-    return _GLU.apply(gate, up, ACTIVATIONS[hidden_act])
+def glu(gate_up: torch.Tensor, hidden_act: str) -> torch.Tensor:
+    """act(gate) · up for gate and up side by side in one tensor (..., 2n); returns (..., n)."""
+    return _GLU.apply(gate_up, ACTIVATIONS[hidden_act])
+
+
+@triton.jit
+def _glu_quant_kernel(
+    gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, q2_ptr, s2_ptr, qt2_ptr, st2_ptr, N, D,
+    BACKWARD: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, UE8M0: tl.constexpr, BOTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """`_glu_kernel` for a tile of ROWS×128 of contiguous matrices (N, D), with results quantised by `store_quantized`.
+
+    With LIMIT, rows from `limit` on count as zeros. Reads gate and up and writes y in FP8 twice: 6 bytes an element in
+    bfloat16, where `_glu_kernel` and a quantiser are 10. BACKWARD reads dy as well and writes both gradients twice: 10
+    bytes instead of 18. Bound by memory.
+    """
+    n_start, d_start = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * 128
+    n, d = tl.arange(0, ROWS), tl.arange(0, 128)
+    n_inside = n < N - n_start
+    if LIMIT:
+        n_inside &= n_start + n < tl.load(limit_ptr)
+    inside = n_inside[:, None] & (d < D - d_start)[None, :]
+    at = n_start * D + d_start + n[:, None] * D + d[None, :]
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y, slope = _act(gate, ACT)
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    if BACKWARD:
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dgate, dup = (dy * up * slope).to(dtype), (dy * y).to(dtype)
+        store_quantized(dgate, n_start, d_start, N, D, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, BOTH, ROWS)
+        store_quantized(dup, n_start, d_start, N, D, q2_ptr, s2_ptr, qt2_ptr, st2_ptr, UE8M0, BOTH, ROWS)
+    else:
+        store_quantized((y * up).to(dtype), n_start, d_start, N, D, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, BOTH, ROWS)
+
+
+def glu_quant(
+    gate: torch.Tensor, up: torch.Tensor, hidden_act: str, offsets: torch.Tensor | None, scale_fmt: str | None,
+    both: bool,
+) -> Quantized:  # fmt: skip
+    """act(gate) · up of matrices (N, D), quantised into `kernel.empty_quantized`.
+
+    Rows from `offsets[-1]` on, which no group of a grouped product wrote, count as zeros.
+    """
+    out = empty_quantized(len(gate), gate.shape[1], gate.device, both)
+    _launch_glu_quant(gate, up, None, offsets, out, out, hidden_act, scale_fmt, both)
+    return out
+
+
+def glu_backward_quant(
+    gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, hidden_act: str, offsets: torch.Tensor | None,
+    scale_fmt: str | None,
+) -> tuple[Quantized, Quantized]:  # fmt: skip
+    """The gradients of gate and up from that of `glu_quant`'s result, quantised both ways."""
+    dgate, dup = (empty_quantized(len(gate), gate.shape[1], gate.device, True) for _ in range(2))
+    _launch_glu_quant(gate, up, dy, offsets, dgate, dup, hidden_act, scale_fmt, True)
+    return dgate, dup
+
+
+def _launch_glu_quant(
+    gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor | None, offsets: torch.Tensor | None,
+    out: Quantized, out2: Quantized, hidden_act: str, scale_fmt: str | None, both: bool,
+) -> None:  # fmt: skip
+    """Runs `_glu_quant_kernel`, which fills `out`; with `dy` both, with the gradients of gate and up."""
+    (n, dim), rows = gate.shape, 128 if both else 32
+    _glu_quant_kernel[(triton.cdiv(n, rows), triton.cdiv(dim, 128))](
+        gate, up, dy, None if offsets is None else offsets[-1:], *out, *out2, n, dim, BACKWARD=dy is not None,
+        ACT=ACTIVATIONS[hidden_act], LIMIT=offsets is not None, UE8M0=scale_fmt == "ue8m0", BOTH=both, ROWS=rows,
+        num_warps=QUANT_WARPS if both else 4,
+    )  # fmt: skip
 
 
 @triton.jit
 def _rotate(first, second, cos, sin, BACKWARD: tl.constexpr):
-    """Turns pairs by their angles, or back."""
+    """Rotates pairs by their angles, or BACKWARD by the negative angles."""
     if BACKWARD:
         sin = -sin
     return first * cos - second * sin, second * cos + first * sin
@@ -234,9 +404,9 @@ def _rope_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr, N, S, H, NOPE, HALF, BACKWARD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """Rotates the last 2·HALF numbers of ROWS heads, of the N = B·S·H, and copies the NOPE before them.
+    """Rotates the last 2·HALF elements of ROWS heads, of N = B·S·H, and copies the NOPE before them.
 
-    Pairs lie side by side in x and in halves in y; BACKWARD, the other way round. Reads and writes each number once.
+    Pairs lie side by side in x and in halves in y; BACKWARD, the other way round. Reads and writes each element once.
     """
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     i, j, both = tl.arange(0, BLOCK_NOPE)[None, :], tl.arange(0, BLOCK_HALF)[None, :], tl.arange(0, 2 * BLOCK_HALF)
@@ -264,6 +434,8 @@ def _rope_kernel(
 
 
 class _Rope(torch.autograd.Function):
+    """`rope`; its gradient is the rotation back."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False) -> Any:
         bsz, seqlen, heads, width = x.shape
@@ -284,11 +456,12 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the last numbers of each head of x (B, S, H, d), as `model.apply_rotary_emb` does; cos is (S, 1, R/2)."""
+    """Rotates the last elements of each head of x (B, S, H, d), as `model.apply_rotary_emb`; cos is (S, 1, R/2)."""
     return _Rope.apply(x, cos, sin)
 
 
 def _head_tile(**sizes: int) -> dict[str, int]:
+    """BLOCK_NAME for each `name=size`: powers of two, which sizes of tiles must be."""
     return {f"BLOCK_{name.upper()}": triton.next_power_of_2(max(size, 1)) for name, size in sizes.items()}
 
 
@@ -297,9 +470,9 @@ def _keys_kernel(
     kv_ptr, pe_ptr, cos_ptr, sin_ptr, k_ptr, S, H, NOPE, HALF, V, pe_stride,
     BLOCK_H: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """The keys of one position: NOPE numbers of each head from kv (N, H, NOPE + V), then the rotated shared key.
+    """The keys of one position: NOPE elements of each head from kv (N, H, NOPE + V), then the rotated shared key.
 
-    Reads NOPE of NOPE + V numbers of kv and the shared key; writes the keys (N, H, NOPE + 2·HALF).
+    Reads NOPE of NOPE + V elements of kv and the shared key; writes the keys (N, H, NOPE + 2·HALF).
     """
     n = tl.program_id(0).to(tl.int64)
     h, i, j = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_NOPE)[None, :], tl.arange(0, BLOCK_HALF)[None, :]
@@ -322,7 +495,10 @@ def _keys_backward_kernel(
     dk_ptr, dv_ptr, cos_ptr, sin_ptr, dkv_ptr, dpe_ptr, S, H, NOPE, HALF, V,
     BLOCK_H: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of `_keys_kernel`, that of the values put between those of the keys; reads and writes all once."""
+    """The gradients of `_keys_kernel` at one position, with those of the values between those of the keys.
+
+    Reads and writes each element once.
+    """
     n = tl.program_id(0).to(tl.int64)
     h, i, j = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_NOPE)[None, :], tl.arange(0, BLOCK_HALF)[None, :]
     v = tl.arange(0, BLOCK_V)[None, :]
@@ -344,6 +520,8 @@ def _keys_backward_kernel(
 
 
 class _KeysAndValues(torch.autograd.Function):
+    """`keys_and_values`; the values are a view of the input."""
+
     @staticmethod
     def forward(
         ctx: Any, kv: torch.Tensor, k_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, nope: int
@@ -381,9 +559,9 @@ def _route_kernel(
     scores_ptr, bias_ptr, indices_ptr, N, E, BIAS: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr,
     TOPK: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The TOPK experts of ROWS positions, from the TOPK_GROUPS best groups; as `model.Gate` chooses them.
+    """The TOPK experts of ROWS positions, from the TOPK_GROUPS best groups; as `model.Gate.choose`.
 
-    A tile is (ROWS, BLOCK_G groups, BLOCK_E experts of a group); reads the scores once, writes the indices.
+    A program's tile is (ROWS, BLOCK_G groups, BLOCK_E experts of a group). Reads the scores once, writes the indices.
     """
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     g, i = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_E)
@@ -399,12 +577,12 @@ def _route_kernel(
         if BIAS:  # the best two of a group rank it
             best = tl.argmax(x, axis=2, tie_break_left=True)
             rank += tl.max(tl.where(i[None, None, :] == best[:, :, None], float("-inf"), x), axis=2)
-        open_ = tl.zeros([ROWS, BLOCK_G], tl.int32)
+        allowed = tl.zeros([ROWS, BLOCK_G], tl.int32)
         for _ in tl.static_range(TOPK_GROUPS):
             chosen = g[None, :] == tl.argmax(rank, axis=1, tie_break_left=True)[:, None]
-            open_ = tl.where(chosen, 1, open_)
+            allowed = tl.where(chosen, 1, allowed)
             rank = tl.where(chosen, float("-inf"), rank)
-        x = tl.where((open_ > 0)[:, :, None], x, float("-inf"))
+        x = tl.where((allowed > 0)[:, :, None], x, float("-inf"))
     x = tl.reshape(x, [ROWS, BLOCK_G * BLOCK_E])
     slot = tl.arange(0, BLOCK_G * BLOCK_E)
     for k in tl.static_range(TOPK):
@@ -427,9 +605,15 @@ def route(scores: torch.Tensor, bias: torch.Tensor | None, groups: int, topk_gro
 
 
 @triton.jit
-def _count_kernel(experts_ptr, counts_ptr, before_ptr, places_ptr, n, blocks, PLACE: tl.constexpr,
-                  SIZE: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
-    """A stable counting sort in two runs: how often each expert comes in SIZE choices, then where each choice goes."""
+def _count_kernel(
+    experts_ptr, counts_ptr, before_ptr, places_ptr, rows_ptr, n, blocks,
+    PLACE: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """A stable counting sort of n choices in two launches: of SIZE choices a program counts those of each expert.
+
+    With PLACE, it computes each choice's place from the counts before it, and writes there which row the choice is of,
+    with K choices a row. Reads 8 bytes a choice and writes 8. Bound by the launch: the rows to move are far larger.
+    """
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     e = tl.arange(0, BLOCK_E)
     expert = tl.load(experts_ptr + i, mask=i < n, other=BLOCK_E).to(tl.int32)
@@ -437,30 +621,36 @@ def _count_kernel(experts_ptr, counts_ptr, before_ptr, places_ptr, n, blocks, PL
     at = e * blocks + tl.program_id(0)
     if PLACE:
         place = tl.cumsum(chosen, axis=0) - 1 + tl.load(before_ptr + at)[None, :]
-        tl.store(places_ptr + i, tl.sum(tl.where(chosen > 0, place, 0), axis=1), mask=i < n)
+        place = tl.sum(tl.where(chosen > 0, place, 0), axis=1)
+        tl.store(places_ptr + i, place, mask=i < n)
+        tl.store(rows_ptr + place, i // K, mask=i < n)
     else:
         tl.store(counts_ptr + at, tl.sum(chosen, axis=0))
 
 
-def sort_by_expert(experts: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each choice stands when all are sorted by expert (int32, as `experts`), and where each one's rows end."""
+def sort_by_expert(experts: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sorts choices (N, K) by expert, stably; all results are int32.
+
+    Returns where each choice stands among the sorted ones (N, K), which row each of the sorted is for (N·K,), and where
+    each expert's end (n_experts,).
+    """
     flat = experts.flatten().contiguous()
     block_e = triton.next_power_of_2(n_experts)
     size = max(16, 8192 // block_e)
     blocks = triton.cdiv(flat.numel(), size)
     counts = torch.empty(block_e, blocks, dtype=torch.int32, device=flat.device)
-    places = torch.empty(flat.numel(), dtype=torch.int32, device=flat.device)
-    constants = {"SIZE": size, "BLOCK_E": block_e}
-    _count_kernel[(blocks,)](flat, counts, counts, places, flat.numel(), blocks, PLACE=False, **constants)
+    places, rows = (torch.empty(flat.numel(), dtype=torch.int32, device=flat.device) for _ in range(2))
+    constants = {"K": experts.shape[1], "SIZE": size, "BLOCK_E": block_e}
+    _count_kernel[(blocks,)](flat, counts, counts, places, rows, flat.numel(), blocks, PLACE=False, **constants)
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
     before = ends - counts.flatten()
-    _count_kernel[(blocks,)](flat, counts, before, places, flat.numel(), blocks, PLACE=True, **constants)
-    return places.view(experts.shape), ends.view(block_e, blocks)[:n_experts, -1].contiguous()
+    _count_kernel[(blocks,)](flat, counts, before, places, rows, flat.numel(), blocks, PLACE=True, **constants)
+    return places.view(experts.shape), rows, ends.view(block_e, blocks)[:n_experts, -1].contiguous()
 
 
 @triton.jit
 def _permute_kernel(x_ptr, places_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copies row n of x to its K places in y: reads x once, writes y."""
+    """Copies row n of x to its K places in y. Program n takes a row of D: reads it once, writes it K times."""
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + n * D + d, mask=d < D)
     for k in tl.static_range(K):
@@ -470,14 +660,21 @@ def _permute_kernel(x_ptr, places_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def _combine_kernel(
-    x_ptr, places_ptr, w_ptr, y_ptr, D, WEIGHTS: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr, places_ptr, w_ptr, limit_ptr, y_ptr, D,
+    WEIGHTS: tl.constexpr, LIMIT: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y[n] = the sum of the K rows of x that stand at its places, with WEIGHTS weighted: reads x once, writes y."""
+    """y[n] = the sum of the K rows of x at its places, with WEIGHTS weighted, with LIMIT of rows before `limit` alone.
+
+    Program n takes a row of D. Reads x once, writes y.
+    """
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     y = tl.zeros([BLOCK_D], tl.float32)
     for k in tl.static_range(K):
         place = tl.load(places_ptr + n * K + k).to(tl.int64)
-        x = tl.load(x_ptr + place * D + d, mask=d < D, other=0.0).to(tl.float32)
+        width = D
+        if LIMIT:
+            width = tl.where(place < tl.load(limit_ptr), D, 0)
+        x = tl.load(x_ptr + place * D + d, mask=d < width, other=0.0).to(tl.float32)
         if WEIGHTS:
             x *= tl.load(w_ptr + n * K + k)
         y += x
@@ -488,7 +685,10 @@ def _combine_kernel(
 def _combine_backward_kernel(
     dy_ptr, x_ptr, places_ptr, w_ptr, dx_ptr, dw_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """The gradients of `_combine_kernel`: dx at the K places of row n, and dw = x · dy; reads x and dy, writes dx."""
+    """The gradients of `_combine_kernel`: dx at the K places of row n, and dw = x · dy.
+
+    Program n takes a row of D. Reads x and dy once, writes dx.
+    """
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     dy = tl.load(dy_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
@@ -499,6 +699,8 @@ def _combine_backward_kernel(
 
 
 class _Permute(torch.autograd.Function):
+    """`permute`."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(places)
@@ -513,7 +715,29 @@ class _Permute(torch.autograd.Function):
         return _combine(dy.contiguous(), places, None), None
 
 
+class _QuantizedPermute(torch.autograd.Function):
+    """`_Permute` into FP8; the permuted rows themselves are a placeholder that only gradients pass through."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor,
+        scale_fmt: str | None, both: bool,
+    ) -> Any:  # fmt: skip
+        ctx.set_materialize_grads(False)  # no zeros for what is quantised
+        ctx.save_for_backward(places, limit)
+        quantized = gather_quant(x, rows, limit, scale_fmt, both)
+        ctx.mark_non_differentiable(*quantized[: 4 if both else 2])
+        return placeholder((len(rows), x.shape[1]), x), *quantized
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
+        places, limit = ctx.saved_tensors
+        return _combine(dy.contiguous(), places, None, limit), None, None, None, None, None
+
+
 class _Combine(torch.autograd.Function):
+    """`combine`."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         x, weights = x.contiguous(), weights.contiguous()
@@ -532,11 +756,14 @@ class _Combine(torch.autograd.Function):
         return dx, None, dw
 
 
-def _combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+def _combine(
+    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None, limit: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Runs `_combine_kernel`."""
     (n, k), dim = places.shape, x.shape[1]
     y = torch.empty(n, dim, dtype=x.dtype, device=x.device)
     _combine_kernel[(n,)](
-        x, places, x if weights is None else weights, y, dim, WEIGHTS=weights is not None, K=k,
+        x, places, weights, limit, y, dim, WEIGHTS=weights is not None, LIMIT=limit is not None, K=k,
         BLOCK_D=triton.next_power_of_2(dim),
     )  # fmt: skip
     return y
@@ -545,6 +772,16 @@ def _combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None
 def permute(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Copies each row of x (N, dim) to its `places` (N, k): (N·k, dim)."""
     return _Permute.apply(x, places)
+
+
+def permute_quant(
+    x: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor, scale_fmt: str | None, both: bool
+) -> tuple[torch.Tensor | None, ...]:
+    """`permute`, quantised: a `placeholder` for the rows (N·k, dim) and the four tensors of `kernel.empty_quantized`.
+
+    `places` and `rows` are `sort_by_expert`'s. Rows from `limit` on, int32 (1,), are zeros, and get no gradient.
+    """
+    return _QuantizedPermute.apply(x, places, rows, limit, scale_fmt, both)
 
 
 def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -560,12 +797,14 @@ def _symmetric_kernel(
     left_desc, right_desc, gram_ptr, scale_ptr, y_ptr, R, K, a, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = x xᵀ for matrices x (R, K), or with TALL xᵀ x of (K, R); with POLYNOMIAL, y = as·I + bs³·gram + cs⁵·x xᵀ.
+    """y = u vᵀ for matrices u, v (R, K), or with TALL uᵀ v of (K, R); with POLYNOMIAL, y = as·I + bs³·gram + cs⁵·u vᵀ.
 
-    The result is symmetric: a program makes a tile of BLOCK_M×BLOCK_N that reaches the lower triangle and writes it
-    twice, the second time transposed; the others leave. So little more than half of the products are made. A step of
-    BLOCK_K reads (BLOCK_M + BLOCK_N)·BLOCK_K numbers, by the copy engine, which puts zeros beyond a matrix, and
-    multiplies BLOCK_M·BLOCK_N·BLOCK_K times. Bound by the tensor cores. s is a matrix's `scale`.
+    u = v, or both are symmetric and commute.
+
+    The result is symmetric: a program computes a tile of BLOCK_M×BLOCK_N that touches the lower triangle and writes it
+    twice, the second time transposed; the other programs exit. So little more than half of the products are computed.
+    A step of BLOCK_K reads (BLOCK_M + BLOCK_N)·BLOCK_K elements by TMA, which loads zeros beyond a matrix, and does
+    BLOCK_M·BLOCK_N·BLOCK_K multiplications. Bound by the tensor cores. s is a matrix's `scale`.
     """
     row, col, e = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, tl.program_id(2)
     if col >= row + BLOCK_M:
@@ -594,14 +833,21 @@ def _symmetric_kernel(
 
 def _symmetric(
     x: torch.Tensor,
+    other: torch.Tensor | None = None,
     tall: bool = False,
     coefficients: tuple[float, float, float] | None = None,
     scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
+    """Products x xᵀ (n, R, R), with `tall` xᵀ x; or x · other of symmetric matrices that commute.
+
+    With `coefficients` a, b, c and `scale` s (n,), the polynomial as·I + bs³·x + cs⁵·x xᵀ of symmetric x.
+    """
     r, k = x.shape[1:][::-1] if tall else x.shape[1:]
-    y = torch.empty(len(x), r, r, dtype=x.dtype, device=x.device)
+    y = torch.empty(len(x), r, r, dtype=dtype or x.dtype, device=x.device)
     m, n, step = SYMMETRIC_TILE
-    left, right = (TensorDescriptor.from_tensor(x, [1, step, size] if tall else [1, size, step]) for size in (m, n))
+    sides = zip((x, x if other is None else other), (m, n), strict=True)
+    left, right = (TensorDescriptor.from_tensor(t, [1, step, size] if tall else [1, size, step]) for t, size in sides)
     _symmetric_kernel[(triton.cdiv(r, m), triton.cdiv(r, n), len(x))](
         left, right, x, y if scale is None else scale, y, r, k, *(coefficients or (0.0, 0.0, 0.0)),
         POLYNOMIAL=coefficients is not None, TALL=tall, BLOCK_M=m, BLOCK_N=n, BLOCK_K=step, **SYMMETRIC_LAUNCH,
@@ -609,23 +855,59 @@ def _symmetric(
     return y
 
 
-SYMMETRIC_TILE = 128, 256, 64  # rows, columns, and numbers along the sum
+SYMMETRIC_TILE = 128, 256, 64  # rows, columns, and elements along the sum
 SYMMETRIC_LAUNCH = {"num_warps": 8, "num_stages": 4}
+
+
+# Ratio of a matrix's sides from which Muon iterates on its Gram matrix. With sides r and k ≥ r, five usual steps take
+# 15·r²·k + 5·r³ FLOPs, symmetric products counted half, and five on the Gram matrix 6·r²·k + 14·r³: equal at k = r.
+GRAM_RATIO = 1.5
 
 
 def newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
     """Normalises matrices x (n, rows, columns), then `steps` times x ← (a·I + b·x xᵀ + c·(x xᵀ)²) x.
 
-    The products are over the shorter side. Rows must be whole multiples of 16 bytes, both ways, for the copy engine.
+    The products are over the shorter side. TMA needs rows and columns of a multiple of 16 bytes.
     """
+    if max(x.shape[1:]) >= GRAM_RATIO * min(x.shape[1:]):
+        return _gram_newton_schulz(x, coefficients, steps)
     tall, scale = x.shape[1] > x.shape[2], None
     for _ in range(steps):
-        gram = _symmetric(x, tall)
-        if scale is None:  # the trace is the square of the norm: so x need not be divided by it
-            scale = gram.diagonal(dim1=1, dim2=2).sum(dim=1, dtype=torch.float32).sqrt().clamp(min=1e-7).reciprocal()
-        p = _symmetric(gram, False, coefficients, scale)
+        gram = _symmetric(x, tall=tall)
+        scale = _inverse_norm(gram) if scale is None else torch.ones_like(scale)
+        p = _symmetric(gram, coefficients=coefficients, scale=scale)
         x = torch.bmm(x, p) if tall else torch.bmm(p, x)
-        scale = torch.ones_like(scale)
+    return x
+
+
+def _inverse_norm(gram: torch.Tensor) -> torch.Tensor:
+    """1 / ‖x‖ of each x, float32 (n,), from x xᵀ: the trace is the square of the norm, so no pass over x is needed."""
+    return gram.diagonal(dim1=1, dim2=2).sum(dim=1, dtype=torch.float32).sqrt().clamp(min=1e-7).reciprocal()
+
+
+def _gram_newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """`newton_schulz` with few products of the long side.
+
+    A step multiplies x by p, a polynomial of its Gram matrix g. These are symmetric and commute, so the product q of
+    the steps' p is computed in r×r, and g follows as g ← p g p. There are two runs of steps, each from the Gram matrix
+    of its first x: in a single one, rounding errors of g grow until small singular values are lost. Matrices of r×r
+    are float16, in which no entry here overflows: with its three bits more than bfloat16, the result is nearer to the
+    exact iteration than the usual one's.
+    """
+    dtype = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
+    tall, scale = x.shape[1] > x.shape[2], None
+    for count in (steps - steps // 2, steps // 2):
+        g, q = _symmetric(x, tall=tall, dtype=torch.float32), None
+        scale = _inverse_norm(g) if scale is None else torch.ones_like(scale)
+        g = g.mul_(scale.square()[:, None, None]).to(dtype)
+        for i in range(count):
+            p = _symmetric(g, coefficients=coefficients, scale=torch.ones_like(scale))
+            q = p if q is None else _symmetric(q, p)
+            if i + 1 < count:
+                g = _symmetric(_symmetric(g, p), p)
+        if q is not None:
+            q = (q * scale[:, None, None]).to(x.dtype)
+            x = torch.bmm(x, q) if tall else torch.bmm(q, x)
     return x
 
 

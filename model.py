@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8_ops
+from fp8_ops import Activation
 
 attn_impl: Literal["naive", "absorb"] = "naive"  # how MLA attends; generate.py sets it for a step of decoding
 
@@ -301,7 +302,7 @@ class Linear(nn.Module):
         for name in fp8_ops.QuantizedWeight._fields:
             self.register_buffer(f"weight_{name}", None, persistent=False)
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Activation, offsets: torch.Tensor | None = None) -> torch.Tensor:
         return project(x, self, offsets=offsets)[0]
 
     def extra_repr(self) -> str:
@@ -318,9 +319,9 @@ class Linear(nn.Module):
         """Quantises the weight for the next products, in place of an earlier call's copy."""
         if self.scale is not None:  # it is stored in FP8
             return
-        for name, new in fp8_ops.quantize(self.weight, self.scale_fmt)._asdict().items():
-            old = getattr(self, f"weight_{name}")
-            setattr(self, f"weight_{name}", new if old is None else old.copy_(new))
+        out = None if self.weight_q is None else self.quantized()
+        for name, tensor in fp8_ops.quantize(self.weight, self.scale_fmt, out)._asdict().items():
+            setattr(self, f"weight_{name}", tensor)
 
     def quantized(self) -> fp8_ops.QuantizedWeight:
         """The weight for FP8 products: the copy of `quantize`, or as it is stored, or else quantised now."""
@@ -335,7 +336,7 @@ class Linear(nn.Module):
         return self.weight if self.scale is None else fp8_ops.weight_dequant(self.weight, self.scale, dtype=dtype)
 
 
-def project(x: torch.Tensor, *layers: Linear, offsets: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+def project(x: Activation, *layers: Linear, offsets: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     """Applies several layers, all in FP8 or none, to one input (..., in_features); returns (..., out_features) of each.
 
     `offsets` (matrices of a stack,) has the end of each one's rows in `x`; see `fp8_ops.linear`.
@@ -351,22 +352,26 @@ def project(x: torch.Tensor, *layers: Linear, offsets: torch.Tensor | None = Non
 def project_joined(x: torch.Tensor, *layers: Linear, offsets: torch.Tensor | None = None) -> torch.Tensor:
     """`project` as one product, not in FP8: the results lie side by side, (..., sum of out_features)."""
     weights = [layer.dense_weight(x.dtype) for layer in layers]
-    return fp8_ops.linear(x, fp8_ops.joined(weights, x.dtype), offsets)
+    return fp8_ops.linear(x, fp8_ops.concat_weights(weights, x.dtype), offsets)
 
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation over the last dimension, with a learned scale."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, readers: str = "plain", scale_fmt: str | None = None):
         super().__init__()
         self.eps = eps
+        self.readers = readers  # of the norm: only "fp8" layers, which may get it quantised, or "mixed" ones
+        self.scale_fmt = scale_fmt
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Activation:
         return self.add(x)[1]
 
-    def add(self, x: torch.Tensor, update: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, x: torch.Tensor, update: torch.Tensor | None = None) -> tuple[torch.Tensor, Activation]:
         """Returns `x + update` (`x` without one) and its norm: a residual stream needs both."""
+        if self.readers != "plain" and fp8_ops.fuses_fp8(x):
+            return fp8_ops.add_rms_norm(x, update, self.weight, self.eps, self.scale_fmt, self.readers == "mixed")
         if kernel := fp8_ops.activation_kernels(x):
             return kernel.add_rms_norm(x, update, self.weight, self.eps)
         x = x if update is None else x + update
@@ -429,14 +434,14 @@ class MLA(nn.Module):
             self.wq = Linear(args, args.dim, args.n_heads * self.qk_head_dim)
         else:
             self.wq_a = Linear(args, args.dim, args.q_lora_rank)
-            self.q_norm = RMSNorm(args.q_lora_rank, LATENT_NORM_EPS)
+            self.q_norm = RMSNorm(args.q_lora_rank, LATENT_NORM_EPS, "fp8", args.scale_fmt)
             self.wq_b = Linear(args, args.q_lora_rank, args.n_heads * self.qk_head_dim)
         if args.kv_lora_rank == 0:
             self.wk = Linear(args, args.dim, args.n_heads * self.qk_head_dim)
             self.wv = Linear(args, args.dim, args.n_heads * args.v_head_dim)
         else:
             self.wkv_a = Linear(args, args.dim, args.kv_lora_rank + args.qk_rope_head_dim)
-            self.kv_norm = RMSNorm(args.kv_lora_rank, LATENT_NORM_EPS)
+            self.kv_norm = RMSNorm(args.kv_lora_rank, LATENT_NORM_EPS, "mixed", args.scale_fmt)
             self.wkv_b = Linear(args, args.kv_lora_rank, args.n_heads * (args.qk_nope_head_dim + args.v_head_dim))
         self.wo = Linear(args, args.n_heads * args.v_head_dim, args.dim)
         self.softmax_scale = self.qk_head_dim**-0.5
@@ -444,7 +449,7 @@ class MLA(nn.Module):
             mscale = 0.1 * args.mscale * math.log(args.rope_factor) + 1.0
             self.softmax_scale *= mscale * mscale
 
-    def forward(self, x: torch.Tensor, positions: Positions, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, x: Activation, positions: Positions, cache: KVCache | None) -> torch.Tensor:
         angles = positions.cos, positions.sin
         wq = self.wq_a if self.q_lora_rank else self.wq  # in one `project` with the others: they read the same x
         if self.kv_lora_rank == 0:  # ordinary multi-head attention
@@ -458,7 +463,7 @@ class MLA(nn.Module):
         kv = self.kv_norm(kv)  # (B, S, C)
         if attn_impl == "absorb":
             k_pe = apply_rotary_emb(k_pe.unsqueeze(2), *angles)  # (B, S, 1, R), for all heads
-            return self.wo(self._attend_absorbed(q, kv, k_pe, positions, cache).flatten(2))
+            return self.wo(self._attend_absorbed(q, fp8_ops.values_of(kv), k_pe, positions, cache).flatten(2))
         kv = self.wkv_b(kv).unflatten(-1, (self.n_heads, -1))  # (B, S, H, qk_nope_head_dim + v_head_dim)
         if positions.cos.ndim == 3 and (kernel := fp8_ops.activation_kernels(kv)):
             k, v = kernel.keys_and_values(kv, k_pe, *angles, self.qk_nope_head_dim)
@@ -514,12 +519,7 @@ class MLA(nn.Module):
         """Softmax attention of `q` (B, S, H, d) over `k` and `v` (B, T, H, ...), and over what `cache` holds."""
         if cache is not None:
             k, v = (t.to(q.dtype) for t in cache.update(self.layer_id, positions.index, k, v))
-        is_causal = positions.mask is None and q.shape[1] == k.shape[1] > 1  # else one query, which attends to all
-        if is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16:  # where torch's backward is slow
-            return fp8_ops.attend_in_products(q, k, v, self.softmax_scale)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, positions.mask, is_causal=is_causal, scale=self.softmax_scale)
-        return out.transpose(1, 2)
+        return fp8_ops.attention(q, k, v, positions.mask, self.softmax_scale)
 
 
 class MLP(nn.Module):
@@ -534,21 +534,21 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[args.hidden_act]
 
     def forward(
-        self, x: torch.Tensor, offsets: torch.Tensor | None = None, is_here: torch.Tensor | None = None
+        self, x: Activation, offsets: torch.Tensor | None = None, is_here: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Maps (..., dim) to (..., dim).
-
-        For stacks, `offsets` is that of `project`, and `is_here` (N, 1) is False in the rows after the last of these.
-        """
-        kernel = fp8_ops.activation_kernels(x)
-        if kernel and fp8_ops.gemm_impl != "fp8":
+        """(..., dim) to the same; of a stack, `offsets` is `project`'s, `is_here` (N, 1) False in rows after the last."""
+        if fp8_ops.fuses_fp8(x):
+            layers = self.w1, self.w2, self.w3
+            weights, quantized = [layer.weight for layer in layers], [layer.quantized() for layer in layers]
+            return fp8_ops.fp8_mlp(x, weights, quantized, self.hidden_act, offsets, self.w1.scale_fmt)
+        if (kernel := fp8_ops.activation_kernels(x)) and fp8_ops.gemm_impl != "fp8":
             gate_up = project_joined(x, self.w1, self.w3, offsets=offsets)  # (N, 2·inter_dim)
             gate_up = gate_up if is_here is None else gate_up.where(is_here, 0)
-            return self.w2(kernel.glu(gate_up, None, self.hidden_act), offsets)
+            return self.w2(kernel.glu(gate_up, self.hidden_act), offsets)
         gate, up = project(x, self.w1, self.w3, offsets=offsets)
         if is_here is not None:
             gate, up = gate.where(is_here, 0), up.where(is_here, 0)
-        return self.w2(kernel.glu(gate, up, self.hidden_act) if kernel else self.act(gate) * up, offsets)
+        return self.w2(self.act(gate) * up, offsets)
 
 
 class Gate(nn.Module):
@@ -615,13 +615,12 @@ class Experts(MLP):
         here = len(self.w1.weight)
         choices = (indices - self.first_expert) % self.n_experts  # this process's experts come first
         # (N·K, dim), where each choice stands there (N, K), and where each expert's rows end (E,)
-        rows, places, ends = fp8_ops.sort_by_expert(x, choices, self.n_experts)
-        offsets = ends[:here]
-        if here == self.n_experts:
-            h = super().forward(rows, offsets)
-        else:  # the others' rows come last: a grouped product leaves them undefined, forward and backward
-            is_here = (torch.arange(len(rows), device=x.device) < offsets[-1]).unsqueeze(1)
-            h = super().forward(rows.where(is_here, 0), offsets, is_here).where(is_here, 0)
+        rows, places, ends = fp8_ops.sort_by_expert(x, choices, self.n_experts, here, self.w1.scale_fmt)
+        offsets, is_here = ends[:here], None
+        if here < self.n_experts:  # the others' rows come last: a grouped product leaves them undefined
+            is_here = (torch.arange(places.numel(), device=x.device) < offsets[-1]).unsqueeze(1)
+        h = super().forward(rows, offsets, is_here)
+        h = h if is_here is None else h.where(is_here, 0)
         return fp8_ops.combine(h, places, weights), ends.diff(prepend=ends.new_zeros(1)).roll(self.first_expert).float()
 
 
@@ -636,16 +635,16 @@ class MoE(nn.Module):
         shared_dim = args.n_shared_experts * args.moe_inter_dim
         self.shared_experts = MLP(args, shared_dim) if shared_dim else None
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
-        rows = x.flatten(0, 1)  # (N, dim)
+    def forward(self, x: Activation) -> tuple[torch.Tensor, Routing]:
+        rows = (values := fp8_ops.values_of(x)).flatten(0, 1)  # (N, dim)
         weights, indices, scores = self.gate(rows)
         y, load = self.experts(rows, weights, indices)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(rows)
+            y = y + self.shared_experts(x).flatten(0, 1)
         balance_loss = scores.new_zeros(())
         if self.training and self.aux_loss_alpha > 0:
-            balance_loss = self.aux_loss_alpha * sequence_balance_loss(scores, indices, x.shape[0])
-        return y.view_as(x), Routing(load, balance_loss)
+            balance_loss = self.aux_loss_alpha * sequence_balance_loss(scores, indices, values.shape[0])
+        return y.view_as(values), Routing(load, balance_loss)
 
 
 def sequence_balance_loss(scores: torch.Tensor, indices: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -667,8 +666,8 @@ class Block(nn.Module):
         super().__init__()
         self.attn = MLA(layer_id, args)
         self.ffn = MoE(args) if args.is_moe(layer_id) else MLP(args, args.inter_dim)
-        self.attn_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attn_norm = RMSNorm(args.dim, args.norm_eps, "fp8", args.scale_fmt)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, "mixed" if args.is_moe(layer_id) else "fp8", args.scale_fmt)
 
     def forward(
         self, x: torch.Tensor, positions: Positions, cache: KVCache | None

@@ -51,6 +51,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 import command
+import fp8_ops
 from model import Losses, ModelArgs, Transformer, draw_weight
 from safetensors_io import CheckpointError, Slice2D
 
@@ -616,7 +617,7 @@ def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
     """Puts the collectives between tensor-parallel ranks at the ends of `attn`, `ffn`, `embed` and `head`."""
 
     def copy_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _Copy.apply(inputs[0], ctx), *inputs[1:]
+        return fp8_ops.replace_values(inputs[0], lambda x: _Copy.apply(x, ctx)), *inputs[1:]
 
     def sum_output(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, torch.Tensor):

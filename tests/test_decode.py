@@ -401,7 +401,7 @@ def test_attaching_needs_no_setting_before() -> None:
 
 def test_what_only_bfloat16_does_otherwise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, training in bfloat16 attends by another function."""
-    monkeypatch.setattr(*after(fp8_ops, "attend_in_products", lambda out, *_: out.flip(1)))
+    monkeypatch.setattr(*after(fp8_ops, "blockwise_attention", lambda out, *_: out.flip(1)))
     assert decode.attach(as_trained(residual=1.0)) is None
     assert "with a cache" in str(decode.attach(as_trained(torch.bfloat16, residual=1.0)))
 

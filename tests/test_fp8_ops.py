@@ -734,7 +734,7 @@ def test_fp8_linear_is_quantise_dequantise_multiply(
     scale_fmt: str | None,
     seed: int,
 ) -> None:
-    """SafetensorsWriter and both gradients, plain and in groups, up to the float32 summation and the last rounding."""
+    """Output and both gradients, plain and in groups, up to the float32 summation and the last rounding."""
     rows = rows if counts is None else sum(counts)
     x = normal(rows, k, seed=seed, dtype=dtype)
     w = normal(*([] if counts is None else [len(counts)]), n, k, seed=seed + 1, dtype=weight_dtype)
@@ -927,6 +927,7 @@ def test_operators_are_well_formed(shapes: tuple[tuple[int, int], tuple[int, int
         torch.library.opcheck(ops.act_quant.default, (x[None], 64, scale_fmt))
         torch.library.opcheck(ops.act_quant_both.default, (x, scale_fmt))
         torch.library.opcheck(ops.weight_quant.default, (x, 128, scale_fmt))
+        torch.library.opcheck(ops.weight_quant_both.default, (x, scale_fmt))
         torch.library.opcheck(ops.weight_quant.default, (x.expand(2, *x.shape), 64, scale_fmt))
     a, a_s, a_t, a_ts = act_quant_both(rows, scale_fmt)
     b, b_s = weight_quant(weights, 128, scale_fmt)
@@ -939,6 +940,8 @@ def test_operators_are_well_formed(shapes: tuple[tuple[int, int], tuple[int, int
         (ops.fp8_gemm, (a, a_s, b, b_s)),
         (ops.fp8_gemm, (a[None], a_s[None], b, b_s, torch.float32)),
         (ops.fp8_grouped_gemm, (a, a_s, stack, stack_s, ends, torch.float32)),
+        (ops.fp8_gemm_sum, (a, a_s, b, b_s, a, a_s, b, b_s)),
+        (ops.fp8_gemm_sum, (a, a_s, stack, stack_s, a, a_s, stack, stack_s, ends)),
         (ops.fp8_grouped_outer, (g_t, g_ts, a_t, a_ts, ends, torch.bfloat16)),
     ]:
         tensors = [t for t in arguments if isinstance(t, torch.Tensor)]

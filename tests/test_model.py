@@ -706,13 +706,13 @@ def test_grouped_linear_in_bfloat16(counts: list[int], n_in: int, n_out: int) ->
 
 @draws
 @given(st.integers(1, 3), st.integers(2, 600), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40))
-def test_attention_in_products(bsz: int, seqlen: int, heads: int, d: int, d_v: int) -> None:
+def test_blockwise_attention(bsz: int, seqlen: int, heads: int, d: int, d_v: int) -> None:
     """Values and gradients against torch's attention in float64, as near as bfloat16 scores of order 1 let them be."""
     generator = torch.Generator().manual_seed(seqlen)
     q, k, v, grad = (torch.randn(bsz, seqlen, heads, n, generator=generator).bfloat16() for n in (d, d, d_v, d_v))
     ours, exact = [[t.detach().to(dtype).requires_grad_() for t in (q, k, v)] for dtype in (q.dtype, torch.float64)]
     scale = d**-0.5
-    out = fp8_ops.attend_in_products(*ours, scale)
+    out = fp8_ops.blockwise_attention(*ours, scale)
     expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in exact), is_causal=True, scale=scale)
     expected = expected.transpose(1, 2)
     pairs = zip(
