@@ -146,8 +146,8 @@ def _rounded(value: Any) -> Any:
 class Clock:
     """How much of a run is done: by steps, or by the time since the process began.
 
-    By time, time for the last evaluation and save is reserved, so that the process ends when the time does. A resumed
-    run has the time left that it had when it was saved.
+    Time for the last evaluation and save is reserved, so that the process of a run by time ends when the time does. A
+    resumed run has the time left that it had when it was saved.
     """
 
     steps: int | None
@@ -172,7 +172,7 @@ class Clock:
         """Seconds until the process must end; infinite for a run by steps."""
         if self.seconds is None:
             return math.inf
-        return self.seconds - self.elapsed_s() - min(max(0.5, 0.01 * self.seconds), 2.0)  # the process ends in 2 s
+        return self.seconds - self.elapsed_s() - min(max(0.5, 0.01 * self.seconds), 2.0)  # to exit
 
     def add_step(self, seconds: float) -> None:
         """Counts a step by its duration."""

@@ -259,9 +259,8 @@ def _check(path: Path, corpus: Download, failure: str, remedy: str = "") -> None
     """Raises a DataError if a file is not the download of a corpus, by its size and SHA-256."""
     with _open(path) as file, _data_error("read", path):
         size = os.fstat(file.fileno()).st_size
-        digest = (
-            hashlib.file_digest(file, "sha256").hexdigest() if size == corpus.size else ""
-        )  # else the size suffices
+        # of another size, that suffices
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if size == corpus.size else ""
     if digest != corpus.sha256:
         found = f"{size:,} bytes" + (f", sha256 {digest}" if digest else "")
         raise DataError(f"{failure}: expected {corpus.size:,} bytes, sha256 {corpus.sha256}; found {found}{remedy}")
