@@ -6,8 +6,8 @@ The two formats hold the same matrices under other names, beside a config in oth
 `ModelArgs`, from which the name, shape and sharding of every tensor follow, and the headers of the source's files give
 the place of each: so the whole conversion is planned, and refused if need be, before any tensor is read. Of a Hugging
 Face config, fields with a counterpart in `ModelArgs` are translated, those that would change the mathematics must have
-the one value that they have here, and only what changes nothing is ignored. The way back uses the same tables, and is
-checked by reading its own result.
+the one value that they have here, and only fields that change nothing are ignored. The way back uses the same tables,
+and is checked by reading its own result.
 
 A conversion copies rectangles: it reads a tensor in bands of rows from wherever its slices are, changes the dtype if
 need be, and writes to wherever they belong. Nothing larger than a band is in memory, each byte is read and written
@@ -110,7 +110,7 @@ HF_PLAIN_KEYS = {  # field of ModelArgs: field of ernie4_5
     "v_head_dim": "head_dim", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
 }
 HF_PLAIN_DEFAULTS = {"num_key_value_heads": 2, "tie_word_embeddings": True}  # of ernie4_5, where a config lacks them
-HF_NULLS = {"q_lora_rank": 0, "n_shared_experts": 0, "n_expert_groups": 1, "n_limited_groups": 1}  # what null means
+HF_NULLS = {"q_lora_rank": 0, "n_shared_experts": 0, "n_expert_groups": 1, "n_limited_groups": 1}  # the value for null
 HF_ROPE_KEYS = {  # field of ModelArgs: field of rope_scaling
     "rope_factor": "factor", "original_seq_len": "original_max_position_embeddings", "mscale": "mscale_all_dim",
     "beta_fast": "beta_fast", "beta_slow": "beta_slow",
@@ -187,7 +187,7 @@ def args_from_hf(config: dict[str, Any]) -> ModelArgs:
         ConfigError: A field is missing, or there is no counterpart for it here; the message names it.
     """
     derived, extra = _derive(config), shown_dict("bytegpt", config.get("bytegpt", {}))
-    if derived["use_yarn"]:  # of a model exported without YaRN, to which somebody added it: it replaces these
+    if derived["use_yarn"]:  # of a model exported without YaRN, with YaRN added later: it replaces these
         extra = {key: value for key, value in extra.items() if key not in HF_ROPE_KEYS}
     with _in_hf_names(HF_KEYS if derived["kv_lora_rank"] else HF_PLAIN_KEYS, extra):
         args = ModelArgs.from_dict(derived | extra)
@@ -369,7 +369,7 @@ def _check_hf_field(ours: str, value: Any) -> Any:
 
 
 def _is_activation_of_hf(name: str) -> bool:
-    """Returns whether transformers has an activation of this name, and means by it what `ACTIVATIONS` does."""
+    """Returns whether transformers has an activation of this name, and computes it as `ACTIVATIONS` does."""
     x = torch.linspace(-8, 8, 257, dtype=torch.float64)
     ours: Any = ACTIVATIONS
     return name in HF_ACTIVATIONS and torch.allclose(ours[name](x), HF_ACTIVATIONS[name](x), 1e-6, 1e-9)
@@ -379,7 +379,7 @@ def _is_activation_of_hf(name: str) -> bool:
 
 
 def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, Any]:
-    """Translates a model's shape into the config of a class of transformers; `dtype` is of what is not FP8.
+    """Translates a model's shape into the config of a class of transformers; `dtype` is that of all but FP8.
 
     Raises:
         ConfigError: No class computes the same; the message names the field and the reason.
@@ -416,7 +416,7 @@ def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, An
 
 
 def _obstacles(args: ModelArgs, has_moe: bool, is_v2: bool, is_contiguous: bool, groups: int) -> list[str]:
-    """Lists what keeps a model from being one of transformers' classes; contiguous MoE layers go on to the last."""
+    """Lists the reasons why a model is none of transformers' classes; contiguous MoE layers go on to the last."""
     is_plain, plain = args.kv_lora_rank == 0, "plain attention (kv_lora_rank = 0) that rotates neighbouring pairs, with"
     reasons = {
         "qk_rope_head_dim = 0": args.qk_rope_head_dim == 0,
@@ -463,7 +463,7 @@ def _fields_without_place(args: ModelArgs, config: dict[str, Any]) -> dict[str, 
 
 
 def tokenizer_files(max_seq_len: int) -> dict[str, dict[str, Any]]:
-    """Makes the files of a transformers tokenizer whose ids are the bytes of UTF-8, and 0 ends a text.
+    """Builds the files of a transformers tokenizer whose ids are the bytes of UTF-8, and 0 ends a text.
 
     It is BPE without merges over GPT-2's alphabet of a visible character for each byte. Only byte 0 stands for itself:
     as the special token it is looked for in the text, before that is spelled in the alphabet.
@@ -480,7 +480,7 @@ def tokenizer_files(max_seq_len: int) -> dict[str, dict[str, Any]]:
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "\0", "pad_token": "\0"}
     config |= {"clean_up_tokenization_spaces": False, "model_max_length": max_seq_len}
     config["padding_side"] = "left"  # so that every row of a batch goes on where its prompt ends
-    # nothing between messages: a base model goes on with the text, and what was written before went on so as well
+    # nothing between messages: a base model has only one text to go on with
     config["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
@@ -592,7 +592,7 @@ def load_model(
         device: Where the model goes.
         compute_dtype: Dtype of activations and of the matrices; the router's stay in float32.
         keep_fp8: Keep weights that are stored in FP8 in it. By default they are dequantised.
-        build: Makes the model from its shape, `compute_dtype` and whether it has FP8 weights.
+        build: Builds the model from its shape, `compute_dtype` and whether it has FP8 weights.
         ctx: The processes over which `build` shards it; this one reads its own shard only.
 
     Raises:
@@ -622,7 +622,7 @@ class Job:
 
     source: ShardedTensor
     dtype: torch.dtype
-    parts: list[ShardSlice] = field(default_factory=list)
+    places: list[ShardSlice] = field(default_factory=list)
 
 
 def make_plan(
@@ -631,7 +631,7 @@ def make_plan(
     """Lays out a conversion, for which no tensor need be read; arguments as of `convert`.
 
     Returns:
-        The files of tensors, what goes into them, and the JSON files beside them.
+        The files of tensors, the conversions that fill them, and the JSON files beside them.
 
     Raises:
         CheckpointError: The model cannot be sharded so, or has a dtype that must be changed.
@@ -650,7 +650,7 @@ def make_plan(
         check_model_parallel(args, world)
         config = args.to_dict() | {"dtype": "fp8" if is_fp8 else CONFIG_DTYPES[widest]}
     outputs = _lay_out(jobs, args, world, is_hf)
-    texts = _texts_of_hf(checkpoint, config) | {INDEX_FILE: make_index(outputs)} if is_hf else {CONFIG_FILE: config}
+    texts = _texts_of_hf(checkpoint, config) | {INDEX_FILE: build_index(outputs)} if is_hf else {CONFIG_FILE: config}
     return outputs, list(jobs.values()), texts
 
 
@@ -671,7 +671,7 @@ def _texts_of_hf(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, di
 
 
 def _new_dtype(checkpoint: Checkpoint, name: str, wanted: str | None) -> torch.dtype:
-    """Returns the dtype of a tensor to be: norms and the router keep their precision, unless all is to be fp32."""
+    """Returns the new dtype of a tensor: norms and the router keep their precision, unless all is to be fp32."""
     source = checkpoint.tensors[name]
     if wanted == "fp8" and name in checkpoint.fp8_layers:
         return E4M3
@@ -692,23 +692,23 @@ def _check_blocks(jobs: dict[str, Job]) -> None:
     for job in jobs.values():
         shape = job.source.shape
         if job.dtype == E4M3 and any(n > BLOCK and n % BLOCK and n % -(-n // BLOCK) == 0 for n in shape):
-            what = f"{job.source.shards[0].info} {list(shape)} would be misread by transformers in FP8"
-            raise CheckpointError(f"{what}, which wants sizes that are multiples of {BLOCK}; take --dtype bf16")
+            problem = f"{job.source.shards[0].info} {list(shape)} would be misread by transformers in FP8"
+            raise CheckpointError(f"{problem}, which wants sizes that are multiples of {BLOCK}; take --dtype bf16")
 
 
 def _lay_out(jobs: dict[str, Job], args: ModelArgs, world: int, is_hf: bool) -> list[SafetensorsWriter]:
-    """Lays out the files of tensors, and sets the parts of the jobs to their places in them."""
+    """Lays out the files of tensors, and sets the places of the jobs in them."""
     scale_name = hf_scale_name if is_hf else native_scale_name
     stored_names = {name: [hf_name(name, args) if is_hf else name] for name in jobs}
     for name, copy in mtp_copies(args) if is_hf else ():
         stored_names[name].append(copy)
     contents: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{} for _ in range(world)]
-    places = []  # of each part: its job, rank, name and rectangle
+    targets = []  # job, rank, name and rectangle of each tensor in a file
     for name, job in jobs.items():
         for rank in ranks_with(name, args.n_routed_experts, world):
             box = native_slice(name, job.source.shape, args.n_routed_experts, rank, world)
             for stored in stored_names[name]:
-                places.append((job, rank, stored, box))
+                targets.append((job, rank, stored, box))
                 contents[rank][stored] = job.dtype, box.shape[-len(job.source.shape) :]
                 if job.dtype == E4M3:
                     contents[rank][scale_name(stored)] = torch.float32, tuple(-(-n // BLOCK) for n in box.shape)
@@ -718,8 +718,8 @@ def _lay_out(jobs: dict[str, Job], args: ModelArgs, world: int, is_hf: bool) -> 
     else:
         outputs = [SafetensorsWriter(native_file(rank, world), content) for rank, content in enumerate(contents)]
         infos = [output.infos for output in outputs]
-    for job, rank, stored, box in places:
-        job.parts.append(ShardSlice(infos[rank][stored], box, infos[rank].get(scale_name(stored))))
+    for job, rank, stored, box in targets:
+        job.places.append(ShardSlice(infos[rank][stored], box, infos[rank].get(scale_name(stored))))
     return outputs
 
 
@@ -738,8 +738,8 @@ def _split(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[Safe
     return [SafetensorsWriter(name, group) for name, group in zip(names, groups, strict=True)]
 
 
-def make_index(outputs: list[SafetensorsWriter]) -> dict[str, Any]:
-    """Makes the index of a Hugging Face checkpoint: the size of its tensors and the file of each."""
+def build_index(outputs: list[SafetensorsWriter]) -> dict[str, Any]:
+    """Builds the index of a Hugging Face checkpoint: the size of its tensors and the file of each."""
     total = sum(info.nbytes for output in outputs for info in output.infos.values())
     where = {name: output.name for output in outputs for name in output.infos}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
@@ -756,7 +756,7 @@ def write_tensors(
     Args:
         folder: Where to.
         outputs: The files.
-        jobs: What goes into them.
+        jobs: The conversions that fill them.
         scale_fmt: Format of new scales, as in `ModelArgs`.
         progress: Whether to show a bar on stderr, if that is a terminal.
 
@@ -788,12 +788,12 @@ class _Transfer:
         self.stop, self._lock = threading.Event(), threading.Lock()
 
     def run(self, job: Job) -> None:
-        """Reads a tensor band by band, each in its new dtype, and writes all of its parts."""
+        """Reads a tensor band by band, each in its new dtype, and writes it to all of its places."""
         source, scales = job.source, []
         quantises = job.dtype == E4M3 != source.dtype
-        # blocks are counted from the corner of the full tensor if the parts keep to them, else from that of each part
-        is_aligned = not quantises or all(is_block_aligned(part.box) for part in job.parts)
-        for region in [source.box] if is_aligned else dict.fromkeys(part.box for part in job.parts):
+        # blocks are counted from the corner of the full tensor if all slices are aligned to them, else of each slice
+        is_aligned = not quantises or all(is_block_aligned(place.box) for place in job.places)
+        for region in [source.box] if is_aligned else dict.fromkeys(place.box for place in job.places):
             new_scales = torch.empty([-(-n // BLOCK) for n in region.shape] if quantises else 0)
             for band in source.bands(region, 1 if job.dtype == source.dtype else BLOCK):
                 if self.stop.is_set():
@@ -806,24 +806,24 @@ class _Transfer:
                     data = source.read_bytes(band)
                 else:
                     data = source.read(band, job.dtype)
-                self._place(job, band, data.view(torch.uint8))
+                self._write_band(job, band, data.view(torch.uint8))
             if quantises:
                 scales.append((region, new_scales))
         if job.dtype == E4M3:
             scales = scales or source.read_scales()
-            for part in job.parts:
-                self._write(part.scale, 0, source.scales(scales, part.box))
+            for place in job.places:
+                self._write(place.scale, 0, source.scales(scales, place.box))
 
-    def _place(self, job: Job, band: Slice2D, data: torch.Tensor) -> None:
-        """Writes a band, uint8 (rows, bytes of a row), to where the parts overlap it."""
+    def _write_band(self, job: Job, band: Slice2D, data: torch.Tensor) -> None:
+        """Writes a band, uint8 (rows, bytes of a row), to the places that overlap it."""
         size = job.dtype.itemsize
-        for part in job.parts:
-            if (shared := part.box.meet(band)) is not None:
+        for place in job.places:
+            if (shared := place.box.meet(band)) is not None:
                 rows, cols = shared.within(band)
-                piece, width = data[rows, cols.start * size : cols.stop * size], part.box.shape[1]
-                start = (shared.top - part.box.top) * width + shared.left - part.box.left
-                for i, lines in enumerate([piece] if shared.shape[1] == width else piece):
-                    self._write(part.info, (start + i * width) * size, lines)
+                block, width = data[rows, cols.start * size : cols.stop * size], place.box.shape[1]
+                start = (shared.top - place.box.top) * width + shared.left - place.box.left
+                for i, lines in enumerate([block] if shared.shape[1] == width else block):
+                    self._write(place.info, (start + i * width) * size, lines)
 
     def _write(self, info: TensorInfo, offset: int, data: torch.Tensor) -> None:
         with open(self.folder / info.path, "r+b", buffering=0) as file:
@@ -845,7 +845,7 @@ def convert(
 
     Args:
         source: A checkpoint's folder, of either format, or a run's, of which the best checkpoint is taken.
-        target: The folder to make; it must not exist, or be empty.
+        target: A new folder; it must not exist, or be empty.
         world: Number of shards, for the native format.
         is_hf: Into Hugging Face's format instead.
         dtype: Dtype of the linear layers: "fp32", "bf16", "fp8", or None: as they are.
@@ -859,7 +859,7 @@ def convert(
     checkpoint = open_checkpoint(source)
     outputs, jobs, texts = make_plan(checkpoint, world, is_hf, dtype)
     with new_folder(Path(target)) as folder:
-        if checkpoint.args.vocab_size != 256:  # its tokenizer goes with it, whatever files that has
+        if checkpoint.args.vocab_size != 256:  # its tokenizer goes with it, in files of any name
             copy_files(checkpoint.folder, folder, {CONFIG_FILE, INDEX_FILE, STATE_FILE})
         for name, text in texts.items():
             write_json(folder / name, text)
@@ -867,12 +867,12 @@ def convert(
 
 
 def check_paths(source: Path, target: Path) -> None:
-    """Raises a CheckpointError if a target is the source, or within it, or is made where the source is."""
+    """Raises a CheckpointError if a target is the source, or within it, or is written where the source is."""
     home, end = resolved(source), resolved(target)
     if end == home or home in end.parents:
         raise CheckpointError(f"{target} is {source} or inside it; choose another path")
     if end.name and temporary_path(end) in (home, *home.parents):
-        raise CheckpointError(f"{source} is where {target} would be made; choose another path")
+        raise CheckpointError(f"{source} is where {target} would be written; choose another path")
 
 
 def copy_files(source: Path, target: Path, skipped: Set[str]) -> None:
@@ -900,7 +900,7 @@ def main(argv: list[str] | None = None) -> int:
         "dtype. The source may be in either format, sharded or not, FP8 or not: its files show that.",
     )
     parser.add_argument("--ckpt-path", type=Path, required=True, metavar="SRC", help="a checkpoint's or a run's folder")
-    parser.add_argument("--save-path", type=Path, required=True, metavar="DST", help="the folder to make")
+    parser.add_argument("--save-path", type=Path, required=True, metavar="DST", help="a new folder")
     shards = command.integer(1, 9999)
     parser.add_argument("--model-parallel", type=shards, default=1, metavar="N", help="number of shards (default: 1)")
     parser.add_argument("--format", choices=("native", "hf"), default="native", help="(default: native)")

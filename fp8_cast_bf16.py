@@ -27,11 +27,11 @@ from checkpoint import CONFIG_FILE, INDEX_FILE
 from command import Parser
 from convert import (
     Job,
+    build_index,
     check_paths,
     check_quantization,
     copy_files,
     hf_scale_name,
-    make_index,
     read_hf_headers,
     run_conversion,
     shown_dict,
@@ -69,7 +69,7 @@ def cast(source: Path, target: Path, progress: bool = False) -> None:
         _remove_quantization(config)
     check_paths(source, target)
     outputs, jobs = plan(read_hf_headers(source))
-    index, has_index = make_index(outputs), (source / INDEX_FILE).exists()
+    index, has_index = build_index(outputs), (source / INDEX_FILE).exists()
     if has_index:
         with naming(source / INDEX_FILE):
             before = shown_dict("metadata", read_json(source / INDEX_FILE, CheckpointError).get("metadata") or {})
@@ -91,7 +91,7 @@ def _remove_quantization(config: dict[str, Any]) -> None:
 
 
 def plan(infos: dict[str, TensorInfo]) -> tuple[list[SafetensorsWriter], list[Job]]:
-    """Lays the new files out, from the tensors that there are: the files, and what goes into them.
+    """Lays the new files out, from the tensors that there are: the files, and the jobs that fill them.
 
     Raises:
         CheckpointError: A weight without scale, a scale without weight, a wrong shape or dtype; or nothing is FP8.
@@ -106,9 +106,9 @@ def plan(infos: dict[str, TensorInfo]) -> tuple[list[SafetensorsWriter], list[Jo
         contents.setdefault(info.path, {})[name] = dtype, info.shape
     outputs = [SafetensorsWriter(path.name, tensors, read_metadata(path)) for path, tensors in contents.items()]
     jobs: list[Job] = []
-    for name, place in (item for output in outputs for item in output.infos.items()):
+    for name, target in (item for output in outputs for item in output.infos.items()):
         is_fp8 = weights[name].dtype == E4M3
-        jobs += _jobs(weights[name], place, scales.pop(hf_scale_name(name), None) if is_fp8 else None)
+        jobs += _jobs(weights[name], target, scales.pop(hf_scale_name(name), None) if is_fp8 else None)
     if scales:
         name, info = next(iter(scales.items()))
         weight = weights.get(name.removesuffix("_scale_inv"))
@@ -117,12 +117,12 @@ def plan(infos: dict[str, TensorInfo]) -> tuple[list[SafetensorsWriter], list[Jo
     return outputs, jobs
 
 
-def _jobs(info: TensorInfo, place: TensorInfo, scale: TensorInfo | None) -> Iterator[Job]:
-    """What is to be done for a tensor that goes to `place`: one job, or one for each matrix of a stack in FP8."""
+def _jobs(info: TensorInfo, target: TensorInfo, scale: TensorInfo | None) -> Iterator[Job]:
+    """Yields the jobs that write a tensor to `target`: one, or one for each matrix of a stack in FP8."""
     if info.dtype != E4M3 or len(info.shape) == 2:
         source = ShardedTensor(info.name, info.shape, info.dtype)
         source.shards.append(shard_slice(info, source.box, scale))
-        yield Job(source, place.dtype, [ShardSlice(place, source.box)])
+        yield Job(source, target.dtype, [ShardSlice(target, source.box)])
         return
     if len(info.shape) != 3 or info.shape[0] > MAX_STACK:
         wanted = f"a matrix or a stack of at most {MAX_STACK} matrices"
@@ -131,7 +131,7 @@ def _jobs(info: TensorInfo, place: TensorInfo, scale: TensorInfo | None) -> Iter
         got = "missing" if scale is None else f"of shape {list(scale.shape)}"
         raise CheckpointError(f"{info} is a stack {list(info.shape)} in FP8, but its scale is {got}")
     for i in range(info.shape[0]):
-        yield from _jobs(_nth_matrix(info, i), _nth_matrix(place, i), _nth_matrix(scale, i))
+        yield from _jobs(_nth_matrix(info, i), _nth_matrix(target, i), _nth_matrix(scale, i))
 
 
 def _nth_matrix(stack: TensorInfo, i: int) -> TensorInfo:
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser("fp8_cast_bf16.py", description="Casts an FP8 checkpoint in Hugging Face's layout to BF16.")
     parser.add_argument("--input-fp8-hf-path", type=Path, required=True, metavar="DIR", help="the checkpoint's folder")
-    parser.add_argument("--output-bf16-hf-path", type=Path, required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument("--output-bf16-hf-path", type=Path, required=True, metavar="DIR", help="a new folder")
     args = parser.parse_args(argv)
     return run_conversion("fp8_cast_bf16.py", lambda: cast(args.input_fp8_hf_path, args.output_bf16_hf_path, True))
 

@@ -29,7 +29,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import threading
 import time
@@ -62,7 +61,7 @@ EVALUATION_SHARE = 0.05  # of a run, at most, for the evaluations before the las
 METRICS_FILE = "metrics.jsonl"
 SETTINGS_FILE = "settings.json"  # the flags and the model of a run, for plot.py
 TENSORBOARD_FOLDER = "tensorboard"
-RUN_FILES = rf"{METRICS_FILE}|{SETTINGS_FILE}|{TENSORBOARD_FOLDER}|profile-\d{{8,}}\.json\.gz"  # what a run writes here
+RUN_FILES = rf"{METRICS_FILE}|{SETTINGS_FILE}|{TENSORBOARD_FOLDER}|profile-\d{{8,}}\.json\.gz"  # written here
 MAX_METRICS_BYTES = 1 << 34  # of a file that is read; a line of the largest models has some 100 KB
 MAX_LINE_BYTES = 1 << 24
 N_WORST = 5  # sequences of a file that are reported
@@ -72,39 +71,35 @@ WARM_UP_STEPS = 3  # before a profile: they compile, and allocate memory
 N_COSTLIEST = 10  # operations of a profile that are printed
 
 
+@dataclass
 class Metrics:
     """The lines of `metrics.jsonl`: one JSON object for each log and evaluation.
 
     The file appears with its first line, so that a run that fails earlier leaves nothing behind. Lines of steps after
     `step`, which will be repeated, are dropped, as is that step's evaluation if it is to be repeated (not `evaluated`).
     Without a run nothing is kept. A file that cannot be read or written is a CheckpointError.
-
-    Before the first line, `settings` go to `settings.json`. With `tensorboard`, the figures go to event files as well.
     """
 
-    def __init__(
-        self,
-        run: Run | None,
-        step: int,
-        evaluated: bool = True,
-        settings: dict[str, Any] | None = None,
-        tensorboard: bool = False,
-    ):
-        self.run, self.first_step, self._settings = run, step + 1, settings
+    run: Run | None
+    step: int
+    evaluated: bool = True
+    settings: dict[str, Any] | None = None  # go to `settings.json` before the first line
+    tensorboard: bool = False  # whether the figures go to event files as well
+
+    def __post_init__(self) -> None:
         self._file: FileIO | None = None
         self._writer: Any = None
-        self._has_tensorboard = tensorboard and run is not None
-        if run is not None and os.path.lexists(run.path / METRICS_FILE):
-            self._drop_after(run.path / METRICS_FILE, step, evaluated)
+        if self.run is not None and os.path.lexists(self.run.path / METRICS_FILE):
+            self._drop_later_lines(self.run.path / METRICS_FILE)
 
-    def _drop_after(self, path: Path, step: int, evaluated: bool) -> None:
-        end, last = 0, b""
+    def _drop_later_lines(self, path: Path) -> None:
+        step, end, last = self.step, 0, b""
         with open_regular(path, max_bytes=MAX_METRICS_BYTES) as raw:
             old = BufferedReader(raw)
             while line := old.readline(MAX_LINE_BYTES):
                 with suppress(ValueError, KeyError, TypeError, RecursionError):  # a crash may have cut a line
                     values = json.loads(line)
-                    if values["step"] < step or values["step"] == step and (evaluated or "val_loss" not in values):
+                    if values["step"] < step or values["step"] == step and (self.evaluated or "val_loss" not in values):
                         end, last = old.tell(), line
         self._file = open_append(path, self.run.folder_fd())
         with reporting(path):
@@ -117,15 +112,15 @@ class Metrics:
         if self.run is None:
             return
         path, folder_fd = self.run.path / METRICS_FILE, self.run.folder_fd()  # which fails if the folder was moved
-        if self._settings is not None:
-            write_json(self.run.path / SETTINGS_FILE, self._settings, folder_fd)
-            self._settings = None
+        if self.settings is not None:
+            write_json(self.run.path / SETTINGS_FILE, self.settings, folder_fd)
+            self.settings = None
         self._file = self._file or open_append(path, folder_fd)
         line = json.dumps({key: _rounded(value) for key, value in values.items()}).encode() + b"\n"
         with reporting(path):
             while line:
                 line = line[self._file.write(line) :]
-        if self._has_tensorboard:
+        if self.tensorboard:
             self._write_events(self.run.path, values)
 
     def _write_events(self, folder: Path, values: dict[str, Any]) -> None:
@@ -134,15 +129,15 @@ class Metrics:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # takes seconds, and an optional package
 
-                path = inside(folder, TENSORBOARD_FOLDER)
-                self._writer = SummaryWriter(str(path), purge_step=self.first_step)  # hides steps that are repeated
+                path = str(inside(folder, TENSORBOARD_FOLDER))
+                self._writer = SummaryWriter(path, purge_step=self.step + 1)  # hides steps that are repeated
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, values["step"])
                 elif isinstance(value, list):
                     for i, row in enumerate(value):
                         self._writer.add_histogram(f"{name}/{i}", torch.tensor(row), values["step"])
-            self._writer.flush()  # what a kill would lose
+            self._writer.flush()  # so that a kill loses nothing
 
 
 def _rounded(value: Any) -> Any:
@@ -155,7 +150,7 @@ def _rounded(value: Any) -> Any:
 class Clock:
     """How much of a run is done: by steps, or by the time since the process began.
 
-    By time, what the last evaluation and save will take is held back, so that the process is over when the time is. A
+    Time for the last evaluation and save is reserved, so that the process of a run by time ends when the time does. A
     resumed run has the time left that it had when it was saved.
     """
 
@@ -165,12 +160,12 @@ class Clock:
     started: float = field(default_factory=lambda: command.STARTED)  # when the process began, by `now`
     earlier_s: float = 0.0  # time of the runs before this one
     startup_s: float = 0.0  # before training and of the first step of each process, which the schedule leaves out
-    save_s: float = 0.0  # what the last save will take, about
+    save_s: float = 0.0  # duration of the last save, estimated
     first_step_s: float | None = None  # of this process
 
     def __post_init__(self) -> None:
         self.seconds = None if self.minutes is None else 60 * self.minutes
-        self.eval_s = EVALUATION_SHARE * (self.seconds or 0.0)  # the last evaluation with its sample, until measured
+        self.eval_s = EVALUATION_SHARE * (self.seconds or 0.0)  # of the last evaluation with its sample; until measured
         self._recent: deque[float] = deque(maxlen=9)  # durations of steps, without the first
 
     def elapsed_s(self) -> float:
@@ -178,12 +173,13 @@ class Clock:
         return self.earlier_s + self.now() - self.started
 
     def left_s(self) -> float:
-        """Seconds until the process must leave, of a run by the clock."""
-        leaving_s = 0.0 if self.seconds is None else min(max(0.5, 0.01 * self.seconds), 2.0)
-        return math.inf if self.seconds is None else self.seconds - self.elapsed_s() - leaving_s
+        """Seconds until the process must end; infinite for a run by steps."""
+        if self.seconds is None:
+            return math.inf
+        return self.seconds - self.elapsed_s() - min(max(0.5, 0.01 * self.seconds), 2.0)  # to exit
 
     def add_step(self, seconds: float) -> None:
-        """Notes how long a step took."""
+        """Counts a step by its duration."""
         if self.first_step_s is None:
             self.first_step_s = seconds
             self.startup_s += self.now() - self.started
@@ -191,7 +187,7 @@ class Clock:
             self._recent.append(seconds)
 
     def step_s(self) -> float:
-        """The median of recent steps, as some compile, and some meet a busy machine; 0 until there were two."""
+        """The median time of recent steps, as some compile, and some meet a busy machine; 0 until there were two."""
         ordered = sorted(self._recent)
         return ordered[len(ordered) // 2 if len(ordered) > 2 else 0] if ordered else 0.0
 
@@ -234,13 +230,13 @@ class Due:
         """Whether to evaluate (which saves as well), and whether to save at least, after a step; 0: no interval."""
         before, self._tenth = self._tenth, int(10 * self.clock.progress(step))
         is_tenth = before < self._tenth < 10
-        evaluates, saves = is_tenth, is_tenth
+        saves = step % save_interval == 0 if save_interval else is_tenth and not eval_interval
         if eval_interval:
-            evaluates, saves = step % eval_interval == 0 and self._tenth < 10, False
-        elif is_tenth:
-            affordable, self._affordable = self._affordable, self._count(step)
-            evaluates = self._affordable > affordable
-        return evaluates, step % save_interval == 0 if save_interval else saves
+            return step % eval_interval == 0 and self._tenth < 10, saves
+        affordable = self._affordable
+        if is_tenth:
+            self._affordable = self._count(step)
+        return self._affordable > affordable, saves
 
 
 def describe(model: Transformer, ctx: ParallelContext, peak_flops: float, n_train: int, n_val: int) -> str:
@@ -272,7 +268,7 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what fetches data: its time is that of waiting."""
+        """Counts the time within it as waiting for data."""
         began = self.now()
         yield
         self._waited_s += self.now() - began
@@ -285,10 +281,10 @@ class Meter:
     def pop(self) -> dict[str, Any]:
         """Returns the figures, and begins anew. `mfu` is None if it would be above 1: then the peak is wrong."""
         (seconds, n_bytes, flops, load), self._sums = self._sums, None
+        waited_s, self._waited_s = self._waited_s, 0.0
         mfu = flops / seconds / self.peak_flops
         figures: dict[str, Any] = {"bytes_per_s": n_bytes / seconds, "mfu": mfu if mfu <= 1 else None}
-        figures |= {"data_wait": min(1.0, self._waited_s / seconds), "peak_memory_bytes": peak_memory(self.device)}
-        self._waited_s = 0.0
+        figures |= {"data_wait": min(1.0, waited_s / seconds), "peak_memory_bytes": peak_memory(self.device)}
         if load.numel():  # of each expert, relative to its layer's mean
             load = load / load.mean(dim=-1, keepdim=True)
             figures["expert_load"] = [[round(x, 3) for x in row] for row in load.tolist()]
@@ -305,12 +301,11 @@ def peak_memory(device: str) -> int:
 
 
 def measure_peak(device: str, dtype: torch.dtype) -> float:
-    """Measures what a large matrix product reaches, in FLOP/s: the best of some sizes and repetitions.
+    """Measures the speed of large matrix products, in FLOP/s: the best of some sizes, repetitions and two dtypes.
 
-    That is in the dtype of training and in float32, which is the faster one where bfloat16 is emulated.
+    These are that of training and float32, which is the faster one where bfloat16 is emulated.
     """
-    sizes = [256, 512, 1024] if torch.device(device).type == "cpu" else [1024, 4096, 8192]
-    best = 0.0
+    sizes, best = [256, 512, 1024] if torch.device(device).type == "cpu" else [1024, 4096, 8192], 0.0
     for kind in {dtype, torch.float32}:
         for size in sizes:
             seconds = _product_seconds(device, kind, size)
@@ -323,19 +318,17 @@ def measure_peak(device: str, dtype: torch.dtype) -> float:
 @torch.no_grad()
 def _product_seconds(device: str, dtype: torch.dtype, size: int) -> float:
     """The time of the fastest of several products of square matrices."""
-    a, fastest, began = torch.randn(size, size, device=device).to(dtype), float("inf"), time.perf_counter()
-    (a @ a)[0, 0].item()  # warms up; .item() waits for the device
-    while True:
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        fastest = min(fastest, time.perf_counter() - start)
-        if time.perf_counter() - began > MEASURING_S:
-            return fastest
+    a, times = torch.randn(size, size, device=device).to(dtype), list[float]()
+    while len(times) < 2 or sum(times[1:]) < MEASURING_S:  # the first one warms up
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 @contextmanager
 def reading(ctx: ParallelContext) -> Iterator[None]:
-    """Around reading the corpus: an error of one process is raised as a DataError in all of them."""
+    """Encloses reading of the corpus: an error of one process is raised as a DataError in all of them."""
     try:
         with ctx.collective_section():
             yield
@@ -533,9 +526,8 @@ class ProgressBar(AbstractContextManager):
         form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         disable = None if is_shown else True  # None: unless stderr is a terminal
         self._bar = tqdm(total=100, disable=disable, bar_format=form, initial=100 * progress)
-        self._clock, self._figures, self._is_log = clock, "", is_shown and self._bar.disable
-        self._last = clock.now(), progress  # of the last line
-        self._interval_s, self._due_s = FIRST_LOG_S, clock.now() + FIRST_LOG_S
+        self._clock, self._is_log, self._figures = clock, is_shown and self._bar.disable, ""
+        self._interval_s, self._last_s, self._last_progress = FIRST_LOG_S, clock.now(), progress  # of the last line
         self._closed = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
         if not self._bar.disable:
@@ -548,28 +540,24 @@ class ProgressBar(AbstractContextManager):
 
     def show(self, step: int, progress: float) -> None:
         """Sets the number of the step, and how much of the run is done."""
-        if self._is_log and self._clock.now() >= self._due_s:
-            self._log(step, progress)
         self._bar.n = round(100 * progress, 1)
         self._bar.set_description_str(f"step {step}", refresh=False)
-
-    def _log(self, step: int, progress: float) -> None:
-        """Prints a line; of a run by steps, how long the rest will take follows from the time since the last line."""
-        now, (last_s, last_progress) = self._clock.now(), self._last
+        since_s = self._clock.now() - self._last_s
+        if not self._is_log or since_s < self._interval_s:
+            return
         left_s = self._clock.left_s()
-        if math.isinf(left_s) and progress > last_progress:
-            left_s = (now - last_s) * (1 - progress) / (progress - last_progress)
+        if math.isinf(left_s) and progress > self._last_progress:  # by steps: at the speed since the last line
+            left_s = since_s * (1 - progress) / (progress - self._last_progress)
         left = "" if math.isinf(left_s) else f"; {tqdm.format_interval(max(0.0, left_s))} left"
         command.note(f"step {step} ({progress:.1%}){self._figures}{left}")
-        self._last = now, progress
+        self._last_s, self._last_progress = self._last_s + since_s, progress
         self._interval_s = min(2 * self._interval_s, LONGEST_LOG_S)
-        self._due_s = now + self._interval_s
 
     def show_figures(self, figures: dict[str, Any]) -> None:
         """Sets the figures of the last line of metrics."""
-        of_peak = "" if figures["mfu"] is None else f", MFU {figures['mfu']:.0%}"
-        speed = f"loss {figures['train_loss']:.3f}, {figures['bytes_per_s']:,.0f} bytes/s{of_peak}"
-        text = f"{speed}, {figures['peak_memory_bytes'] / 1e9:.3g} GB, data wait {figures['data_wait']:.0%}"
+        mfu = "" if figures["mfu"] is None else f", MFU {figures['mfu']:.0%}"
+        text = f"loss {figures['train_loss']:.3f}, {figures['bytes_per_s']:,.0f} bytes/s{mfu}, "
+        text += f"{figures['peak_memory_bytes'] / 1e9:.3g} GB, data wait {figures['data_wait']:.0%}"
         self._figures = f": {text}"
         self._bar.set_postfix_str(text, refresh=False)
 
@@ -581,10 +569,10 @@ class ProgressBar(AbstractContextManager):
 
 
 class Profile(AbstractContextManager):
-    """Traces `n_steps` steps of training, after some that warm up, and prints which operations took the longest.
+    """Traces `n_steps` steps of training, after some that warm up, and prints the costliest operations.
 
-    The trace, in Chrome's format, goes into the folder of `run`. What lies between these steps, an evaluation for one,
-    is in it. If the run ends before, it is of fewer steps; after an error there is none. 0 steps: nothing happens.
+    The trace, in Chrome's format, goes into the folder of `run`. It includes an evaluation between these steps. If the
+    run ends before, it is of fewer steps; after an error there is none. 0 steps: nothing happens.
     """
 
     def __init__(self, n_steps: int, run: Run | None, device: str):
@@ -593,42 +581,41 @@ class Profile(AbstractContextManager):
         self._profiler: Any = None
 
     def begin_step(self, step: int) -> None:
-        """Before a step is taken; `step` is its number."""
+        """Begins a step; `step` is its number."""
         self._n_begun += 1
         if self.n_steps and self._n_begun == WARM_UP_STEPS + 1:
-            self._first = step
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.is_cuda else [])]
+            self._first, activities = step, [ProfilerActivity.CPU]
             if self.is_cuda:
+                activities.append(ProfilerActivity.CUDA)
                 torch.cuda.synchronize()  # kernels of earlier steps do not count
             self._profiler = profile(activities=activities)
             self._profiler.start()
 
     def end_step(self) -> None:
-        """After a step."""
+        """Ends a step; after the last to be traced, writes the trace and prints the table."""
         if self._profiler is not None and self._n_begun == WARM_UP_STEPS + self.n_steps:
-            self._finish(self.n_steps)
+            self._finish()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        n_traced = min(self._n_begun - WARM_UP_STEPS, self.n_steps)
         if self._profiler is not None and kind is not None:
             self._profiler.stop()
         elif self._profiler is not None:
-            self._finish(n_traced)
-        elif kind is None and self.n_steps and n_traced <= 0:
+            self._finish()
+        elif kind is None and self.n_steps and self._n_begun <= WARM_UP_STEPS:
             text = f"--profile needs more than {WARM_UP_STEPS} steps, which warm up; this run took {self._n_begun}"
             command.warn("train.py", text)
 
-    def _finish(self, n_traced: int) -> None:
-        profiler, self._profiler = self._profiler, None
+    def _finish(self) -> None:
+        profiler, self._profiler, n_traced = self._profiler, None, self._n_begun - WARM_UP_STEPS
         profiler.stop()
-        self.run.folder_fd()
+        self.run.folder_fd()  # an error if the folder was moved
         path = self.run.path / f"profile-{self._first:08d}.json.gz"
         trace, temporary = command.private_temporary_folder() / path.name, temporary_path(path)
         profiler.export_chrome_trace(str(trace))
         with reporting(path):
             temporary.unlink(missing_ok=True)
-            with trace.open("rb") as source, temporary.open("xb") as file:
-                shutil.copyfileobj(source, file)
+            with temporary.open("xb") as file:  # which follows no link
+                file.write(trace.read_bytes())
             temporary.replace(path)
         trace.unlink()
         steps = f"{n_traced} step{'s' if n_traced > 1 else ''} from step {self._first}"

@@ -35,11 +35,13 @@ import command
 from command import shorten
 
 X_FIELDS = {"steps": "step", "bytes": "bytes", "minutes": "elapsed_s"}
-PANELS = {  # what its values are, and the fields of metrics.jsonl that are drawn; min_load is worked out here
-    "loss": ("nats per byte", ["train_loss", "val_loss"]),
-    "load": ("load relative to the mean expert's", ["max_load", "min_load"]),
-    "lr": ("learning rate", ["lr", "router_lr", "matrix_lr"]),
-    "grad-norm": ("gradient norm", ["grad_norm"]),
+FAINT, MARKED = {"alpha": 0.35, "linewidth": 0.8}, {"marker": "o", "markersize": 3}
+SOLID, DASHED, DOTTED = {"linestyle": "-"}, {"linestyle": "--"}, {"linestyle": ":"}
+PANELS: dict[str, tuple[str, dict[str, Any]]] = {  # title; fields of metrics.jsonl and min_load, with their styles
+    "loss": ("nats per byte", {"train_loss": FAINT, "val_loss": MARKED}),
+    "load": ("load relative to the mean expert's", {"max_load": SOLID, "min_load": DASHED}),
+    "lr": ("learning rate", {"lr": SOLID, "router_lr": DASHED, "matrix_lr": DOTTED}),
+    "grad-norm": ("gradient norm", {"grad_norm": SOLID}),
 }
 # flags of a run that do not change what it learns: runs that differ in these alone are one setting
 NO_SETTINGS = {"seed", "save_path", "resume", "timeout", "log_interval", "sample_bytes", "tensorboard", "profile"}
@@ -48,7 +50,7 @@ MARKS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the curves 
 
 
 class PlotError(ValueError):
-    """What is asked for cannot be drawn."""
+    """There is nothing to draw, or no means to draw it."""
 
 
 # --- Runs ------------------------------------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ class PlotError(ValueError):
 
 @dataclass
 class RunLog:
-    """What a run's files say: its lines of metrics in the order of steps, and its settings (none if not known)."""
+    """A run from its files: its lines of metrics in the order of steps, and its settings (none if not known)."""
 
     path: Path
     name: str
@@ -77,7 +79,7 @@ def is_finite(value: Any) -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl as far as its lines are whole; of steps that were taken twice, the second time counts."""
+    """Reads the complete lines of metrics.jsonl; of steps that were taken twice, the second time counts."""
     rows: list[dict[str, Any]] = []
     place = lambda row: (row["step"], "val_loss" in row)  # noqa: E731 - a step's evaluation follows its other figures
     with path.open("rb") as file:
@@ -146,7 +148,7 @@ class Setting(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What its curves are called."""
+        """The name of its curves."""
         if len(self.runs) == 1:
             return self.runs[0].name
         values = ", ".join(f"{name} {written(value)}" for name, value in self.values.items())
@@ -166,7 +168,7 @@ class Setting(NamedTuple):
 
 
 def written(value: Any) -> str:
-    """A setting's value, as one gives it on the command line."""
+    """A setting's value in the form of the command line."""
     return shorten("-" if value is None else value if isinstance(value, str) else json.dumps(value), 40)
 
 
@@ -174,13 +176,13 @@ def group(runs: list[RunLog]) -> list[Setting]:
     """Puts runs of one setting together; a run whose settings are not known is one of its own."""
     groups: dict[str, list[RunLog]] = {}
     for run in runs:
-        # the file's name says less than the model and the flags that it held
+        # the config's name is left out: its content is in the settings, as the model and the flags
         key = {name: value for name, value in run.settings.items() if name not in NO_SETTINGS | {"config"}}
         groups.setdefault(json.dumps(key or str(run.path), sort_keys=True), []).append(run)
     firsts = [members[0].settings for members in groups.values()]
     names = dict.fromkeys(name for settings in firsts for name in settings if name not in NO_SETTINGS)
     shown = [name for name in names if len({json.dumps(settings.get(name)) for settings in firsts}) > 1]
-    if "config" in shown:  # whose name is shorter than what differs in it
+    if "config" in shown:  # its name stands for the differences within
         shown = [name for name in shown if not name.startswith("model.")]
     return [Setting(members, {name: members[0].settings.get(name) for name in shown}) for members in groups.values()]
 
@@ -193,11 +195,12 @@ def table(settings: list[Setting]) -> str:
         last = [values[-1] for values in losses.values() if values]
         best, best_run = min((min(values, default=math.inf), name) for name, values in losses.items())
         mean = statistics.fmean(last) if last else math.inf
+        spread = f"{statistics.stdev(last):.4f}" if len(last) > 1 else "-"
         steps = sorted({run.rows[-1]["step"] for run in setting.runs})
         row = [written(value) for value in setting.values.values()]
         row += [f"{len(losses)}" if len(last) == len(losses) else f"{len(last)} of {len(losses)}"]
-        row += [f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}", f"{mean:.4f}" if last else "-"]
-        row += [f"{statistics.stdev(last):.4f}" if len(last) > 1 else "-", f"{best:.4f}" if last else "-", best_run]
+        row += [f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"]
+        row += [f"{mean:.4f}", spread, f"{best:.4f}", best_run] if last else ["-", "-", "-", best_run]
         rows.append((mean, row))
     header = [*map(shorten, settings[0].values), "runs", "steps", "mean", "spread", "best", "best run"]
     lines = [header, *(row for _, row in sorted(rows, key=lambda row: row[0]))]
@@ -219,9 +222,9 @@ class Curve(NamedTuple):
     spread: np.ndarray
 
 
-def curves_of(settings: list[Setting], what: str, x: str) -> Iterator[Curve]:
+def curves_of(settings: list[Setting], panel: str, x: str) -> Iterator[Curve]:
     """The curves of a panel that have a point."""
-    fields = PANELS[what][1]
+    fields = PANELS[panel][1]
     for i, setting in enumerate(settings):
         for field in fields:
             points = setting.curve(x, field)
@@ -229,38 +232,36 @@ def curves_of(settings: list[Setting], what: str, x: str) -> Iterator[Curve]:
                 yield Curve(setting.label if len(fields) == 1 else f"{setting.label}: {field}", field, i, *points)
 
 
-def top(curves: list[Curve], what: str) -> float:
-    """The largest value that the axis must hold; for losses, that of what follows their start."""
-    end = max(curve.x[-1] for curve in curves)
-    starts = [np.searchsorted(c.x, START * end) if what == "loss" else 0 for c in curves]
-    return max(float(c.y[min(start, len(c.y) - 1) :].max()) for c, start in zip(curves, starts, strict=True))
+def top(curves: list[Curve], panel: str) -> float:
+    """The largest value that the axis must hold; for losses, without their start."""
+    start = START * max(c.x[-1] for c in curves) if panel == "loss" else -math.inf
+    return max(float(c.y[c.x >= min(start, c.x[-1])].max()) for c in curves)
 
 
-def draw_text(curves: list[Curve], what: str, x: str, width: int, height: int) -> str:
+def draw_text(curves: list[Curve], panel: str, x: str, width: int, height: int) -> str:
     """Draws curves in characters, each as a letter; the legend has their last values."""
-    high, low = top(curves, what), min(float(c.y.min()) for c in curves)
+    high, low = top(curves, panel), min(float(c.y.min()) for c in curves)
     left, right = min(c.x[0] for c in curves), max(c.x[-1] for c in curves)
-    labels = [f"{value:.4g}" for value in (high, (high + low) / 2, low)]
-    margin = max(map(len, labels))
-    columns, rows = max(10, width - margin - 2), max(5, height)
+    rows = max(5, height)
+    labels = {0: f"{high:.4g}", (rows - 1) // 2: f"{(high + low) / 2:.4g}", rows - 1: f"{low:.4g}"}
+    margin = max(map(len, labels.values()))
+    columns = max(10, width - margin - 2)
     canvas = [[" "] * columns for _ in range(rows)]
     positions = np.linspace(left, right, columns)
-    half = (right - left) / max(1, columns - 1) / 2
+    half = (right - left) / (columns - 1) / 2
     legend = []
     for i, c in enumerate(curves):
         mark = MARKS[i % len(MARKS)]
         for column in np.flatnonzero((positions >= c.x[0] - half) & (positions <= c.x[-1] + half)):
             value = float(np.interp(positions[column], c.x, c.y))
             if value <= high:
-                row = round((high - value) / ((high - low) or 1.0) * (rows - 1))
-                canvas[row][column] = mark
+                canvas[round((high - value) / ((high - low) or 1.0) * (rows - 1))][column] = mark
         last = f" {c.y[-1]:.4g}" + (f" ± {c.spread[-1]:.2g}" if c.spread.any() else "")
         legend.append(f"{mark} {shorten(c.label, max(10, width - len(last) - 3))}{last}")
-    at = {0: labels[0], (rows - 1) // 2: labels[1], rows - 1: labels[2]}
-    lines = [f"{at.get(i, ''):>{margin}} |{''.join(line)}".rstrip() for i, line in enumerate(canvas)]
+    lines = [f"{labels.get(i, ''):>{margin}} |{''.join(line)}".rstrip() for i, line in enumerate(canvas)]
     ends = f"{left:.6g}", f"{right:.6g}"
     scale = f"{ends[0]}{x:^{max(len(x) + 2, columns - len(ends[0]) - len(ends[1]))}}{ends[1]}"
-    return "\n".join([PANELS[what][0], *lines, f"{'':{margin}} +{'-' * columns}", f"{'':{margin}}  {scale}", *legend])
+    return "\n".join([PANELS[panel][0], *lines, f"{'':{margin}} +{'-' * columns}", f"{'':{margin}}  {scale}", *legend])
 
 
 def draw_picture(panels: dict[str, list[Curve]], x: str, output: Path) -> None:
@@ -277,23 +278,17 @@ def draw_picture(panels: dict[str, list[Curve]], x: str, output: Path) -> None:
     n_rows = math.ceil(len(panels) / n_columns)
     size = 7 * n_columns, 3.5 * n_rows
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, layout="constrained", squeeze=False)
-    for axis, (what, curves) in zip(axes.flat, panels.items(), strict=False):
-        title, fields = PANELS[what]
+    for axis, (panel, curves) in zip(axes.flat, panels.items(), strict=False):
+        title, styles = PANELS[panel]
         for c in curves:
-            style: dict[str, Any] = {"color": f"C{c.i_setting % 10}", "linestyle": "-"}
-            if what != "loss":
-                style["linestyle"] = ["-", "--", ":"][fields.index(c.field)]
-            elif c.field == "train_loss":
-                style |= {"alpha": 0.35, "linewidth": 0.8}
-            else:
-                style |= {"marker": "o", "markersize": 3}
-            label = re.sub("^_", " _", c.label.replace("$", r"\$"))  # no formula; matplotlib hides what begins with _
-            axis.plot(c.x, c.y, label=label, gid=f"{c.field}-{c.i_setting}", **style)
+            color = f"C{c.i_setting % 10}"
+            label = re.sub("^_", " _", c.label.replace("$", r"\$"))  # no formula; matplotlib hides labels like "_x"
+            axis.plot(c.x, c.y, color=color, label=label, gid=f"{c.field}-{c.i_setting}", **styles[c.field])
             if c.spread.any():
-                axis.fill_between(c.x, c.y - c.spread, c.y + c.spread, color=style["color"], alpha=0.2, linewidth=0)
+                axis.fill_between(c.x, c.y - c.spread, c.y + c.spread, color=color, alpha=0.2, linewidth=0)
         axis.set(xlabel=x, ylabel=title)
-        if what == "loss":
-            axis.set_ylim(None, 1.02 * top(curves, what))
+        if panel == "loss":
+            axis.set_ylim(None, 1.02 * top(curves, panel))
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     for axis in axes.flat[len(panels) :]:
@@ -308,24 +303,17 @@ def draw_picture(panels: dict[str, list[Curve]], x: str, output: Path) -> None:
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> command.Parser:
-    """Builds the parser of the command line."""
+def plot(argv: list[str] | None) -> int:
+    """Runs the command; returns its exit code."""
     parser = command.Parser("plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run's folder, its metrics.jsonl, a sweep")
-    parser.add_argument("--what", choices=[*PANELS, "all"], default="loss", help="what to draw (default: loss)")
-    parser.add_argument("--x", choices=list(X_FIELDS), default="steps", help="against what (default: steps)")
+    parser.add_argument("--what", choices=[*PANELS, "all"], default="loss", help="figures to draw (default: loss)")
+    parser.add_argument("--x", choices=list(X_FIELDS), default="steps", help="the horizontal axis (default: steps)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--text", action="store_true", help="draw in characters (the default)")
     form.add_argument("--output", type=Path, metavar="FILE", help="draw a picture: .svg or .png; needs matplotlib")
-    help = "print a row for each setting: mean and standard deviation of its runs' last val_loss, and the best of all;"
-    help += " --what and --x are for curves"
-    form.add_argument("--table", action="store_true", help=help)
-    return parser
-
-
-def plot(argv: list[str] | None) -> int:
-    """Runs the command; returns its exit code."""
-    parser = build_parser()
+    help = "print a row for each setting: mean and standard deviation of its runs' last val_loss, and the best of all"
+    form.add_argument("--table", action="store_true", help=f"{help}; --what and --x are for curves")
     args = parser.parse_args(argv)
     if args.output is not None and args.output.suffix not in (".svg", ".png"):
         parser.error(f"--output must end in .svg or .png, got {shorten(args.output)}")
@@ -333,16 +321,16 @@ def plot(argv: list[str] | None) -> int:
     if args.table:
         command.say(table(settings))
         return 0
-    chosen = list(PANELS) if args.what == "all" else [args.what]
-    panels = {what: curves for what in chosen if (curves := list(curves_of(settings, what, args.x)))}
+    chosen = PANELS if args.what == "all" else [args.what]
+    panels = {panel: curves for panel in chosen if (curves := list(curves_of(settings, panel, args.x)))}
     if not panels:
-        raise PlotError(f"no line of metrics has what --what {args.what} draws")
+        raise PlotError(f"no line of metrics has the fields that --what {args.what} draws")
     if args.output is not None:
         draw_picture(panels, args.x, args.output)
         return 0
     width, lines = shutil.get_terminal_size()
-    for what, curves in panels.items():
-        command.say(draw_text(curves, what, args.x, width, min(lines, 40) - len(curves) - 4))
+    for panel, curves in panels.items():
+        command.say(draw_text(curves, panel, args.x, width, min(lines, 40) - len(curves) - 4))
     return 0
 
 

@@ -3,7 +3,7 @@
     python data/prepare.py stdlib                       # this Python's own library: about 12 MB, no download
     python data/prepare.py enwik8 --from enwik8.zip     # downloaded before, by other means
     python data/prepare.py notes.txt                    # any file that is not compressed: used as it is
-    python data/prepare.py logs.xz                      # by gzip, bzip2, xz or Zstandard: what it holds
+    python data/prepare.py logs.xz                      # by gzip, bzip2, xz or Zstandard: its content
     python data/prepare.py a.jsonl.gz --text-key body   # JSON lines: the text in a field of each
     python data/prepare.py ~/src/project                # any folder: its text files, joined
 
@@ -11,14 +11,14 @@ A name wins over a file of the same name: `shakespeare` is the corpus, `./shakes
 
 Byte 0 (`EOS_ID`) stands between documents: the texts of a file whose name ends in `.jsonl`, compressed or not, and the
 files of a folder, in the order of their names. So a byte 0 within the text of a JSON line ends the document there;
-empty texts are left out. Of a folder, what is no text is left out too: text is a regular, non-empty file, compressed as
-above or not at all, that has no byte 0 and whose first 64 KiB are UTF-8 or else, in an older 8-bit encoding, have at
-most one control character in a hundred bytes. Names that start with a dot, links to folders, what was prepared in this
-data folder, and the folders of training runs are skipped: a corpus never feeds on itself.
+empty texts are left out. Of a folder, files that are no text are left out too: text is a regular, non-empty file,
+compressed as above or not at all, that has no byte 0 and whose first 64 KiB are UTF-8 or else, in an older 8-bit
+encoding, have at most one control character in a hundred bytes. Names that start with a dot, links to folders, prepared
+files of this data folder, and the folders of training runs are skipped: a corpus never feeds on itself.
 
-What is prepared streams to the disk and gets its name with its last byte, so that memory stays small and nothing is
-half-made; one process prepares it, and the others of this machine wait. Temporary files that a crash left are removed
-after an hour.
+Prepared files are streamed to the disk and get their names when they are complete, so that memory stays small; one
+process prepares a file, and the others of this machine wait. Temporary files that a crash left are removed after an
+hour.
 """
 
 if __name__ == "__main__":
@@ -65,7 +65,7 @@ from byte_tokenizer import EOS_ID, one_line
 StrPath = str | os.PathLike
 Documents = list[tuple[str, int, int]]  # files: path, bytes, modification time in ns
 DATA_DIR = Path(__file__).resolve().parent
-CACHE_NAME = ".cache"  # the folder in the data folder that holds what was made of files and folders
+CACHE_NAME = ".cache"  # the folder in the data folder for prepared files and folders of users
 RUN_FILE = "checkpoints.json"  # marks the folder of a training run
 TIMEOUT_S = 30.0  # for each wait on the network, not for a download as a whole
 
@@ -74,7 +74,7 @@ _HEAD = 1 << 16  # leading bytes of a file by which its encoding is judged
 _CONTROLS = bytes(set(range(32)) - set(b"\b\t\n\v\f\r\x1b")) + b"\x7f"
 _RECIPE = 3  # part of every cache name; raise it when the rules for joining documents change
 _MAX_LINE = 1 << 28  # bytes of a JSON line, which is held in memory
-_LEFT_S = 3600  # a temporary file that nobody has written to for so long was left by a crash
+_LEFT_S = 3600  # a temporary file without writes for so long was left by a crash
 _JSON_LINES = re.compile(r"\.jsonl(\.(gz|bz2|xz|zst))?\Z", re.IGNORECASE)  # how such a file's name ends
 # fmt: off
 _COMPRESSED = {  # how the files of each format begin
@@ -102,7 +102,7 @@ class Download(NamedTuple):
 class Tree(NamedTuple):
     """A corpus joined from the files of a folder whose names end in `suffix`, but for those below `skip`."""
 
-    file: str  # its name in the data folder; such a file is never rebuilt, so what changes belongs in the name
+    file: str  # its name in the data folder; it is never rebuilt, so the name must change with the content
     root: Path
     suffix: str
     skip: frozenset[str]
@@ -192,18 +192,19 @@ def compressed_format(head: bytes) -> str | None:
 def resolve(
     source: StrPath = "stdlib", *, text_key: str = "text", from_file: StrPath | None = None, data_dir: Path = DATA_DIR
 ) -> Path:
-    """Finds the file of raw bytes behind a name, a file or a folder, and makes it first if need be.
+    """Finds the file of raw bytes behind a name, a file or a folder, and prepares it first if need be.
 
-    What was made is used again until the path, size or modification time of one of its files changes, or `text_key`.
+    A prepared file is used again until the path, size or modification time of one of its sources changes, or
+    `text_key`.
 
     Args:
         source: A name in `CORPORA` (a `str`: a `Path` is always a path), a file or a folder.
         text_key: The field of a JSON line that holds a document.
-        from_file: A local copy of what would be downloaded for `source`.
-        data_dir: Where to put what is made; created if missing.
+        from_file: A local copy of the download of `source`.
+        data_dir: The folder for prepared files; created if missing.
 
     Raises:
-        DataError: The source is not what it should be or has no text, or something cannot be read or written.
+        DataError: The source is of no known kind or has no text, or something cannot be read or written.
     """
     data_dir = Path(data_dir)
     name = source if isinstance(source, str) else ""
@@ -216,7 +217,7 @@ def resolve(
     if isinstance(corpus, Tree):
         root, suffix, skip = corpus.root.resolve(), corpus.suffix, corpus.skip
         join = lambda out: _join(_list_documents(root, data_dir, suffix, skip), root, text_key, out)  # noqa: E731
-        return _make(data_dir / corpus.file, join)
+        return _prepare(data_dir / corpus.file, join)
     path = Path(os.fsdecode(source))
     if not os.fspath(source) or not os.path.lexists(path):
         raise DataError(f"no file, folder or corpus {_quote(source)}; the corpora are: {', '.join(CORPORA)}")
@@ -241,7 +242,7 @@ def _resolve_download(name: str, corpus: Download, from_file: StrPath | None, da
     part = data_dir / f"{name}.part"
     given = part if from_file is None else Path(from_file)
     if from_file is not None:
-        _check(given, corpus, f"{_quote(given)} is not what is downloaded for {name}")
+        _check(given, corpus, f"{_quote(given)} is not the download of {name}")
 
     def unpack(out: BinaryIO) -> None:
         if from_file is None:
@@ -251,14 +252,15 @@ def _resolve_download(name: str, corpus: Download, from_file: StrPath | None, da
         if from_file is None:
             part.unlink()
 
-    return _make(data_dir / f"{name}.bin", unpack)
+    return _prepare(data_dir / f"{name}.bin", unpack)
 
 
 def _check(path: Path, corpus: Download, failure: str, remedy: str = "") -> None:
-    """Raises a DataError if a file is not what the server of a corpus should send."""
+    """Raises a DataError if a file is not the download of a corpus, by its size and SHA-256."""
     with _open(path) as file, _data_error("read", path):
         size = os.fstat(file.fileno()).st_size
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if size == corpus.size else ""  # else that says enough
+        # of another size, that suffices
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if size == corpus.size else ""
     if digest != corpus.sha256:
         found = f"{size:,} bytes" + (f", sha256 {digest}" if digest else "")
         raise DataError(f"{failure}: expected {corpus.size:,} bytes, sha256 {corpus.sha256}; found {found}{remedy}")
@@ -267,7 +269,7 @@ def _check(path: Path, corpus: Download, failure: str, remedy: str = "") -> None
 def _download(corpus: Download, part: Path) -> None:
     """Completes `part`, from its beginning where the server does not resume; DataError if it cannot be had."""
     remedy = "; run again (what has arrived is kept), or get the file by other means and pass it with --from FILE"
-    if not _is_made(part):
+    if not _exists(part):
         part.unlink(missing_ok=True)
     size = part.stat().st_size if part.exists() else 0
     if size < corpus.size:
@@ -295,11 +297,11 @@ def _download(corpus: Download, part: Path) -> None:
 
 
 def _resolve_documents(path: Path, documents: Documents, text_key: str, data_dir: Path) -> Path:
-    """Joins the documents of a user's file or folder into a cache file, whose name changes with whatever changes."""
+    """Joins the documents of a user's file or folder into a cache file, whose name has a hash of them."""
     stem = re.sub(r"[^\w.-]", "_", path.name, flags=re.ASCII).lstrip(".")[:40] or "folder"
     family = f"{stem}-{_hash((str(path), text_key))[:12]}"
     target = data_dir / CACHE_NAME / f"{family}-{_hash((_RECIPE, documents))[:16]}.bin"
-    _make(target, lambda out: _join(documents, path, text_key, out))
+    _prepare(target, lambda out: _join(documents, path, text_key, out))
     for other in target.parent.glob(f"{family}-*.bin"):
         if other != target:
             other.unlink(missing_ok=True)  # by a process like this one
@@ -312,10 +314,10 @@ def _list_documents(root: Path, data_dir: Path, suffix: str = "", skip: Iterable
     def fail(error: OSError) -> None:
         raise DataError(f"cannot read {_quote(error.filename)}: {error.strerror}") from error
 
-    made_in = {data_dir.resolve(), (data_dir / CACHE_NAME).resolve()}
+    prepared = {data_dir.resolve(), (data_dir / CACHE_NAME).resolve()}
     documents = []
     for folder, subfolders, files in os.walk(root, onerror=fail):
-        if RUN_FILE in files:  # a run that trains on this folder would change what it trains on
+        if RUN_FILE in files:  # a run that trains on this folder would change its own data
             subfolders.clear()
             continue
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
@@ -324,7 +326,7 @@ def _list_documents(root: Path, data_dir: Path, suffix: str = "", skip: Iterable
             if file.startswith(".") or not file.endswith(suffix) or not os.path.isfile(path):
                 continue
             real = path.resolve() if path.is_symlink() else path
-            if real.parent in made_in and real.suffix in (".bin", ".zip", ".part"):
+            if real.parent in prepared and real.suffix in (".bin", ".zip", ".part"):
                 continue
             with _data_error("read", path):
                 info = path.stat()
@@ -370,7 +372,7 @@ def _looks_like_text(head: bytes) -> bool:
     if compressed_format(head):
         return False
     try:
-        # An incremental decoder, not told that this is the end, does not mind a character cut off there.
+        # without final=True, an incremental decoder accepts a character that is cut off at the end
         codecs.getincrementaldecoder("utf-8")().decode(head)
         return True
     except UnicodeDecodeError:
@@ -486,18 +488,18 @@ def _lines(path: Path, bar: Any) -> Iterator[bytes]:
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def _is_made(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()  # what is a link, a pipe or a device was not made here
+def _exists(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()  # links, pipes and devices are not of this module
 
 
-def _make(target: Path, fill: Callable[[BinaryIO], None]) -> Path:
-    """Returns `target`, which `fill` writes if it is not there; waits for another process that makes the same."""
+def _prepare(target: Path, fill: Callable[[BinaryIO], None]) -> Path:
+    """Returns `target`, which `fill` writes if it is not there; waits for another process that writes the same."""
     lock = target.with_name(f".{target.name}.lock")
     with _data_error("write", target):
-        while not _is_made(target):
+        while not _exists(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(lock, "a+b", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)) as file:
-                with suppress(OSError):  # there are file systems without locks: then each process makes its own
+                with suppress(OSError):  # there are file systems without locks: then each process writes its own
                     fcntl.flock(file, fcntl.LOCK_EX)
                 if not os.fstat(file.fileno()).st_nlink:  # another process held the lock, and has removed it
                     file.seek(0)
@@ -505,7 +507,7 @@ def _make(target: Path, fill: Callable[[BinaryIO], None]) -> Path:
                         raise DataError(error)
                     continue
                 try:
-                    if not _is_made(target):
+                    if not _exists(target):
                         _write(target, fill)
                 except DataError as error:
                     file.write(str(error).encode(errors="backslashreplace"))  # for those that wait
@@ -542,7 +544,7 @@ def _progress(name: str, total: int, done: int = 0) -> tqdm:
 
 @contextmanager
 def _data_error(action: str, thing: StrPath, remedy: str = "", kind: Any = (OSError, HTTPException)) -> Any:
-    """Turns a failure outside this program into a DataError: what could not be done, to what, and why."""
+    """Turns a failure outside this program into a DataError that names the action, the thing and the reason."""
     try:
         yield
     except kind as error:
@@ -561,7 +563,7 @@ def _quote(thing: StrPath) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with the given arguments, or those of the process; returns the exit code (see `command.run`)."""
-    about = "Find or make files of raw bytes to train on, and print their paths and sizes."
+    about = "Find or prepare files of raw bytes to train on, and print their paths and sizes."
     parser = command.Parser("prepare.py", description=about)
     names = ", ".join(CORPORA)
     parser.add_argument("sources", metavar="SOURCE", nargs="+", help=f"a corpus ({names}), a file or a folder")

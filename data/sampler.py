@@ -40,9 +40,9 @@ class JoinedCorpus:
             while len(row):  # until the end of the sequence, or of a corpus within it
                 i = bisect_right(self.begins, start) - 1
                 first = start - self.begins[i]
-                piece = self.corpora[i][first : first + len(row)]
-                row[: len(piece)] = piece
-                row, start = row[len(piece) :], start + len(piece)
+                values = self.corpora[i][first : first + len(row)]
+                row[: len(values)] = values
+                row, start = row[len(values) :], start + len(values)
         return rows
 
 
@@ -97,8 +97,8 @@ class SequenceSampler:
 class MixtureSampler:
     """Sequences of several corpora, each with its share at all times, in an order that follows from seed and position.
 
-    Each corpus goes through its own sequences as in `SequenceSampler`. Whose turn it is follows from a binary tree: of
-    the first n sequences of a node, one child gets its share of n, rounded, and the other the rest. The tree is
+    Each corpus goes through its own sequences as in `SequenceSampler`. A binary tree assigns positions to corpora:
+    of the first n sequences of a node, one child gets its share of n, rounded, and the other the rest. The tree is
     Huffman's, in which an inner node has at most 2/3 of its parent's weight, so rounding errors of the levels fade: no
     corpus is ever two sequences off its share, and of two corpora neither more than half of one.
 
@@ -142,7 +142,7 @@ class MixtureSampler:
 class EvaluationBatches:
     """Batches of sequences that follow each other and cover a split, or `limit` of them, evenly spread over it.
 
-    What remains at the end of the split is one shorter sequence, unless there is a limit. `n_targets` is the number of
+    The rest at the end of the split is one shorter sequence, unless there is a limit. `n_targets` is the number of
     bytes that all batches together predict.
     """
 
@@ -155,7 +155,8 @@ class EvaluationBatches:
         self.n_targets = self.n_sequences * seq_len + self.rest
 
     def __len__(self) -> int:
-        return -(-self.n_sequences // self.batch_size) + (self.rest > 0)
+        n_full = -(-self.n_sequences // self.batch_size)
+        return n_full + 1 if self.rest else n_full
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         """Returns offsets in the split, int64 (sequences,), and the number of targets of each sequence."""

@@ -926,7 +926,7 @@ def test_source_of_impossible_shards(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("is_hf", [False, True])
-def test_mixed_dtypes_say_the_widest(saved: Path, tmp_path: Path, is_hf: bool) -> None:
+def test_config_of_mixed_dtypes_has_the_widest(saved: Path, tmp_path: Path, is_hf: bool) -> None:
     change(saved / WEIGHTS, lambda tensors: tensors.update({"head.weight": tensors["head.weight"].bfloat16()}))
     convert.convert(saved, tmp_path / "out", is_hf=is_hf)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -980,7 +980,7 @@ def test_loaded_model_can_be_trained_on(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_dense_layers": 0, "moe_layer_freq": 1}, {"n_routed_experts": 0}])
-def test_what_a_checkpoint_must_have_is_found_from_two_layers(
+def test_required_tensors_follow_from_two_layers(
     saved: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]
 ) -> None:
     """However many layers a config names, no model of that many is built to see what is missing."""

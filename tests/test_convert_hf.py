@@ -578,7 +578,7 @@ def test_plan_for_deepseek_v3(v3: tuple[checkpoints.Checkpoint, list], world: in
             assert output.infos["layers.4.ffn.shared_experts.w2.scale"].shape == (56, math.ceil(2048 / world / 128))
 
 
-def test_reading_deepseek_v3_needs_only_what_is_asked_for(v3: tuple[checkpoints.Checkpoint, list]) -> None:
+def test_only_the_requested_slices_of_deepseek_v3_are_read(v3: tuple[checkpoints.Checkpoint, list]) -> None:
     checkpoint, _ = v3
     source = checkpoint.tensors["layers.4.attn.wo.weight"]
     box = parallel.native_slice("layers.4.attn.wo.weight", source.shape, 256, 3, 8)
@@ -635,7 +635,7 @@ def test_moe_in_mtp_modules_alone(tmp_path: Path, changes: dict[str, Any], refus
     st.sampled_from([None, True, False]),
     st.booleans(),
 )
-def test_exported_configs_say_all(shape: dict, plain: dict, gate_bias: bool | None, is_fp8: bool) -> None:
+def test_exported_configs_are_complete(shape: dict, plain: dict, gate_bias: bool | None, is_fp8: bool) -> None:
     try:
         args = ModelArgs.from_dict(TINY | shape | plain | {"gate_bias": gate_bias})
         config = hf_config(args, torch.bfloat16, is_fp8)
@@ -722,8 +722,8 @@ PLAIN_YARNS = [  # for attention that has the temperature in the rotary factors,
     ("kind", "yarn"),
     [(kind, yarn) for kind in KINDS for yarn in (PLAIN_YARNS if kind == "Ernie4_5ForCausalLM" else YARNS)],
 )
-def test_yarn_whatever_the_context(tmp_path: Path, kind: str, yarn: dict[str, Any], context: int) -> None:
-    """A config with YaRN computes the same with any `max_position_embeddings`: what transformers computes."""
+def test_yarn_does_not_depend_on_the_context(tmp_path: Path, kind: str, yarn: dict[str, Any], context: int) -> None:
+    """A config with YaRN computes the same with any `max_position_embeddings`, as in transformers."""
     hf = exported(tmp_path, dim=32, **KINDS[kind])
     plain = logits(hf)
     edit_config(hf, {"rope_scaling": yarn, "max_position_embeddings": context})

@@ -206,8 +206,8 @@ def test_nothing_is_read_to_plan() -> None:
         fp8_cast_bf16.plan({})
 
 
-def test_what_the_files_say_of_themselves_stays(tmp_path: Path) -> None:
-    """Metadata of files and index; of the config in parts too, FP8 alone goes; a file of scales is left out."""
+def test_metadata_of_files_and_index_stays(tmp_path: Path) -> None:
+    """Of a config, in nested ones too, only the FP8 entry goes; a file of scales is left out."""
     source, target = tmp_path / "fp8", tmp_path / "bf16"
     source.mkdir()
     q, s = weight_quant(torch.randn(200, 200))
@@ -288,7 +288,7 @@ def test_a_scale_of_zero_for_zeros(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "bf16" / "model.safetensors")["w"], by_blocks(q, s))
 
 
-def test_vectors_are_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_are_read_in_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     q, s = weight_quant(torch.randn(9, 5000))
     tensors = {"v": torch.randn(10_007), "m": torch.randn(3, 4001).bfloat16(), "w": q, "w_scale_inv": s}
     source = checkpoint_of(tmp_path / "fp8", tensors)

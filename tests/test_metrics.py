@@ -67,8 +67,8 @@ def test_a_crash_before_lines_are_dropped_loses_none(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link", "folder", "huge"])
-def test_what_is_no_file_of_metrics_is_refused(tmp_path: Path, kind: str) -> None:
-    """Without waiting for a pipe, following a link, or reading what has no end."""
+def test_only_a_regular_metrics_file_is_accepted(tmp_path: Path, kind: str) -> None:
+    """Without waiting for a pipe, following a link, or reading a file without an end."""
     run, outside = tmp_path / "run", tmp_path / "mine.txt"
     run.mkdir()
     outside.write_text("mine")
@@ -315,7 +315,7 @@ def test_nothing_is_logged_by_other_processes(monkeypatch: pytest.MonkeyPatch) -
     assert log.getvalue() == ""
 
 
-# --- What a run writes -----------------------------------------------------------------------------------------------
+# --- Files of a run --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -389,7 +389,7 @@ def assert_same_events(run: Path) -> None:
     assert events(run) == expected
 
 
-def test_tensorboard_has_what_the_file_has(flags: list[str], tmp_path: Path) -> None:
+def test_tensorboard_has_the_figures_of_the_file(flags: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train.main([*flags, "--steps", "4", "--eval-interval", "2", "--tensorboard"]) == 0
     assert_same_events(run)

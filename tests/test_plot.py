@@ -29,7 +29,7 @@ def line(step: int, **values: Any) -> dict[str, Any]:
 
 
 def write_run(folder: Path, lines: list[dict[str, Any]], flags: dict[str, Any] | None = None, **model: Any) -> Path:
-    """Writes what plot.py reads of a run."""
+    """Writes the files of a run that plot.py reads."""
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(values) + "\n" for values in lines))
     if flags is not None:
@@ -120,7 +120,7 @@ def test_load_is_that_of_the_busiest_and_the_idlest_expert(tmp_path: Path, capsy
     assert "a run: max_load 1.5\n" in printed and "b run: min_load 0.25\n" in printed
 
 
-def test_what_stands_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder, its file, or a folder of runs at any depth; a run named twice is drawn once."""
     one = write_run(tmp_path / "runs" / "one", losses(3, 2))
     two = write_run(tmp_path / "runs" / "deep" / "two", losses(3, 1))
@@ -131,7 +131,7 @@ def test_what_stands_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "run" in shown(capsys, write_run(tmp_path / "run", losses(3, 2)))
 
 
-def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / 'empty'} holds no run" in refused(capsys, tmp_path / "empty")
     assert f"{tmp_path / 'none'} is no file or folder" in refused(capsys, tmp_path / "none")
@@ -164,7 +164,7 @@ def test_table_has_a_row_for_each_setting(tmp_path: Path, capsys: pytest.Capture
     assert found == [row for _, row in sorted(expected)]
 
 
-def test_what_makes_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_grouped_by_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither the seed nor where it was saved; but the model, also if the config's name is the same."""
     for name, flags, model in (
         *(("a", {"seed": 1, "resume": False}, {}), ("b", {"seed": 2, "resume": True, "profile": 3}, {})),

@@ -187,7 +187,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("length", [True, False])
-def test_a_download_arrives_whole_and_leaves_nothing_else(server: Server, data_dir: Path, length: bool) -> None:
+def test_a_download_is_complete_and_leaves_nothing_else(server: Server, data_dir: Path, length: bool) -> None:
     server.length = length
     path = resolve("tiny", data_dir=data_dir)
     assert path == data_dir / "tiny.bin"
@@ -196,7 +196,7 @@ def test_a_download_arrives_whole_and_leaves_nothing_else(server: Server, data_d
     assert server.asked == [None]
 
 
-def test_what_is_there_is_neither_downloaded_nor_hashed_again(
+def test_a_corpus_on_disk_is_neither_downloaded_nor_hashed_again(
     server: Server, data_dir: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(data_dir, {"tiny.bin": BODY})
@@ -374,7 +374,7 @@ def test_a_wrong_local_file_is_refused(server: Server, data_dir: Path, tmp_path,
     with pytest.raises(DataError) as caught:
         resolve("tiny", from_file=tmp_path / "wrong", data_dir=data_dir)
     message = str(caught.value)
-    assert "wrong' is not what is downloaded for tiny: expected 300,000 bytes, sha256 " in message
+    assert "wrong' is not the download of tiny: expected 300,000 bytes, sha256 " in message
     assert hashlib.sha256(BODY).hexdigest() in message
     assert f"found {len(content):,} bytes" in message
     assert (hashlib.sha256(content).hexdigest() in message) == (len(content) == len(BODY))
@@ -388,7 +388,7 @@ def test_a_local_file_goes_only_with_downloads(source: str, data_dir: Path, tmp_
         resolve(source, from_file="file", data_dir=data_dir)
 
 
-def test_the_table_names_what_the_documentation_promises() -> None:
+def test_the_documented_corpora() -> None:
     assert list(prepare.CORPORA) == ["stdlib", "shakespeare", "enwik8"]
     downloads = [corpus for corpus in prepare.CORPORA.values() if isinstance(corpus, Download)]
     assert [each.size for each in downloads] == [1_115_394, 36_445_475]
@@ -518,7 +518,7 @@ def test_a_file_reads_like_an_array(data: st.DataObject) -> None:
                 )
 
 
-def test_a_view_reads_nothing_of_its_neighbour_and_outlives_the_whole(tmp_path: Path) -> None:
+def test_a_view_reads_nothing_of_its_neighbour_and_outlives_the_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(BODY)
     head, tail = open_bytes(tmp_path / "file").split(1000)
     assert head[990:2000].tobytes() == BODY[990:1000]
@@ -632,7 +632,7 @@ NOISE_TEXT = NOISE[:90_000].translate(b"x" * 32 + bytes(range(32, 127)) + b"x" +
 
 @PACKED
 @pytest.mark.parametrize("content", [b"x", bytes(3 * MIB), NOISE])
-def test_a_compressed_file_is_what_it_holds(tmp_path: Path, data_dir: Path, how: str, content: bytes) -> None:
+def test_a_compressed_file_stands_for_its_content(tmp_path: Path, data_dir: Path, how: str, content: bytes) -> None:
     middle = len(content) // 2
     for name, packed in (
         (f"a.{how}", pack(content, how) + bytes(8 if how in ("gz", "xz") else 0)),  # padding
@@ -771,7 +771,7 @@ def test_a_bad_line_is_named(tmp_path: Path, data_dir: Path, line: bytes, reason
     assert everything_in(data_dir) == []
 
 
-def test_only_the_end_of_a_name_says_that_there_are_json_lines(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
+def test_json_lines_are_known_by_the_end_of_the_name(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
     monkeypatch.chdir(write(tmp_path, {"a.jsonl.bak": TEXT, "b.jsonl": b'{"text": "b"}', "x.jsonl/c": TEXT}))
     assert resolve("a.jsonl.bak", data_dir=data_dir) == Path("a.jsonl.bak")
     assert resolve("x.jsonl", data_dir=data_dir).read_bytes() == TEXT
@@ -830,8 +830,8 @@ PACKERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PACKERS)
-def test_memory_does_not_grow_with_what_is_prepared(tmp_path: Path, name: str) -> None:
-    """200 MB of what becomes a thousandth of that when compressed."""
+def test_memory_does_not_grow_with_the_prepared_file(tmp_path: Path, name: str) -> None:
+    """200 MB that compress to a thousandth."""
     line = b'{"text": "' + b"a" * 9987 + b'"}\n' if "jsonl" in name else b"a" * 10**4
     with open(tmp_path / name, "wb") as file, PACKERS[name](file) as packed:
         for _ in range(200):
@@ -912,7 +912,7 @@ def test_a_folder_is_its_text_files_in_order(files: dict[str, bytes]) -> None:
         (b"a" * (3 * MIB) + b"\0" + b"a" * MIB, False),
     ],
 )
-def test_what_is_text(tmp_path: Path, data_dir: Path, content: bytes, text: bool) -> None:
+def test_text_is_recognised(tmp_path: Path, data_dir: Path, content: bytes, text: bool) -> None:
     folder = write(tmp_path / "folder", {"1": b"before", "2": content, "3": b"after"})
     expected = [b"before", content, b"after"] if text else [b"before", b"after"]
     assert resolve(folder, data_dir=data_dir).read_bytes() == b"\0".join(expected)
@@ -1080,7 +1080,7 @@ def plant(path: Path, kind: str, victim: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "dangling link", "device"])
 @pytest.mark.parametrize("name", ["tiny.bin", "tiny.part", "lib.bin", ".cache"])
-def test_what_is_no_file_is_neither_followed_nor_waited_for(
+def test_links_pipes_and_devices_are_neither_followed_nor_waited_for(
     server: Server, packed: Path, data_dir: Path, tmp_path: Path, monkeypatch, name: str, kind: str
 ) -> None:
     folder = write(tmp_path / "folder", {"a.py": b"a"})
