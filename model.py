@@ -536,7 +536,7 @@ class MLP(nn.Module):
     def forward(
         self, x: Activation, offsets: torch.Tensor | None = None, is_here: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(..., dim) to the same; of stacks, `offsets` is `project`'s and `is_here` (N, 1) False in rows after those."""
+        """(..., dim) to the same; of stacks, `offsets` is `project`'s, `is_here` (N, 1) False in rows after those."""
         if fp8_ops.fuses_fp8(x):
             layers = self.w1, self.w2, self.w3
             weights, quantized = [layer.weight for layer in layers], [layer.quantized() for layer in layers]
