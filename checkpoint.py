@@ -1,6 +1,6 @@
 """Checkpoints: the files that a model is stored in, the names of its tensors there, and the folder of a training run.
 
-A checkpoint is a folder, in one of two formats, told apart by its config.json:
+A checkpoint is a folder, in one of two formats, distinguished by its config.json:
 
     native                                           Hugging Face
     config.json              the `ModelArgs`         config.json                    of a class of transformers
@@ -130,7 +130,7 @@ class Checkpoint:
         return any(source.dtype == E4M3 for source in self.tensors.values())
 
     def origin(self, path: str | os.PathLike) -> dict[str, Any]:
-        """What a run that begins with it keeps of that, ready for JSON; `path` is what it was opened by."""
+        """Returns what the state of a run that begins with it records, ready for JSON; it was opened by `path`."""
         step = int(self.folder.name[5:]) if STEP_NAME.fullmatch(self.folder.name) else None
         return {"path": os.path.abspath(path), "kind": "huggingface" if self.config else "native", "step": step}
 
@@ -268,12 +268,12 @@ def _weights_of(args: ModelArgs, folder: Path, count: int) -> tuple[_Shapes, set
         prefix = re.match(r"layers\.\d+\.|mtp\.0\.(block\.)?|\w+\.", name)[0]
         if not name.endswith(".scale"):
             groups[prefix][name.removeprefix(prefix)] = tensor
-    block = [f"layers.{int(args.is_moe(i))}." for i in range(args.n_layers + args.n_mtp_layers)]  # of its kind
-    parts = [("embed.", "embed."), *((f"layers.{i}.", block[i]) for i in range(args.n_layers))]
-    parts += [("norm.", "norm."), ("head.", "head.")]
+    kinds = ["layers.1." if args.is_moe(i) else "layers.0." for i in range(args.n_layers + args.n_mtp_layers)]
+    prefixes = [("embed.", "embed."), *((f"layers.{i}.", kinds[i]) for i in range(args.n_layers))]
+    prefixes += [("norm.", "norm."), ("head.", "head.")]
     for k in range(args.n_mtp_layers):
-        parts += [(f"mtp.{k}.", "mtp.0."), (f"mtp.{k}.block.", block[args.n_layers + k])]
-    tensors = {prefix + leaf: tensor for prefix, group in parts for leaf, tensor in groups[group].items()}
+        prefixes += [(f"mtp.{k}.", "mtp.0."), (f"mtp.{k}.block.", kinds[args.n_layers + k])]
+    tensors = {prefix + leaf: tensor for prefix, group in prefixes for leaf, tensor in groups[group].items()}
     fp8_layers = {name for name, tensor in tensors.items() if tensor.dtype == E4M3}
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, fp8_layers
 
@@ -598,7 +598,7 @@ def _read_state(
 
 
 def check_state(run: Path, stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Returns the state in a run's checkpoint, by today's names; a CheckpointError unless it has all that ours has."""
+    """Returns the state in a run's checkpoint, by current names; a CheckpointError unless it has every key of ours."""
     state = NEW_STATE | {OLD_NAMES.get(key, key): value for key, value in stored.items()}
     for key in ours:
         if not _is_state(key, state.get(key, "missing")):
@@ -648,6 +648,6 @@ def check_origin(run: Path, origin: dict[str, Any] | None, path: str | os.PathLi
     """Raises a CheckpointError if a run did not begin with the weights of `path`, where one is given."""
     began = None if origin is None else origin.get("path")
     if path is not None and began != os.path.abspath(path):
-        weights = "fresh weights" if began is None else f"the weights of {shorten(began)}"
+        weights = "random weights" if began is None else f"the weights of {shorten(began)}"
         remedy = "leave --init-from out to go on with its own, or choose another --save-path"
         raise CheckpointError(f"{run} began with {weights}, not of {path}; {remedy}")

@@ -243,7 +243,7 @@ def weight_dequant(
     out = torch.empty(q.shape, dtype=dtype, device=s.device)
     shift = _shift(q, s)
     s = s.float().mul(2.0**shift).repeat_interleave(block_size, dim=-1)[..., :k]  # by column: (..., N blocks, K)
-    # in bands of rows that stay in the cache from the cast to the store, and in one buffer: page faults of fresh memory
+    # in bands of rows that stay in the cache from the cast to the store, and in one buffer: page faults of new memory
     # cost more than all of the arithmetic
     height = max(1, (1 << 18) // max(1, q[..., :block_size, :].numel())) * block_size
     buffer = torch.empty(q[..., :height, :].numel())

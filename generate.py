@@ -21,7 +21,7 @@ Sampling: temperature, then top-k, then top-p (Holtzman et al. 2019). Each text 
 Speculation (Leviathan et al. 2023; DeepSeek-V3 report, section 5.4.3): MTP modules draft the next bytes, one each, and
     the last goes on from its own hidden states. The model verifies the drafts in one forward pass, by which texts have
     exactly the model's own probabilities. `step` is all of it; `Drafter` is the modules' side.
-The stop string: it ends a text without being part of it, so what may be its beginning is held back until that is
+The stop string: it ends a text and is left out of it, so bytes that may be its beginning wait until that is
     certain. It counts in what the model writes, not in the prompt.
 """
 
@@ -100,7 +100,7 @@ WELCOME = "Each line is added to the text and continued. /clear forgets the text
 
 
 class GenerationError(parallel.CollectiveError):
-    """The model cannot generate, in any of the processes that have a part of it: the message is one line."""
+    """The model cannot generate, on all of its ranks: the message is one line."""
 
 
 MISTAKES = (CheckpointError, ConfigError, parallel.DeviceError, parallel.ParallelError, parallel.CollectiveError)
@@ -275,7 +275,7 @@ class Drafter:
 
     At position i, module k (from 0) reads hidden state i of module k-1, or of the model, and byte i+k+1. It gives its
     own hidden state i and the logits of byte i+k+2. If the last byte of a row is at position n, all modules run up to
-    position n-1, where module k reads the draft of the module before it. What read a draft that is rejected is
+    position n-1, where module k reads the draft of the module before it. Positions that read a rejected draft are
     forwarded again the next time; so the hidden states of the last positions are kept.
 
     Attributes:
@@ -467,7 +467,7 @@ class Row:
         return self.left - 1 if self.n_taken else 0
 
     def take(self, ids: Sequence[int]) -> bytes:
-        """Takes the next bytes, up to where the text ends, and returns those that are certainly part of it."""
+        """Takes the next bytes, up to where the text ends, and returns those that certainly belong to it."""
         certain = b""
         for i in ids:
             self.left, self.n_taken = self.left - 1, self.n_taken + 1
@@ -595,7 +595,7 @@ def complete(model: Transformer, prompt: str | bytes, sampling: Sampling | None 
 
 
 class Writer:
-    """Writes texts to stdout: every byte as it is in a pipe; whole and visible characters on a terminal.
+    """Writes texts to stdout: every byte as it is in a pipe; complete and visible characters on a terminal.
 
     After each text comes `mark` in a pipe, or `rule` on a terminal, on a line of its own.
     """
@@ -752,7 +752,7 @@ def keyboard_line() -> bytes | None:
 
 
 def read_stdin(read: Callable[[int], bytes], what: str) -> bytes:
-    """Reads a bounded part of standard input by one of its buffer's methods."""
+    """Reads a bounded number of bytes of standard input by one of its buffer's methods."""
     try:
         data = read(MAX_PROMPT_BYTES + 1)
     except OSError as error:
@@ -895,7 +895,7 @@ def run(argv: Sequence[str] | None) -> None:
         if arguments.input_file is not None:
             prompts = read_prompts(arguments.input_file)
         parallel.keep_freed_memory()
-        # each process that torchrun starts is a part of the model, and must have been told the same
+        # each process that torchrun starts has shards of the model, and must have the same flags
         ctx = ParallelContext.join(parallel.pick_device(arguments.device), parallel.read_launch().world_size)
         ctx.require_equal({name: value for name, value in vars(arguments).items() if name not in LOCAL_FLAGS})
         ctx.require_equal({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})

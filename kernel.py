@@ -1,6 +1,6 @@
 """The FP8 kernels for CUDA GPUs of compute capability 8.9 and more, in Triton.
 
-What they compute is defined in `fp8_ops.py`, where tiles, blocks and scales are explained; its functions check the
+Their mathematics is defined in `fp8_ops.py`, where tiles, blocks and scales are explained; its functions check the
 arguments. Two things govern how the kernels are written.
 
 Quantisation moves bytes. A kernel reads each element once, from memory to registers, and writes it once, at a quarter

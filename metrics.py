@@ -155,7 +155,7 @@ class Clock:
     """
 
     steps: int | None
-    minutes: float | None  # of the whole process
+    minutes: float | None  # of the process, start-up included
     now: Callable[[], float] = time.monotonic
     started: float = field(default_factory=lambda: command.STARTED)  # when the process began, by `now`
     earlier_s: float = 0.0  # time of the runs before this one
@@ -293,7 +293,7 @@ class Meter:
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes that tensors held on a GPU so far; of another device, those of this process."""
+    """The most bytes that tensors took on a GPU so far; of another device, those of this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -409,7 +409,7 @@ class OverlappingBatches:
 def evaluate_file(
     model: Transformer, data: Corpus, batch_size: int, ctx: ParallelContext, stride: int | None = None
 ) -> dict[str, Any]:
-    """Measures the loss over a whole file of two bytes or more, in sequences of the model's context.
+    """Measures the loss over all of a file of two bytes or more, in sequences of the model's context.
 
     Each byte is predicted once, but for the first, before which there is nothing. The batches are the same however many
     processes there are.

@@ -797,7 +797,7 @@ class MatrixShards(NamedTuple):
 def matrix_shards(ctx: ParallelContext, p: Any) -> tuple[list[MatrixShards], tuple[int, int]]:
     """Returns on which groups the matrices of a parameter are divided or replicated, and their full shape.
 
-    A process has whole experts: there, only replicas of data-parallel processes count.
+    Experts are never divided: of a stack of them, only replicas of data-parallel processes count.
     """
     found, shape = [], list(p.shape[-2:])
     if ctx.dp_size > 1 and (p.ndim == 2 or not ctx.fsdp):

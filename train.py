@@ -56,7 +56,7 @@ from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, opt
 from parallel import CollectiveError, DeviceError, ParallelContext, ParallelError, is_rank_zero
 from safetensors_io import CheckpointError
 
-SHORT_UNTIL = 0.5  # which part of a run --short-seq-len is for
+SHORT_UNTIL = 0.5  # of a run: until then, sequences have --short-seq-len bytes
 LAST_EVALUATION_SHARE = 0.1  # of the time of a run by the clock, at most
 FEW_STEPS = 10  # a run by the clock with fewer is reported
 LEFTOVER = re.compile(rf"{RUN_FILES}|step-\d{{8,}}|\..*\.(tmp|lock)")  # of a run killed before it saved
@@ -121,7 +121,7 @@ class TrainFlags:
     stride: int | None = _flag(None, "with --eval-only: bytes from a sequence to the next", integer(1), fixed=True)
     json: bool = _flag(False, "with --eval-only: print one JSON object", fixed=True)
     steps: int | None = _flag(None, "optimizer steps", integer(1), group="length of the run (one of them)")
-    minutes: float | None = _flag(None, "time for the whole process, start to end", _MINUTES)
+    minutes: float | None = _flag(None, "minutes of the process, start-up included", _MINUTES)
     batch_size: int = _flag(32, "sequences of max_seq_len bytes at a time", integer(1, 10**6), group="batch")
     short_seq_len: int = _flag(0, "bytes of the sequences in the first half of the run; 0: as later", integer(0))
     accumulation: int = _flag(1, "batches whose gradients make one step", integer(1, 10**6))
@@ -268,7 +268,7 @@ def check_evaluation(parser: command.Parser, flags: TrainFlags, shape: ModelArgs
 def check_flags(parser: command.Parser, flags: TrainFlags, shape: ModelArgs) -> None:
     """Refuses flags of training that do not go together, or not with the model."""
     if flags.world_size is not None or flags.device_memory is not None:
-        parser.error("--world-size and --device-memory are for --plan; torchrun says how many processes there are")
+        parser.error("--world-size and --device-memory are for --plan; torchrun sets the number of processes")
     if (flags.steps is None) == (flags.minutes is None):
         parser.error("give one of --steps and --minutes: how long to train")
     if flags.resume and flags.save_path is None:
@@ -331,7 +331,7 @@ class Trainer:
         self.step_bytes = self.step_sequences * self.context
 
     def state(self) -> dict[str, Any]:
-        """What besides tensors a resumed run needs, ready for JSON."""
+        """Returns the state of a run besides tensors, ready for JSON."""
         state = {name: getattr(self, name) for name in KEPT}
         state |= {"elapsed_s": self.clock.elapsed_s(), "startup_s": self.clock.startup_s}
         return state | {"sequences": self.step * self.step_sequences, "settings": self.settings}
@@ -515,7 +515,7 @@ def handle_signals(handler: Any) -> None:
 
 
 def resume_settings(flags: TrainFlags, data: Corpus, val_data: Corpus) -> dict[str, Any]:
-    """What must not change when a run is resumed, for its steps to be the ones that it would have taken."""
+    """Returns the settings that must be equal when a run is resumed, unless --override names them."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
     names += ["short_seq_len", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
     settings = {name: getattr(flags, name) for name in [*names, "steps", "minutes", "data_weights"]}
@@ -660,7 +660,7 @@ def build_model(
 ) -> tuple[Transformer, Callable[[torch.Tensor, torch.Tensor], Losses]]:
     """Builds the model, sharded over the processes, and the function of its loss; each process reads its slices.
 
-    Weights that `initial` does not have are fresh ones.
+    Weights that `initial` does not have are drawn.
     """
     dtype = parallel.pick_dtype(torch.device(ctx.device).type, flags.dtype)
     fp8_ops.gemm_impl = cast(Any, flags.gemm_impl)

@@ -853,7 +853,7 @@ def test_weights_of_a_run(here: Here, capsys: pytest.CaptureFixture[str], monkey
     assert_refused(capsys, [*same, "--init-from", str(source)], here.run, path, source)
     here.run = source
     again = here.flags("--steps", 4, "--eval-interval", 2, "--resume", "--init-from", path)
-    assert_refused(capsys, again, source, "fresh weights", path)
+    assert_refused(capsys, again, source, "random weights", path)
 
 
 def test_a_config_must_be_of_the_given_model(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
