@@ -49,7 +49,7 @@ TOLERANCE = 1e-4  # relative, in float32, for a model that does not amplify it
 NOISE = (3, 0.01)  # in bfloat16, what one way may differ by: so many times another's rounding, and so much
 MEDIAN, LOW = 0.5, 0.2  # which position counts: in bfloat16, rounding changes the experts of many
 
-FP32, BF16, PAIRS = range(3)  # decode.c's kinds of matrices
+FP32, BF16, PAIRS, FP8, FP8_PAIRS = range(5)  # decode.c's kinds of matrices
 ACTIVATIONS = ("silu", "gelu", "relu2")  # that decode.c has, by their numbers there
 SHORT_RETREAT, LONG_RETREAT = 32, 1024  # calls by one thread, where others had no processor
 SOURCE = Path(__file__).with_name("decode.c")
@@ -58,6 +58,8 @@ COMPILER_SECONDS = 60.0  # of one command; the first that takes longer is the la
 STALE_SECONDS = 3600.0  # after which a folder of a compiler is left over from a process that was killed
 
 Outputs = tuple[torch.Tensor, torch.Tensor]  # states (B, S, dim) and logits (B, S, vocab_size)
+Dtypes = tuple[torch.dtype, torch.dtype | None]  # of activations and of KV caches, None: the same
+EXACT: Dtypes = torch.float32, None
 
 MIN_LENGTH = 64  # that attention of a recorded call goes over
 REPEATS = 4  # calls of a kind before it is recorded, which takes as long as some calls
@@ -79,6 +81,27 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
         A warning for the user, one line, or None.
     """
     model.decoder = None
+    # a KV cache is read at the width of the weights
+    is_narrow = CDecoder.suits(model) and model.head.weight.dtype == torch.bfloat16
+    model.cache_dtype = torch.bfloat16 if is_narrow else None
+    warning = _choose(model, keep_attn_impl)
+    if not isinstance(model.decoder, CDecoder):
+        model.cache_dtype = None
+        if model.head.weight.device.type == "cpu" and fp8_ops.gemm_impl == "bf16":
+            _dequantize(model)
+    return warning
+
+
+def _dequantize(model: Transformer) -> None:
+    """Turns weights stored in FP8 back, which modules otherwise do for each call."""
+    for layer in model.fp8_layers():
+        if layer.scale is not None:
+            dense = layer.dense_weight(model.compute_dtype)
+            layer.weight, layer.scale = torch.nn.Parameter(dense, requires_grad=False), None
+
+
+def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
+    """`attach`, with the dtype of KV caches set."""
     probe, impls = _Probe(model), [model_module.attn_impl]
     if model.args.kv_lora_rank and not keep_attn_impl:
         impls = ["absorb", "naive"]
@@ -111,15 +134,15 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
 
 
 @contextlib.contextmanager
-def _settings(model: Transformer, dtype: torch.dtype, attn_impl: Literal["naive", "absorb"]) -> Iterator[None]:
-    """Has a model compute in `dtype` for a while, with products that are not quantised."""
-    before = model.compute_dtype, model_module.attn_impl, fp8_ops.gemm_impl
-    model.compute_dtype, model_module.attn_impl, fp8_ops.gemm_impl = dtype, attn_impl, "bf16"
+def _settings(model: Transformer, dtypes: Dtypes, attn_impl: Literal["naive", "absorb"]) -> Iterator[None]:
+    """Has a model compute in `dtypes` for a while, with products that are not quantised."""
+    before = (model.compute_dtype, model.cache_dtype), model_module.attn_impl, fp8_ops.gemm_impl
+    (model.compute_dtype, model.cache_dtype), model_module.attn_impl, fp8_ops.gemm_impl = dtypes, attn_impl, "bf16"
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.compute_dtype, model_module.attn_impl, fp8_ops.gemm_impl = before
+        (model.compute_dtype, model.cache_dtype), model_module.attn_impl, fp8_ops.gemm_impl = before
 
 
 class _Probe:
@@ -128,7 +151,7 @@ class _Probe:
     The mathematics is compared in float32, whatever the model computes in, since rounding hides little there. Rounding
     also decides now and then which expert is chosen, and then a position differs by right: what counts are medians over
     positions, and how far they move when the embeddings are changed by about as much as rounding does. In the model's
-    own dtype, one implementation may be several times as far from float32 as another.
+    own dtypes, one implementation may be several times as far from float32 as another. All read the same weights.
     """
 
     def __init__(self, model: Transformer):
@@ -143,26 +166,25 @@ class _Probe:
         self.calls = [[([n - 1], 1), ([max(n - 2, 0)], 1)], [([0], width)], [(rows, 1)], [(rows, width)]]
         self.impl: Literal["naive", "absorb"] = "naive"
         self.exact: list[torch.Tensor] = []  # training's outputs in float32
-        self.exact = self._train(torch.float32)
-        self.trained = {torch.float32: self.exact}
-        if model.compute_dtype != torch.float32:
-            self.trained[model.compute_dtype] = self._train(model.compute_dtype)
+        self.exact = self._train(EXACT)
+        own: Dtypes = model.compute_dtype, model.cache_dtype
+        self.trained = {EXACT: self.exact, own: self.exact if own[0] == torch.float32 else self._train(own)}
 
     def modules_agree(self, attn_impl: Literal["naive", "absorb"]) -> bool:
         """Whether the modules compute with a cache what they compute in training."""
         self.impl, n = attn_impl, len(self.tokens)
-        with _settings(self.model, torch.float32, attn_impl):
+        with _settings(self.model, EXACT, attn_impl):
             self.text = self.model.new_cache(1, n)
             prefill = self._run(self.model, torch.arange(n, device=self.tokens.device)[None], self.text)
         return self._is_exact(_relative(prefill, self.exact)) and self.checked(lambda model: model) is not None
 
     def checked(self, make: Callable[[Transformer], Any]) -> Any:
         """Returns the model or a decoder, made by `make`, if it computes by few positions what training computes."""
-        for dtype, trained in self.trained.items():
-            with _settings(self.model, dtype, self.impl):
+        for dtypes, trained in self.trained.items():
+            with _settings(self.model, dtypes, self.impl):
                 target = make(self.model)
-                passes = getattr(target, "passes", 1) if dtype == [*self.trained][-1] else 1
-                if dtype == torch.float32:
+                passes = getattr(target, "passes", 1) if dtypes == [*self.trained][-1] else 1
+                if dtypes == EXACT:
                     step = partial(self._step, target, passes)
                     is_right = all(any(self._is_exact(step(*call)) for call in calls) for calls in self.calls)
                 else:
@@ -185,9 +207,9 @@ class _Probe:
             outputs += target.mtp_forward(depth, before.to(self.model.compute_dtype), ahead, kv_cache)
         return outputs
 
-    def _train(self, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _train(self, dtypes: Dtypes) -> list[torch.Tensor]:
         """What training computes: all positions at once, without a cache."""
-        with _settings(self.model, dtype, "naive"):
+        with _settings(self.model, dtypes, "naive"):
             return self._run(self.model, torch.arange(len(self.tokens), device=self.tokens.device)[None], None)
 
     def _step(self, target: Any, passes: int, lengths: list[int], width: int) -> torch.Tensor:
@@ -216,7 +238,7 @@ class _Probe:
         factor = (1 + noise * PERTURBATION).to(self.tokens.device)
         handle = self.model.embed.register_forward_hook(lambda *given: given[-1].float() * factor)
         try:
-            return _quantile(_relative(self._train(torch.float32), self.exact), MEDIAN)
+            return _quantile(_relative(self._train(EXACT), self.exact), MEDIAN)
         finally:
             handle.remove()
 
@@ -225,7 +247,7 @@ def _relative(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> torc
     """The distances of outputs (B, S, ...) relative to others', (outputs, B·S)."""
     rows = []
     for a, b in zip(outputs, expected, strict=True):
-        a, b = a.flatten(0, 1).float(), b.flatten(0, 1).float()
+        a, b = a.flatten(0, 1).double(), b.flatten(0, 1).double()  # squares of what float32 holds
         distances = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-30)
         # a damaged weight makes both no numbers; where one alone is none, they differ
         distances[~a.isfinite().all(-1) & ~b.isfinite().all(-1)] = 0
@@ -337,7 +359,7 @@ def _struct(name: str, *fields: tuple[Any, str]) -> type[ctypes.Structure]:
 
 
 # fmt: off
-_Matrix = _struct("Matrix", (c_void_p, "data"), (c_int32, "kind n_in"))
+_Matrix = _struct("Matrix", (c_void_p, "data scales"), (c_int32, "kind n_in height"))
 _Norm = _struct("Norm", (c_void_p, "weight"), (c_float, "eps"), (c_int32, "size"))
 _MLP = _struct("Mlp", (_Matrix, "w1 w2 w3"), (c_int32, "width"))
 _Block = _struct(
@@ -463,13 +485,22 @@ class CDecoder:
         return _Norm(self._floats(norm.weight, size), norm.eps, size)
 
     def _matrix(self, weight: torch.Tensor | Linear, *shape: int) -> ctypes.Structure:
-        """Keeps a weight (..., out, in) as the compute dtype has it, in bfloat16 where that loses nothing."""
-        weight = (weight.dense_weight(self.dtype) if isinstance(weight, Linear) else weight).detach()
+        """Keeps a weight (..., out, in) as the compute dtype has it, or narrower where that loses nothing."""
+        if isinstance(weight, Linear) and weight.scale is not None:
+            return self._fp8_matrix(weight.weight.detach(), weight.scale, *shape)
+        weight = (weight.weight if isinstance(weight, Linear) else weight).detach()
         if weight.dtype != torch.bfloat16:
             weight = weight.to(self.dtype)
             narrow = weight.bfloat16()
             weight = narrow if torch.equal(narrow.to(self.dtype), weight) else weight
-        return _Matrix(self._keep(weight, *shape), self._kind(weight), shape[-1])
+        return _Matrix(self._keep(weight, *shape), None, self._kind(weight), shape[-1], shape[-2])
+
+    def _fp8_matrix(self, q: torch.Tensor, scales: torch.Tensor, *shape: int) -> ctypes.Structure:
+        if q.isnan().any():
+            raise ValueError("a weight in FP8 that is not a number")
+        blocks = [-(-n // fp8_ops.BLOCK) for n in shape[-2:]]
+        kind = FP8 if self.dtype == torch.float32 else FP8_PAIRS
+        return _Matrix(self._keep(q, *shape), self._floats(scales, *shape[:-2], *blocks), kind, shape[-1], shape[-2])
 
     def _mlp(self, mlp: MLP, width: int, *stack: int) -> ctypes.Structure:
         dim = self.args.dim
@@ -504,7 +535,8 @@ class CDecoder:
             out.mlp = self._mlp(ffn.shared_experts, args.n_shared_experts * args.moe_inter_dim)
         experts = args.n_routed_experts
         out.experts = self._mlp(ffn.experts, args.moe_inter_dim, experts)
-        out.gate = _Matrix(self._floats(ffn.gate.weight, experts, dim), FP32, dim)  # routed in float32 throughout
+        gate = self._floats(ffn.gate.weight, experts, dim)
+        out.gate = _Matrix(gate, None, FP32, dim, experts)  # routed in float32 throughout
         bias = cast(torch.Tensor | None, ffn.gate.bias)
         out.gate_bias = None if bias is None else self._floats(bias, experts)
         return out

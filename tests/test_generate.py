@@ -633,7 +633,7 @@ def test_the_command_drafts_unless_told_otherwise(folder: Path, capfd: pytest.Ca
 
 
 def flags_for(folder: Path, checkpoint: str, *arguments: str) -> list[str]:
-    short = ["--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "60"]
+    short = ["--device", "cpu", "--weights", "fp32", "--max-new-tokens", "60"]
     return ["--ckpt-path", str(folder / checkpoint), *short, *arguments]
 
 
