@@ -22,17 +22,24 @@ position, E experts. */
 #include <time.h>
 #ifdef __AVX2__
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 /* A tile of a product, up to OUTPUTS x ROWS sums of LANES numbers each, fits the registers. */
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4 /* NEON; to GCC, longer vectors there are numbers one by one */
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__) /* they have 32 registers, not 16 */
 #define HALF_TILE 4 /* outputs of a tile of many rows */
 #else
-#define LANES 8
 #define HALF_TILE 2
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
@@ -52,8 +59,10 @@ position, E experts. */
 #define TWO_QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
 #if LANES == 16
 #define QUADS(i, j, k, l) TWO_QUADS(i, j, k, l), TWO_QUADS(i + 8, j + 8, k + 8, l + 8)
-#else
+#elif LANES == 8
 #define QUADS TWO_QUADS
+#else
+#define QUADS(i, j, k, l) i, j, k, l
 #endif
 #if defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()
@@ -70,7 +79,7 @@ typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int32_t unaligned __attribute__((aligned(1), may_alias));
 
 /* --- What decode.py fills in, field by field ------------------------------------------------------------------- */
 
@@ -143,11 +152,12 @@ INLINE vec load_fp8(const int8_t *at) {
 #if defined(__AVX512F__)
     __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)at)), 7);
     return (vec)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(-0x4001))); /* the sign is in two bits */
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif defined(__AVX2__)
     __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)at)), 7);
     return (vec)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(-0x4001)));
-#else
-    return (vec)(__builtin_convertvector(*(const bytes *)at, ints) << 20 & (int32_t)0x87f00000) * 0x1p112f;
+#else /* each lane has all four, and moves one of them to its upper end */
+    ints four = (ints){} + *(const unaligned *)at;
+    return (vec)((four << (ints){24, 16, 8, 0}) >> 4 & (int32_t)0x87f00000) * 0x1p112f;
 #endif
 }
 
@@ -159,6 +169,8 @@ INLINE vec load(const void *data, long i, int kind) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16);
 #elif defined(__AVX2__)
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)), 16);
+#elif defined(__ARM_NEON)
+    return (vec)vshll_n_u16(vld1_u16(at), 16);
 #else
     return (vec)(__builtin_convertvector(*(const shorts *)at, words) << 16);
 #endif
@@ -188,8 +200,8 @@ static void store_one(void *data, long i, int kind, float value) {
 
 INLINE quad sum_quads(vec a) { /* four partial sums */
     union { vec all; quad quads[LANES / 4]; } u = {a};
-    quad sum = u.quads[0] + u.quads[1];
-    for (int i = 2; i < LANES / 4; i++) sum += u.quads[i];
+    quad sum = u.quads[0];
+    for (int i = 1; i < LANES / 4; i++) sum += u.quads[i];
     return sum;
 }
 

@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_float, c_int32, c_void_p
 from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -337,7 +338,7 @@ def _try_out(path: Path) -> bool:
     """Whether a new library computes what the modules do."""
     loaded = _load(path)
     globals()["library"] = lambda: loaded
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, is_fp8 in product((torch.float32, torch.bfloat16), (False, True)):
         args = ModelArgs(
             max_seq_len=300, dim=64, inter_dim=80, moe_inter_dim=32, n_layers=2, n_heads=3, n_routed_experts=4,
             n_activated_experts=2, q_lora_rank=24, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16,
@@ -347,6 +348,8 @@ def _try_out(path: Path) -> bool:
         generator = torch.Generator().manual_seed(0)
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5 + (p.ndim == 1))
+        for layer in model.fp8_layers() if is_fp8 else []:
+            layer.weight.data, layer.scale = fp8_ops.weight_quant(layer.weight)
         probe = _Probe(model)
         if not probe.modules_agree("absorb") or probe.checked(CDecoder) is None:
             return False
