@@ -227,7 +227,7 @@ INLINE vec exp_lanes(vec x) {
     vec shifted = x * 1.44269504f + 12582912.0f; /* rounds: no fraction is left beside 1.5 * 2^23 */
     vec n = shifted - 12582912.0f;
     vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
-    vec e = ((((r / 720 + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r * r + r + 1;
+    vec e = ((((r * (1.0f / 720) + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r * r + r + 1;
     return e * (vec)(((ints)shifted << 23) + 0x3f800000); /* a product: what is no number stays none */
 }
 

@@ -684,7 +684,7 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     weight_dtype, dtype = choose_dtypes(arguments, device.type)
     # weights stored in FP8 stay so where the hardware multiplies them, decode.c reads them or the user asks for it
     fast = multiplies_fp8 if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
-    keep_fp8 = arguments.weights is None and (fast or is_cpu)
+    keep_fp8 = arguments.weights is None and (fast or (is_cpu and ctx.mp_size == 1))
     model = load_model(arguments.ckpt_path, ctx.device, dtype, keep_fp8, build, ctx, weight_dtype)
     if (size := model.args.vocab_size) != VOCAB_SIZE:
         raise GenerationError(f"{arguments.ckpt_path}: vocab_size is {size}; a model of bytes has {VOCAB_SIZE}")
