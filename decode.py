@@ -72,7 +72,8 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
 
     The modules' own attention with a cache is compared with training's, too. Where a latent's "absorb" differs from it,
     "naive" is tried, and `model.attn_impl` set to it. To be called when `fp8_ops.gemm_impl` is set. The model's weights
-    must not change any more, or `model.decoder` be set to None before they do.
+    must not change any more, or `model.decoder` be set to None before they do. Where decode.c reads weights in FP8 and
+    the modules, which forward long prompts, compute in bfloat16, the modules get weights in it too.
 
     Args:
         model: The model, in its evaluation mode.
@@ -86,15 +87,17 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
     is_narrow = CDecoder.suits(model) and model.head.weight.dtype == torch.bfloat16
     model.cache_dtype = torch.bfloat16 if is_narrow else None
     warning = _choose(model, keep_attn_impl)
-    if not isinstance(model.decoder, CDecoder):
+    if not (in_c := isinstance(model.decoder, CDecoder)):
         model.cache_dtype = None
-        if model.head.weight.device.type == "cpu" and fp8_ops.gemm_impl == "bf16":
-            _dequantize(model)
+    # each call of the modules dequantises, which takes as long as casting to float32, but longer than no cast
+    dequantizes = not in_c or model.compute_dtype == torch.bfloat16
+    if dequantizes and fp8_ops.gemm_impl == "bf16" and model.head.weight.device.type == "cpu":
+        _dequantize(model)
     return warning
 
 
 def _dequantize(model: Transformer) -> None:
-    """Turns weights stored in FP8 back, which modules otherwise do for each call."""
+    """Turns the modules' weights back that are stored in FP8; a decoder keeps what it has."""
     for layer in model.fp8_layers():
         if layer.scale is not None:
             dense = layer.dense_weight(model.compute_dtype)

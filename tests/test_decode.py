@@ -358,11 +358,17 @@ def test_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             is_narrow = parallel.is_matrix(name, tensor.shape)
             assert tensor.dtype == (torch.bfloat16 if is_narrow else torch.float32)
             assert torch.equal(tensor, plain[name].to(tensor.dtype))
-    stored, made = loaded(tmp_path / "fp8"), loaded(tmp_path / "fp32", "--weights", "fp8")
-    assert stored.decoder.main.blocks[1].experts.w1.kind in (decode.FP8, decode.FP8_PAIRS)
-    assert fp8_ops.gemm_impl == "bf16" and made.layers[0].attn.wo.weight.dtype == fp8_ops.E4M3
-    for (name, one), other in zip(stored.state_dict().items(), made.state_dict().values(), strict=True):
-        assert torch.equal(one.float(), other.float()), name
+    half = loaded(tmp_path / "fp8", "--dtype", "bf16")
+    assert (
+        half.layers[0].attn.wo.weight.dtype == torch.bfloat16
+        and half.decoder.main.blocks[0].wo.kind == decode.FP8_PAIRS
+    )
+    stored = loaded(tmp_path / "fp8", "--dtype", "fp32")
+    assert stored.decoder.main.blocks[1].experts.w1.kind == decode.FP8
+    made = loaded(tmp_path / "fp32", "--weights", "fp8", "--dtype", "fp32")
+    assert made.layers[0].attn.wo.weight.dtype == fp8_ops.E4M3, "what is cast in any case is read in FP8"
+    for one, other in zip(stored.decoder.kept, made.decoder.kept, strict=True):
+        assert torch.equal(one.float(), other.float())
     dense = loaded(tmp_path / "fp8", "--weights", "fp32", "--dtype", "fp32").layers[0].attn.wo.weight
     assert torch.equal(dense, stored.layers[0].attn.wo.dense_weight(torch.float32))
     flags = ["--ckpt-path", str(tmp_path / "fp32"), "--prompt", "a", "--weights", "fp32", "--dtype", "bf16"]
@@ -988,8 +994,8 @@ def recorded(
 
 OTHERS = {
     "NEON": (["aarch64-linux-gnu-gcc", "-O2", "-static", "-fopenmp"], ["qemu-aarch64"]),
-    "SSE2": (["cc", "-O2", "-march=x86-64", "-fopenmp"], []),
-    "AVX2": (["cc", "-O2", "-march=haswell", "-fopenmp"], []),
+    "SSE2": (["cc", "-O1", "-march=x86-64", "-fopenmp"], []),
+    "AVX2": (["cc", "-O1", "-march=haswell", "-fopenmp"], []),
     "sanitizers": (
         ["cc", "-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
         [],
