@@ -4,8 +4,9 @@ When a byte is decoded, each weight is read for two operations. The modules of m
 as memory needs: Python stands between torch's many small products.
 
 `CDecoder` has decode.c run all layers and the head in one call. decode.c is compiled when it is first needed, for this
-machine, and kept in the user's cache folder. Weights stay where they are, unless bfloat16 holds them without loss: then
-half as much is read. The structures below are those of decode.c, field by field.
+machine, and kept in the user's cache folder. Weights stay where they are, in float32, bfloat16 or FP8, unless bfloat16
+holds those in float32 without loss: then half as much is read. The structures below are those of decode.c, field by
+field.
 
 `GraphDecoder` records the modules' kernels with all their arguments and replays them by one command. Addresses, shapes
 and numbers known to Python are part of a recording. So positions are a tensor instead of slices, and attention goes
@@ -72,8 +73,10 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
 
     The modules' own attention with a cache is compared with training's, too. Where a latent's "absorb" differs from it,
     "naive" is tried, and `model.attn_impl` set to it. To be called when `fp8_ops.gemm_impl` is set. The model's weights
-    must not change any more, or `model.decoder` be set to None before they do. Where decode.c reads weights in FP8 and
-    the modules, which forward long prompts, compute in bfloat16, the modules get weights in it too.
+    must not change any more, or `model.decoder` be set to None before they do.
+
+    On a CPU, decode.c reads weights that are stored in FP8 as they are. The modules, which forward long prompts, get
+    dequantised ones, except where they compute in float32 beside decode.c: to this they cast for each call anyway.
 
     Args:
         model: The model, in its evaluation mode.
@@ -89,7 +92,6 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
     warning = _choose(model, keep_attn_impl)
     if not (in_c := isinstance(model.decoder, CDecoder)):
         model.cache_dtype = None
-    # each call of the modules dequantises, which takes as long as casting to float32, but longer than no cast
     dequantizes = not in_c or model.compute_dtype == torch.bfloat16
     if dequantizes and fp8_ops.gemm_impl == "bf16" and model.head.weight.device.type == "cpu":
         _dequantize(model)

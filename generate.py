@@ -666,8 +666,10 @@ def choose_speculate(args: ModelArgs, wanted: int | None, n_prompts: int) -> int
 def choose_dtypes(arguments: argparse.Namespace, device: str) -> tuple[torch.dtype | None, torch.dtype]:
     """Returns the dtype of the matrices, None for that of the activations, and the latter.
 
-    On a CPU, a decoded byte takes as long as reading its weights: bfloat16 has what the text depends on.
+    On a CPU, a byte takes as long as reading the weights, and rounding them to bfloat16 hardly changes the loss.
     """
+    if arguments.weights == "fp8" and device == "mps":
+        raise GenerationError("--weights fp8 needs a CPU or a CUDA GPU; take --weights bf16")
     if arguments.weights == "fp32":
         if arguments.dtype == "bf16":
             raise GenerationError("--weights fp32 is of no use in products of bfloat16; leave out --dtype bf16")
