@@ -582,18 +582,21 @@ def load_model(
     keep_fp8: bool = False,
     build: Callable[..., Transformer] = Transformer,
     ctx: ParallelContext | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """Loads a model in evaluation mode: its matrices are cast once, while they are read, to the dtype they compute in.
+    """Loads a model in evaluation mode: its matrices are cast once, while they are read.
 
     Generate under `torch.inference_mode()`; after `.train()` it can be trained on.
 
     Args:
         path: As for `open_checkpoint`; of a run, the best checkpoint is taken.
         device: Where the model goes.
-        compute_dtype: Dtype of activations and of the matrices; the router's stay in float32.
+        compute_dtype: Dtype of activations.
         keep_fp8: Keep weights that are stored in FP8 in it. By default they are dequantised.
         build: Builds the model from its shape, `compute_dtype` and whether it has FP8 weights.
         ctx: The processes over which `build` shards it; this one reads its own shard only.
+        weight_dtype: Dtype of the matrices, None: `compute_dtype`; the router's stay in float32. For float8_e4m3fn,
+            the layers that FP8 checkpoints have in it are quantised, and the other matrices in bfloat16.
 
     Raises:
         CheckpointError: No checkpoint there, or one that does not fit its own config.
@@ -603,12 +606,14 @@ def load_model(
     checkpoint = open_checkpoint(path)
     check_model_parallel(checkpoint.args, ctx.mp_size, "the number of processes")
     try:
-        model = build(checkpoint.args, compute_dtype, fp8_weights=keep_fp8 and checkpoint.is_fp8)
+        is_fp8 = weight_dtype == E4M3 or (keep_fp8 and checkpoint.is_fp8)
+        model = build(checkpoint.args, compute_dtype, fp8_weights=is_fp8)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise too_large(checkpoint.folder, error) from None
     for name, p in model.named_parameters():
         if is_matrix(name, p.shape) and p.dtype != E4M3:
-            p.data = torch.empty_like(p, dtype=compute_dtype)
+            dtype = torch.bfloat16 if weight_dtype == E4M3 else weight_dtype or compute_dtype
+            p.data = torch.empty_like(p, dtype=dtype)
     load_weights(model, checkpoint, ctx)
     return model.to(device).eval()
 

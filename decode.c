@@ -22,21 +22,32 @@ position, E experts. */
 #include <time.h>
 #ifdef __AVX2__
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 /* A tile of a product, up to OUTPUTS x ROWS sums of LANES numbers each, fits the registers. */
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4 /* NEON; to GCC, longer vectors there are numbers one by one */
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__) /* they have 32 registers, not 16 */
 #define HALF_TILE 4 /* outputs of a tile of many rows */
 #else
-#define LANES 8
 #define HALF_TILE 2
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define FP8_IN_PAIRS /* else FP8 is multiplied in float32 */
 #endif
 #define OUTPUTS 4
 #define ROWS 6
+#define SCALED 128 /* rows and columns of a block of FP8 weights, which has one scale: fp8_ops.BLOCK */
 #define BLOCK 256 /* positions of a KV cache that are attended to at a time: they stay in the L2 cache */
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -48,8 +59,10 @@ position, E experts. */
 #define TWO_QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
 #if LANES == 16
 #define QUADS(i, j, k, l) TWO_QUADS(i, j, k, l), TWO_QUADS(i + 8, j + 8, k + 8, l + 8)
-#else
+#elif LANES == 8
 #define QUADS TWO_QUADS
+#else
+#define QUADS(i, j, k, l) i, j, k, l
 #endif
 #if defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()
@@ -66,16 +79,18 @@ typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int32_t unaligned __attribute__((aligned(1), may_alias));
 
 /* --- What decode.py fills in, field by field ------------------------------------------------------------------- */
 
 /* How a matrix is stored and multiplied. PAIRS are stored as BF16 are, but the other side is rounded to bfloat16, too,
-   where the processor has an instruction for the sum of two such products. */
-enum { FP32, BF16, PAIRS };
+   where the processor has an instruction for the sum of two such products; FP8_PAIRS are FP8 with that other side. */
+enum { FP32, BF16, PAIRS, FP8, FP8_PAIRS };
 
 typedef struct {
-    const void *data; /* (outputs, n_in), row by row */
-    int32_t kind, n_in;
+    const void *data;     /* (outputs, n_in), row by row */
+    const float *scales;  /* of FP8's blocks: (outputs / height, height / SCALED, n_in / SCALED), rounded up */
+    int32_t kind, n_in, height; /* height: outputs of one of the matrices below each other */
 } Matrix;
 
 typedef struct {
@@ -128,15 +143,34 @@ typedef struct {
 /* --- Numbers ---------------------------------------------------------------------------------------------------- */
 
 /* Bytes of a number. */
-INLINE long size_of(int kind) { return kind == FP32 ? 4 : 2; }
+INLINE long size_of(int kind) { return kind == FP32 ? 4 : kind == FP8 || kind == FP8_PAIRS ? 1 : 2; }
+
+/* e4m3 is read 2^-8 times as large as it is, as a float16 with its bits is, for `scale_row` to make up for. */
+#define FP8_FACTOR 256
+
+INLINE vec load_fp8(const int8_t *at) {
+#if defined(__AVX512F__)
+    __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)at)), 7);
+    return (vec)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(-0x4001))); /* the sign is in two bits */
+#elif defined(__AVX2__)
+    __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)at)), 7);
+    return (vec)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(-0x4001)));
+#else /* each lane has all four, and moves one of them to its upper end */
+    ints four = (ints){} + *(const unaligned *)at;
+    return (vec)((four << (ints){24, 16, 8, 0}) >> 4 & (int32_t)0x87f00000) * 0x1p112f;
+#endif
+}
 
 INLINE vec load(const void *data, long i, int kind) {
     if (kind == FP32) return *(const vec *)((const float *)data + i);
+    if (kind == FP8) return load_fp8((const int8_t *)data + i);
     const uint16_t *at = (const uint16_t *)data + i;
 #if defined(__AVX512F__)
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16);
 #elif defined(__AVX2__)
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)), 16);
+#elif defined(__ARM_NEON)
+    return (vec)vshll_n_u16(vld1_u16(at), 16);
 #else
     return (vec)(__builtin_convertvector(*(const shorts *)at, words) << 16);
 #endif
@@ -144,7 +178,12 @@ INLINE vec load(const void *data, long i, int kind) {
 
 INLINE float load_one(const void *data, long i, int kind) {
     if (kind == FP32) return ((const float *)data)[i];
-    union { uint32_t bits; float value; } u = {(uint32_t)((const uint16_t *)data)[i] << 16};
+    union { uint32_t bits; float value; } u;
+    if (size_of(kind) == 1) {
+        u.bits = (uint32_t)((const int8_t *)data)[i] << 20 & 0x87f00000;
+        return u.value * 0x1p112f;
+    }
+    u.bits = (uint32_t)((const uint16_t *)data)[i] << 16;
     return u.value;
 }
 
@@ -161,8 +200,8 @@ static void store_one(void *data, long i, int kind, float value) {
 
 INLINE quad sum_quads(vec a) { /* four partial sums */
     union { vec all; quad quads[LANES / 4]; } u = {a};
-    quad sum = u.quads[0] + u.quads[1];
-    for (int i = 2; i < LANES / 4; i++) sum += u.quads[i];
+    quad sum = u.quads[0];
+    for (int i = 1; i < LANES / 4; i++) sum += u.quads[i];
     return sum;
 }
 
@@ -188,7 +227,7 @@ INLINE vec exp_lanes(vec x) {
     vec shifted = x * 1.44269504f + 12582912.0f; /* rounds: no fraction is left beside 1.5 * 2^23 */
     vec n = shifted - 12582912.0f;
     vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
-    vec e = ((((r / 720 + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r * r + r + 1;
+    vec e = ((((r * (1.0f / 720) + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r * r + r + 1;
     return e * (vec)(((ints)shifted << 23) + 0x3f800000); /* a product: what is no number stays none */
 }
 
@@ -208,7 +247,7 @@ typedef struct {
 
 INLINE float *row_of(Rows rows, int i) { return rows.data + (rows.index ? rows.index[i] : i) * rows.stride; }
 
-/* sum + a . b, each in `kind`: of PAIRS, a lane has two numbers, and the sum of their products is a number. */
+/* sum + a . b, each in `kind`: of pairs, a lane has two numbers, and the sum of their products is a number. */
 INLINE vec multiply_add(vec sum, vec a, vec b, int kind) {
 #ifdef __AVX512BF16__
     if (kind == PAIRS) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -221,20 +260,49 @@ INLINE vec operand(const void *data, long i, int kind) {
     return kind == PAIRS ? (vec) * (const pairs *)((const uint16_t *)data + i) : load(data, i, kind);
 }
 
+#ifdef FP8_IN_PAIRS
+/* The two bytes in bfloat16 of e4m3's numbers from 0 on, 2^-8 times as large. The first eight are subnormal in e4m3. */
+#define EIGHT(x) x, x, x, x, x, x, x, x
+#define SIXTEEN 0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0, 0xf0
+static const uint8_t high_bytes[128] = {0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38, EIGHT(0x38), EIGHT(0x39),
+    EIGHT(0x39), EIGHT(0x3a), EIGHT(0x3a), EIGHT(0x3b), EIGHT(0x3b), EIGHT(0x3c), EIGHT(0x3c), EIGHT(0x3d),
+    EIGHT(0x3d), EIGHT(0x3e), EIGHT(0x3e), EIGHT(0x3f), EIGHT(0x3f)};
+static const uint8_t low_bytes[128] = {0, 0, 0x80, 0xc0, 0, 0x20, 0x40, 0x60, 0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0,
+    0xf0, SIXTEEN, SIXTEEN, SIXTEEN, SIXTEEN, SIXTEEN, SIXTEEN, SIXTEEN};
+
+/* 64 of FP8_PAIRS: of each 16 the first 8 in one vector of pairs, the others in the other, as `scale_row` orders x. */
+INLINE void load_fp8_pairs(const void *at, vec pairs_of[2]) {
+    __m512i codes = _mm512_loadu_si512(at), *low = (__m512i *)low_bytes, *high = (__m512i *)high_bytes;
+    __m512i l = _mm512_permutex2var_epi8(_mm512_loadu_si512(low), codes, _mm512_loadu_si512(low + 1));
+    __m512i h = _mm512_permutex2var_epi8(_mm512_loadu_si512(high), codes, _mm512_loadu_si512(high + 1));
+    h = _mm512_or_si512(h, _mm512_and_si512(codes, _mm512_set1_epi8(-128))); /* the sign */
+    pairs_of[0] = (vec)_mm512_unpacklo_epi8(l, h), pairs_of[1] = (vec)_mm512_unpackhi_epi8(l, h);
+}
+#endif
+
 /* The products of `outputs` rows of weights with n of x, to out[row][output]. Constants, so the sums are registers. */
 INLINE void tile(const char *w, int kind, int n_in, const void *const *x, int outputs, int n, float out[][OUTPUTS]) {
     vec sums[OUTPUTS][ROWS] = {};
     long bytes = size_of(kind), size = n_in * bytes;
-    int other = kind == PAIRS ? PAIRS : FP32, lanes = kind == PAIRS ? 2 * LANES : LANES, i = 0;
-    for (; i + lanes <= n_in; i += lanes) {
-        vec weights[OUTPUTS];
-        for (long j = 0; j < outputs * lanes * bytes; j += 64) /* what comes some tiles later is on its way */
+    int other = kind == PAIRS || kind == FP8_PAIRS ? PAIRS : FP32, vectors = kind == FP8_PAIRS ? 2 : 1, i = 0;
+    int lanes = other == PAIRS ? 2 * LANES : LANES;
+    for (; i + vectors * lanes <= n_in; i += vectors * lanes) {
+        vec weights[OUTPUTS][2];
+        for (long j = 0; j < outputs * vectors * lanes * bytes; j += 64) /* what comes some tiles later is on its way */
             __builtin_prefetch(w + 4 * OUTPUTS * size + i * outputs * bytes + j, 0, 2);
-        for (int o = 0; o < outputs; o++) weights[o] = operand(w + o * size, i, kind);
-        for (int r = 0; r < n; r++) {
-            vec values = operand(x[r], i, other);
-            for (int o = 0; o < outputs; o++) sums[o][r] = multiply_add(sums[o][r], weights[o], values, kind);
+        for (int o = 0; o < outputs; o++) {
+#ifdef FP8_IN_PAIRS
+            if (kind == FP8_PAIRS) load_fp8_pairs(w + o * size + i, weights[o]);
+            else
+#endif
+                weights[o][0] = operand(w + o * size, i, kind);
         }
+        for (int r = 0; r < n; r++)
+            for (int v = 0; v < vectors; v++) {
+                vec values = operand(x[r], i + v * lanes, other);
+                for (int o = 0; o < outputs; o++)
+                    sums[o][r] = multiply_add(sums[o][r], weights[o][v], values, other);
+            }
     }
 #define SUM(k) sums[(k) % outputs][(k) / outputs]
     for (int k = 0; k < outputs * n; k += 4) {
@@ -289,14 +357,55 @@ static void narrow_row(const float *x, int n, void *to) {
 }
 #endif
 
-/* `narrow` is room for n rows of x in bfloat16, which PAIRS need. */
-static void matmul(Matrix w, int from, int to, Rows x, Rows y, int n, int adds, float *narrow) {
+/* A row of x times the scales of a block row of FP8 weights, in the order that `tile` reads it in. */
+static void scale_row(const float *x, const float *scales, int n, int kind, void *to) {
+    float *scaled = to;
+    int i = 0;
+#ifdef FP8_IN_PAIRS
+    __m128i *half = to;
+    for (; kind == FP8_PAIRS && i + 64 <= n; i += 64, half += 8)
+        for (int k = 0; k < 4; k++) {
+            __m512 sixteen = _mm512_loadu_ps(x + i + 16 * k) * (scales[i / SCALED] * FP8_FACTOR);
+            __m256i both = (__m256i)_mm512_cvtneps_pbh(sixteen);
+            _mm_storeu_si128(half + k, _mm256_castsi256_si128(both));
+            _mm_storeu_si128(half + 4 + k, _mm256_extracti128_si256(both, 1));
+        }
+    for (; kind == FP8_PAIRS && i < n; i++) store_one(to, i, BF16, x[i] * (scales[i / SCALED] * FP8_FACTOR));
+#endif
+    for (; i < n; i++) scaled[i] = x[i] * (scales[i / SCALED] * FP8_FACTOR);
+}
+
+/* Weights of FP8: the outputs of a block row have the same scales. They go into x, once for all of them. */
+static void matmul_fp8(Matrix w, int from, int to, Rows x, Rows y, int n, int adds, float *scaled) {
+    int row_blocks = (w.height + SCALED - 1) / SCALED, column_blocks = (w.n_in + SCALED - 1) / SCALED;
+    for (int o = from, end; o < to; y.data += end - o, o = end) {
+        int row = o % w.height; /* of one of the matrices, which no range of outputs leaves */
+        end = o + SCALED - row % SCALED < to ? o + SCALED - row % SCALED : to;
+        const float *scales = w.scales + ((long)(o / w.height) * row_blocks + row / SCALED) * column_blocks;
+        for (int r = 0; r < n; r++) scale_row(row_of(x, r), scales, w.n_in, w.kind, scaled + (long)r * w.n_in);
+        Rows by_blocks = {scaled, w.n_in};
+#ifdef FP8_IN_PAIRS
+        if (w.kind == FP8_PAIRS) {
+            matmul_kind(w, FP8_PAIRS, o, end, by_blocks, y, n, adds);
+            continue;
+        }
+#endif
+        matmul_kind(w, FP8, o, end, by_blocks, y, n, adds);
+    }
+}
+
+/* `scratch` is room for n rows of x: in bfloat16, which PAIRS need, or scaled for FP8. */
+static void matmul(Matrix w, int from, int to, Rows x, Rows y, int n, int adds, float *scratch) {
     if (from == to) return; /* nothing of it is this thread's */
+    if (w.scales) {
+        matmul_fp8(w, from, to, x, y, n, adds, scratch);
+        return;
+    }
 #ifdef __AVX512BF16__
     if (w.kind == PAIRS) {
         int stride = (w.n_in + 1) / 2; /* float32 numbers that are as long as a row */
-        for (int r = 0; r < n; r++) narrow_row(row_of(x, r), w.n_in, narrow + (long)r * stride);
-        matmul_kind(w, PAIRS, from, to, (Rows){narrow, stride}, y, n, adds);
+        for (int r = 0; r < n; r++) narrow_row(row_of(x, r), w.n_in, scratch + (long)r * stride);
+        matmul_kind(w, PAIRS, from, to, (Rows){scratch, stride}, y, n, adds);
         return;
     }
 #endif
@@ -337,7 +446,7 @@ typedef struct {
     float *gate, *up;      /* (N, width of the MLP), and (N·K, width of an expert) after that */
     float *h;              /* own: (N, dim), or before an MTP module (N, 2 dim); (N, q rank); (C + R); (N, C) */
     float *probs;          /* own: (n_each·H, BLOCK); or (N·K + E) weights, (N·K) sorted by expert, (E) scores */
-    float *narrow;         /* own: the rows of a product in bfloat16 */
+    float *scratch;        /* own: the rows of a product in bfloat16, or scaled */
     double *released;      /* own: when the last barrier was over, in seconds */
     int *chosen;           /* own: (N·K) experts, (N·K) places, (E + 1) ends, (E) flags, (n_groups) flags */
 } Step;
@@ -370,7 +479,7 @@ static void wait_for_all(const Step *s) {
 /* Linear.forward: this thread's outputs for all positions, added to y or replacing it. */
 static void linear(const Step *s, Matrix w, int outputs, float *x, float *y, int adds) {
     int from = first_of(outputs, s->t, s->threads), to = first_of(outputs, s->t + 1, s->threads);
-    matmul(w, from, to, (Rows){x, w.n_in}, (Rows){y + from, outputs}, s->n, adds, s->narrow);
+    matmul(w, from, to, (Rows){x, w.n_in}, (Rows){y + from, outputs}, s->n, adds, s->scratch);
 }
 
 /* apply_rotary_emb for one vector: even and odd numbers in, first and second half out. */
@@ -407,7 +516,7 @@ static void linear_heads(
         int head = from / each, end = (head + 1) * each < to ? (head + 1) * each : to;
         Rows in = {x + head * x_stride, heads * x_stride};
         Rows out = {y + head * y_stride + from - head * each, heads * y_stride};
-        matmul(w, from, end, in, out, s->n, 0, s->narrow);
+        matmul(w, from, end, in, out, s->n, 0, s->scratch);
         from = end;
     }
 }
@@ -536,8 +645,8 @@ static void attend(const Step *s, const void *cache) {
             int count = end - start < BLOCK ? end - start : BLOCK;
             long offset = ((long)row * s->c->capacity + start) * width;
             const void *block = (const char *)cache + offset * size_of(kind);
-            Matrix keys = {block, kind, width};
-            matmul(keys, 0, count, (Rows){q, width}, (Rows){s->probs, BLOCK}, queries, 0, s->narrow);
+            Matrix keys = {.data = block, .kind = kind, .n_in = width};
+            matmul(keys, 0, count, (Rows){q, width}, (Rows){s->probs, BLOCK}, queries, 0, s->scratch);
             for (int i = 0; i < queries; i++) {
                 int visible = positions[i / a->heads] + 1 - start;
                 visible = visible < 0 ? 0 : visible > count ? count : visible;
@@ -591,7 +700,7 @@ static void attention(const Step *s, const Block *b, void *cache) {
     while (from < to) { /* head by head */
         int head = from / a->v, end = (head + 1) * a->v < to ? (head + 1) * a->v : to;
         for (int i = 0; i < n; i++) merge_partials(s, (long)i * heads + head, s->h + (long)i * rank);
-        matmul(b->w_v, from, end, (Rows){s->h, rank}, (Rows){s->values + from, heads * a->v}, n, 0, s->narrow);
+        matmul(b->w_v, from, end, (Rows){s->h, rank}, (Rows){s->values + from, heads * a->v}, n, 0, s->scratch);
         from = end;
     }
     wait_for_all(s);
@@ -622,8 +731,8 @@ static void mlp_hidden(const Step *s, const Mlp *mlp, int e, const int *index, c
                    float *up, int n) {
     int width = mlp->width, from = first_of(width, s->t, s->threads), to = first_of(width, s->t + 1, s->threads);
     Rows h = {s->h, s->s->dim, index};
-    matmul(mlp->w1, e * width + from, e * width + to, h, (Rows){gate + from, width}, n, 0, s->narrow);
-    matmul(mlp->w3, e * width + from, e * width + to, h, (Rows){up + from, width}, n, 0, s->narrow);
+    matmul(mlp->w1, e * width + from, e * width + to, h, (Rows){gate + from, width}, n, 0, s->scratch);
+    matmul(mlp->w3, e * width + from, e * width + to, h, (Rows){up + from, width}, n, 0, s->scratch);
     for (int i = 0; i < n; i++) {
         long row = (long)i * width + from;
         activate(gate + row, up + row, to - from, s->s->act, weights ? weights[i] : 1);
@@ -685,7 +794,7 @@ static void feed_forward(const Step *s, const Block *b) {
     if (b->experts.width) linear(s, b->gate, n_experts, s->h, s->scores, 0);
     wait_for_all(s);
     if (!b->experts.width) {
-        matmul(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
+        matmul(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->scratch);
         wait_for_all(s);
         return;
     }
@@ -708,11 +817,11 @@ static void feed_forward(const Step *s, const Block *b) {
             mlp_hidden(s, &b->experts, e, position + start, sorted + start, s->gate + base + start * width,
                    s->up + base + start * width, ends[e] - start);
     wait_for_all(s);
-    if (b->mlp.width) matmul(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->narrow);
+    if (b->mlp.width) matmul(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->scratch);
     for (int e = 0, start = 0; e < n_experts; start = ends[e++]) {
         out.index = position + start;
         Rows in = {s->gate + base + start * width, width};
-        matmul(b->experts.w2, e * a->dim + from, e * a->dim + to, in, out, ends[e] - start, 1, s->narrow);
+        matmul(b->experts.w2, e * a->dim + from, e * a->dim + to, in, out, ends[e] - start, 1, s->scratch);
     }
     wait_for_all(s);
 }
@@ -766,13 +875,13 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
     }
     h_width = largest(largest(h_width, width), q_rank);
     long widest = largest(largest(h_width, units), largest((long)a->heads * a->v, a->nope)); /* of a product's rows */
-    long narrow = largest(n * ((widest + 1) / 2), c->n_each * a->heads * ((width + 1) / 2));
+    long scratch = largest(n * widest, c->n_each * a->heads * ((width + 1) / 2));
     long heads = a->heads, shared[] = {n * a->dim, n * q_rank, n * heads * (a->nope + a->rope), n * width,
         n * heads * width, c->threads * n * heads * (a->rank + 2), n * heads * a->v, n * a->n_experts,
         n * units, n * units};
     long probs = largest(c->n_each * heads * BLOCK, 2 * n * a->n_activated + 2L * a->n_experts);
     long chosen = 2 * n * a->n_activated + 2L * a->n_experts + 1 + a->n_groups;
-    long count = 16 * 16, each = (n * h_width + probs + narrow + chosen + 5 * 16) / 16 * 16; /* whole lines */
+    long count = 16 * 16, each = (n * h_width + probs + scratch + chosen + 5 * 16) / 16 * 16; /* whole lines */
     for (int i = 0; i < 10; i++) count += shared[i];
     float *arena = malloc((count + each * c->threads) * sizeof *arena);
     float *rest = (float *)(((uintptr_t)arena + 63) / 64 * 64);
@@ -796,7 +905,7 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
         mine.released = &released;
         mine.h = allocate(&own, n * h_width);
         mine.probs = allocate(&own, probs);
-        mine.narrow = allocate(&own, narrow);
+        mine.scratch = allocate(&own, scratch);
         mine.chosen = (int *)allocate(&own, chosen);
         run_thread(&mine, stack);
     }

@@ -4,8 +4,9 @@ When a byte is decoded, each weight is read for two operations. The modules of m
 as memory needs: Python stands between torch's many small products.
 
 `CDecoder` has decode.c run all layers and the head in one call. decode.c is compiled when it is first needed, for this
-machine, and kept in the user's cache folder. Weights stay where they are, unless bfloat16 holds them without loss: then
-half as much is read. The structures below are those of decode.c, field by field.
+machine, and kept in the user's cache folder. Weights stay where they are, in float32, bfloat16 or FP8, unless bfloat16
+holds those in float32 without loss: then half as much is read. The structures below are those of decode.c, field by
+field.
 
 `GraphDecoder` records the modules' kernels with all their arguments and replays them by one command. Addresses, shapes
 and numbers known to Python are part of a recording. So positions are a tensor instead of slices, and attention goes
@@ -32,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_float, c_int32, c_void_p
 from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -49,15 +51,17 @@ TOLERANCE = 1e-4  # relative, in float32, for a model that does not amplify it
 NOISE = (3, 0.01)  # in bfloat16, what one way may differ by: so many times another's rounding, and so much
 MEDIAN, LOW = 0.5, 0.2  # which position counts: in bfloat16, rounding changes the experts of many
 
-FP32, BF16, PAIRS = range(3)  # decode.c's kinds of matrices
+FP32, BF16, PAIRS, FP8, FP8_PAIRS = range(5)  # decode.c's kinds of matrices
 ACTIVATIONS = ("silu", "gelu", "relu2")  # that decode.c has, by their numbers there
 SHORT_RETREAT, LONG_RETREAT = 32, 1024  # calls by one thread, where others had no processor
 SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"]
-COMPILER_SECONDS = 60.0  # of one command; the first that takes longer is the last
+COMPILER_SECONDS = 150.0  # of one command; the first that takes longer is the last
 STALE_SECONDS = 3600.0  # after which a folder of a compiler is left over from a process that was killed
 
 Outputs = tuple[torch.Tensor, torch.Tensor]  # states (B, S, dim) and logits (B, S, vocab_size)
+Dtypes = tuple[torch.dtype, torch.dtype | None]  # of activations and of KV caches, None: the same
+EXACT: Dtypes = torch.float32, None
 
 MIN_LENGTH = 64  # that attention of a recorded call goes over
 REPEATS = 4  # calls of a kind before it is recorded, which takes as long as some calls
@@ -74,6 +78,9 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
     "naive" is tried, and `model.attn_impl` set to it. To be called when `fp8_ops.gemm_impl` is set. The model's weights
     must not change any more, or `model.decoder` be set to None before they do.
 
+    On a CPU, decode.c reads weights that are stored in FP8 as they are. The modules, which forward long prompts, get
+    dequantised ones, except where they compute in float32 beside decode.c: to this they cast for each call anyway.
+
     Args:
         model: The model, in its evaluation mode.
         keep_attn_impl: Compare today's `model.attn_impl` only, since the user asked for it.
@@ -82,6 +89,28 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
         A warning for the user, one line, or None.
     """
     model.decoder = None
+    # a KV cache is read at the width of the weights
+    is_narrow = CDecoder.suits(model) and model.head.weight.dtype == torch.bfloat16
+    model.cache_dtype = torch.bfloat16 if is_narrow else None
+    warning = _choose(model, keep_attn_impl)
+    if not (in_c := isinstance(model.decoder, CDecoder)):
+        model.cache_dtype = None
+    dequantizes = not in_c or model.compute_dtype == torch.bfloat16
+    if dequantizes and fp8_ops.gemm_impl == "bf16" and model.head.weight.device.type == "cpu":
+        _dequantize(model)
+    return warning
+
+
+def _dequantize(model: Transformer) -> None:
+    """Turns the modules' weights back that are stored in FP8; a decoder keeps what it has."""
+    for layer in model.fp8_layers():
+        if layer.scale is not None:
+            dense = layer.dense_weight(model.compute_dtype)
+            layer.weight, layer.scale = torch.nn.Parameter(dense, requires_grad=False), None
+
+
+def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
+    """`attach`, with the dtype of KV caches set."""
     probe, impls = _Probe(model), [model_module.attn_impl]
     if model.args.kv_lora_rank and not keep_attn_impl:
         impls = ["absorb", "naive"]
@@ -115,15 +144,15 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
 
 
 @contextlib.contextmanager
-def _settings(model: Transformer, dtype: torch.dtype, attn_impl: Literal["naive", "absorb"]) -> Iterator[None]:
-    """Has a model compute in `dtype` for a while, with products that are not quantised."""
-    before = model.compute_dtype, model_module.attn_impl, fp8_ops.gemm_impl
-    model.compute_dtype, model_module.attn_impl, fp8_ops.gemm_impl = dtype, attn_impl, "bf16"
+def _settings(model: Transformer, dtypes: Dtypes, attn_impl: Literal["naive", "absorb"]) -> Iterator[None]:
+    """Has a model compute in `dtypes` for a while, with products that are not quantised."""
+    before = (model.compute_dtype, model.cache_dtype), model_module.attn_impl, fp8_ops.gemm_impl
+    (model.compute_dtype, model.cache_dtype), model_module.attn_impl, fp8_ops.gemm_impl = dtypes, attn_impl, "bf16"
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.compute_dtype, model_module.attn_impl, fp8_ops.gemm_impl = before
+        (model.compute_dtype, model.cache_dtype), model_module.attn_impl, fp8_ops.gemm_impl = before
 
 
 class _Probe:
@@ -132,7 +161,7 @@ class _Probe:
     The mathematics is compared in float32, whatever the model computes in, since rounding hides little there. Rounding
     also decides now and then which expert is chosen, and then a position differs by right: what counts are medians over
     positions, and how far they move when the embeddings are changed by about as much as rounding does. In the model's
-    own dtype, one implementation may be several times as far from float32 as another.
+    own dtypes, one implementation may be several times as far from float32 as another. All read the same weights.
     """
 
     def __init__(self, model: Transformer):
@@ -147,26 +176,25 @@ class _Probe:
         self.calls = [[([n - 1], 1), ([max(n - 2, 0)], 1)], [([0], width)], [(rows, 1)], [(rows, width)]]
         self.impl: Literal["naive", "absorb"] = "naive"
         self.exact: list[torch.Tensor] = []  # training's outputs in float32
-        self.exact = self._train(torch.float32)
-        self.trained = {torch.float32: self.exact}
-        if model.compute_dtype != torch.float32:
-            self.trained[model.compute_dtype] = self._train(model.compute_dtype)
+        self.exact = self._train(EXACT)
+        own: Dtypes = model.compute_dtype, model.cache_dtype
+        self.trained = {EXACT: self.exact, own: self.exact if own[0] == torch.float32 else self._train(own)}
 
     def modules_agree(self, attn_impl: Literal["naive", "absorb"]) -> bool:
         """Whether the modules compute with a cache what they compute in training."""
         self.impl, n = attn_impl, len(self.tokens)
-        with _settings(self.model, torch.float32, attn_impl):
+        with _settings(self.model, EXACT, attn_impl):
             self.text = self.model.new_cache(1, n)
             prefill = self._run(self.model, torch.arange(n, device=self.tokens.device)[None], self.text)
         return self._is_exact(_relative(prefill, self.exact)) and self.checked(lambda model: model) is not None
 
     def checked(self, make: Callable[[Transformer], Any]) -> Any:
         """Returns the model or a decoder, made by `make`, if it computes by few positions what training computes."""
-        for dtype, trained in self.trained.items():
-            with _settings(self.model, dtype, self.impl):
+        for dtypes, trained in self.trained.items():
+            with _settings(self.model, dtypes, self.impl):
                 target = make(self.model)
-                passes = getattr(target, "passes", 1) if dtype == [*self.trained][-1] else 1
-                if dtype == torch.float32:
+                passes = getattr(target, "passes", 1) if dtypes == [*self.trained][-1] else 1
+                if dtypes == EXACT:
                     step = partial(self._step, target, passes)
                     is_right = all(any(self._is_exact(step(*call)) for call in calls) for calls in self.calls)
                 else:
@@ -189,9 +217,9 @@ class _Probe:
             outputs += target.mtp_forward(depth, before.to(self.model.compute_dtype), ahead, kv_cache)
         return outputs
 
-    def _train(self, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _train(self, dtypes: Dtypes) -> list[torch.Tensor]:
         """What training computes: all positions at once, without a cache."""
-        with _settings(self.model, dtype, "naive"):
+        with _settings(self.model, dtypes, "naive"):
             return self._run(self.model, torch.arange(len(self.tokens), device=self.tokens.device)[None], None)
 
     def _step(self, target: Any, passes: int, lengths: list[int], width: int) -> torch.Tensor:
@@ -220,7 +248,7 @@ class _Probe:
         factor = (1 + noise * PERTURBATION).to(self.tokens.device)
         handle = self.model.embed.register_forward_hook(lambda *given: given[-1].float() * factor)
         try:
-            return _quantile(_relative(self._train(torch.float32), self.exact), MEDIAN)
+            return _quantile(_relative(self._train(EXACT), self.exact), MEDIAN)
         finally:
             handle.remove()
 
@@ -229,7 +257,7 @@ def _relative(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> torc
     """The distances of outputs (B, S, ...) relative to others', (outputs, B·S)."""
     rows = []
     for a, b in zip(outputs, expected, strict=True):
-        a, b = a.flatten(0, 1).float(), b.flatten(0, 1).float()
+        a, b = a.flatten(0, 1).double(), b.flatten(0, 1).double()  # squares of what float32 holds
         distances = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-30)
         # a damaged weight makes both no numbers; where one alone is none, they differ
         distances[~a.isfinite().all(-1) & ~b.isfinite().all(-1)] = 0
@@ -319,7 +347,7 @@ def _try_out(path: Path) -> bool:
     """Whether a new library computes what the modules do."""
     loaded = _load(path)
     globals()["library"] = lambda: loaded
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, is_fp8 in product((torch.float32, torch.bfloat16), (False, True)):
         args = ModelArgs(
             max_seq_len=300, dim=64, inter_dim=80, moe_inter_dim=32, n_layers=2, n_heads=3, n_routed_experts=4,
             n_activated_experts=2, q_lora_rank=24, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16,
@@ -329,6 +357,8 @@ def _try_out(path: Path) -> bool:
         generator = torch.Generator().manual_seed(0)
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5 + (p.ndim == 1))
+        for layer in model.fp8_layers() if is_fp8 else []:
+            layer.weight.data, layer.scale = fp8_ops.weight_quant(layer.weight)
         probe = _Probe(model)
         if not probe.modules_agree("absorb") or probe.checked(CDecoder) is None:
             return False
@@ -341,7 +371,7 @@ def _struct(name: str, *fields: tuple[Any, str]) -> type[ctypes.Structure]:
 
 
 # fmt: off
-_Matrix = _struct("Matrix", (c_void_p, "data"), (c_int32, "kind n_in"))
+_Matrix = _struct("Matrix", (c_void_p, "data scales"), (c_int32, "kind n_in height"))
 _Norm = _struct("Norm", (c_void_p, "weight"), (c_float, "eps"), (c_int32, "size"))
 _MLP = _struct("Mlp", (_Matrix, "w1 w2 w3"), (c_int32, "width"))
 _Block = _struct(
@@ -467,13 +497,22 @@ class CDecoder:
         return _Norm(self._floats(norm.weight, size), norm.eps, size)
 
     def _matrix(self, weight: torch.Tensor | Linear, *shape: int) -> ctypes.Structure:
-        """Keeps a weight (..., out, in) as the compute dtype has it, in bfloat16 where that loses nothing."""
-        weight = (weight.dense_weight(self.dtype) if isinstance(weight, Linear) else weight).detach()
+        """Keeps a weight (..., out, in) as the compute dtype has it, or narrower where that loses nothing."""
+        if isinstance(weight, Linear) and weight.scale is not None:
+            return self._fp8_matrix(weight.weight.detach(), weight.scale, *shape)
+        weight = (weight.weight if isinstance(weight, Linear) else weight).detach()
         if weight.dtype != torch.bfloat16:
             weight = weight.to(self.dtype)
             narrow = weight.bfloat16()
             weight = narrow if torch.equal(narrow.to(self.dtype), weight) else weight
-        return _Matrix(self._keep(weight, *shape), self._kind(weight), shape[-1])
+        return _Matrix(self._keep(weight, *shape), None, self._kind(weight), shape[-1], shape[-2])
+
+    def _fp8_matrix(self, q: torch.Tensor, scales: torch.Tensor, *shape: int) -> ctypes.Structure:
+        if q.isnan().any():
+            raise ValueError("a weight in FP8 that is not a number")
+        blocks = [-(-n // fp8_ops.BLOCK) for n in shape[-2:]]
+        kind = FP8 if self.dtype == torch.float32 else FP8_PAIRS
+        return _Matrix(self._keep(q, *shape), self._floats(scales, *shape[:-2], *blocks), kind, shape[-1], shape[-2])
 
     def _mlp(self, mlp: MLP, width: int, *stack: int) -> ctypes.Structure:
         dim = self.args.dim
@@ -508,7 +547,8 @@ class CDecoder:
             out.mlp = self._mlp(ffn.shared_experts, args.n_shared_experts * args.moe_inter_dim)
         experts = args.n_routed_experts
         out.experts = self._mlp(ffn.experts, args.moe_inter_dim, experts)
-        out.gate = _Matrix(self._floats(ffn.gate.weight, experts, dim), FP32, dim)  # routed in float32 throughout
+        gate = self._floats(ffn.gate.weight, experts, dim)
+        out.gate = _Matrix(gate, None, FP32, dim, experts)  # routed in float32 throughout
         bias = cast(torch.Tensor | None, ffn.gate.bias)
         out.gate_bias = None if bias is None else self._floats(bias, experts)
         return out

@@ -795,17 +795,35 @@ def choose_speculate(args: ModelArgs, wanted: int | None, n_prompts: int) -> int
     return 1 if n_prompts > 1 else args.n_mtp_layers  # several texts are many bytes to forward anyway
 
 
+def choose_dtypes(arguments: argparse.Namespace, device: str) -> tuple[torch.dtype | None, torch.dtype]:
+    """Returns the dtype of the matrices, None for that of the activations, and the latter.
+
+    On a CPU, a byte takes as long as reading the weights, and rounding them to bfloat16 hardly changes the loss.
+    """
+    if arguments.weights == "fp8" and device == "mps":
+        raise GenerationError("--weights fp8 needs a CPU or a CUDA GPU; take --weights bf16")
+    if arguments.weights == "fp32":
+        if arguments.dtype == "bf16":
+            raise GenerationError("--weights fp32 is of no use in products of bfloat16; leave out --dtype bf16")
+        return torch.float32, torch.float32
+    narrow = "bf16" if device == "cpu" and arguments.gemm_impl != "fp8" else None
+    weight_dtype = {None: None, "bf16": torch.bfloat16, "fp8": fp8_ops.E4M3}[arguments.weights or narrow]
+    return weight_dtype, parallel.pick_dtype(device, arguments.dtype)
+
+
 def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     """Loads the model and sets how it multiplies and attends."""
-    # weights stored in FP8 stay so where the hardware multiplies them or the user asks for it
-    fast = fp8_ops.multiplies_fp8(torch.device(ctx.device))
-    keep_fp8 = fast if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
-    dtype = parallel.pick_dtype(torch.device(ctx.device).type, arguments.dtype)
-    model = load_model(arguments.ckpt_path, ctx.device, dtype, keep_fp8, partial(parallel.build, ctx), ctx)
+    device, build = torch.device(ctx.device), partial(parallel.build, ctx)
+    multiplies_fp8, is_cpu = fp8_ops.multiplies_fp8(device), device.type == "cpu"
+    weight_dtype, dtype = choose_dtypes(arguments, device.type)
+    # weights stored in FP8 stay so where the hardware multiplies them, decode.c reads them or the user asks for it
+    fast = multiplies_fp8 if arguments.gemm_impl is None else arguments.gemm_impl == "fp8"
+    keep_fp8 = arguments.weights is None and (fast or (is_cpu and ctx.mp_size == 1))
+    model = load_model(arguments.ckpt_path, ctx.device, dtype, keep_fp8, build, ctx, weight_dtype)
     if (size := model.args.vocab_size) != VOCAB_SIZE:
         raise GenerationError(f"{arguments.ckpt_path}: vocab_size is {size}; a model of bytes has {VOCAB_SIZE}")
     stored = any(layer.scale is not None for layer in model.fp8_layers())
-    fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored else "bf16")
+    fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored and multiplies_fp8 else "bf16")
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)
@@ -856,6 +874,8 @@ def make_parser() -> command.Parser:
     add("--gemm-impl", choices=("bf16", "fp8"), help=gemm)
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
+    weights = "width that weights are read at; default on a CPU: bf16, or fp8 as stored; on a GPU: that of --dtype"
+    add("--weights", choices=("fp32", "bf16", "fp8"), help=weights)
     return parser
 
 

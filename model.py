@@ -730,8 +730,8 @@ class Transformer(nn.Module):
         self, args: ModelArgs, compute_dtype: torch.dtype = torch.float32, fp8_weights: bool = False, init: bool = True
     ):
         super().__init__()
-        self.args = args
-        self.compute_dtype = compute_dtype
+        self.args, self.compute_dtype = args, compute_dtype
+        self.cache_dtype: torch.dtype | None = None  # of KV caches; None: `compute_dtype`
         self.gradient_checkpointing = False  # whether the backward pass computes each block again, which saves memory
         self.decoder: Any = None  # a faster path for calls of few positions under its `attn_impls`: see decode.py
         self.absorbs = args.kv_lora_rank > 0  # in decoding, unless `decode.attach` finds that it changes the model
@@ -806,7 +806,7 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, capacity: int, spare: int = 0) -> KVCache:
         """Returns an empty cache of `capacity` positions for `batch_size` sequences, under the current `attn_impl`."""
         n_heads, device = self.layers[0].attn.n_heads, self.head.weight.device
-        return KVCache(self.args, batch_size, capacity, n_heads, self.compute_dtype, device, spare)
+        return KVCache(self.args, batch_size, capacity, n_heads, self.cache_dtype or self.compute_dtype, device, spare)
 
     def forward(self, tokens: torch.Tensor | bytes, cache: KVCache | None = None) -> torch.Tensor:
         """Computes the logits of the next token at every position, float32 (B, S, vocab_size).

@@ -83,7 +83,18 @@ def test_greedy_text_of_the_pipeline(tmp_path: Path, capsysbinary: pytest.Captur
         model.head.weight[0] = 0.0  # byte 0 would end the text
     save_model(model, tmp_path / "a")
     convert.convert(tmp_path / "a", tmp_path / "hf", is_hf=True)
-    flags = ["--prompt", "The ", "--temperature", "0", "--max-new-tokens", "200", "--device", "cpu", "--dtype", "fp32"]
+    flags = [
+        "--prompt",
+        "The ",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "200",
+        "--device",
+        "cpu",
+        "--weights",
+        "fp32",
+    ]
     assert generate.main(["--ckpt-path", str(tmp_path / "hf"), *flags]) == 0
     ours = capsysbinary.readouterr().out
     writer = pipeline("text-generation", model=str(tmp_path / "hf"), device="cpu")

@@ -1,6 +1,10 @@
 """Decoders against the modules of model.py, in C and by CUDA graphs; how they are compared, and how C is compiled."""
 
+import ctypes
+import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -8,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +25,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import command
+import convert
 import decode
 import fp8_ops
 import generate
 import model as model_module
+import parallel
+from checkpoint import save_model
 from model import MLA, MLP, Block, Gate, KVCache, Linear, ModelArgs, MoE, MTPModule, Positions, RMSNorm, Transformer
 
 SHAPE = {"max_batch_size": 4, "max_seq_len": 700, "original_seq_len": 700, "dim": 40, "inter_dim": 70}
@@ -53,6 +62,16 @@ def make(stored: torch.dtype = torch.float32, **changes: Any) -> Transformer:
         if gate.bias is not None:
             gate.bias.normal_(generator=generator)
     return model.eval().requires_grad_(False)
+
+
+def in_fp8(model: Transformer) -> Transformer:
+    """The same model with its linear layers stored in FP8, and what is beside them in bfloat16."""
+    for layer in model.fp8_layers():
+        layer.weight.data, layer.scale = fp8_ops.weight_quant(layer.weight)
+    for name, p in model.named_parameters():
+        if parallel.is_matrix(name, p.shape) and p.dtype != fp8_ops.E4M3:
+            p.data = p.data.bfloat16()
+    return model
 
 
 def attached(model: Transformer) -> Transformer:
@@ -152,6 +171,71 @@ def test_bfloat16(values: dict[str, int], threads: int, lengths: list[int], widt
     assert main.head.kind == main.blocks[0].wo.kind == decode.PAIRS and main.blocks[1].gate.kind == decode.FP32
 
 
+@settings(max_examples=5, deadline=None, derandomize=True, database=None)
+@given(
+    *(st.integers(20, 200) for _ in range(3)),
+    st.lists(st.integers(0, 300), min_size=1, max_size=3),
+    st.integers(1, 7),
+    st.integers(1, 2),
+)
+@example(256, 384, 130, [40], 1, 2)
+def test_fp8(dim: int, inter_dim: int, moe_inter_dim: int, lengths: list[int], width: int, threads: int) -> None:
+    """Blocks are whole or ragged, codes subnormal or not; in bfloat16 it is nearer to float32 than the modules are."""
+    shape = {"dim": dim, "inter_dim": inter_dim, "moe_inter_dim": moe_inter_dim, "q_lora_rank": 24, "n_mtp_layers": 1}
+    model = in_fp8(make(n_layers=2, n_activated_experts=6, **shape))
+    weight, generator = model.layers[0].ffn.w1.weight, torch.Generator().manual_seed(4)
+    codes = torch.randint(127, weight.shape, generator=generator)  # subnormal ones as well
+    codes += 128 * torch.randint(2, weight.shape, generator=generator)
+    weight.copy_(codes.byte().view(fp8_ops.E4M3))
+    assert error(model, lengths, width, threads) < 1e-5
+    main = model.decoder.main
+    assert main.head.kind == decode.BF16 and main.blocks[0].wo.kind == main.blocks[1].experts.w2.kind == decode.FP8
+    model.decoder = None
+    expected = outputs(model, lengths, width)
+    model.compute_dtype = torch.bfloat16
+    theirs = distances(outputs(model, lengths, width, 1.0, expected), expected)
+    model.decoder = decode.CDecoder(model)
+    ours = distances(outputs(model, lengths, width, 1.0, expected), expected)
+    assert model.decoder.main.blocks[0].wo.kind == decode.FP8_PAIRS and min(ours) > 1e-4 and sum(ours) < sum(theirs)
+
+
+def test_every_number_of_fp8() -> None:
+    """A head that maps each code to a logit of its own, times one number of the state."""
+    values = torch.arange(256).byte().view(fp8_ops.E4M3).float()
+    for n_in, dtype in ((1, torch.float32), (64, torch.float32), (64, torch.bfloat16)):
+        model = make(dim=n_in, n_layers=1, n_mtp_layers=0)
+        model.compute_dtype = dtype
+        model.head.weight.data, model.head.scale = fp8_ops.weight_quant(model.head.weight)
+        model.head.weight.copy_(values[:, None].expand(256, n_in).nan_to_num(0).to(fp8_ops.E4M3))
+        model.decoder = decode.CDecoder(model)
+        with torch.inference_mode():
+            h, logits = model.forward_with_hidden(torch.tensor([[65]]), model.new_cache(1, 8))
+        expected = values.nan_to_num(0).double() * h.double().sum() * model.head.scale.double().repeat_interleave(128)
+        torch.testing.assert_close(
+            logits[0, 0].double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0
+        )
+
+
+def test_fp8_that_is_no_number_stays_visible() -> None:
+    model = in_fp8(make())
+    model.layers[1].attn.wo.weight.view(torch.uint8)[3, 5] = 0xFF
+    assert "not a number" in str(decode.attach(model)) and model.decoder is None
+    assert not any(layer.scale is not None for layer in model.fp8_layers()), "modules dequantise once"
+    with torch.inference_mode():
+        assert model(torch.tensor([[65, 66]]), model.new_cache(1, 8)).isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_kv_caches_are_as_wide_as_the_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attached(make()).new_cache(1, 8).layers[0][0].dtype == torch.float32
+    model = as_trained()
+    model = in_fp8(model) if kind == "fp8" else model.bfloat16()
+    cache = attached(model).new_cache(1, 8)
+    assert model.compute_dtype == torch.float32 and cache.layers[0][0].dtype == torch.bfloat16
+    monkeypatch.setattr(*CHANGES["norm of latents"][0])
+    assert "decode.c" in str(decode.attach(model)) and model.new_cache(1, 8).layers[0][0].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("act", "values"),
     [
@@ -246,6 +330,81 @@ def test_where_a_thread_was_late_one_does_it_all_for_a_while(monkeypatch: pytest
     assert calls(1024 + 2000)[-1000:] == [2] * 1000
     late[0] = True
     assert calls(1 + 32 + 1)[1:] == [1] * 32 + [2], "what was long ago is forgotten"
+
+
+# --- weights at the width that --weights asks for ---------------------------------------------------------------------
+
+
+def loaded(path: Path, *flags: str) -> Transformer:
+    """What generate.py loads; the products' setting stays as it was."""
+    arguments = generate.make_parser().parse_args(["--ckpt-path", str(path), "--prompt", "", "--device", "cpu", *flags])
+    gemm_impl = fp8_ops.gemm_impl
+    try:
+        return generate.load(arguments, parallel.ParallelContext())
+    finally:
+        fp8_ops.gemm_impl = gemm_impl
+
+
+def test_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default in bfloat16, or in FP8 where they are stored so; --weights fp8 makes what convert.py makes."""
+    save_model(make(dim=130), tmp_path / "fp32")
+    convert.convert(tmp_path / "fp32", tmp_path / "fp8", dtype="fp8")
+    plain, half = (loaded(tmp_path / "fp32", "--weights", width).state_dict() for width in ("fp32", "bf16"))
+    for flags in ((), ("--dtype", "fp32"), ("--weights", "bf16")):
+        model = loaded(tmp_path / "fp32", *flags)
+        assert isinstance(model.decoder, decode.CDecoder) and model.cache_dtype == torch.bfloat16
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, half[name])
+            is_narrow = parallel.is_matrix(name, tensor.shape)
+            assert tensor.dtype == (torch.bfloat16 if is_narrow else torch.float32)
+            assert torch.equal(tensor, plain[name].to(tensor.dtype))
+    half = loaded(tmp_path / "fp8", "--dtype", "bf16")
+    assert (
+        half.layers[0].attn.wo.weight.dtype == torch.bfloat16
+        and half.decoder.main.blocks[0].wo.kind == decode.FP8_PAIRS
+    )
+    stored = loaded(tmp_path / "fp8", "--dtype", "fp32")
+    assert stored.decoder.main.blocks[1].experts.w1.kind == decode.FP8
+    made = loaded(tmp_path / "fp32", "--weights", "fp8", "--dtype", "fp32")
+    assert made.layers[0].attn.wo.weight.dtype == fp8_ops.E4M3, "what is cast in any case is read in FP8"
+    for one, other in zip(stored.decoder.kept, made.decoder.kept, strict=True):
+        assert torch.equal(one.float(), other.float())
+    dense = loaded(tmp_path / "fp8", "--weights", "fp32", "--dtype", "fp32").layers[0].attn.wo.weight
+    assert torch.equal(dense, stored.layers[0].attn.wo.dense_weight(torch.float32))
+    flags = ["--ckpt-path", str(tmp_path / "fp32"), "--prompt", "a", "--weights", "fp32", "--dtype", "bf16"]
+    assert generate.main(flags) == 2
+    assert "--weights fp32" in (message := capsys.readouterr().err) and message.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_narrow_weights_and_caches_cost_little(tmp_path: Path) -> None:
+    """What rounding adds to the loss of a trained model, byte after byte by decode.c and its cache."""
+    config = json.loads((decode.SOURCE.parent / "configs" / "nano.json").read_text())
+    config.pop("train")
+    model = Transformer(ModelArgs.from_dict(config | {"max_seq_len": 128}))
+    text = b"".join(path.read_bytes() for path in sorted(decode.SOURCE.parent.glob("*.py")))
+    ids, generator = torch.frombuffer(bytearray(text), dtype=torch.uint8).long(), torch.Generator().manual_seed(5)
+    train, rest = ids[: len(ids) * 9 // 10].unfold(0, 129, 1), ids[len(ids) * 9 // 10 :].unfold(0, 129, 200)[:32]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        rows = train[torch.randint(len(train), (8,), generator=generator)]
+        model.loss(rows[:, :-1], rows[:, 1:]).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_model(model, tmp_path / "trained")
+    losses = {}
+    for width in ("fp32", "bf16", "fp8"):
+        model = loaded(tmp_path / "trained", "--weights", width, "--dtype", "fp32")
+        assert isinstance(model.decoder, decode.CDecoder)
+        cache, losses[width] = model.new_cache(len(rest), 128), 0.0
+        assert cache.layers[0][0].dtype == (torch.float32 if width == "fp32" else torch.bfloat16)
+        with torch.inference_mode():
+            for i in range(0, 128, 2):
+                logits = model(rest[:, i : i + 2], cache).flatten(0, 1)
+                losses[width] += F.cross_entropy(logits, rest[:, i + 1 : i + 3].flatten()).item() / 64
+    assert losses["fp32"] < 3.2  # of 5.55 at the start
+    assert abs(losses["bf16"] / losses["fp32"] - 1) < 1e-3, losses
+    assert abs(losses["fp8"] / losses["fp32"] - 1) < 2.5e-3, losses
 
 
 # --- the comparison when a decoder is attached ------------------------------------------------------------------------
@@ -767,6 +926,113 @@ def test_two_threads_of_one_process() -> None:
     for thread in threads:
         thread.join()
     assert [results[i] for i in range(4)] == expected
+
+
+# --- other processors, and sanitizers: a program with calls of decode.c as constants ----------------------------------
+
+
+def c_program(calls: list[tuple[Any, ...]]) -> str:
+    """Writes a C program that makes recorded calls of `run` and prints their states and logits."""
+    lines, main = [f'#include "{decode.SOURCE}"', "#include <stdio.h>"], []
+    names: dict[int, str] = {}  # of arrays, by the addresses that they had
+
+    def array(address: int, content: bytes) -> None:
+        content += bytes(-len(content) % 4)
+        words = ",".join(map(hex, memoryview(content).cast("I")))
+        lines.append(f"static uint32_t a{len(lines)}[] = {{{words}}};")
+        names[address] = f"(void *)a{len(lines) - 1}"
+
+    def value(kind: Any, given: Any) -> str:
+        if issubclass(kind, ctypes.Structure):
+            return "{" + ",".join(value(part, getattr(given, name)) for name, part, *_ in kind._fields_) + "}"
+        if kind is ctypes.c_void_p:
+            return names[given] if given else "0"
+        if issubclass(kind, ctypes._Pointer):
+            return f"blocks{i}"
+        return float(given).hex() if kind is ctypes.c_float else str(given)
+
+    for i, (arrays, pointers, shape, stack, call) in enumerate(calls):
+        for address, content in arrays.items():
+            array(address, content)
+        lines.append(f"static void *caches{i}[] = {{{','.join(names[pointer] for pointer in pointers)}}};")
+        names[call.kv_caches] = f"caches{i}"
+        blocks = ",".join(value(decode._Block, stack.blocks[k]) for k in range(stack.n_blocks))
+        lines.append(f"static Block blocks{i}[] = {{{blocks}}};")
+        for name, struct in {"Shape shape": shape, "Stack stack": stack, "Call call": call}.items():
+            lines.append(f"static {name}{i} = {value(type(struct), struct)};")
+        n, n_logits = call.n_rows * call.n_each, shape.vocab
+        main += [f"if (run(&shape{i}, &stack{i}, &call{i}) > 0) return 1;"]
+        main += [f'for (int i = 0; i < {n * shape.dim}; i++) printf("%a\\n", call{i}.states[i]);']
+        main += [f'for (int i = 0; i < {n * n_logits}; i++) printf("%a\\n", call{i}.logits[i]);']
+    return "\n".join([*lines, "int main(void) {", *main, "}"])
+
+
+def recorded(
+    model: Transformer, run: Callable[[], list[torch.Tensor]], patch: pytest.MonkeyPatch
+) -> list[tuple[Any, ...]]:
+    """The calls of decode.c's `run` by a function, each with what its pointers point to: none of them is made."""
+    calls: list[tuple[Any, ...]] = []
+    model.decoder = decoder = decode.CDecoder(model)
+
+    def record(*given: Any) -> int:
+        shape, stack, call = (type(x._obj).from_buffer_copy(x._obj) for x in given)
+        n, width = call.n_rows * call.n_each, shape.rank + shape.rope
+        pointers = list((ctypes.c_void_p * stack.n_blocks).from_address(call.kv_caches))
+        sizes = {t.data_ptr(): t.nbytes for t in (*decoder.kept, *decoder.tables)}
+        sizes |= {call.tokens: 8 * n, call.positions: 4 * n, call.before: 4 * n * shape.dim}
+        sizes |= {call.states: 4 * n * shape.dim, call.logits: 4 * n * shape.vocab}
+        sizes |= dict.fromkeys(pointers, call.n_rows * call.capacity * width * (4 if call.kind == decode.FP32 else 2))
+        arrays = {address: ctypes.string_at(address, size) for address, size in sizes.items() if address}
+        calls.append((arrays, pointers, shape, stack, call))
+        return 0
+
+    patch.setattr(decode, "library", lambda: SimpleNamespace(run=record))
+    run()
+    model.decoder = None
+    return calls
+
+
+OTHERS = {
+    "NEON": (["aarch64-linux-gnu-gcc", "-O2", "-static", "-fopenmp"], ["qemu-aarch64"]),
+    "SSE2": (["cc", "-O1", "-march=x86-64", "-fopenmp"], []),
+    "AVX2": (["cc", "-O1", "-march=haswell", "-fopenmp"], []),
+    "sanitizers": (
+        ["cc", "-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        [],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_processors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """decode.c compiled for them, emulated where need be, computes what the modules compute; no sanitizer reports."""
+    compiler, emulator = OTHERS[name]
+    for program in (compiler[0], *emulator):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program} (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)")
+    if name in ("SSE2", "AVX2") and platform.machine() != "x86_64":
+        pytest.skip("needs an x86-64")
+    torch.set_num_threads(2)
+    calls, expected = [], []
+    small = {"max_seq_len": 280, "n_layers": 2, "n_mtp_layers": 1, "n_activated_experts": 6, "kv_lora_rank": 32}
+    for kind, dtype in product((None, "bf16", "fp8"), (torch.float32, torch.bfloat16)):
+        model = make(torch.bfloat16 if kind == "bf16" else torch.float32, dim=70, **small)
+        model = in_fp8(model) if kind == "fp8" else model
+        for lengths, width in (([262, 3], 2), ([20], 5)):
+            results = outputs(model, lengths, width)[:4]
+            expected += results
+            model.compute_dtype = dtype
+            calls += recorded(model, partial(outputs, model, lengths, width, 1.0, results), monkeypatch)
+            model.compute_dtype = torch.float32
+    (tmp_path / "calls.c").write_text(c_program(calls))
+    program = str(tmp_path / "calls")
+    subprocess.run([*compiler, "-std=gnu11", tmp_path / "calls.c", "-lm", "-o", program], check=True)
+    printed = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout.split()
+    numbers = torch.tensor([float.fromhex(number) for number in printed]).split([x.numel() for x in expected])
+    for i, (ours, theirs) in enumerate(zip(numbers, expected, strict=True)):
+        is_exact = i // 8 % 2 == 0  # else caches are in bfloat16, and on some processors what is multiplied
+        assert distances([ours.view_as(theirs)], [theirs])[0] < (1e-5 if is_exact else 3e-2), (name, i)
 
 
 # --- CUDA graphs: what is recorded, on any device, and recording itself on a GPU --------------------------------------

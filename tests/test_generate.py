@@ -880,7 +880,7 @@ def failing() -> None:
 
 
 def flags_for(folder: Path, checkpoint: str, *arguments: str) -> list[str]:
-    short = ["--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "60"]
+    short = ["--device", "cpu", "--weights", "fp32", "--max-new-tokens", "60"]
     return ["--ckpt-path", str(folder / checkpoint), *short, *arguments]
 
 

@@ -2,19 +2,21 @@
 
     python tests/bench/bench_decode.py [--only NAME ...] [--ckpt-path DIR] [--minutes M] [--repeat N] …
 
-transformers  its `generate`, one and sixteen texts at a time, both from one checkpoint of 17 million random weights in
-              bfloat16, as models are published; with --dtype fp32, greedy texts are the same
+transformers  its `generate`, one and sixteen texts at a time, of what train.py saves: the checkpoint of --ckpt-path, or
+              17 million weights in float32; with --weights fp32, greedy texts are the same
+weights       a byte after 64 others by weights in float32, bfloat16 and FP8 (configs/bytegpt.json: beyond any cache)
 context       a byte after 4,096 others, against one after 64 (configs/small.json)
-prefill       reading 4,096 bytes into the cache, against the forward pass of training
+prefill       reading 1,024 bytes into the cache, against the forward pass of training; weights as above
+loss          of the next byte, by weights and KV caches of each width: --ckpt-path, on the end of the standard library
 attach        comparing a decoder with the modules when it is attached, in milliseconds (configs/nano.json, small.json)
 speculation   drafting so many bytes at a time by the MTP modules, against not: the checkpoint of --ckpt-path continues
               beginnings of lines of Python, or else nano.json with a module, after --minutes on the standard library
-fp8           an FP8 checkpoint, against the same in float32 and bfloat16
 graphs        on a GPU, calls that were recorded against launching their kernels one by one (configs/small.json)
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -37,7 +40,7 @@ import generate  # noqa: E402
 import model as model_module  # noqa: E402
 import parallel  # noqa: E402
 from checkpoint import save_model  # noqa: E402
-from convert import load_model  # noqa: E402
+from data import prepare  # noqa: E402
 from generate import Sampling, Tally  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 
@@ -82,14 +85,24 @@ def random_model(args: ModelArgs) -> Transformer:
     return model.eval().requires_grad_(False)
 
 
-def small(max_seq_len: int, device: str = "cpu") -> Transformer:
-    """`configs/small.json` with another context and random weights, in the dtype that generate.py would take."""
-    config = json.loads((ROOT / "configs" / "small.json").read_text())
+def config_of(name: str, **changes: Any) -> ModelArgs:
+    """The shape of `configs/NAME.json`."""
+    config = json.loads((ROOT / "configs" / f"{name}.json").read_text())
     config.pop("train")
-    args = ModelArgs.from_dict(config | {"max_seq_len": max_seq_len, "original_seq_len": max_seq_len})
-    model, dtype = random_model(args), parallel.pick_dtype(device)
-    model.compute_dtype = dtype
-    return attached(model.to(device, dtype))
+    return ModelArgs.from_dict(config | changes)
+
+
+def load(path: Path, *flags: str) -> Transformer:
+    """What generate.py loads from a checkpoint."""
+    given = ["--ckpt-path", str(path), "--prompt", "", "--device", "cpu", *flags]
+    return generate.load(generate.make_parser().parse_args(given), parallel.ParallelContext())
+
+
+def by_weights(options: argparse.Namespace, folder: Path, args: ModelArgs) -> dict[str, Transformer]:
+    """A random model, by the width of its weights; float32 is not an operand of products in bfloat16."""
+    save_model(random_model(args), folder / "random")
+    widths = ["bf16", "fp8"] if parallel.pick_dtype("cpu", options.dtype) == torch.bfloat16 else ["bf16", "fp8", "fp32"]
+    return {width: load(folder / "random", "--weights", width, "--dtype", options.dtype) for width in widths}
 
 
 def attached(model: Transformer) -> Transformer:
@@ -130,11 +143,12 @@ def bench_transformers(options: argparse.Namespace, folder: Path) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    dtype = parallel.pick_dtype("cpu", options.dtype)
-    save_model(random_model(ModelArgs.from_dict(SHAPE)), folder / "random")
-    convert.convert(folder / "random", folder / "hf", is_hf=True, dtype="bf16")
-    ours = attached(load_model(folder / "hf", "cpu", dtype))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype).eval()
+    path = options.ckpt_path or folder / "random"
+    if options.ckpt_path is None:
+        save_model(random_model(ModelArgs.from_dict(SHAPE)), path)
+    convert.convert(path, folder / "hf", is_hf=True)
+    ours = load(path, "--dtype", options.dtype, *(["--weights", options.weights] if options.weights else []))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
     rows: list[tuple[object, ...]] = [("texts", "choice", "bytes/s", "transformers", "ratio", "same text")]
     n = options.bytes
     for n_rows in (1, 16):
@@ -158,49 +172,85 @@ def step(model: Transformer, cache: model_module.KVCache, length: int) -> None:
         model(torch.randint(1, 256, (len(cache.lengths), 1)), cache)
 
 
+def bench_weights(options: argparse.Namespace, folder: Path) -> None:
+    """A byte by weights of each width."""
+    models = by_weights(options, folder, config_of("bytegpt"))
+    rows: list[tuple[object, ...]] = [("texts", *(f"ms in {width}" for width in models), "bf16 to fp8")]
+    for n_rows in (1, 4):
+        caches = [model.new_cache(n_rows, 128) for model in models.values()]
+        actions = (partial(step, *pair, 64) for pair in zip(models.values(), caches, strict=True))
+        times = [t / 16 * 1e3 for t in seconds(3 * options.repeat, *actions)]
+        rows.append((n_rows, *times, times[0] / times[1]))
+    print_table(*rows)
+
+
 def bench_context(options: argparse.Namespace, folder: Path) -> None:
     """A byte late in the context against one early."""
-    model = small(4096 + 64)
-    rows: list[tuple[object, ...]] = [("texts", "ms after 64 bytes", "ms after 4,096", "ratio")]
-    for n_rows in (1, 4):
-        cache = model.new_cache(n_rows, 4096 + 64)
-        for layer in cache.layers:
-            layer[0].normal_()
-
-        early, late = seconds(3 * options.repeat, *(partial(step, model, cache, length) for length in (64, 4096)))
-        rows.append((n_rows, early / 16 * 1e3, late / 16 * 1e3, late / early))
+    args = config_of("small", max_seq_len=4096 + 64, original_seq_len=4096 + 64)
+    rows: list[tuple[object, ...]] = [("weights", "texts", "ms after 64 bytes", "ms after 4,096", "ratio")]
+    for width, model in by_weights(options, folder, args).items():
+        for n_rows in (1, 4):
+            cache = model.new_cache(n_rows, 4096 + 64)
+            for layer in cache.layers:
+                layer[0].normal_()
+            early, late = seconds(3 * options.repeat, *(partial(step, model, cache, length) for length in (64, 4096)))
+            rows.append((width, n_rows, early / 16 * 1e3, late / 16 * 1e3, late / early))
     print_table(*rows)
+
+
+@torch.inference_mode()
+def forward(model: Transformer, text: bytes) -> None:
+    """Computes what training computes."""
+    model_module.attn_impl = "naive"
+    model(text)
+    model_module.attn_impl = "absorb"
 
 
 def bench_prefill(options: argparse.Namespace, folder: Path) -> None:
     """Reading a prompt against the forward pass of training."""
-    model, text = small(4096), bytes(range(65, 129)) * 64
+    models, text = by_weights(options, folder, config_of("bytegpt")), bytes(range(65, 129)) * 16
+    read = [lambda m=m: generate.prefill(m, [text + b"."], m.new_cache(1, 1024)) for m in models.values()]
+    with torch.inference_mode():
+        *times, other = seconds(options.repeat, *read, partial(forward, models["bf16"], text))
+    rows: list[tuple[object, ...]] = [
+        ("weights", "prefill of 1,024 bytes, bytes/s", "training's forward pass", "ratio")
+    ]
+    for width, time_ in zip(models, times, strict=True):
+        rows.append((width, f"{len(text) / time_:.0f}", f"{len(text) / other:.0f}", other / time_))
+    print_table(*rows)
 
-    @torch.inference_mode()
-    def read() -> None:
-        generate.prefill(model, [text], model.new_cache(1, 4096))
 
-    @torch.inference_mode()
-    def forward() -> None:
-        model_module.attn_impl = "naive"
-        model(torch.tensor([list(text)]))
-        model_module.attn_impl = "absorb"
-
-    one, other = seconds(options.repeat, read, forward)
-    print_table(
-        ("prefill of 4,096 bytes, bytes/s", "training's forward pass", "ratio"),
-        (f"{len(text) / one:.0f}", f"{len(text) / other:.0f}", other / one),
-    )
+@torch.inference_mode()
+def bench_loss(options: argparse.Namespace, folder: Path) -> None:
+    """What narrower weights and KV caches cost."""
+    path = options.ckpt_path or train(options, folder, {})
+    with open(prepare.resolve("stdlib"), "rb") as file:
+        file.seek(-(1 << 18), os.SEEK_END)  # of the validation split
+        ids = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8).long()
+    rows: list[tuple[object, ...]] = [("weights", "KV cache", "nats per byte", "more, in %")]
+    first = 0.0
+    for width in ("fp32", "bf16", "fp8"):
+        model = load(path, "--weights", width, "--dtype", "fp32")
+        n = model.args.max_seq_len
+        texts = ids.unfold(0, n + 1, n)[:32]
+        for dtype in (torch.float32, torch.bfloat16):
+            model.cache_dtype, total = dtype, 0.0
+            cache = model.new_cache(len(texts), n)
+            for i in range(0, n, 2):  # few positions: by decode.c
+                logits = model(texts[:, i : i + 2], cache).flatten(0, 1)
+                total += F.cross_entropy(logits, texts[:, i + 1 : i + 3].flatten(), reduction="sum").item()
+            loss = total / len(texts) / n
+            first = first or loss
+            rows.append((width, str(dtype)[6:], f"{loss:.5f}", f"{100 * (loss / first - 1):.3f}"))
+    print_table(*rows)
 
 
 def bench_attach(options: argparse.Namespace, folder: Path) -> None:
     """What the comparison takes."""
     rows: list[tuple[object, ...]] = [("model", "computes in", "ms to attach")]
     for name in ("nano", "small"):
-        config = json.loads((ROOT / "configs" / f"{name}.json").read_text())
-        config.pop("train")
         for dtype in (torch.float32, torch.bfloat16):
-            model = random_model(ModelArgs.from_dict(config)).to(dtype)
+            model = random_model(config_of(name)).to(dtype)
             model.compute_dtype = dtype
             rows.append((name, str(dtype)[6:], seconds(options.repeat, partial(attached, model))[0] * 1e3))
     print_table(*rows)
@@ -208,15 +258,30 @@ def bench_attach(options: argparse.Namespace, folder: Path) -> None:
 
 def bench_speculation(options: argparse.Namespace, folder: Path) -> None:
     """With drafts against without."""
-    path = options.ckpt_path
-    if path is None:
-        path = folder / "run"
-        config = json.loads((ROOT / "configs" / "nano.json").read_text()) | {"n_mtp_layers": 1}
-        (folder / "config.json").write_text(json.dumps(config))
-        train = ["train.py", "--config", folder / "config.json", "--save-path", path, "--minutes", options.minutes]
-        subprocess.run(list(map(str, [sys.executable, *train])), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    dtype = parallel.pick_dtype("cpu", options.dtype)
-    model = attached(load_model(path, "cpu", dtype))
+    path = options.ckpt_path or train(options, folder, {"n_mtp_layers": 1})
+    for width in [options.weights] if options.weights else ["bf16", "fp8"]:
+        print(f"weights in {width}\n")
+        _bench_drafts(options, load(path, "--weights", width, "--dtype", options.dtype))
+
+
+def train(options: argparse.Namespace, folder: Path, changes: dict[str, Any]) -> Path:
+    """Trains nano.json, with changes, for --minutes on the standard library."""
+    config = json.loads((ROOT / "configs" / "nano.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    command = [
+        "train.py",
+        "--config",
+        folder / "config.json",
+        "--save-path",
+        folder / "run",
+        "--minutes",
+        options.minutes,
+    ]
+    subprocess.run(list(map(str, [sys.executable, *command])), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folder / "run"
+
+
+def _bench_drafts(options: argparse.Namespace, model: Transformer) -> None:
     for at_once in (1, min(len(BEGINNINGS), model.args.max_batch_size)):
         rows: list[tuple[object, ...]] = [("texts", "choice", "drafts", "bytes/s", "without", "ratio", "accepted")]
         groups = [BEGINNINGS[i : i + at_once] for i in range(0, len(BEGINNINGS), at_once)]
@@ -239,26 +304,14 @@ def write_all(model: Transformer, groups: list[list[bytes]], sampling: Sampling,
     return sum(len(text) for group in groups for text in write(model, group, sampling, tally))
 
 
-def bench_fp8(options: argparse.Namespace, folder: Path) -> None:
-    """An FP8 checkpoint against others of the same weights."""
-    save_model(random_model(ModelArgs.from_dict(SHAPE)), folder / "plain")
-    convert.convert(folder / "plain", folder / "fp8", dtype="fp8")
-    sampling = Sampling(0, max_new_tokens=options.bytes)
-    rows: list[tuple[object, ...]] = [("texts", "computes in", "bytes/s of FP8", "of float32", "ratio")]
-    for dtype in (torch.float32, torch.bfloat16):
-        models = [attached(load_model(folder / name, "cpu", dtype)) for name in ("fp8", "plain")]
-        for n_rows in (1, 16):
-            times = seconds(options.repeat, *(partial(write, model, prompts(n_rows), sampling) for model in models))
-            speeds = [n_rows * options.bytes / t for t in times]
-            rows.append((n_rows, str(dtype)[6:], *(f"{speed:.0f}" for speed in speeds), speeds[0] / speeds[1]))
-    print_table(*rows)
-
-
 def bench_graphs(options: argparse.Namespace, folder: Path) -> None:
     """On a GPU, with recorded calls against without."""
-    if not torch.cuda.is_available() or not decode.GraphDecoder.suits(model := small(512, "cuda")):
+    if not torch.cuda.is_available():
         print("no GPU on which calls can be recorded\n")
         return
+    model = random_model(config_of("small")).to("cuda", torch.bfloat16)
+    model.compute_dtype = torch.bfloat16
+    attached(model)
     rows: list[tuple[object, ...]] = [("texts", "bytes/s", "kernel by kernel", "ratio")]
     for n_rows in (1, 8):
         sampling, recorder = Sampling(0, max_new_tokens=256), decode.GraphDecoder(model)
@@ -275,11 +328,12 @@ def bench_graphs(options: argparse.Namespace, folder: Path) -> None:
 
 BENCHES = {
     "transformers": bench_transformers,
+    "weights": bench_weights,
     "context": bench_context,
     "prefill": bench_prefill,
+    "loss": bench_loss,
     "attach": bench_attach,
     "speculation": bench_speculation,
-    "fp8": bench_fp8,
     "graphs": bench_graphs,
 }
 
@@ -288,12 +342,13 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="which (default: all)")
-    parser.add_argument("--ckpt-path", type=Path, help="a trained model with an MTP module")
+    parser.add_argument("--ckpt-path", type=Path, help="what train.py saved; for drafts, with MTP modules")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training where there is none (default: 3)")
     parser.add_argument("--bytes", type=int, default=64, help="to write at a time (default: 64)")
     parser.add_argument("--repeat", type=int, default=5, help="turns, of which the median counts (default: 5)")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="as generate.py's")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="against transformers, of both; and of speculation"
+        "--weights", choices=["fp32", "bf16", "fp8"], help="likewise, against transformers and of drafts"
     )
     parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
     options = parser.parse_args()
