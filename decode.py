@@ -300,6 +300,8 @@ def _library_in(folder: Path, flags: list[str]) -> ctypes.CDLL:
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / "decode.so"
+        if sys.stderr is not None and sys.stderr.isatty():
+            command.note("compiling decode.c, once for this machine")
         _call([*compiler, "-fPIC", "-shared", str(SOURCE), "-lm", "-o", str(made)])
         made.chmod(0o600)
         made = made.rename(made.with_name(f"decode-{key}-{_digest(made.read_bytes())}.so"))
