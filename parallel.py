@@ -831,7 +831,7 @@ def map_full_matrices(
     result = torch.empty_like(padded)
     if dim is None:
         mine = map_full_matrices(shards[1:], padded[rank * n : (rank + 1) * n], function)
-        dist.all_gather_into_tensor(result, mine.contiguous(), group=group)
+        dist.all_gather(list(result.chunk(size)), mine.contiguous(), group=group)
         return result[: len(x)]
     dist.all_to_all_single(result, padded, group=group)
     mine = torch.cat(result.chunk(size), dim=dim)

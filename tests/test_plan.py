@@ -31,6 +31,7 @@ OPERATORS = {
     "_c10d_functional::all_reduce": "functional sum",
     "c10d::_allgather_base_": "gather",
     "c10d::_reduce_scatter_base_": "scatter",
+    "c10d::allgather_": "all gather",
     "c10d::alltoall_base_": "all to all",
 }
 ACTIVATIONS, REPLICATED = "activations, all-reduced", "replicated gradients, all-reduced"
@@ -50,6 +51,8 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if (what := OPERATORS.get(func._schema.name)) is not None:
             sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            if func._schema.name == "c10d::allgather_":  # has a list of shards, and this process's own
+                sizes = [sum(sizes) - sizes[-1]]
             self.sent["Muon" if self.is_muon else what] += max(sizes)
         return result
 
