@@ -163,7 +163,8 @@ class Setting(NamedTuple):
         grid = np.unique(np.concatenate([xs for xs, _ in curves]))
         grid = grid[(grid >= low) & (grid <= high)]
         values = np.stack([np.interp(grid, *curve) for curve in curves])
-        spread = values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros_like(grid)
+        differs = np.ptp(values, axis=0) > 0  # else what std returns is rounding
+        spread = np.where(differs, values.std(axis=0, ddof=1), 0.0) if len(curves) > 1 else np.zeros_like(grid)
         return grid, values.mean(axis=0), spread
 
 
@@ -254,8 +255,9 @@ def draw_text(curves: list[Curve], panel: str, x: str, width: int, height: int) 
         mark = MARKS[i % len(MARKS)]
         for column in np.flatnonzero((positions >= c.x[0] - half) & (positions <= c.x[-1] + half)):
             value = float(np.interp(positions[column], c.x, c.y))
-            if value <= high:
-                canvas[round((high - value) / ((high - low) or 1.0) * (rows - 1))][column] = mark
+            line = canvas[round((high - value) / ((high - low) or 1.0) * (rows - 1))] if value <= high else []
+            if line and (line[column] == " " or column % len(curves) == i):  # where curves meet, letters alternate
+                line[column] = mark
         last = f" {c.y[-1]:.4g}" + (f" ± {c.spread[-1]:.2g}" if c.spread.any() else "")
         legend.append(f"{mark} {shorten(c.label, max(10, width - len(last) - 3))}{last}")
     lines = [f"{labels.get(i, ''):>{margin}} |{''.join(line)}".rstrip() for i, line in enumerate(canvas)]

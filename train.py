@@ -309,6 +309,7 @@ class Trainer:
     val_step: int | None = None  # the step last evaluated, and its loss
     val_loss: float | None = None
     eval_sequences: int | None = None  # number of sequences of an evaluation; None: all
+    n_validated: int | None = None  # of the last one, which may have ended earlier
     n_not_better: int = 0  # evaluations since the best one
     progress: float = 0.0  # of the schedule, at the last step
     stretch_from: float = 0.0  # when the run's length was last changed: how much of the new length was done,
@@ -416,11 +417,17 @@ class Trainer:
         parallel.all_reduce_replicated_grads(ctx, self.model)
         return ctx.all_reduce_dp(means / ctx.dp_size), ctx.all_reduce_dp(load)
 
-    def evaluate(self, n_sequences: int | None, seq_len: int) -> float | None:
-        """The validation loss of as many bytes as `n_sequences` of the context have (None: of all)."""
+    def evaluate(self, n_sequences: int | None, seq_len: int) -> tuple[float, int | None] | None:
+        """The validation loss of as many bytes as `n_sequences` of the context have (None: of all); see `evaluate`."""
         shorter, data, ctx = self.context // seq_len, self.val_data, self.ctx
         batch_size, limit = 4 * shorter * self.flags.batch_size // ctx.dp_size, n_sequences and shorter * n_sequences
-        return evaluate(self.model, data, batch_size, ctx, seq_len, limit, self.stopped)
+        return evaluate(self.model, data, batch_size, ctx, seq_len, limit, self.stopped, self.left_s)
+
+    def left_s(self) -> float:
+        """Seconds until a checkpoint must be written for a run by the clock to end in time, in all processes."""
+        if self.clock.seconds is None:
+            return math.inf
+        return self.ctx.broadcast(self.clock.left_s() - 1.05 * self.clock.save_s)[0]  # a busy machine is slower
 
     def evaluate_and_save(self) -> float | None:
         """Evaluates in sequences as long as those of the last step, saves, prints the figures and a sample.
@@ -432,15 +439,16 @@ class Trainer:
                 self.save(is_best=False)  # its state alone
             return self.val_loss
         began = self.clock.now()
-        val_loss = self.evaluate(self.eval_sequences, self.seq_len)
-        if val_loss is None:
+        evaluated = self.evaluate(self.eval_sequences, self.seq_len)
+        if evaluated is None:
             return None
+        val_loss, self.n_validated = evaluated
         if not math.isfinite(val_loss):
             raise NotFinite(f"step {self.step}: the validation loss is {val_loss}")
         self.val_step, self.val_loss = self.step, val_loss
         bpb, shorter = val_loss / math.log(2), self.context // self.seq_len
         length = {"window": self.seq_len} if shorter > 1 else {}
-        limit = {"val_windows": shorter * self.eval_sequences} if self.eval_sequences else {}
+        limit = {"val_windows": self.n_validated} if self.n_validated else {}
         self.write({"val_loss": val_loss, "val_bpb": bpb} | limit | length)
         is_best = self.best_val is None or val_loss < self.best_val
         self.best_val, self.n_not_better = (val_loss, 0) if is_best else (self.best_val, self.n_not_better + 1)
@@ -449,7 +457,8 @@ class Trainer:
         say(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte{where}")
         if self.flags.sample_bytes:
             is_over = lambda: self.ctx.broadcast(self.clock.left_s())[0] <= 0  # noqa: E731 - a busy machine is slower
-            say(sample_text(self.model, self.flags.sample_bytes, self.ctx.device, is_over))
+            if sample := sample_text(self.model, self.flags.sample_bytes, self.ctx.device, is_over):
+                say(sample)
         if shorter == 1:  # as the last one is
             self.clock.eval_s = self.clock.now() - began - self.clock.save_s
         return val_loss
@@ -560,8 +569,8 @@ def run(trainer: Trainer) -> int:
         return 0
     if trainer.out_of_patience():
         say(f"--patience: no better loss than {trainer.best_val:.4f} in {trainer.n_not_better} evaluations")
-    if trainer.eval_sequences is not None:
-        say(f"validated on {trainer.eval_sequences:,} sequences, evenly spread: all would have taken too long")
+    if n := trainer.n_validated or trainer.eval_sequences:
+        say(f"validated on {n:,} sequences, evenly spread: all would have taken too long")
     say(f"step {trainer.step}, {trainer.clock.elapsed_s():.1f} s: val_loss {val_loss:.4f} nats/byte, {where}")
     return 0
 

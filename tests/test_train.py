@@ -184,8 +184,40 @@ def test_evaluation_is_the_mean_over_every_byte(here: Here, n_bytes: int, batch_
             window = torch.tensor(data[start : start + 33].astype(np.int64))
             logits = model(window[None, :-1])[0].double()
             total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-    assert evaluate(model, data, batch_size, ParallelContext("cpu")) == pytest.approx(total / (n_bytes - 1), rel=1e-6)
+    found, n_sequences = evaluate(model, data, batch_size, ParallelContext("cpu"))
+    assert found == pytest.approx(total / (n_bytes - 1), rel=1e-6) and n_sequences is None
     assert model.training
+
+
+@pytest.mark.parametrize(("n_bytes", "n_batches"), [(500, 1), (3001, 7), (6500, 25), (6500, 60)])
+def test_an_evaluation_without_time_is_of_an_even_subset(
+    here: Here, monkeypatch: pytest.MonkeyPatch, n_bytes: int, n_batches: int
+) -> None:
+    """It ends where the next batch would be late, and is the mean over the bytes of those before."""
+    model, left, offsets, n_read = here.trainer().model, 2.0 * n_batches + 1.5, list[int](), 0
+    shake(model)
+    data = np.frombuffer(text(n_bytes, 5), np.uint8)
+    read_batch = metrics.read_batch
+
+    def read(data: np.ndarray, starts: np.ndarray, *more: Any) -> Any:
+        nonlocal left, n_read
+        left, n_read = left - 2.0, n_read + 1
+        offsets.extend(starts.tolist())
+        return read_batch(data, starts, *more)
+
+    monkeypatch.setattr(metrics, "read_batch", read)
+    found, n_sequences = evaluate(model, data, 3, ParallelContext("cpu"), left_s=lambda: left)
+    assert n_sequences == len(offsets) == len(set(offsets)) and n_read == n_batches
+    total = n_targets = 0.0
+    for start in offsets:
+        window = torch.tensor(data[start : start + 33].astype(np.int64))
+        with torch.no_grad():
+            total += F.cross_entropy(model(window[None, :-1])[0].double(), window[1:], reduction="sum").item()
+        n_targets += len(window) - 1
+    assert found == pytest.approx(total / n_targets, rel=1e-6) and model.training
+    gaps = np.diff([0, *sorted(offsets), n_bytes])
+    assert n_batches == 1 or gaps.max() <= 3 * n_bytes / n_batches
+    assert evaluate(model, data, 3, ParallelContext("cpu"), left_s=lambda: 1.0)[1] is None  # batches take no time
 
 
 def test_short_sequences_of_the_first_half(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1033,7 +1065,7 @@ def test_evaluation_writes_nothing(here: Here, capsys: pytest.CaptureFixture[str
     tenth = loss_of(capsys, "--init-from", source, "--data", val, "--config", here.config)
     assert tenth["bytes"] == 399 and tenth["sequences"] == 13 and "last tenth" in tenth["data"]
     model = load_model(source).eval()
-    ours = evaluate(model, np.fromfile(val, np.uint8)[3600:], 7, ParallelContext("cpu"))
+    ours, _ = evaluate(model, np.fromfile(val, np.uint8)[3600:], 7, ParallelContext("cpu"))
     assert tenth["val_loss"] == pytest.approx(ours, rel=1e-6)
     flags = ["--init-from", source, "--val-data", val, "--eval-only", "--device", "cpu", "--dtype", "fp32"]
     assert main([*map(str, flags)]) == 0
@@ -1634,6 +1666,22 @@ def test_a_sample_ends_when_the_time_does(here: Here, monkeypatch: pytest.Monkey
     clock.takes(model_module.Transformer, "forward", lambda n: 0.5 if n > 2 else 0.005)
     assert main(here.flags("--minutes", 1, "--sample-bytes", 32, "--eval-interval", 10**6)) == 0
     assert 0.97 * 60 <= clock.now <= 60
+
+
+def test_a_closing_evaluation_ends_when_the_time_does(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the machine became ten times slower after it was measured, fewer sequences are evaluated."""
+    here.data.write_bytes(text(200_000))
+    clock = Turned(monkeypatch)
+    clock.takes(Trainer, "train_step", lambda n: 0.5)
+    clock.takes(model_module.Transformer, "next_byte_loss", lambda n: 0.5 if n > 2 else 0.05)
+    clock.takes(train, "save_run", lambda n: 0.5)
+    assert main(here.flags("--minutes", 1, "--sample-bytes", 32, "--eval-interval", 10**6)) == 0
+    assert 0.95 * 60 <= clock.now <= 60
+    row, done = lines(here.run)[-1], capsys.readouterr().out
+    assert 32 < row["val_windows"] < 20_000 // 32
+    assert f"validated on {row['val_windows']} sequences" in done and "\n\n" not in done
 
 
 def test_a_run_of_few_steps_is_reported(
