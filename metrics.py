@@ -509,7 +509,7 @@ def describe_loss(figures: dict[str, Any]) -> str:
         f"{describe_origin(figures)} on {figures['data']}:",
         f"{loss:.4f}{errors[0]} nats/byte, {bpb:.4f}{errors[1]} bits/byte: {figures['bytes']:,} bytes predicted, in "
         f"{figures['sequences']:,} sequences of {figures['context']:,} bytes{apart}",
-        "the worst sequences: offset of the first byte that each predicts, their number, nats/byte",
+        "the worst sequences: offset of the first byte predicted, bytes predicted, nats/byte",
     ]
     lines += [f"  {row['offset']:>15,}  {row['bytes']:>7,} bytes  {row['loss']:.4f}" for row in figures["worst"]]
     return "\n".join(lines)

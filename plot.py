@@ -44,7 +44,8 @@ PANELS: dict[str, tuple[str, dict[str, Any]]] = {  # title; fields of metrics.js
     "grad-norm": ("gradient norm", {"grad_norm": SOLID}),
 }
 # flags of a run that do not change what it learns: runs that differ in these alone are one setting
-NO_SETTINGS = {"seed", "save_path", "resume", "timeout", "log_interval", "sample_bytes", "tensorboard", "profile"}
+NO_SETTINGS = {"seed", "save_path", "resume", "override", "timeout", "log_interval", "eval_interval", "save_interval"}
+NO_SETTINGS |= {"keep", "sample_bytes", "tensorboard", "profile"}
 START = 0.05  # part of the curves of losses that does not set the height of the axis: a loss begins with 5.5
 MARKS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the curves in a terminal
 
@@ -169,8 +170,10 @@ class Setting(NamedTuple):
 
 
 def written(value: Any) -> str:
-    """A setting's value in the form of the command line."""
-    return shorten("-" if value is None else value if isinstance(value, str) else json.dumps(value), 40)
+    """A setting's value in the form of the command line; of a long one, such as paths, the end."""
+    values = value if isinstance(value, list) else ["-" if value is None else value]
+    text = " ".join(v if isinstance(v, str) else json.dumps(v) for v in values)
+    return shorten(text if len(text) <= 40 else "…" + text[-39:])
 
 
 def group(runs: list[RunLog]) -> list[Setting]:
