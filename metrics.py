@@ -601,6 +601,7 @@ class Profile(AbstractContextManager):
         """Begins a step; `step` is its number."""
         self._n_begun += 1
         if self.n_steps and self._n_begun == WARM_UP_STEPS + 1:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's library reports each start on stderr
             self._first, activities = step, [ProfilerActivity.CPU]
             if self.is_cuda:
                 activities.append(ProfilerActivity.CUDA)

@@ -488,7 +488,7 @@ def test_validation_loss_that_is_not_finite(
 ) -> None:
     """The last step can spoil the weights with no further step to notice: the evaluation does."""
     values = iter([2.0, math.nan])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), None))
     assert main(here.flags("--steps", 4, "--eval-interval", 2)) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "step 4" in err
@@ -500,7 +500,7 @@ def test_validation_loss_that_is_not_finite(
 
 def test_best_and_last_are_kept(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     values, seen = iter([3.0, 2.0, 2.5, 1.5, 1.5, 4.0]), []
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), None))
     save_run = train.save_run
 
     def spy(held: checkpoints.Run, *rest: Any) -> Path:
@@ -524,7 +524,7 @@ def test_best_and_last_are_kept(here: Here, monkeypatch: pytest.MonkeyPatch) -> 
 def test_best_is_remembered_by_a_resumed_run(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the last step was saved before it was evaluated."""
     values = iter([2.0, 1.0, 1.5, 1.6])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), None))
     flags = ["--eval-interval", 2, "--save-interval", 1]
     assert main(here.flags("--steps", 4, *flags)) == 0
     assert checkpoint(here.run, "best").name == "step-00000004"
@@ -869,7 +869,7 @@ def test_weights_of_a_run(here: Here, capsys: pytest.CaptureFixture[str], monkey
     """Its best, or a step that is named; the new run begins at step 0, and keeps where it came from."""
     values = iter([1.0, 2.0])
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *_: next(values))
+        patch.setattr(train, "evaluate", lambda *_: (next(values), None))
         assert main(here.flags("--steps", 4, "--eval-interval", 2)) == 0
     source = here.run
     for path, step in ((source, 2), (source / "step-00000002", 2), (source / "step-00000004", 4)):
@@ -1278,7 +1278,7 @@ def test_other_minutes(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_kept_checkpoints(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([5.0, 1.0, 4.0, 3.0, 2.0, 2.0])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), None))
     assert main(here.flags("--steps", 12, "--eval-interval", 2, "--save-interval", 1, "--keep", 3)) == 0
     assert sorted(int(path.name[5:]) for path in here.run.glob("step-*")) == [4, 9, 10, 11, 12]
     assert load_model(here.run / "step-00000009").args.dim == 32
@@ -1286,17 +1286,19 @@ def test_kept_checkpoints(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_patience(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     values = itertools.chain([3.0, 2.0, 2.5, 2.0, 2.1, 1.0], itertools.repeat(1.5))
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), None))
     flags = ["--steps", 20, "--eval-interval", 2, "--log-interval", 1]
     assert main(here.flags(*flags, "--patience", 2)) == 0
     out = capsys.readouterr().out
     assert "--patience: no better loss than 2.0000 in 2 evaluations" in out
     assert out.splitlines()[-1].startswith("step 8, ") and checkpoint(here.run).name == "step-00000008"
+    assert "val_loss 2.0000 nats/byte, model in" in out.splitlines()[-1]
     assert checkpoint(here.run, "best").name == "step-00000004"
     before = lines(here.run)
     assert main(here.flags(*flags, "--patience", 2, "--resume")) == 0  # it has ended
     assert lines(here.run) == before and "step 8, " in capsys.readouterr().out.splitlines()[-1]
     assert main(here.flags(*flags, "--patience", 4, "--resume")) == 0  # not yet: the next but one is better
+    assert "val_loss 1.5000 nats/byte (the best: 1.0000), model in" in capsys.readouterr().out.splitlines()[-1]
     assert [row["val_loss"] for row in lines(here.run) if "val_loss" in row][:6] == [3.0, 2.0, 2.5, 2.0, 2.1, 1.0]
     assert checkpoint(here.run, "best").name == "step-00000012"
 
