@@ -292,6 +292,7 @@ def draw_picture(panels: dict[str, list[Curve]], x: str, output: Path) -> None:
             if c.spread.any():
                 axis.fill_between(c.x, c.y - c.spread, c.y + c.spread, color=color, alpha=0.2, linewidth=0)
         axis.set(xlabel=x, ylabel=title)
+        axis.locator_params(axis="x", integer=x != "minutes")
         if panel == "loss":
             axis.set_ylim(None, 1.02 * top(curves, panel))
         axis.grid(alpha=0.3)

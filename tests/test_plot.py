@@ -364,7 +364,10 @@ def test_pictures_of_other_values(
     run = write_run(tmp_path / "run", [line(i, train_loss=3.0, **values) for i in range(5)])
     shown(capsys, run, "--what", what, "--output", tmp_path / "a.svg")
     shown(capsys, run, "--what", what, "--output", tmp_path / "b.svg")
-    ids = {group.get("id", "") for group in ElementTree.parse(tmp_path / "a.svg").getroot().iter(f"{SVG}g")}
+    groups = {group.get("id", ""): group for group in ElementTree.parse(tmp_path / "a.svg").getroot().iter(f"{SVG}g")}
+    ids = groups.keys()
+    ticks = [text.text for name in ids if name.startswith("xtick") for text in groups[name].iter(f"{SVG}text")]
+    assert len(ticks) > 2 and all(tick.isdecimal() for tick in ticks)  # a step is no fraction
     curves = ["train_loss", *sum(fields.values(), [])] if what == "all" else fields[what]
     assert {name for name in ids if name.endswith("-0")} == {f"{name}-0" for name in curves}
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
