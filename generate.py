@@ -125,6 +125,8 @@ class Sampling:
             raise ValueError(f"temperature must be 0 (always the likeliest byte) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p must be greater than 0 and at most 1 (off), got {self.top_p}")
+        if not isinstance(self.stop, bytes):
+            raise ValueError(f"stop must be bytes, got {self.stop!r}")
         for name in ("top_k", "max_new_tokens", "seed", "speculate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}")
@@ -858,7 +860,8 @@ def make_parser() -> command.Parser:
     gemm = "default: fp8 for weights stored in FP8 where the hardware multiplies them, else bf16"
     add("--gemm-impl", choices=("bf16", "fp8"), help=gemm)
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
+    kinds = "of the activations; default: auto, bf16 where it is fast"
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help=kinds)
     return parser
 
 
@@ -898,7 +901,7 @@ def run(argv: Sequence[str] | None) -> None:
         if arguments.input_file is not None:
             prompts = read_prompts(arguments.input_file)
         parallel.keep_freed_memory()
-        # each process that torchrun starts is a part of the model, and must have been told the same
+        # the processes of torchrun share one model, so their flags must be equal
         ctx = ParallelContext.join(parallel.pick_device(arguments.device), parallel.read_launch().world_size)
         ctx.require_equal({name: value for name, value in vars(arguments).items() if name not in LOCAL_FLAGS})
         ctx.require_equal({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})

@@ -509,6 +509,8 @@ def test_a_prompt_may_be_text_and_needs_nothing_else(
     assert few == complete(models["plain"], "é", Sampling(temperature=0, max_new_tokens=5))
     with pytest.raises(TypeError, match="max_tokens"):
         complete(models["plain"], "é", max_tokens=5)
+    with pytest.raises(ValueError, match="stop must be bytes, got '.'"):
+        complete(models["plain"], "é", stop=".")
     assert caches and all(len(layer) == 1 for cache in caches for layer in cache.layers)  # the latent is cached
     assert model_module.attn_impl == "naive"  # as before
     with pytest.raises(generate.GenerationError, match="kv_lora_rank 0"):
