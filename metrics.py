@@ -438,7 +438,8 @@ def evaluate_file(
     Returns:
         Figures ready for JSON: "val_loss" in nats per byte, "val_bpb" in bits; "standard_error" of val_loss over the
         sequences, None for a single one; how many "bytes" were predicted in how many "sequences", with "context" and
-        "stride"; and the "worst" sequences: "offset" of the first byte that each predicts, their number, their loss.
+        "stride", and in which "dtype"; and the "worst" sequences: "offset" of the first byte that each predicts, their
+        number, their loss.
 
     Raises:
         DataError: The file cannot be read.
@@ -464,7 +465,8 @@ def evaluate_file(
             worst += zip((totals / n).tolist(), (-1 - starts - skips).tolist(), counts.tolist(), strict=True)
             worst = heapq.nlargest(N_WORST, worst)  # of equals, those that come first
     bar.close()
-    figures = _loss_figures(ctx.all_reduce_dp(sums)) | {"context": seq_len, "stride": batches.stride}
+    dtype = str(model.compute_dtype).removeprefix("torch.")
+    figures = _loss_figures(ctx.all_reduce_dp(sums)) | {"context": seq_len, "stride": batches.stride, "dtype": dtype}
     return figures | {"worst": _gather_worst(worst, ctx)}
 
 
@@ -508,7 +510,7 @@ def describe_loss(figures: dict[str, Any]) -> str:
     lines = [
         f"{describe_origin(figures)} on {figures['data']}:",
         f"{loss:.4f}{errors[0]} nats/byte, {bpb:.4f}{errors[1]} bits/byte: {figures['bytes']:,} bytes predicted, in "
-        f"{figures['sequences']:,} sequences of {figures['context']:,} bytes{apart}",
+        f"{figures['sequences']:,} sequences of {figures['context']:,} bytes{apart}, computed in {figures['dtype']}",
         "the worst sequences: offset of the first byte predicted, bytes predicted, nats/byte",
     ]
     lines += [f"  {row['offset']:>15,}  {row['bytes']:>7,} bytes  {row['loss']:.4f}" for row in figures["worst"]]

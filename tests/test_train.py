@@ -1062,6 +1062,7 @@ def test_evaluation_writes_nothing(here: Here, capsys: pytest.CaptureFixture[str
     val = here.path / "data.txt"
     whole = loss_of(capsys, "--init-from", source, "--val-data", val)
     assert (whole["kind"], whole["step"], whole["path"], whole["bytes"]) == ("native", None, str(source), 3999)
+    assert whole["dtype"] == "float32"  # of --dtype fp32
     tenth = loss_of(capsys, "--init-from", source, "--data", val, "--config", here.config)
     assert tenth["bytes"] == 399 and tenth["sequences"] == 13 and "last tenth" in tenth["data"]
     model = load_model(source).eval()
