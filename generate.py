@@ -860,8 +860,7 @@ def make_parser() -> command.Parser:
     gemm = "default: fp8 for weights stored in FP8 where the hardware multiplies them, else bf16"
     add("--gemm-impl", choices=("bf16", "fp8"), help=gemm)
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
-    kinds = "of the activations; default: auto, bf16 where it is fast"
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help=kinds)
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
     return parser
 
 
@@ -901,7 +900,7 @@ def run(argv: Sequence[str] | None) -> None:
         if arguments.input_file is not None:
             prompts = read_prompts(arguments.input_file)
         parallel.keep_freed_memory()
-        # the processes of torchrun share one model, so their flags must be equal
+        # each process that torchrun starts is a part of the model, and must have been told the same
         ctx = ParallelContext.join(parallel.pick_device(arguments.device), parallel.read_launch().world_size)
         ctx.require_equal({name: value for name, value in vars(arguments).items() if name not in LOCAL_FLAGS})
         ctx.require_equal({"the prompts": hashlib.sha256(b"\n".join(prompts)).hexdigest()})
