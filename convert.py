@@ -908,7 +908,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save-path", type=Path, required=True, metavar="DST", help="a new folder")
     shards = command.integer(1, 9999)
     parser.add_argument("--model-parallel", type=shards, default=1, metavar="N", help="number of shards (default: 1)")
-    parser.add_argument("--format", choices=("native", "hf"), default="native", help="(default: native)")
+    parser.add_argument(
+        "--format", choices=("native", "hf"), default="native", help="hf: for transformers (default: native)"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp8"), help="of linear layers (default: as they are)")
     args = parser.parse_args(argv)
     is_hf = args.format == "hf"

@@ -125,6 +125,8 @@ class Sampling:
             raise ValueError(f"temperature must be 0 (always the likeliest byte) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p must be greater than 0 and at most 1 (off), got {self.top_p}")
+        if not isinstance(self.stop, bytes):
+            raise ValueError(f"stop must be bytes, got {self.stop!r}")
         for name in ("top_k", "max_new_tokens", "seed", "speculate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}")
@@ -581,14 +583,17 @@ def _advance(
     return [[*ids, byte] for ids, byte in zip(accepted, draw(probs, generators), strict=True)], logits
 
 
-def complete(model: Transformer, prompt: str | bytes, sampling: Sampling | None = None) -> Any:
+def complete(model: Transformer, prompt: str | bytes, sampling: Sampling | None = None, **options: Any) -> Any:
     """Returns what follows a prompt, without the prompt: str for str (U+FFFD for what is no UTF-8), bytes for bytes.
 
-    Without `sampling` it is that of `Sampling()`, whose seed is 0.
+    Without `sampling` it is that of `Sampling()`, whose seed is 0; `options` are fields of it that differ:
+
+        complete(model, "To be", temperature=0, max_new_tokens=100)
     """
+    sampling = replace(sampling or Sampling(), **options)
     if isinstance(prompt, str):
         return decode_text(complete(model, encode(prompt), sampling))
-    return b"".join(piece for _, piece in generate(model, [prompt], sampling or Sampling()))
+    return b"".join(piece for _, piece in generate(model, [prompt], sampling))
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -855,7 +860,7 @@ def make_parser() -> command.Parser:
     add("--interactive", action="store_true", help="continue what you type, line by line")
     add = parser.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=integer(0), metavar="N", help="default %(default)s")
-    add("--temperature", type=real(0), metavar="T", help="default %(default)s; 0: no chance")
+    add("--temperature", type=real(0), metavar="T", help="default %(default)s; 0: always the likeliest byte")
     add("--top-k", type=integer(0), metavar="K", help="the K likeliest bytes; 0: all")
     add("--top-p", type=real(0, 1, open_low=True), metavar="P", help="the fewest bytes that reach P; 1: all")
     add("--seed", type=integer(0, 2**64 - 1), metavar="N", help="for the same text again; default: a new one each time")

@@ -345,30 +345,47 @@ def evaluate(
     seq_len: int | None = None,
     max_sequences: int | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> float | None:
+    left_s: Callable[[], float] = lambda: math.inf,
+) -> tuple[float, int | None] | None:
     """Measures the loss over a split, in sequences of `seq_len` bytes (default: the context) that do not overlap.
 
     Args:
         max_sequences: If the split has more sequences than these, that many are taken, evenly spread over it.
         stop: Asked before each batch; True ends the evaluation.
+        left_s: The time that is left, the same in all processes. If it is shorter than the last batch took, the
+            evaluation ends with what it has, which is spread over the split as well.
 
     Returns:
-        Nats per byte; every byte but the first is predicted once. None after `stop`.
+        Nats per byte, where every byte but the first is predicted once; and the number of sequences, None for all of
+        the split. None after `stop`.
     """
     batches = EvaluationBatches(len(data), seq_len or model.args.max_seq_len, batch_size, max_sequences)
-    total = torch.zeros((), dtype=torch.float64)
+    n_batches, sums, left = len(batches), torch.zeros(3, dtype=torch.float64), left_s()
     model.eval()
-    for i, is_mine in _deal(len(batches), ctx):
+    for i, is_mine in _deal(n_batches, ctx):
         if stop():
             return None
-        starts, length = batches[i]
+        before, left = left, left_s()
+        if i >= ctx.dp_size and left < before - left:
+            break
+        starts, length = batches[_spread(i, n_batches)]
         with reading(ctx):
             tokens, targets = read_batch(data, starts, length, ctx.device)
         loss = model.next_byte_loss(tokens, targets).item()
         if is_mine:
-            total += loss * len(starts) * length
+            n_targets = len(starts) * length
+            sums += torch.tensor([loss * n_targets, n_targets, len(starts)], dtype=torch.float64)
     model.train()
-    return ctx.all_reduce_dp(total).item() / batches.n_targets
+    total, n_targets, n_sequences = ctx.all_reduce_dp(sums).tolist()
+    return total / n_targets, None if n_targets == len(data) - 1 else int(n_sequences)
+
+
+def _spread(i: int, n: int) -> int:
+    """The i-th of the numbers below n in an order whose beginnings are evenly spread: multiples of the golden ratio."""
+    step = round(0.618 * n)
+    while math.gcd(step, n) > 1:
+        step += 1
+    return i * step % n
 
 
 def _deal(n_batches: int, ctx: ParallelContext) -> Iterator[tuple[int, bool]]:
@@ -421,7 +438,8 @@ def evaluate_file(
     Returns:
         Figures ready for JSON: "val_loss" in nats per byte, "val_bpb" in bits; "standard_error" of val_loss over the
         sequences, None for a single one; how many "bytes" were predicted in how many "sequences", with "context" and
-        "stride"; and the "worst" sequences: "offset" of the first byte that each predicts, their number, their loss.
+        "stride", and in which "dtype"; and the "worst" sequences: "offset" of the first byte that each predicts, their
+        number, their loss.
 
     Raises:
         DataError: The file cannot be read.
@@ -447,7 +465,8 @@ def evaluate_file(
             worst += zip((totals / n).tolist(), (-1 - starts - skips).tolist(), counts.tolist(), strict=True)
             worst = heapq.nlargest(N_WORST, worst)  # of equals, those that come first
     bar.close()
-    figures = _loss_figures(ctx.all_reduce_dp(sums)) | {"context": seq_len, "stride": batches.stride}
+    dtype = str(model.compute_dtype).removeprefix("torch.")
+    figures = _loss_figures(ctx.all_reduce_dp(sums)) | {"context": seq_len, "stride": batches.stride, "dtype": dtype}
     return figures | {"worst": _gather_worst(worst, ctx)}
 
 
@@ -491,8 +510,8 @@ def describe_loss(figures: dict[str, Any]) -> str:
     lines = [
         f"{describe_origin(figures)} on {figures['data']}:",
         f"{loss:.4f}{errors[0]} nats/byte, {bpb:.4f}{errors[1]} bits/byte: {figures['bytes']:,} bytes predicted, in "
-        f"{figures['sequences']:,} sequences of {figures['context']:,} bytes{apart}",
-        "the worst sequences: offset of the first byte that each predicts, their number, nats/byte",
+        f"{figures['sequences']:,} sequences of {figures['context']:,} bytes{apart}, computed in {figures['dtype']}",
+        "the worst sequences: offset of the first byte predicted, bytes predicted, nats/byte",
     ]
     lines += [f"  {row['offset']:>15,}  {row['bytes']:>7,} bytes  {row['loss']:.4f}" for row in figures["worst"]]
     return "\n".join(lines)
@@ -584,6 +603,7 @@ class Profile(AbstractContextManager):
         """Begins a step; `step` is its number."""
         self._n_begun += 1
         if self.n_steps and self._n_begun == WARM_UP_STEPS + 1:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's library reports each start on stderr
             self._first, activities = step, [ProfilerActivity.CPU]
             if self.is_cuda:
                 activities.append(ProfilerActivity.CUDA)

@@ -44,7 +44,8 @@ PANELS: dict[str, tuple[str, dict[str, Any]]] = {  # title; fields of metrics.js
     "grad-norm": ("gradient norm", {"grad_norm": SOLID}),
 }
 # flags of a run that do not change what it learns: runs that differ in these alone are one setting
-NO_SETTINGS = {"seed", "save_path", "resume", "timeout", "log_interval", "sample_bytes", "tensorboard", "profile"}
+NO_SETTINGS = {"seed", "save_path", "resume", "override", "timeout", "log_interval", "eval_interval", "save_interval"}
+NO_SETTINGS |= {"keep", "sample_bytes", "tensorboard", "profile"}
 START = 0.05  # part of the curves of losses that does not set the height of the axis: a loss begins with 5.5
 MARKS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the curves in a terminal
 
@@ -163,13 +164,16 @@ class Setting(NamedTuple):
         grid = np.unique(np.concatenate([xs for xs, _ in curves]))
         grid = grid[(grid >= low) & (grid <= high)]
         values = np.stack([np.interp(grid, *curve) for curve in curves])
-        spread = values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros_like(grid)
+        differs = np.ptp(values, axis=0) > 0  # else what std returns is rounding
+        spread = np.where(differs, values.std(axis=0, ddof=1), 0.0) if len(curves) > 1 else np.zeros_like(grid)
         return grid, values.mean(axis=0), spread
 
 
 def written(value: Any) -> str:
-    """A setting's value in the form of the command line."""
-    return shorten("-" if value is None else value if isinstance(value, str) else json.dumps(value), 40)
+    """A setting's value in the form of the command line; of a long one, such as paths, the end."""
+    values = value if isinstance(value, list) else ["-" if value is None else value]
+    text = " ".join(v if isinstance(v, str) else json.dumps(v) for v in values)
+    return shorten(text if len(text) <= 40 else "…" + text[-39:])
 
 
 def group(runs: list[RunLog]) -> list[Setting]:
@@ -254,8 +258,9 @@ def draw_text(curves: list[Curve], panel: str, x: str, width: int, height: int) 
         mark = MARKS[i % len(MARKS)]
         for column in np.flatnonzero((positions >= c.x[0] - half) & (positions <= c.x[-1] + half)):
             value = float(np.interp(positions[column], c.x, c.y))
-            if value <= high:
-                canvas[round((high - value) / ((high - low) or 1.0) * (rows - 1))][column] = mark
+            line = canvas[round((high - value) / ((high - low) or 1.0) * (rows - 1))] if value <= high else []
+            if line and (line[column] == " " or column % len(curves) == i):  # where curves meet, letters alternate
+                line[column] = mark
         last = f" {c.y[-1]:.4g}" + (f" ± {c.spread[-1]:.2g}" if c.spread.any() else "")
         legend.append(f"{mark} {shorten(c.label, max(10, width - len(last) - 3))}{last}")
     lines = [f"{labels.get(i, ''):>{margin}} |{''.join(line)}".rstrip() for i, line in enumerate(canvas)]
@@ -287,6 +292,7 @@ def draw_picture(panels: dict[str, list[Curve]], x: str, output: Path) -> None:
             if c.spread.any():
                 axis.fill_between(c.x, c.y - c.spread, c.y + c.spread, color=color, alpha=0.2, linewidth=0)
         axis.set(xlabel=x, ylabel=title)
+        axis.locator_params(axis="x", integer=x != "minutes")
         if panel == "loss":
             axis.set_ylim(None, 1.02 * top(curves, panel))
         axis.grid(alpha=0.3)

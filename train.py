@@ -84,7 +84,8 @@ _MINUTES = real(0, 1e6, open_low=True)
 def _flag(default: Any, help: str, parse: Callable[[str], Any] = str, **options: Any) -> Any:
     """A field of `TrainFlags`: its default, help, the function that checks and converts its text, argparse's options.
 
-    `group` begins a group in --help; a flag that is `fixed` is for the command line alone, not for a config.
+    `group` begins a group in --help; a flag that is `fixed` is for the command line alone, not for a config. Without a
+    `metavar`, a number is N or X there.
     """
     return field(default=default, metadata={"help": help, "type": parse, **options})
 
@@ -102,7 +103,9 @@ def _names(text: str) -> list[str]:
 class TrainFlags:
     """The flags of train.py: the command line, --help, and the object "train" of a config follow from these fields."""
 
-    config: str | None = _flag(None, "JSON file of ModelArgs; its key 'train' sets defaults", fixed=True)
+    config: str | None = _flag(
+        None, "JSON file of ModelArgs; its key 'train' sets defaults", metavar="FILE", fixed=True
+    )
     data: list[str] | None = _flag(
         None, "files, .jsonl, .gz, folders, stdlib, shakespeare, enwik8 (default: stdlib)", nargs="+", action="extend"
     )
@@ -110,15 +113,32 @@ class TrainFlags:
         None, "share of each DATA in training; default, and in validation: by size", _POSITIVE, nargs="+", metavar="W"
     )
     text_key: str = _flag("text", "of .jsonl: the field of each line that holds the text", metavar="KEY")
-    val_data: str | None = _flag(None, "what to evaluate on; default: the last tenth of --data")
-    save_path: Path | None = _flag(None, "folder of the run; without it nothing is kept", Path, fixed=True)
+    val_data: str | None = _flag(None, "what to evaluate on; default: the last tenth of --data", metavar="DATA")
+    save_path: Path | None = _flag(
+        None, "folder of the run; without it nothing is kept", Path, metavar="DIR", fixed=True
+    )
     resume: bool = _flag(False, "go on from the last checkpoint in --save-path, if any", fixed=True)
-    override: list[str] | None = _flag(None, "flags that --resume may change; see below", _names, fixed=True)
-    init_from: Path | None = _flag(None, "a checkpoint or run to begin with", Path, fixed=True, group="given weights")
-    freeze: list[str] | None = _flag(None, "parameters to leave as they are, 'layers.0.*'", action="append", fixed=True)
-    eval_only: bool = _flag(False, "print the loss of --init-from over all of --val-data", fixed=True)
-    context: int | None = _flag(None, "with --eval-only: bytes of a sequence", integer(1, 1 << 30), fixed=True)
-    stride: int | None = _flag(None, "with --eval-only: bytes from a sequence to the next", integer(1), fixed=True)
+    override: list[str] | None = _flag(
+        None, "names of flags that --resume may change, 'steps,lr'; see below", _names, metavar="FLAGS", fixed=True
+    )
+    init_from: Path | None = _flag(
+        None,
+        "a checkpoint or run to begin with, of any format",
+        Path,
+        metavar="CKPT",
+        fixed=True,
+        group="given weights",
+    )
+    freeze: list[str] | None = _flag(
+        None, "parameters that stay, 'layers.0.*'; repeatable", metavar="PATTERN", action="append", fixed=True
+    )
+    eval_only: bool = _flag(
+        False, "print the loss of --init-from over all of --val-data, or the last tenth of --data, and end", fixed=True
+    )
+    context: int | None = _flag(None, "with --eval-only: length of its sequences", integer(1, 1 << 30), fixed=True)
+    stride: int | None = _flag(
+        None, "with --eval-only: bytes from a sequence to the next; default: the context", integer(1), fixed=True
+    )
     json: bool = _flag(False, "with --eval-only: print one JSON object", fixed=True)
     steps: int | None = _flag(None, "optimizer steps", integer(1), group="length of the run (one of them)")
     minutes: float | None = _flag(None, "minutes of the process, start-up included", _MINUTES)
@@ -126,36 +146,36 @@ class TrainFlags:
     short_seq_len: int = _flag(0, "bytes of the sequences in the first half of the run; 0: as later", integer(0))
     accumulation: int = _flag(1, "batches whose gradients make one step", integer(1, 10**6))
     optimizer: str = _flag("muon", "for the hidden matrices", choices=["muon", "adamw"], group="optimizer")
-    matrix_lr: float = _flag(0.01, "peak learning rate of hidden matrices", _POSITIVE)
-    lr: float = _flag(0.003, "peak learning rate of all else, by AdamW", _POSITIVE)
+    matrix_lr: float = _flag(0.01, "peak learning rate of hidden matrices", _POSITIVE, metavar="LR")
+    lr: float = _flag(0.003, "peak learning rate of all else, by AdamW", _POSITIVE, metavar="LR")
     weight_decay: float = _flag(0.1, "of the hidden matrices", real(0))
     momentum: float = _flag(0.95, "of Muon", _BELOW_ONE)
     beta1: float = _flag(0.9, "of AdamW", _BELOW_ONE)
     beta2: float = _flag(0.95, "of AdamW", _BELOW_ONE)
     grad_clip: float = _flag(1.0, "largest gradient norm; 0 for none", real(0))
     schedule: str = _flag("wsd", "warm-up, stable, decay; or cosine", choices=["wsd", "cosine"])
-    warmup: float = _flag(0.02, "fraction of the run", _FRACTION)
-    decay: float = _flag(0.5, "fraction of the run (wsd)", _FRACTION)
+    warmup: float = _flag(0.02, "fraction of the run in which the rates rise", _FRACTION)
+    decay: float = _flag(0.5, "fraction of the run in which they fall (wsd)", _FRACTION)
     device: str | None = _flag(None, "default: the best there is", choices=["cuda", "mps", "cpu"], group="compute")
-    dtype: str = _flag("auto", "of the activations", choices=["auto", "fp32", "bf16"])
+    dtype: str = _flag("auto", "of the activations; auto: bf16 where it is fast", choices=["auto", "fp32", "bf16"])
     gemm_impl: str | None = _flag(None, "linear layers; default: by the dtype of --config", choices=["bf16", "fp8"])
     compile: bool = _flag(False, "torch.compile the step: on a CPU that takes a C++ compiler")
     gradient_checkpointing: bool = _flag(False, "recompute blocks: less memory, slower")
-    model_parallel: int = _flag(1, "processes that share one model's layers", integer(1, 10**4), metavar="M")
+    model_parallel: int = _flag(1, "processes that share one model's layers", integer(1, 10**4))
     fsdp: bool = _flag(False, "shard parameters, gradients and optimizer state over the data-parallel processes")
     timeout: float = _flag(parallel.TIMEOUT / timedelta(minutes=1), "minutes to wait for another process", _MINUTES)
-    seed: int = _flag(0, "of the weights and the order of the data", integer(0, 2**32 - 1))
+    seed: int = _flag(0, "of the weights and the order of the data; default: 0", integer(0, 2**32 - 1))
     plan: bool = _flag(False, "print what each process would hold and send, and end", group="planning", fixed=True)
-    world_size: int | None = _flag(None, "processes to plan for", integer(1, 10**6), metavar="N", fixed=True)
+    world_size: int | None = _flag(None, "processes to plan for", integer(1, 10**6), fixed=True)
     device_memory: float | None = _flag(None, "of a device: will it fit?", _POSITIVE, metavar="GB", fixed=True)
     log_interval: int = _flag(10, "steps between lines of metrics", integer(1), group="reports")
-    eval_interval: int = _flag(0, "steps; 0: tenths of the run, where they are long enough", integer(0))
-    save_interval: int = _flag(0, "steps; 0: with each evaluation or tenth of the run", integer(0))
-    keep: int = _flag(0, "checkpoints that stay beside the last and the best", integer(0), metavar="N")
-    patience: int = _flag(0, "evaluations without a better loss that end the run; 0: none do", integer(0), metavar="N")
-    sample_bytes: int = _flag(200, "bytes of the sample; 0 for none", integer(0, 10**6))
+    eval_interval: int = _flag(0, "steps between evaluations; 0: tenths of the run, if long enough", integer(0))
+    save_interval: int = _flag(0, "steps between checkpoints; 0: with each evaluation or tenth of the run", integer(0))
+    keep: int = _flag(0, "checkpoints that stay beside the last and the best", integer(0))
+    patience: int = _flag(0, "evaluations without a better loss that end the run; 0: none do", integer(0))
+    sample_bytes: int = _flag(200, "bytes of the text after an evaluation; 0 for none", integer(0, 10**6))
     tensorboard: bool = _flag(False, "write the metrics for TensorBoard as well, into --save-path")
-    profile: int = _flag(0, "trace N steps, into --save-path; 0: none", integer(0, 10**4), metavar="N", fixed=True)
+    profile: int = _flag(0, "trace N steps, into --save-path; 0: none", integer(0, 10**4), fixed=True)
 
 
 def build_parser() -> command.Parser:
@@ -171,6 +191,9 @@ def build_parser() -> command.Parser:
         if flag.type is bool:
             del options["type"]
             options["action"] = "store_true" if is_fixed else argparse.BooleanOptionalAction
+        kind, *_ = get_args(flag.type) or (flag.type,)  # int of `int | None`
+        if kind in (int, float):
+            options.setdefault("metavar", "N" if kind is int else "X")
         if flag.default not in (None, False, MISSING):
             options["help"] += f" (default: {flag.default})"
         group.add_argument("--" + flag.name.replace("_", "-"), **options)
@@ -309,6 +332,7 @@ class Trainer:
     val_step: int | None = None  # the step last evaluated, and its loss
     val_loss: float | None = None
     eval_sequences: int | None = None  # number of sequences of an evaluation; None: all
+    n_validated: int | None = None  # of the last one, which may have ended earlier
     n_not_better: int = 0  # evaluations since the best one
     progress: float = 0.0  # of the schedule, at the last step
     stretch_from: float = 0.0  # when the run's length was last changed: how much of the new length was done,
@@ -368,7 +392,7 @@ class Trainer:
         if was["schedule"] == "wsd" and not is_over and self.progress > 1 - was["decay"]:
             phase += ", its decay has begun"
         changes = ", ".join(f"{key} from {shorten(value)} to {now.get(key)}" for key, value in changed.items())
-        rates = f"lr from {before:.3g} to {optim.rate(progress, now):.3g}"
+        rates = f"lr from {before:.3g} to {optim.rate(progress, now):.3g}, its peak is {now['lr']:.3g}"
         say(f"--override changes {changes}; the schedule ({now['schedule']}) {phase}: {rates}")
 
     def quantize_weights(self) -> None:
@@ -416,11 +440,17 @@ class Trainer:
         parallel.all_reduce_replicated_grads(ctx, self.model)
         return ctx.all_reduce_dp(means / ctx.dp_size), ctx.all_reduce_dp(load)
 
-    def evaluate(self, n_sequences: int | None, seq_len: int) -> float | None:
-        """The validation loss of as many bytes as `n_sequences` of the context have (None: of all)."""
+    def evaluate(self, n_sequences: int | None, seq_len: int) -> tuple[float, int | None] | None:
+        """The validation loss of as many bytes as `n_sequences` of the context have (None: of all); see `evaluate`."""
         shorter, data, ctx = self.context // seq_len, self.val_data, self.ctx
         batch_size, limit = 4 * shorter * self.flags.batch_size // ctx.dp_size, n_sequences and shorter * n_sequences
-        return evaluate(self.model, data, batch_size, ctx, seq_len, limit, self.stopped)
+        return evaluate(self.model, data, batch_size, ctx, seq_len, limit, self.stopped, self.left_s)
+
+    def left_s(self) -> float:
+        """Seconds until a checkpoint must be written for a run by the clock to end in time, in all processes."""
+        if self.clock.seconds is None:
+            return math.inf
+        return self.ctx.broadcast(self.clock.left_s() - 1.05 * self.clock.save_s)[0]  # a busy machine is slower
 
     def evaluate_and_save(self) -> float | None:
         """Evaluates in sequences as long as those of the last step, saves, prints the figures and a sample.
@@ -432,15 +462,16 @@ class Trainer:
                 self.save(is_best=False)  # its state alone
             return self.val_loss
         began = self.clock.now()
-        val_loss = self.evaluate(self.eval_sequences, self.seq_len)
-        if val_loss is None:
+        evaluated = self.evaluate(self.eval_sequences, self.seq_len)
+        if evaluated is None:
             return None
+        val_loss, self.n_validated = evaluated
         if not math.isfinite(val_loss):
             raise NotFinite(f"step {self.step}: the validation loss is {val_loss}")
         self.val_step, self.val_loss = self.step, val_loss
         bpb, shorter = val_loss / math.log(2), self.context // self.seq_len
         length = {"window": self.seq_len} if shorter > 1 else {}
-        limit = {"val_windows": shorter * self.eval_sequences} if self.eval_sequences else {}
+        limit = {"val_windows": self.n_validated} if self.n_validated else {}
         self.write({"val_loss": val_loss, "val_bpb": bpb} | limit | length)
         is_best = self.best_val is None or val_loss < self.best_val
         self.best_val, self.n_not_better = (val_loss, 0) if is_best else (self.best_val, self.n_not_better + 1)
@@ -449,7 +480,8 @@ class Trainer:
         say(f"step {self.step}: val_loss {val_loss:.4f} nats/byte, {bpb:.4f} bits/byte{where}")
         if self.flags.sample_bytes:
             is_over = lambda: self.ctx.broadcast(self.clock.left_s())[0] <= 0  # noqa: E731 - a busy machine is slower
-            say(sample_text(self.model, self.flags.sample_bytes, self.ctx.device, is_over))
+            if sample := sample_text(self.model, self.flags.sample_bytes, self.ctx.device, is_over):
+                say(sample)
         if shorter == 1:  # as the last one is
             self.clock.eval_s = self.clock.now() - began - self.clock.save_s
         return val_loss
@@ -554,15 +586,16 @@ def run(trainer: Trainer) -> int:
             kept = f"; the last good checkpoint is in {path}" if path is not None and has_run(path) else ""
             command.complain("train.py", f"{error}{kept}; train anew with a lower --lr or --matrix-lr")
         return 1
-    where = f"model in {path}" if path is not None else "not saved, for want of --save-path"
+    where = f"model in {path}" if path is not None else "not saved (no --save-path)"
     if val_loss is None:
         say(f"stopped by {signal.Signals(trainer.stop_signal).name} after step {trainer.step}: {where}")
         return 0
     if trainer.out_of_patience():
         say(f"--patience: no better loss than {trainer.best_val:.4f} in {trainer.n_not_better} evaluations")
-    if trainer.eval_sequences is not None:
-        say(f"validated on {trainer.eval_sequences:,} sequences, evenly spread: all would have taken too long")
-    say(f"step {trainer.step}, {trainer.clock.elapsed_s():.1f} s: val_loss {val_loss:.4f} nats/byte, {where}")
+    if n := trainer.n_validated or trainer.eval_sequences:
+        say(f"validated on {n:,} sequences, evenly spread: all would have taken too long")
+    best = "" if trainer.best_val in (None, val_loss) else f" (the best: {trainer.best_val:.4f})"
+    say(f"step {trainer.step}, {trainer.clock.elapsed_s():.1f} s: val_loss {val_loss:.4f} nats/byte{best}, {where}")
     return 0
 
 

@@ -505,6 +505,12 @@ def test_a_prompt_may_be_text_and_needs_nothing_else(
         text = complete(models[name], "é")
         assert text == complete(models[name], "é".encode()).decode("utf-8", "replace")
     assert text == complete(models["plain"], "é", Sampling(seed=0)) != complete(models["plain"], "é", Sampling(seed=1))
+    few = complete(models["plain"], "é", Sampling(seed=1), max_new_tokens=5, temperature=0)
+    assert few == complete(models["plain"], "é", Sampling(temperature=0, max_new_tokens=5))
+    with pytest.raises(TypeError, match="max_tokens"):
+        complete(models["plain"], "é", max_tokens=5)
+    with pytest.raises(ValueError, match="stop must be bytes, got '.'"):
+        complete(models["plain"], "é", stop=".")
     assert caches and all(len(layer) == 1 for cache in caches for layer in cache.layers)  # the latent is cached
     assert model_module.attn_impl == "naive"  # as before
     with pytest.raises(generate.GenerationError, match="kv_lora_rank 0"):
@@ -528,15 +534,13 @@ def test_a_model_whose_absorbed_attention_is_another_is_not_decoded_by_it(monkey
 
 @pytest.mark.slow
 def test_what_the_readme_shows_works_in_a_fresh_python(folder: Path) -> None:
-    code = "from generate import complete, load_model; print(complete(load_model(PATH), 'ab'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code.replace("PATH", repr(str(folder / "parrot")))],
-        cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (done.stdout[:6], done.stderr) == ("cabcab", "")
+    """The Python of its section for a REPL, with another checkpoint."""
+    (code,) = re.findall(r"REPL.*?```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
+    assert code.count('"out/nano"') == 1 and '"import "' in code
+    code = code.replace('"out/nano"', repr(str(folder / "parrot"))).replace('"import "', '"ab"')
+    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("Transformer(\n") and done.stderr == ""
+    assert done.stdout.partition("\n)\n")[2].startswith("cabcab")
 
 
 # --- sampling -----------------------------------------------------------------------------------------------------

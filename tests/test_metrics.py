@@ -455,10 +455,11 @@ def trace(run: Path) -> tuple[str, list[dict[str, Any]]]:
     return path.name, json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
 
 
-def test_a_profile_changes_no_loss(small_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_changes_no_loss(small_flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Steps 4 and 5 of 7 are traced: each has as many products as the other, and losses are those without it."""
     assert train.main([*small_flags, "--steps", "7", "--profile", "2"]) == 0
-    printed = capsys.readouterr().out
+    printed, err = capfd.readouterr()
+    assert "profiler" not in err
     (tmp_path / "run").rename(tmp_path / "profiled")
     assert train.main([*small_flags, "--steps", "7"]) == 0
     losses = [[row.get("train_loss") for row in rows(tmp_path / name)] for name in ("run", "profiled")]

@@ -167,8 +167,8 @@ def test_table_has_a_row_for_each_setting(tmp_path: Path, capsys: pytest.Capture
 def test_runs_are_grouped_by_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither the seed nor where it was saved; but the model, also if the config's name is the same."""
     for name, flags, model in (
-        *(("a", {"seed": 1, "resume": False}, {}), ("b", {"seed": 2, "resume": True, "profile": 3}, {})),
-        *(("c", {"seed": 1}, {"dim": 16}), ("d", {"seed": 2, "log_interval": 2}, {"dim": 16})),
+        *(("a", {"seed": 1, "resume": False}, {}), ("b", {"seed": 2, "resume": True, "override": ["lr"]}, {})),
+        *(("c", {"seed": 1}, {"dim": 16}), ("d", {"seed": 2, "log_interval": 2, "keep": 3}, {"dim": 16})),
     ):
         write_run(tmp_path / name, losses(3, 2), flags, **model)
     rows = [row.split() for row in shown(capsys, tmp_path, "--table").splitlines()]
@@ -176,6 +176,23 @@ def test_runs_are_grouped_by_setting(tmp_path: Path, capsys: pytest.CaptureFixtu
     write_run(tmp_path / "e", losses(3, 2), {"config": "b.json"}, dim=32)
     rows = [row.split() for row in shown(capsys, tmp_path, "--table").splitlines()]
     assert rows[0][:2] == ["config", "runs"] and sorted(row[0] for row in rows[1:]) == ["a.json", "a.json", "b.json"]
+
+
+def test_lists_and_long_values_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on the command line; of long paths the end, in which they differ."""
+    folder = "/a/long/folder/with/many/corpora/in/it/"
+    for name, data in (("a", [folder + "old.txt"]), ("b", [folder + "new.txt"]), ("c", ["stdlib", "b.txt"])):
+        write_run(tmp_path / name, losses(3), {"data": data})
+    rows = [row.split("  ")[0] for row in shown(capsys, tmp_path, "--table").splitlines()[1:]]
+    assert sorted(rows) == ["stdlib b.txt", f"…{(folder + 'new.txt')[-39:]}", f"…{(folder + 'old.txt')[-39:]}"]
+
+
+def test_curves_that_coincide_are_both_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And three runs with the same rates have no spread, not even that of rounding."""
+    for i in range(3):
+        write_run(tmp_path / f"{i}", [line(s, lr=0.1 + s / 7, router_lr=0.1 + s / 7) for s in range(9)], {"seed": i})
+    canvas, legend = shown(capsys, tmp_path, "--what", "lr").split("steps")
+    assert min(map(canvas.count, "ab")) > 20 and "±" not in legend
 
 
 def test_runs_without_settings_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,7 +364,10 @@ def test_pictures_of_other_values(
     run = write_run(tmp_path / "run", [line(i, train_loss=3.0, **values) for i in range(5)])
     shown(capsys, run, "--what", what, "--output", tmp_path / "a.svg")
     shown(capsys, run, "--what", what, "--output", tmp_path / "b.svg")
-    ids = {group.get("id", "") for group in ElementTree.parse(tmp_path / "a.svg").getroot().iter(f"{SVG}g")}
+    groups = {group.get("id", ""): group for group in ElementTree.parse(tmp_path / "a.svg").getroot().iter(f"{SVG}g")}
+    ids = groups.keys()
+    ticks = [text.text for name in ids if name.startswith("xtick") for text in groups[name].iter(f"{SVG}text")]
+    assert len(ticks) > 2 and all(tick.isdecimal() for tick in ticks)  # a step is no fraction
     curves = ["train_loss", *sum(fields.values(), [])] if what == "all" else fields[what]
     assert {name for name in ids if name.endswith("-0")} == {f"{name}-0" for name in curves}
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

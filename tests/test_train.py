@@ -184,8 +184,40 @@ def test_evaluation_is_the_mean_over_every_byte(here: Here, n_bytes: int, batch_
             window = torch.tensor(data[start : start + 33].astype(np.int64))
             logits = model(window[None, :-1])[0].double()
             total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-    assert evaluate(model, data, batch_size, ParallelContext("cpu")) == pytest.approx(total / (n_bytes - 1), rel=1e-6)
+    found, n_sequences = evaluate(model, data, batch_size, ParallelContext("cpu"))
+    assert found == pytest.approx(total / (n_bytes - 1), rel=1e-6) and n_sequences is None
     assert model.training
+
+
+@pytest.mark.parametrize(("n_bytes", "n_batches"), [(500, 1), (3001, 7), (6500, 25), (6500, 60)])
+def test_an_evaluation_without_time_is_of_an_even_subset(
+    here: Here, monkeypatch: pytest.MonkeyPatch, n_bytes: int, n_batches: int
+) -> None:
+    """It ends where the next batch would be late, and is the mean over the bytes of those before."""
+    model, left, offsets, n_read = here.trainer().model, 2.0 * n_batches + 1.5, list[int](), 0
+    shake(model)
+    data = np.frombuffer(text(n_bytes, 5), np.uint8)
+    read_batch = metrics.read_batch
+
+    def read(data: np.ndarray, starts: np.ndarray, *more: Any) -> Any:
+        nonlocal left, n_read
+        left, n_read = left - 2.0, n_read + 1
+        offsets.extend(starts.tolist())
+        return read_batch(data, starts, *more)
+
+    monkeypatch.setattr(metrics, "read_batch", read)
+    found, n_sequences = evaluate(model, data, 3, ParallelContext("cpu"), left_s=lambda: left)
+    assert n_sequences == len(offsets) == len(set(offsets)) and n_read == n_batches
+    total = n_targets = 0.0
+    for start in offsets:
+        window = torch.tensor(data[start : start + 33].astype(np.int64))
+        with torch.no_grad():
+            total += F.cross_entropy(model(window[None, :-1])[0].double(), window[1:], reduction="sum").item()
+        n_targets += len(window) - 1
+    assert found == pytest.approx(total / n_targets, rel=1e-6) and model.training
+    gaps = np.diff([0, *sorted(offsets), n_bytes])
+    assert n_batches == 1 or gaps.max() <= 3 * n_bytes / n_batches
+    assert evaluate(model, data, 3, ParallelContext("cpu"), left_s=lambda: 1.0)[1] is None  # batches take no time
 
 
 def test_short_sequences_of_the_first_half(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +488,7 @@ def test_validation_loss_that_is_not_finite(
 ) -> None:
     """The last step can spoil the weights with no further step to notice: the evaluation does."""
     values = iter([2.0, math.nan])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), None))
     assert main(here.flags("--steps", 4, "--eval-interval", 2)) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "step 4" in err
@@ -468,7 +500,7 @@ def test_validation_loss_that_is_not_finite(
 
 def test_best_and_last_are_kept(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     values, seen = iter([3.0, 2.0, 2.5, 1.5, 1.5, 4.0]), []
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), None))
     save_run = train.save_run
 
     def spy(held: checkpoints.Run, *rest: Any) -> Path:
@@ -492,7 +524,7 @@ def test_best_and_last_are_kept(here: Here, monkeypatch: pytest.MonkeyPatch) -> 
 def test_best_is_remembered_by_a_resumed_run(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the last step was saved before it was evaluated."""
     values = iter([2.0, 1.0, 1.5, 1.6])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), None))
     flags = ["--eval-interval", 2, "--save-interval", 1]
     assert main(here.flags("--steps", 4, *flags)) == 0
     assert checkpoint(here.run, "best").name == "step-00000004"
@@ -837,7 +869,7 @@ def test_weights_of_a_run(here: Here, capsys: pytest.CaptureFixture[str], monkey
     """Its best, or a step that is named; the new run begins at step 0, and keeps where it came from."""
     values = iter([1.0, 2.0])
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *_: next(values))
+        patch.setattr(train, "evaluate", lambda *_: (next(values), None))
         assert main(here.flags("--steps", 4, "--eval-interval", 2)) == 0
     source = here.run
     for path, step in ((source, 2), (source / "step-00000002", 2), (source / "step-00000004", 4)):
@@ -1030,10 +1062,11 @@ def test_evaluation_writes_nothing(here: Here, capsys: pytest.CaptureFixture[str
     val = here.path / "data.txt"
     whole = loss_of(capsys, "--init-from", source, "--val-data", val)
     assert (whole["kind"], whole["step"], whole["path"], whole["bytes"]) == ("native", None, str(source), 3999)
+    assert whole["dtype"] == "float32"  # of --dtype fp32
     tenth = loss_of(capsys, "--init-from", source, "--data", val, "--config", here.config)
     assert tenth["bytes"] == 399 and tenth["sequences"] == 13 and "last tenth" in tenth["data"]
     model = load_model(source).eval()
-    ours = evaluate(model, np.fromfile(val, np.uint8)[3600:], 7, ParallelContext("cpu"))
+    ours, _ = evaluate(model, np.fromfile(val, np.uint8)[3600:], 7, ParallelContext("cpu"))
     assert tenth["val_loss"] == pytest.approx(ours, rel=1e-6)
     flags = ["--init-from", source, "--val-data", val, "--eval-only", "--device", "cpu", "--dtype", "fp32"]
     assert main([*map(str, flags)]) == 0
@@ -1246,7 +1279,7 @@ def test_other_minutes(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_kept_checkpoints(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([5.0, 1.0, 4.0, 3.0, 2.0, 2.0])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), None))
     assert main(here.flags("--steps", 12, "--eval-interval", 2, "--save-interval", 1, "--keep", 3)) == 0
     assert sorted(int(path.name[5:]) for path in here.run.glob("step-*")) == [4, 9, 10, 11, 12]
     assert load_model(here.run / "step-00000009").args.dim == 32
@@ -1254,17 +1287,19 @@ def test_kept_checkpoints(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_patience(here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     values = itertools.chain([3.0, 2.0, 2.5, 2.0, 2.1, 1.0], itertools.repeat(1.5))
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(values), None))
     flags = ["--steps", 20, "--eval-interval", 2, "--log-interval", 1]
     assert main(here.flags(*flags, "--patience", 2)) == 0
     out = capsys.readouterr().out
     assert "--patience: no better loss than 2.0000 in 2 evaluations" in out
     assert out.splitlines()[-1].startswith("step 8, ") and checkpoint(here.run).name == "step-00000008"
+    assert "val_loss 2.0000 nats/byte, model in" in out.splitlines()[-1]
     assert checkpoint(here.run, "best").name == "step-00000004"
     before = lines(here.run)
     assert main(here.flags(*flags, "--patience", 2, "--resume")) == 0  # it has ended
     assert lines(here.run) == before and "step 8, " in capsys.readouterr().out.splitlines()[-1]
     assert main(here.flags(*flags, "--patience", 4, "--resume")) == 0  # not yet: the next but one is better
+    assert "val_loss 1.5000 nats/byte (the best: 1.0000), model in" in capsys.readouterr().out.splitlines()[-1]
     assert [row["val_loss"] for row in lines(here.run) if "val_loss" in row][:6] == [3.0, 2.0, 2.5, 2.0, 2.1, 1.0]
     assert checkpoint(here.run, "best").name == "step-00000012"
 
@@ -1634,6 +1669,22 @@ def test_a_sample_ends_when_the_time_does(here: Here, monkeypatch: pytest.Monkey
     clock.takes(model_module.Transformer, "forward", lambda n: 0.5 if n > 2 else 0.005)
     assert main(here.flags("--minutes", 1, "--sample-bytes", 32, "--eval-interval", 10**6)) == 0
     assert 0.97 * 60 <= clock.now <= 60
+
+
+def test_a_closing_evaluation_ends_when_the_time_does(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the machine became ten times slower after it was measured, fewer sequences are evaluated."""
+    here.data.write_bytes(text(200_000))
+    clock = Turned(monkeypatch)
+    clock.takes(Trainer, "train_step", lambda n: 0.5)
+    clock.takes(model_module.Transformer, "next_byte_loss", lambda n: 0.5 if n > 2 else 0.05)
+    clock.takes(train, "save_run", lambda n: 0.5)
+    assert main(here.flags("--minutes", 1, "--sample-bytes", 32, "--eval-interval", 10**6)) == 0
+    assert 0.95 * 60 <= clock.now <= 60
+    row, done = lines(here.run)[-1], capsys.readouterr().out
+    assert 32 < row["val_windows"] < 20_000 // 32
+    assert f"validated on {row['val_windows']} sequences" in done and "\n\n" not in done
 
 
 def test_a_run_of_few_steps_is_reported(
