@@ -514,7 +514,7 @@ class Tally:
 
 
 def choose_attn_impl(model: Transformer, wanted: str | None = None) -> Any:
-    """Returns how attention is computed: as wanted, else through the latent ("absorb") where that is the model."""
+    """Returns how attention is computed: as wanted, else "absorb", if `decode.attach` found that to be the model."""
     if wanted == "absorb" and model.args.kv_lora_rank == 0:
         raise GenerationError("--attn-impl absorb needs a model with a latent, this one has kv_lora_rank 0; use naive")
     return wanted or ("absorb" if model.absorbs else "naive")
@@ -527,10 +527,10 @@ def generate(
     """Continues prompts, `max_batch_size` texts at a time; an empty one stands for the beginning of a document.
 
     Text i is sample i % num_samples of prompt i // num_samples, and depends on these, the prompt and `sampling` alone.
-    `attn_impl` is "naive" or "absorb"; None: absorb where there is a latent. Yields a text's number and the bytes that
-    come next in it, as soon as they are certain. Texts of a batch take turns; as one ends, the next begins. An empty
-    piece ends a text: each gets one, as its last. `logprobs` gets all bytes that are drawn before they are yielded, and
-    those that end a text, such as byte 0 or the stop string, too.
+    `attn_impl` is "naive" or "absorb"; None: see `choose_attn_impl`. Yields a text's number and the bytes that come
+    next in it, as soon as they are certain. Texts of a batch take turns; as one ends, the next begins. An empty piece
+    ends a text: each gets one, as its last. `logprobs` gets all bytes that are drawn before they are yielded, and those
+    that end a text, such as byte 0 or the stop string, too.
     """
     texts = [prompt for prompt in prompts for _ in range(num_samples)]
     if sampling.max_new_tokens == 0 or not texts:
@@ -811,6 +811,7 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)
     if warning := decode.attach(model, keep_attn_impl=arguments.attn_impl is not None):
         command.warn("generate.py", warning)
+    model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)  # with what was found
     return model
 
 

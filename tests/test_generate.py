@@ -526,6 +526,27 @@ def test_a_model_whose_absorbed_attention_is_another_is_not_decoded_by_it(monkey
     assert generate.choose_attn_impl(model) == "absorb"
 
 
+def test_a_sliding_window_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing has compared it, text is that of the attention which is trained."""
+    model, text = tiny(max_seq_len=200, original_seq_len=200), bytearray(b"to be or not to be")
+
+    def attend(mla: Any, q: Any, k: Any, v: Any, positions: Any, cache: Any) -> torch.Tensor:
+        if cache is not None:
+            k, v = cache.update(mla.layer_id, positions.index, k, v)
+        every = torch.arange(k.shape[1])
+        last = every[-q.shape[1] :, None] if positions.mask is None else positions.index[:, None, :, None]
+        scores = torch.einsum("bshd,bthd->bhst", q, k).masked_fill((every > last) | (every < last - 3), -math.inf)
+        return torch.einsum("bhst,bthd->bshd", (mla.softmax_scale * scores).softmax(-1), v)
+
+    monkeypatch.setattr(model_module.MLA, "_attend", attend)
+    written = complete(model, bytes(text), replace(GREEDY, max_new_tokens=20))
+    with torch.no_grad():
+        for byte in written:
+            assert model(bytes(text))[-1].argmax() == byte
+            text.append(byte)
+    assert len(written) == 20
+
+
 @pytest.mark.slow
 def test_what_the_readme_shows_works_in_a_fresh_python(folder: Path) -> None:
     code = "from generate import complete, load_model; print(complete(load_model(PATH), 'ab'))"
