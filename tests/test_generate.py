@@ -88,7 +88,8 @@ def tiny(**changes: int) -> Transformer:
 
 
 def with_decoder(model: Transformer) -> Transformer:
-    """The same model, which decodes in C wherever `model.attn_impl` is "absorb"."""
+    """The same model, as `decode.attach` leaves it: it decodes by "absorb" where there is a latent, and then in C."""
+    model.absorbs = model.args.kv_lora_rank > 0
     if decode.CDecoder.suits(model) and decode.library() is not None:
         model.decoder = decode.CDecoder(model)
     return model
@@ -526,9 +527,10 @@ def test_a_model_whose_absorbed_attention_is_another_is_not_decoded_by_it(monkey
     assert generate.choose_attn_impl(model) == "absorb"
 
 
-def test_a_sliding_window_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing has compared it, text is that of the attention which is trained."""
-    model, text = tiny(max_seq_len=200, original_seq_len=200), bytearray(b"to be or not to be")
+def test_a_sliding_window_in_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing has compared them, text is that of the attention which is trained."""
+    checkpoints.save_model(tiny(max_seq_len=200, original_seq_len=200), tmp_path / "model")
+    model, text = generate.load_model(tmp_path / "model"), bytearray(b"to be or not to be")
 
     def attend(mla: Any, q: Any, k: Any, v: Any, positions: Any, cache: Any) -> torch.Tensor:
         if cache is not None:
