@@ -23,7 +23,6 @@ complete checkpoints, and leftovers that the next save removes.
 import math
 import os
 import re
-import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -55,6 +54,7 @@ from safetensors_io import (
     new_folder,
     read_header,
     read_json,
+    remove_folder,
     remove_leftover,
     reporting,
     shard_slice,
@@ -503,7 +503,7 @@ def _save_step(path: Path, model: Transformer, optimizer: _State, state: dict[st
     with ExitStack() as stack:
         with ctx.collective_section(), reporting(path):
             if ctx.rank == 0:
-                shutil.rmtree(path, ignore_errors=True)  # complete, but never pointed to: the leftover of a crash
+                remove_folder(path)  # complete, but never pointed to: the leftover of a crash
                 folder = stack.enter_context(new_folder(path))
                 write_json(folder / STATE_FILE, state)
                 _write_config(model, folder)
@@ -524,7 +524,7 @@ def _sweep(run: Path, kept: set[str], step: int, keep: int) -> None:
     kept = kept | {steps[n] for n in others[:keep]}
     for old in list(run.iterdir()):
         if STEP_NAME.fullmatch(old.name) and old.name not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
         elif match := re.fullmatch(rf"\.({STEP_NAME.pattern})\.(tmp|lock)", old.name):
             remove_leftover(run / match[1])
 

@@ -300,6 +300,22 @@ def test_full_disk_names_the_file_and_a_remedy(tmp_path: Path, monkeypatch: pyte
     one_line(error, "step-00000002", WEIGHTS, "No space left on device", "free some space")
 
 
+@pytest.mark.parametrize("name", [".step-00000009.tmp", ".step-00000002.tmp", "step-00000009", "step-00000002"])
+def test_pipes_in_place_of_folders(tmp_path: Path, name: str) -> None:
+    """Nothing waits for somebody to write into them, and they stay."""
+    save_step(tmp_path / "run", 1)
+    os.mkfifo(tmp_path / "run" / name)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(20)
+    try:
+        with contextlib.nullcontext() if "9" in name else pytest.raises(CheckpointError, match=name):
+            save_step(tmp_path / "run", 2)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert (tmp_path / "run" / name).is_fifo() and load_run(tmp_path / "run", tiny())[1]["step"] == 1 + ("9" in name)
+
+
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
 
