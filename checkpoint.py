@@ -211,6 +211,12 @@ def collect_tensors(
 
 def resolve_run(path: Path, which: str) -> Path:
     """Returns the folder of a checkpoint: the path itself, or the "last" or "best" of the run there, never of both."""
+    try:
+        os.lstat(path / CONFIG_FILE)
+    except PermissionError as error:  # as which `lexists` finds nothing
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError):
+        pass  # there may be a run
     is_checkpoint, is_run = os.path.lexists(path / CONFIG_FILE), has_run(path)
     if is_checkpoint and is_run:
         raise CheckpointError(f"{path} has both {CONFIG_FILE}, a checkpoint's, and {POINTER_FILE}, a run's; move one")

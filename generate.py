@@ -67,6 +67,7 @@ from safetensors_io import CheckpointError, read_regular
 PREFILL_POSITIONS = 4096
 MAX_PROMPT_BYTES = 1 << 28  # of a file of prompts, and of a line that is piped in
 MAX_DRAFTS = 256
+MAX_TEXTS = 10**7  # of one call, which are listed
 LOCAL_FLAGS = ("ckpt_path", "input_file", "seed")  # in which processes may differ; the seed is the first one's
 EPILOG = """\
 output:
@@ -680,9 +681,9 @@ def write_results(
     num_samples: int = 1, logprobs: Logprobs | None = None,
 ) -> None:  # fmt: skip
     """Writes each prompt and its continuations, in order: the first that is not over as it comes, others later."""
-    waiting = {number: bytearray() for number in range(len(prompts) * num_samples)}  # not written yet
-    over, current = set(), 0
-    writer.write(prompts[0] + waiting.pop(0))
+    waiting: dict[int, bytearray] = {}  # by a text's number: what came before its turn
+    over, current = set[int](), 0
+    writer.write(prompts[0])
     pieces = generate(model, prompts, sampling, tally, model_module.attn_impl, num_samples, logprobs)
     for number, piece in tally.measure(pieces):
         if not piece:
@@ -690,12 +691,13 @@ def write_results(
         elif number == current:
             writer.write(piece)
         else:
-            waiting[number] += piece
+            waiting.setdefault(number, bytearray()).extend(piece)
         while current in over:
+            over.remove(current)
             writer.end()
             current += 1
-            if current in waiting:
-                writer.write(prompts[current // num_samples] + waiting.pop(current))
+            if current < len(prompts) * num_samples:
+                writer.write(prompts[current // num_samples] + waiting.pop(current, b""))
 
 
 def interact(
@@ -895,6 +897,8 @@ def run(argv: Sequence[str] | None) -> None:
         prompts = [] if arguments.prompt is None else [encode(arguments.prompt)]
         if arguments.input_file is not None:
             prompts = read_prompts(arguments.input_file)
+        if (n_texts := len(prompts) * (arguments.num_samples or 1)) > MAX_TEXTS:
+            raise GenerationError(f"{n_texts:,} texts, at most {MAX_TEXTS:,} at a time; lower --num-samples, or divide")
         parallel.keep_freed_memory()
         # each process that torchrun starts is a part of the model, and must have been told the same
         ctx = ParallelContext.join(parallel.pick_device(arguments.device), parallel.read_launch().world_size)

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import argparse
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -120,6 +121,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def _fail(error: OSError) -> None:
+    """Ends a walk at a folder that cannot be read: a run in it would be left out silently. Another error is no run."""
+    if isinstance(error, PermissionError):
+        raise error
+
+
 def find_runs(paths: list[Path]) -> list[RunLog]:
     """Reads the runs at or below paths; those without a line of metrics yet are left out, with a warning.
 
@@ -128,7 +135,8 @@ def find_runs(paths: list[Path]) -> list[RunLog]:
     """
     files: list[Path] = []
     for path in paths:
-        found = [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("metrics.jsonl")))
+        places = (Path(folder, "metrics.jsonl") for folder, *_ in os.walk(path, onerror=_fail))
+        found = [path] if path.is_file() else sorted(filter(Path.is_file, places))
         if not found:
             reason = "holds no run: no metrics.jsonl is in it or below" if path.is_dir() else "is no file or folder"
             raise PlotError(f"{path} {reason}; name what train.py was given as --save-path, or a folder of such")
@@ -282,6 +290,7 @@ def draw_picture(panels: dict[str, list[Curve]], x: str, output: Path) -> None:
         import matplotlib
     except ImportError:
         raise PlotError("--output needs matplotlib (pip install matplotlib); --text draws without it") from None
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else it writes about its own folders
     matplotlib.use("svg" if output.suffix == ".svg" else "agg")
     matplotlib.rcParams["svg.hashsalt"] = "bytegpt"  # the same curves give the same file
     from matplotlib import pyplot as plt

@@ -198,6 +198,20 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
     one_line(error, tmp_path / "file")
 
 
+def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
+    save_step(tmp_path / "run", 1)
+    (tmp_path / "run").chmod(0)
+    user = os.geteuid()
+    if user == 0:  # whom nothing is forbidden
+        os.seteuid(65534)
+    try:
+        with pytest.raises(CheckpointError, match="run cannot be read: Permission denied"):
+            load_model(tmp_path / "run")
+    finally:
+        os.seteuid(user)
+        (tmp_path / "run").chmod(0o700)
+
+
 def test_missing_weights_file(saved: Path) -> None:
     (saved / WEIGHTS).unlink()
     with pytest.raises(CheckpointError) as error:

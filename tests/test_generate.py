@@ -329,6 +329,7 @@ class Counted(Script):
         return super().forward_with_hidden(tokens, cache)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=12), st.integers(1, 5))
 def test_a_text_begins_as_soon_as_another_ends(lengths: list[int], size: int) -> None:
     scripts = {bytes([100 + i]): b"x" * n for i, n in enumerate(lengths)}
@@ -1132,6 +1133,10 @@ BAD = {
     ),
     "negative top-k": (["--prompt", "a", "--top-k", "-1"], "--top-k: must be an integer, 0 or more"),
     "no samples": (["--prompt", "a", "--num-samples", "0"], "--num-samples: must be an integer from 1"),
+    "too many texts": (
+        ["--input-file", "{}/tiny/config.json", "--num-samples", "1000000"],
+        "texts, at most 10,000,000",
+    ),
     "samples of a conversation": (["--interactive", "--num-samples", "2"], "not with --interactive"),
     "logprobs of a conversation": (["--interactive", "--logprobs"], "not with --interactive"),
     "unknown logprobs": (["--prompt", "a", "--logprobs", "5"], "--logprobs"),

@@ -1,6 +1,7 @@
 """Curves and tables of runs, against brute force, and pictures read back from their SVG."""
 
 import ast
+import errno
 import json
 import os
 import random
@@ -152,6 +153,22 @@ def test_paths_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert "one: val_loss 2\n" in printed and "deep/two: val_loss 1\n" in printed
         assert len(re.findall("val_loss", printed)) == 2
     assert "run" in shown(capsys, write_run(tmp_path / "run", losses(3, 2)))
+
+
+def test_a_run_that_may_not_be_read_is_not_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        write_run(tmp_path / name, losses(3, 2))
+    scan = os.scandir
+
+    def forbid(path: Any) -> Any:
+        if str(path).endswith("two"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    assert f"Permission denied: {tmp_path / 'two'}" in refused(capsys, tmp_path)
 
 
 def test_paths_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
