@@ -329,7 +329,6 @@ class Counted(Script):
         return super().forward_with_hidden(tokens, cache)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=12), st.integers(1, 5))
 def test_a_text_begins_as_soon_as_another_ends(lengths: list[int], size: int) -> None:
     scripts = {bytes([100 + i]): b"x" * n for i, n in enumerate(lengths)}
