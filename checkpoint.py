@@ -23,7 +23,6 @@ complete checkpoints, and leftovers that the next save removes.
 import math
 import os
 import re
-import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -55,6 +54,7 @@ from safetensors_io import (
     new_folder,
     read_header,
     read_json,
+    remove_folder,
     remove_leftover,
     reporting,
     shard_slice,
@@ -211,6 +211,12 @@ def collect_tensors(
 
 def resolve_run(path: Path, which: str) -> Path:
     """Returns the folder of a checkpoint: the path itself, or the "last" or "best" of the run there, never of both."""
+    try:
+        os.lstat(path / CONFIG_FILE)
+    except PermissionError as error:  # as which `lexists` finds nothing
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError):
+        pass  # there may be a run
     is_checkpoint, is_run = os.path.lexists(path / CONFIG_FILE), has_run(path)
     if is_checkpoint and is_run:
         raise CheckpointError(f"{path} has both {CONFIG_FILE}, a checkpoint's, and {POINTER_FILE}, a run's; move one")
@@ -503,7 +509,7 @@ def _save_step(path: Path, model: Transformer, optimizer: _State, state: dict[st
     with ExitStack() as stack:
         with ctx.collective_section(), reporting(path):
             if ctx.rank == 0:
-                shutil.rmtree(path, ignore_errors=True)  # complete, but never pointed to: the leftover of a crash
+                remove_folder(path)  # complete, but never pointed to: the leftover of a crash
                 folder = stack.enter_context(new_folder(path))
                 write_json(folder / STATE_FILE, state)
                 _write_config(model, folder)
@@ -524,7 +530,7 @@ def _sweep(run: Path, kept: set[str], step: int, keep: int) -> None:
     kept = kept | {steps[n] for n in others[:keep]}
     for old in list(run.iterdir()):
         if STEP_NAME.fullmatch(old.name) and old.name not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
         elif match := re.fullmatch(rf"\.({STEP_NAME.pattern})\.(tmp|lock)", old.name):
             remove_leftover(run / match[1])
 

@@ -30,8 +30,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ctypes import POINTER, c_float, c_int32, c_void_p
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -656,7 +657,7 @@ class GraphDecoder:
         return h, model.head(h).float()
 
 
-# --- A step: its settings, and what memory allows ---------------------------------------------------------------------
+# --- A step: its settings, its speed, and what memory allows -------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -715,6 +716,36 @@ class MemoryReads:
         if self.steps < MBU_STEPS or not (bandwidth := read_bandwidth(device)):
             return ""
         return f"MBU {self.bytes / max(self.seconds, 1e-9) / bandwidth:.0%} of {bandwidth / 1e9:,.1f} GB/s"
+
+
+@dataclass
+class Tally:
+    """Counts bytes drafted for rows that could take them, those accepted, bytes written, and the time it took.
+
+    `reads` counts what the steps that did nothing but decode had to read from memory.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    written: int = 0
+    seconds: float = 0.0
+    reads: MemoryReads | None = None
+
+    def measure(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """Passes on what `generate` yields, and counts the bytes and the time."""
+        start = time.perf_counter()
+        try:
+            for row, piece in pieces:
+                self.written += len(piece)
+                yield row, piece
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def __str__(self) -> str:
+        text = f"{self.written:,} bytes in {self.seconds:.1f} s: {self.written / max(self.seconds, 1e-9):,.1f} bytes/s"
+        if not self.drafted:
+            return text
+        return f"{text}, {self.accepted / self.drafted:.0%} of {self.drafted:,} drafts accepted"
 
 
 def _stored_bytes(module: torch.nn.Module) -> int:

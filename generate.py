@@ -41,7 +41,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from io import TextIOWrapper
@@ -59,6 +59,7 @@ import parallel
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
 from byte_tokenizer import decode as decode_text
 from convert import load_model
+from decode import Tally
 from model import ConfigError, KVCache, ModelArgs, Transformer
 from parallel import ParallelContext, is_rank_zero
 from safetensors_io import CheckpointError, read_regular
@@ -67,6 +68,7 @@ from safetensors_io import CheckpointError, read_regular
 PREFILL_POSITIONS = 4096
 MAX_PROMPT_BYTES = 1 << 28  # of a file of prompts, and of a line that is piped in
 MAX_DRAFTS = 256
+MAX_TEXTS = 10**7  # of one call, which are listed
 LOCAL_FLAGS = ("ckpt_path", "input_file", "seed")  # in which processes may differ; the seed is the first one's
 EPILOG = """\
 output:
@@ -485,38 +487,8 @@ class Row:
         return certain
 
 
-@dataclass
-class Tally:
-    """Counts bytes drafted for rows that could take them, those accepted, bytes written, and the time it took.
-
-    `reads` counts what the steps that did nothing but decode had to read from memory.
-    """
-
-    drafted: int = 0
-    accepted: int = 0
-    written: int = 0
-    seconds: float = 0.0
-    reads: decode.MemoryReads | None = None
-
-    def measure(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-        """Passes on what `generate` yields, and counts the bytes and the time."""
-        start = time.perf_counter()
-        try:
-            for row, piece in pieces:
-                self.written += len(piece)
-                yield row, piece
-        finally:
-            self.seconds += time.perf_counter() - start
-
-    def __str__(self) -> str:
-        text = f"{self.written:,} bytes in {self.seconds:.1f} s: {self.written / max(self.seconds, 1e-9):,.1f} bytes/s"
-        if not self.drafted:
-            return text
-        return f"{text}, {self.accepted / self.drafted:.0%} of {self.drafted:,} drafts accepted"
-
-
 def choose_attn_impl(model: Transformer, wanted: str | None = None) -> Any:
-    """Returns how attention is computed: as wanted, else through the latent ("absorb") where that is the model."""
+    """Returns how attention is computed: as wanted, else "absorb", if `decode.attach` found that to be the model."""
     if wanted == "absorb" and model.args.kv_lora_rank == 0:
         raise GenerationError("--attn-impl absorb needs a model with a latent, this one has kv_lora_rank 0; use naive")
     return wanted or ("absorb" if model.absorbs else "naive")
@@ -529,10 +501,10 @@ def generate(
     """Continues prompts, `max_batch_size` texts at a time; an empty one stands for the beginning of a document.
 
     Text i is sample i % num_samples of prompt i // num_samples, and depends on these, the prompt and `sampling` alone.
-    `attn_impl` is "naive" or "absorb"; None: absorb where there is a latent. Yields a text's number and the bytes that
-    come next in it, as soon as they are certain. Texts of a batch take turns; as one ends, the next begins. An empty
-    piece ends a text: each gets one, as its last. `logprobs` gets all bytes that are drawn before they are yielded, and
-    those that end a text, such as byte 0 or the stop string, too.
+    `attn_impl` is "naive" or "absorb"; None: see `choose_attn_impl`. Yields a text's number and the bytes that come
+    next in it, as soon as they are certain. Texts of a batch take turns; as one ends, the next begins. An empty piece
+    ends a text: each gets one, as its last. `logprobs` gets all bytes that are drawn before they are yielded, and those
+    that end a text, such as byte 0 or the stop string, too.
     """
     texts = [prompt for prompt in prompts for _ in range(num_samples)]
     if sampling.max_new_tokens == 0 or not texts:
@@ -586,9 +558,8 @@ def _advance(
 def complete(model: Transformer, prompt: str | bytes, sampling: Sampling | None = None, **options: Any) -> Any:
     """Returns what follows a prompt, without the prompt: str for str (U+FFFD for what is no UTF-8), bytes for bytes.
 
-    Without `sampling` it is that of `Sampling()`, whose seed is 0; `options` are fields of it that differ:
-
-        complete(model, "To be", temperature=0, max_new_tokens=100)
+    Without `sampling` it is that of `Sampling()`, whose seed is 0; `options` are fields of it that differ, such as
+    `temperature=0, max_new_tokens=100`. After `decode.attach(model)` it is faster.
     """
     sampling = replace(sampling or Sampling(), **options)
     if isinstance(prompt, str):
@@ -685,9 +656,9 @@ def write_results(
     num_samples: int = 1, logprobs: Logprobs | None = None,
 ) -> None:  # fmt: skip
     """Writes each prompt and its continuations, in order: the first that is not over as it comes, others later."""
-    waiting = {number: bytearray() for number in range(len(prompts) * num_samples)}  # not written yet
-    over, current = set(), 0
-    writer.write(prompts[0] + waiting.pop(0))
+    waiting: dict[int, bytearray] = {}  # by a text's number: what came before its turn
+    over, current = set[int](), 0
+    writer.write(prompts[0])
     pieces = generate(model, prompts, sampling, tally, model_module.attn_impl, num_samples, logprobs)
     for number, piece in tally.measure(pieces):
         if not piece:
@@ -695,12 +666,13 @@ def write_results(
         elif number == current:
             writer.write(piece)
         else:
-            waiting[number] += piece
+            waiting.setdefault(number, bytearray()).extend(piece)
         while current in over:
+            over.remove(current)
             writer.end()
             current += 1
-            if current in waiting:
-                writer.write(prompts[current // num_samples] + waiting.pop(current))
+            if current < len(prompts) * num_samples:
+                writer.write(prompts[current // num_samples] + waiting.pop(current, b""))
 
 
 def interact(
@@ -834,6 +806,7 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)
     if warning := decode.attach(model, keep_attn_impl=arguments.attn_impl is not None):
         command.warn("generate.py", warning)
+    model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)  # with what was found
     return model
 
 
@@ -919,6 +892,8 @@ def run(argv: Sequence[str] | None) -> None:
         prompts = [] if arguments.prompt is None else [encode(arguments.prompt)]
         if arguments.input_file is not None:
             prompts = read_prompts(arguments.input_file)
+        if (n_texts := len(prompts) * (arguments.num_samples or 1)) > MAX_TEXTS:
+            raise GenerationError(f"{n_texts:,} texts, at most {MAX_TEXTS:,} at a time; lower --num-samples, or divide")
         parallel.keep_freed_memory()
         # each process that torchrun starts has shards of the model, and must have the same flags
         ctx = ParallelContext.join(parallel.pick_device(arguments.device), parallel.read_launch().world_size)

@@ -608,6 +608,7 @@ class Profile(AbstractContextManager):
             if self.is_cuda:
                 activities.append(ProfilerActivity.CUDA)
                 torch.cuda.synchronize()  # kernels of earlier steps do not count
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler writes lines to stderr
             self._profiler = profile(activities=activities)
             self._profiler.start()
 
@@ -634,9 +635,12 @@ class Profile(AbstractContextManager):
         profiler.export_chrome_trace(str(trace))
         with reporting(path):
             temporary.unlink(missing_ok=True)
-            with temporary.open("xb") as file:  # which follows no link
-                file.write(trace.read_bytes())
-            temporary.replace(path)
+            try:
+                with temporary.open("xb") as file:  # which follows no link
+                    file.write(trace.read_bytes())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         trace.unlink()
         steps = f"{n_traced} step{'s' if n_traced > 1 else ''} from step {self._first}"
         command.say(f"profile of {steps}, in {path}\n{costliest(profiler.key_averages(), n_traced, self.is_cuda)}")

@@ -734,7 +734,7 @@ class Transformer(nn.Module):
         self.cache_dtype: torch.dtype | None = None  # of KV caches; None: `compute_dtype`
         self.gradient_checkpointing = False  # whether the backward pass computes each block again, which saves memory
         self.decoder: Any = None  # a faster path for calls of few positions under its `attn_impls`: see decode.py
-        self.absorbs = args.kv_lora_rank > 0  # in decoding, unless `decode.attach` finds that it changes the model
+        self.absorbs = False  # in decoding, once `decode.attach` has found that it does not change the model
         weight = torch.empty(args.vocab_size, args.dim)  # an Embedding would draw its own
         self.embed = nn.Embedding(args.vocab_size, args.dim, _weight=weight)
         self.layers: Any = nn.ModuleList(Block(i, args) for i in range(args.n_layers))

@@ -17,12 +17,14 @@ if __name__ == "__main__":
 import argparse
 import io
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import statistics
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ PANELS: dict[str, tuple[str, dict[str, Any]]] = {  # title; fields of metrics.js
 NO_SETTINGS = {"seed", "save_path", "resume", "override", "timeout", "log_interval", "eval_interval", "save_interval"}
 NO_SETTINGS |= {"keep", "sample_bytes", "tensorboard", "profile"}
 START = 0.05  # part of the curves of losses that does not set the height of the axis: a loss begins with 5.5
+MAX_LINE_BYTES = 1 << 24  # of metrics.jsonl, and of a file of settings
 MARKS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the curves in a terminal
 
 
@@ -69,7 +72,7 @@ class RunLog:
     def curve(self, x: str, field: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns x and y of the lines that have both, with x rising."""
         pairs = [(row.get(X_FIELDS[x]), row.get(field)) for row in self.rows]
-        points = dict(pair for pair in pairs if all(map(is_finite, pair)))  # one of each x: the last
+        points = {float(at): float(value) for at, value in pairs if is_finite(at) and is_finite(value)}  # the last of x
         xs = np.array(sorted(points), dtype=float)
         return xs / (60 if x == "minutes" else 1), np.array([points[value] for value in xs], dtype=float)
 
@@ -84,7 +87,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     place = lambda row: (row["step"], "val_loss" in row)  # noqa: E731 - a step's evaluation follows its other figures
     with path.open("rb") as file:
-        for line in file:
+        while line := file.readline(MAX_LINE_BYTES):
             row: Any = None
             with suppress(ValueError, RecursionError):  # torn by a kill, or being written
                 row = json.loads(line)
@@ -97,18 +100,32 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_object(path: Path) -> Any:
+    """Reads a JSON file; a ValueError if it is no regular one, as a pipe would block and a device may have no end."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    with path.open("rb") as file:
+        return json.loads(file.read(MAX_LINE_BYTES))
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Reads the flags of a run, and fields of its model as "model.dim"; of an earlier version, from a checkpoint."""
     with suppress(OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         if (file := folder / "settings.json").exists():
-            settings = json.loads(file.read_bytes())
+            settings = read_object(file)
             model = settings.pop("model")
         else:
             file = max(folder.glob("step-*/state.json"), key=lambda file: int(file.parent.name[5:]))
-            settings = json.loads(file.read_bytes())["settings"]
-            model = json.loads((file.parent / "config.json").read_bytes())
+            settings = read_object(file)["settings"]
+            model = read_object(file.parent / "config.json")
         return settings | {f"model.{name}": value for name, value in model.items()}
     return {}
+
+
+def _fail(error: OSError) -> None:
+    """Ends a walk at a folder that cannot be read: a run in it would be left out silently. Another error is no run."""
+    if isinstance(error, PermissionError):
+        raise error
 
 
 def find_runs(paths: list[Path]) -> list[RunLog]:
@@ -119,22 +136,25 @@ def find_runs(paths: list[Path]) -> list[RunLog]:
     """
     files: list[Path] = []
     for path in paths:
-        found = [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("metrics.jsonl")))
+        places = (Path(folder, "metrics.jsonl") for folder, *_ in os.walk(path, onerror=_fail))
+        found = [path] if path.is_file() else sorted(filter(Path.is_file, places))
         if not found:
             reason = "holds no run: no metrics.jsonl is in it or below" if path.is_dir() else "is no file or folder"
             raise PlotError(f"{path} {reason}; name what train.py was given as --save-path, or a folder of such")
         files += [file.resolve() for file in found]
     files = list(dict.fromkeys(files))  # a folder may be named twice
     above = os.path.commonpath([file.parent.parent for file in files])
-    runs = []
+    runs, begun = [], []
     for file in files:
         name = shorten(os.path.relpath(file.parent if file.name == "metrics.jsonl" else file, above))
         if rows := read_rows(file):
             runs.append(RunLog(file, name, rows, read_settings(file.parent)))
         else:
-            command.warn("plot.py", f"{file} has no line of metrics yet")
+            begun.append(f"{file} has no line of metrics yet")
     if not runs:
-        raise PlotError("there is nothing to draw yet")
+        raise PlotError(f"there is nothing to draw: {begun[0]}")
+    for text in begun:
+        command.warn("plot.py", text)
     return runs
 
 
@@ -275,6 +295,7 @@ def draw_picture(panels: dict[str, list[Curve]], x: str, output: Path) -> None:
         import matplotlib
     except ImportError:
         raise PlotError("--output needs matplotlib (pip install matplotlib); --text draws without it") from None
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else it writes about its own folders
     matplotlib.use("svg" if output.suffix == ".svg" else "agg")
     matplotlib.rcParams["svg.hashsalt"] = "bytegpt"  # the same curves give the same file
     from matplotlib import pyplot as plt
@@ -300,10 +321,28 @@ def draw_picture(panels: dict[str, list[Curve]], x: str, output: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     picture = io.BytesIO()
-    figure.savefig(picture, format=output.suffix[1:], metadata={"Date": None} if output.suffix == ".svg" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that the font does not have, drawn as boxes
+        figure.savefig(picture, format=output.suffix[1:], metadata={"Date": None} if output.suffix == ".svg" else None)
     plt.close(figure)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(picture.getvalue())
+    write_file(output, picture.getvalue())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file, and the folders to it; it appears complete, or the old one stays. PlotError if it cannot be."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a leftover, or a link that would be followed
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: no path has a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise PlotError(f"{path} cannot be written: {reason}; name another --output") from None
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

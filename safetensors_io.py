@@ -568,7 +568,8 @@ def reporting(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = "" if error.filename is None or str(error.filename) == str(path) else f" ({shorten(error.filename)})"
+        file = error.filename2 or error.filename  # of a copy that fails, the second is what was written
+        name = "" if file is None or str(file) == str(path) else f" ({shorten(file)})"
         remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
         reason = error.strerror or str(error) or type(error).__name__
         raise CheckpointError(f"cannot write {path}: {reason}{name}{remedy}") from None
@@ -601,7 +602,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise CheckpointError(f"{path} exists and is no empty folder; choose a path that does not exist")
         temporary = temporary_path(path)
         if is_ours:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_folder(temporary)
         elif os.path.lexists(temporary):
             raise CheckpointError(f"{temporary} is where {path} would be made, and is not ours; move it elsewhere")
         temporary.mkdir()
@@ -612,14 +613,21 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)  # which replaces an empty folder
             _fsync(path.parent)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_folder(temporary)
             raise
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder and all in it. What is no folder stays: `shutil.rmtree` opens it, and waits at a pipe."""
+    with suppress(OSError):
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_leftover(path: Path) -> None:
     """Removes the temporary folder that a killed process left of `new_folder(path)`; one that is being filled stays."""
     with suppress(CheckpointError, OSError), _locked(path):
-        shutil.rmtree(temporary_path(path), ignore_errors=True)
+        remove_folder(temporary_path(path))
 
 
 @contextmanager

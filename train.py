@@ -75,8 +75,9 @@ MISTAKES = (ConfigError, DataError, CheckpointError, DeviceError, ParallelError,
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 
-EVAL_FLAGS = ["context", "stride", "json"]  # of --eval-only alone, and those that it cannot have
-NO_EVAL_FLAGS = ["steps", "minutes", "save_path", "resume", "override", "freeze", "keep", "patience", "compile", "plan"]
+EVAL_FLAGS = {"context", "stride", "json"}  # of --eval-only alone, and those that it shares with training
+SHARED_FLAGS = {"config", "data", "text_key", "val_data", "init_from", "eval_only", "batch_size"}
+SHARED_FLAGS |= {"device", "dtype", "gemm_impl", "model_parallel", "fsdp", "timeout"}
 _POSITIVE, _BELOW_ONE, _FRACTION = real(0, open_low=True), real(0, 1, open_high=True), real(0, 1)
 _MINUTES = real(0, 1e6, open_low=True)
 
@@ -258,8 +259,10 @@ def parse_args(argv: list[str] | None) -> tuple[TrainFlags, ModelArgs]:
         parser.error(f"--data-weights must be as many as --data: {len(flags.data)}, got {len(flags.data_weights)}")
     flags.data_weights = flags.data_weights if len(flags.data) > 1 else None  # of one corpus it changes nothing
     flags.gemm_impl = flags.gemm_impl or ("fp8" if "config" in given and shape.dtype == "fp8" else "bf16")
-    barred, use = (NO_EVAL_FLAGS, "training, not for --eval-only") if flags.eval_only else (EVAL_FLAGS, "--eval-only")
-    if misplaced := [name for name in barred if name in given]:
+    barred, use = EVAL_FLAGS, "--eval-only"
+    if flags.eval_only:
+        barred, use = given.keys() - EVAL_FLAGS - SHARED_FLAGS, "training, not for --eval-only"
+    if misplaced := [name for name in given if name in barred]:
         parser.error(f"--{misplaced[0].replace('_', '-')} is for {use}")
     if shape.vocab_size != VOCAB_SIZE and not flags.plan:
         source = flags.config or flags.init_from

@@ -9,11 +9,15 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in processes of tests
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+
+hypothesis.settings.register_profile("tests", deadline=None)  # on a busy machine, time says nothing of the code
+hypothesis.settings.load_profile("tests")
 
 import fp8_ops  # noqa: E402
 import model as model_module  # noqa: E402

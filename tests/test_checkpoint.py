@@ -198,6 +198,20 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
     one_line(error, tmp_path / "file")
 
 
+def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
+    save_step(tmp_path / "run", 1)
+    (tmp_path / "run").chmod(0)
+    user = os.geteuid()
+    if user == 0:  # whom nothing is forbidden
+        os.seteuid(65534)
+    try:
+        with pytest.raises(CheckpointError, match="run cannot be read: Permission denied"):
+            load_model(tmp_path / "run")
+    finally:
+        os.seteuid(user)
+        (tmp_path / "run").chmod(0o700)
+
+
 def test_missing_weights_file(saved: Path) -> None:
     (saved / WEIGHTS).unlink()
     with pytest.raises(CheckpointError) as error:
@@ -298,6 +312,22 @@ def test_full_disk_names_the_file_and_a_remedy(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError) as error:
         save_step(tmp_path / "run", 2)
     one_line(error, "step-00000002", WEIGHTS, "No space left on device", "free some space")
+
+
+@pytest.mark.parametrize("name", [".step-00000009.tmp", ".step-00000002.tmp", "step-00000009", "step-00000002"])
+def test_pipes_in_place_of_folders(tmp_path: Path, name: str) -> None:
+    """Nothing waits for somebody to write into them, and they stay."""
+    save_step(tmp_path / "run", 1)
+    os.mkfifo(tmp_path / "run" / name)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(20)
+    try:
+        with contextlib.nullcontext() if "9" in name else pytest.raises(CheckpointError, match=name):
+            save_step(tmp_path / "run", 2)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert (tmp_path / "run" / name).is_fifo() and load_run(tmp_path / "run", tiny())[1]["step"] == 1 + ("9" in name)
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def tiny(**changes: int) -> Transformer:
 
 
 def with_decoder(model: Transformer) -> Transformer:
-    """The same model, which decodes in C wherever `model.attn_impl` is "absorb"."""
+    """The same model, as `decode.attach` leaves it: it decodes by "absorb" where there is a latent, and then in C."""
+    model.absorbs = model.args.kv_lora_rank > 0
     if decode.CDecoder.suits(model) and decode.library() is not None:
         model.decoder = decode.CDecoder(model)
     return model
@@ -530,6 +531,28 @@ def test_a_model_whose_absorbed_attention_is_another_is_not_decoded_by_it(monkey
     monkeypatch.undo()
     decode.attach(model)
     assert generate.choose_attn_impl(model) == "absorb"
+
+
+def test_a_sliding_window_in_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing has compared them, text is that of the attention which is trained."""
+    checkpoints.save_model(tiny(max_seq_len=200, original_seq_len=200), tmp_path / "model")
+    model, text = generate.load_model(tmp_path / "model"), bytearray(b"to be or not to be")
+
+    def attend(mla: Any, q: Any, k: Any, v: Any, positions: Any, cache: Any) -> torch.Tensor:
+        if cache is not None:
+            k, v = cache.update(mla.layer_id, positions.index, k, v)
+        every = torch.arange(k.shape[1])
+        last = every[-q.shape[1] :, None] if positions.mask is None else positions.index[:, None, :, None]
+        scores = torch.einsum("bshd,bthd->bhst", q, k).masked_fill((every > last) | (every < last - 3), -math.inf)
+        return torch.einsum("bhst,bthd->bshd", (mla.softmax_scale * scores).softmax(-1), v)
+
+    monkeypatch.setattr(model_module.MLA, "_attend", attend)
+    written = complete(model, bytes(text), replace(GREEDY, max_new_tokens=20))
+    with torch.no_grad():
+        for byte in written:
+            assert model(bytes(text))[-1].argmax() == byte
+            text.append(byte)
+    assert len(written) == 20
 
 
 @pytest.mark.slow
@@ -1113,6 +1136,10 @@ BAD = {
     ),
     "negative top-k": (["--prompt", "a", "--top-k", "-1"], "--top-k: must be an integer, 0 or more"),
     "no samples": (["--prompt", "a", "--num-samples", "0"], "--num-samples: must be an integer from 1"),
+    "too many texts": (
+        ["--input-file", "{}/tiny/config.json", "--num-samples", "1000000"],
+        "texts, at most 10,000,000",
+    ),
     "samples of a conversation": (["--interactive", "--num-samples", "2"], "not with --interactive"),
     "logprobs of a conversation": (["--interactive", "--logprobs"], "not with --interactive"),
     "unknown logprobs": (["--prompt", "a", "--logprobs", "5"], "--logprobs"),

@@ -1,5 +1,6 @@
 """What a run reports and by which clock, against files that others have planted and figures worked out by hand."""
 
+import errno
 import gzip
 import io
 import json
@@ -505,6 +506,24 @@ def test_an_error_ends_a_profile(small_flags: list[str], tmp_path: Path, monkeyp
     assert not list((tmp_path / "run").glob("*profile*"))
     assert train.main([*small_flags, "--steps", "9", "--profile", "2", "--resume", "--override", "steps"]) == 0
     assert trace(tmp_path / "run")[0] == "profile-00000008.json.gz"
+
+
+def test_a_trace_that_cannot_be_written(
+    small_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line names it, torch's profiler has none of its own, and no half of it stays."""
+    replace = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        if "profile" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert train.main([*small_flags, "--steps", "7", "--profile", "2"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "profile-00000004.json.gz: No space left" in error
+    assert not list((tmp_path / "run").glob("*profile*"))
 
 
 def test_the_costliest_operations() -> None:

@@ -1,7 +1,9 @@
 """Curves and tables of runs, against brute force, and pictures read back from their SVG."""
 
 import ast
+import errno
 import json
+import os
 import random
 import re
 import statistics
@@ -113,6 +115,28 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path: Path, capsys: pytest.
     assert "a run 2.5" in shown(capsys, tmp_path / "run", "--what", "grad-norm")
 
 
+def test_numbers_that_floats_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [10**17 + 1, 10**18 + 1, 10**299]
+    run = write_run(tmp_path / "run", [line(step, val_loss=10**30 + i) for i, step in enumerate(steps)])
+    assert "a run: val_loss 1e+30" in shown(capsys, run) and str(10**299) in shown(capsys, run, "--table")
+
+
+@pytest.mark.parametrize("name", ["settings.json", "step-00000001/state.json", "step-00000001/config.json"])
+@pytest.mark.parametrize("target", [None, "/dev/zero"])
+def test_settings_that_are_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, target: str | None
+) -> None:
+    """A pipe would block, and a device has no end; a curve needs no settings."""
+    run = write_run(tmp_path / "run", losses(3, 2))
+    (run / "step-00000001").mkdir()
+    (run / "step-00000001" / "state.json").write_text('{"settings": {}}')
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name) if target is None else (run / name).symlink_to(target)
+    if name != "settings.json":
+        (run / "settings.json").unlink(missing_ok=True)
+    assert "b run: val_loss 2" in shown(capsys, run)
+
+
 def test_load_is_that_of_the_busiest_and_the_idlest_expert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load = [[0.9, 1.1, 1.0], [0.25, 1.25, 1.5]]
     write_run(tmp_path / "run", [line(i, expert_load=load, max_load=1.5) for i in range(3)])
@@ -131,12 +155,28 @@ def test_paths_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "run" in shown(capsys, write_run(tmp_path / "run", losses(3, 2)))
 
 
+def test_a_run_that_may_not_be_read_is_not_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        write_run(tmp_path / name, losses(3, 2))
+    scan = os.scandir
+
+    def forbid(path: Any) -> Any:
+        if str(path).endswith("two"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    assert f"Permission denied: {tmp_path / 'two'}" in refused(capsys, tmp_path)
+
+
 def test_paths_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / 'empty'} holds no run" in refused(capsys, tmp_path / "empty")
     assert f"{tmp_path / 'none'} is no file or folder" in refused(capsys, tmp_path / "none")
     write_run(tmp_path / "begun", [])
-    assert main([str(tmp_path / "begun")]) == 2
+    assert "nothing to draw" in (error := refused(capsys, tmp_path / "begun")) and "no line of metrics yet" in error
     begun = write_run(tmp_path / "run", [line(1, train_loss=5.0)])
     assert "val_loss" not in shown(capsys, begun)  # as there is no evaluation yet
     assert "--what load" in refused(capsys, begun, "--what", "load")
@@ -379,6 +419,27 @@ def test_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown(capsys, run, "--output", tmp_path / "loss.png", "--what", "all")
     pixels = image.imread(tmp_path / "loss.png")
     assert pixels.shape[0] > 300 and pixels[..., :3].std() > 0.01
+
+
+def test_pictures_are_whole_or_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk leaves the old picture; characters that the font does not have are no warnings."""
+    pytest.importorskip("matplotlib")
+    run, picture = write_run(tmp_path / "日本🙂", losses(3, 2)), tmp_path / "new" / "loss.svg"
+    shown(capsys, run, tmp_path / "日本🙂", "--output", picture)
+    before, write = picture.read_bytes(), Path.open
+
+    def full(path: Path, mode: str = "r", *rest: Any) -> Any:
+        return write(Path("/dev/full"), "wb") if mode == "xb" else write(path, mode, *rest)
+
+    monkeypatch.setattr(Path, "open", full)
+    if Path("/dev/full").exists():
+        assert f"{picture} cannot be written: No space left" in refused(capsys, run, "--output", picture)
+    monkeypatch.undo()
+    (tmp_path / "folder.svg").mkdir()
+    assert "folder.svg cannot be written" in refused(capsys, run, "--output", tmp_path / "folder.svg")
+    assert picture.read_bytes() == before and [*picture.parent.iterdir()] == [picture]
 
 
 def test_without_matplotlib(

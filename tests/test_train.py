@@ -1085,6 +1085,8 @@ def test_evaluation_writes_nothing(here: Here, capsys: pytest.CaptureFixture[str
         (["--eval-only", "--init-from", "SOURCE", "--steps", 2], "--steps is for training"),
         (["--eval-only", "--init-from", "SOURCE", "--save-path", "RUN"], "--save-path is for training"),
         (["--eval-only", "--init-from", "SOURCE", "--freeze", "*"], "--freeze"),
+        (["--eval-only", "--init-from", "SOURCE", "--tensorboard"], "--tensorboard is for training"),
+        (["--eval-only", "--init-from", "SOURCE", "--device-memory", 3], "--device-memory is for training"),
         (["--eval-only", "--init-from", "SOURCE", "--stride", 33], "--stride must be at most the context (32)"),
         (["--eval-only", "--init-from", "SOURCE", "--stride", 9, "--context", 8], "--stride"),
         (["--eval-only", "--init-from", "SOURCE", "--context", 2**31], "--context"),
@@ -1109,6 +1111,17 @@ def test_flags_of_given_weights(here: Here, capsys: pytest.CaptureFixture[str], 
     argv = [str(places.get(flag, flag)) for flag in flags]
     assert_refused(capsys, argv if "--data" in flags else ["--data", str(here.data), *argv], part)
     assert not here.run.exists()
+
+
+def test_evaluation_has_no_flag_without_effect(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ["--init-from", str(given_weights(here)), "--data", str(here.data), "--eval-only"]
+    used = {"help", "init_from", "data", "eval_only"} | train.SHARED_FLAGS | train.EVAL_FLAGS
+    for flag in fields(train.TrainFlags):
+        if flag.name not in used:
+            name, number = f"--{flag.name.replace('_', '-')}", "0.5" if flag.type is float else "1"
+            choices = ["lr"] if flag.name == "override" else flag.metadata.get("choices", [number])
+            value = [] if flag.type is bool else choices[:1]
+            assert_refused(capsys, [*source, name, *value], f"{name} is for training, not for --eval-only")
 
 
 def test_contexts_beyond_the_angles(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
