@@ -485,7 +485,7 @@ static void linear(const Step *s, Matrix w, int outputs, float *x, float *y, int
 /* apply_rotary_emb for one vector: even and odd numbers in, first and second half out. */
 static void rotate(const Step *s, const float *x, int position, float *y) {
     int half = s->s->rope / 2;
-    if (position >= s->s->context) position = s->s->context - 1; /* a draft past the context, which nobody reads */
+    if (position >= s->s->context) position = s->s->context - 1; /* a draft past the context, which is discarded */
     const float *cos = s->s->cos + (long)position * half, *sin = s->s->sin + (long)position * half;
     for (int i = 0; i < half; i++) {
         y[i] = x[2 * i] * cos[i] - x[2 * i + 1] * sin[i];

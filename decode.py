@@ -32,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from ctypes import POINTER, c_float, c_int32, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -47,6 +47,7 @@ from model import MLP, Block, Experts, KVCache, Linear, ModelArgs, MoE, MTPModul
 
 MAX_PROBE, MIN_PROBE = 512, 176  # positions of the text that implementations are compared on
 PROBE_WORK = {"cpu": 2_000_000_000}  # products of one pass over it, between these ends
+FAR_PROBE, FAR_LAYERS = 2048, 2  # positions of a second text where the context is longer than the first, for few layers
 PERTURBATION = 1e-5  # of embeddings: several times float32's rounding, and so is what becomes of it
 TOLERANCE = 1e-4  # relative, in float32, for a model that does not amplify it
 NOISE = (3, 0.01)  # in bfloat16, what one way may differ by: so many times another's rounding, and so much
@@ -84,7 +85,7 @@ def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
 
     Args:
         model: The model, in its evaluation mode.
-        keep_attn_impl: Compare today's `model.attn_impl` only, since the user asked for it.
+        keep_attn_impl: Compare the current `model.attn_impl` only, since the user asked for it.
 
     Returns:
         A warning for the user, one line, or None.
@@ -112,10 +113,10 @@ def _dequantize(model: Transformer) -> None:
 
 def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
     """`attach`, with the dtype of KV caches set."""
-    probe, impls = _Probe(model), [model_module.attn_impl]
+    probes, impls = _probes(model), [model_module.attn_impl]
     if model.args.kv_lora_rank and not keep_attn_impl:
         impls = ["absorb", "naive"]
-    impl = next((impl for impl in impls if probe.modules_agree(impl)), None)
+    impl = next((impl for impl in impls if all(probe.modules_agree(impl) for probe in probes)), None)
     model.absorbs = impl == "absorb" and model.args.kv_lora_rank > 0
     if impl != impls[0]:
         model_module.attn_impl = impls[-1]
@@ -134,7 +135,8 @@ def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
                 continue
             reason = "it computes something else"
             try:
-                model.decoder = probe.checked(decoder)
+                if all(probe.checked(decoder) is not None for probe in probes[1:]):
+                    model.decoder = probes[0].checked(decoder)
                 if isinstance(model.decoder, GraphDecoder):
                     model.decoder.reset()  # what was recorded holds memory
             except Exception as error:  # whatever a changed model makes of it, the modules still decode
@@ -156,6 +158,20 @@ def _settings(model: Transformer, dtypes: Dtypes, attn_impl: Literal["naive", "a
         (model.compute_dtype, model.cache_dtype), model_module.attn_impl, fp8_ops.gemm_impl = before
 
 
+def _probes(model: Transformer) -> "list[_Probe]":
+    """Probes of the model, and where its context is longer of its first layers, over more of that."""
+    work = PROBE_WORK.get(model.head.weight.device.type, 1 << 60) // max(model.n_params()[1], 1)
+    near, far = max(MIN_PROBE, min(MAX_PROBE, work)), min(model.args.max_seq_len, FAR_PROBE)
+    probes = [_Probe(model, min(model.args.max_seq_len, near))]
+    if far > near:
+        first = copy.copy(model)  # with the same weights
+        first._modules = dict(model._modules)
+        first.layers, first.mtp = model.layers[:FAR_LAYERS], torch.nn.ModuleList()
+        first.args = replace(model.args, n_layers=len(first.layers), n_mtp_layers=0)
+        probes.append(_Probe(first, far))
+    return probes
+
+
 class _Probe:
     """Compares implementations of one model with training's, on a random text: calls with a cache at places in it.
 
@@ -165,10 +181,8 @@ class _Probe:
     own dtypes, one implementation may be several times as far from float32 as another. All read the same weights.
     """
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, n: int):
         self.model, device = model, model.head.weight.device
-        work = PROBE_WORK.get(device.type, 1 << 60) // max(model.n_params()[1], 1)
-        n = min(model.args.max_seq_len, max(MIN_PROBE, min(MAX_PROBE, work)))
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(model.args.vocab_size, (n,), generator=generator).to(device)
         width = min(n, 5)
@@ -219,7 +233,7 @@ class _Probe:
         return outputs
 
     def _train(self, dtypes: Dtypes) -> list[torch.Tensor]:
-        """What training computes: all positions at once, without a cache."""
+        """Returns training's outputs: of all positions at once, without a cache."""
         with _settings(self.model, dtypes, "naive"):
             return self._run(self.model, torch.arange(len(self.tokens), device=self.tokens.device)[None], None)
 
@@ -314,7 +328,7 @@ def _library_in(folder: Path, flags: list[str]) -> ctypes.CDLL:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Loads a library whose name ends with the digest of its content, and that nobody but this user can have made."""
+    """Loads a library whose name ends with the digest of its content, and that only this user can have made."""
     info = path.lstat()
     is_own = stat.S_ISREG(info.st_mode) and command.is_private(info)
     if not is_own or not path.stem.endswith(_digest(path.read_bytes())):
@@ -362,7 +376,7 @@ def _try_out(path: Path) -> bool:
             p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5 + (p.ndim == 1))
         for layer in model.fp8_layers() if is_fp8 else []:
             layer.weight.data, layer.scale = fp8_ops.weight_quant(layer.weight)
-        probe = _Probe(model)
+        probe = _Probe(model, min(model.args.max_seq_len, MAX_PROBE))
         if not probe.modules_agree("absorb") or probe.checked(CDecoder) is None:
             return False
     return True
@@ -409,7 +423,7 @@ class CDecoder:
 
     @staticmethod
     def suits(model: Transformer) -> bool:
-        """Whether decode.c has all that a model needs: it is whole, has a latent, and is on a CPU."""
+        """Whether decode.c has all that a model needs: it is unsharded, has a latent, and is on a CPU."""
         return model.head.weight.device.type == "cpu" and model.args.kv_lora_rank > 0 and model.is_unsharded()
 
     @torch.no_grad()
@@ -580,7 +594,7 @@ class GraphDecoder:
 
     @staticmethod
     def suits(model: Transformer) -> bool:
-        """Whether a model's calls can be recorded: it is whole, on a GPU, and its kernels ask Python nothing."""
+        """Whether a model's calls can be recorded: it is unsharded, on a GPU, and its kernels run without Python."""
         device = model.head.weight.device
         if device.type != "cuda" or not model.is_unsharded():
             return False
@@ -595,11 +609,11 @@ class GraphDecoder:
         self.graphs: dict[tuple[object, ...], _Graph] = {}
 
     def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> Outputs:
-        """What `Transformer.forward_with_hidden` returns."""
+        """As `Transformer.forward_with_hidden`."""
         return self._run(-1, cache, tokens)
 
     def mtp_forward(self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache) -> Outputs:
-        """What `Transformer.mtp_forward` returns."""
+        """As `Transformer.mtp_forward`."""
         return self._run(depth, cache, tokens, h)
 
     def _run(self, depth: int, cache: KVCache, tokens: torch.Tensor, *before: torch.Tensor) -> Outputs:
@@ -640,7 +654,7 @@ class GraphDecoder:
         `index` has the positions of the tokens in the cache, (B, S).
         """
         model = self.model
-        angle = index.clamp(max=model.args.max_seq_len - 1)  # of a draft past the context, which nobody reads
+        angle = index.clamp(max=model.args.max_seq_len - 1)  # of a draft past the context, which is discarded
         mask = torch.arange(length, device=index.device) <= index[:, None, :, None]
         cos, sin = model.rope_tables(min(length, model.args.max_seq_len))
         where = Positions(cos[angle], sin[angle], index, mask)

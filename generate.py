@@ -188,9 +188,9 @@ def draw(probs: np.ndarray, generators: Generators) -> list[int]:
     if not any(generators):
         return probs.argmax(axis=-1).tolist()
     # where the running sum first exceeds a uniform number is a byte drawn with its probability, never one of 0
-    upto = probs.cumsum(axis=-1)
+    cumulative = probs.cumsum(axis=-1)
     numbers = np.array([uniform(generator) for generator in generators])[:, None]
-    return (upto <= numbers * upto[:, -1:]).sum(axis=-1).tolist()
+    return (cumulative <= numbers * cumulative[:, -1:]).sum(axis=-1).tolist()
 
 
 def uniform(generator: torch.Generator | None) -> float:
@@ -463,7 +463,7 @@ class Row:
         self.n_taken = 0
         self.ended = False
         self._stop = sampling.stop
-        self._held = b""  # what may be the beginning of the stop string
+        self._pending = b""  # what may be the beginning of the stop string
 
     @property
     def wanted_drafts(self) -> int:
@@ -475,15 +475,15 @@ class Row:
         certain = b""
         for i in ids:
             self.left, self.n_taken = self.left - 1, self.n_taken + 1
-            self._held += b"" if i == EOS_ID else bytes([i])
-            is_stopped = bool(self._stop) and self._held.endswith(self._stop)
+            self._pending += b"" if i == EOS_ID else bytes([i])
+            is_stopped = bool(self._stop) and self._pending.endswith(self._stop)
             self.ended = is_stopped or i == EOS_ID or self.left == 0
             if self.ended:
-                return certain + (self._held.removesuffix(self._stop) if is_stopped else self._held)
-            longest = min(len(self._held), len(self._stop) - 1)
-            n = next((n for n in range(longest, 0, -1) if self._held.endswith(self._stop[:n])), 0)
-            n_certain = len(self._held) - n
-            certain, self._held = certain + self._held[:n_certain], self._held[n_certain:]
+                return certain + (self._pending.removesuffix(self._stop) if is_stopped else self._pending)
+            longest = min(len(self._pending), len(self._stop) - 1)
+            n = next((n for n in range(longest, 0, -1) if self._pending.endswith(self._stop[:n])), 0)
+            n_certain = len(self._pending) - n
+            certain, self._pending = certain + self._pending[:n_certain], self._pending[n_certain:]
         return certain
 
 
@@ -821,7 +821,7 @@ def warn_if_too_long(prompts: Sequence[bytes], max_seq_len: int) -> bool:
     return bool(long)
 
 
-def make_parser() -> command.Parser:
+def build_parser() -> command.Parser:
     """Makes the parser of the command line."""
     integer, real, form = command.integer, command.real, argparse.RawDescriptionHelpFormatter
     about = "Continue text with a trained model."
@@ -884,7 +884,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> None:
     """Parses the flags, loads the model, writes the texts, and reports the speed on stderr."""
-    parser = make_parser()
+    parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.interactive and (arguments.num_samples is not None or arguments.logprobs is not None):
         parser.error("--num-samples and --logprobs go with --prompt or --input-file, not with --interactive")

@@ -337,7 +337,9 @@ def test_where_a_thread_was_late_one_does_it_all_for_a_while(monkeypatch: pytest
 
 def loaded(path: Path, *flags: str) -> Transformer:
     """What generate.py loads; the products' setting stays as it was."""
-    arguments = generate.make_parser().parse_args(["--ckpt-path", str(path), "--prompt", "", "--device", "cpu", *flags])
+    arguments = generate.build_parser().parse_args(
+        ["--ckpt-path", str(path), "--prompt", "", "--device", "cpu", *flags]
+    )
     gemm_impl = fp8_ops.gemm_impl
     try:
         return generate.load(arguments, parallel.ParallelContext())
@@ -515,6 +517,19 @@ def test_a_changed_model_is_not_decoded_by_what_was_not_changed(
     words = {"C": "decode.c", "absorb": "absorbed attention", "cache": "attention with a cache"}[differs]
     assert warning is not None and words in warning and "\n" not in warning
     assert model.decoder is None and model_module.attn_impl == ("absorb" if differs == "C" else "naive")
+
+
+@pytest.mark.parametrize("size", [600, 1000])
+def test_differences_far_back_are_seen(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a pass of the model over so many positions would take too long: by its first layers."""
+    monkeypatch.setattr(decode, "MAX_PROBE", decode.MIN_PROBE)
+    model = as_trained()
+    model.args.max_seq_len = 1024
+    assert decode.attach(model) is None and isinstance(model.decoder, decode.CDecoder)
+    assert len(model.layers) == model.args.n_layers and len(model.mtp) == model.args.n_mtp_layers
+    monkeypatch.setattr(MLA, "_attend", attend(window=size))
+    warning = decode.attach(model)
+    assert warning is not None and "absorbed attention" in warning and model.decoder is None
 
 
 @pytest.mark.parametrize("residual", [0.003, 1.0])

@@ -95,7 +95,7 @@ def config_of(name: str, **changes: Any) -> ModelArgs:
 def load(path: Path, *flags: str) -> Transformer:
     """What generate.py loads from a checkpoint."""
     given = ["--ckpt-path", str(path), "--prompt", "", "--device", "cpu", *flags]
-    return generate.load(generate.make_parser().parse_args(given), parallel.ParallelContext())
+    return generate.load(generate.build_parser().parse_args(given), parallel.ParallelContext())
 
 
 def by_weights(options: argparse.Namespace, folder: Path, args: ModelArgs) -> dict[str, Transformer]:
