@@ -573,7 +573,7 @@ def test_the_newest_others_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-0000000{step}" for step in (2, 4, 5, 6)]
 
 
-def test_weights_are_told_apart(tmp_path: Path) -> None:
+def test_weights_are_distinguished(tmp_path: Path) -> None:
     """By a CRC-32 of few of them, which is the same in each format and any number of files."""
     save_model(tiny(1), tmp_path / "a")
     save_model(tiny(2), tmp_path / "b")
@@ -670,7 +670,7 @@ def test_links_into_the_cache_of_a_hub_are_followed(saved: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device"])
 @pytest.mark.parametrize("name", ["checkpoints.json", "state.json", "config.json", WEIGHTS, "state0-mp1.safetensors"])
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str, kind: str) -> None:
+def test_other_kinds_of_files_are_refused_at_once(tmp_path: Path, name: str, kind: str) -> None:
     run = tmp_path / "run"
     path = (run if name == "checkpoints.json" else save_step(run, 6)) / name
     save_step(run, 6)

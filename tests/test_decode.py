@@ -249,7 +249,7 @@ def test_kinds_of_layers(values: dict[str, int], act: str) -> None:
     assert error(make(hidden_act=act, **values), [70, 0], 2, 2) < 1e-5
 
 
-def test_what_is_no_number_stays_visible() -> None:
+def test_nan_stays_visible() -> None:
     """A damaged weight gives states that are no numbers, as the modules do, and not a crash."""
     model = make()
     model.layers[1].ffn.gate.weight[2, 3] = float("nan")
@@ -261,7 +261,7 @@ def test_what_is_no_number_stays_visible() -> None:
 
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00001, 0x7FC00000])
-def test_what_is_no_number_in_the_memory_stays_visible(bits: int) -> None:
+def test_nan_in_the_kv_cache_stays_visible(bits: int) -> None:
     model = attached(make())
     cache = remembering(model, [5])
     cache.layers[1][0].view(torch.int32)[0, 3, 45] = bits  # of a rotary key: it goes through the softmax
@@ -505,7 +505,7 @@ CHANGES: dict[str, tuple[tuple[Any, str, Callable[..., Any]], str]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_changed_model_is_not_decoded_by_what_was_not_changed(
+def test_a_changed_model_is_not_decoded_by_unchanged_code(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And then it writes what its modules write."""
@@ -551,7 +551,7 @@ def test_the_same_model_written_otherwise_keeps_its_decoder(monkeypatch: pytest.
         attached(as_trained(dtype))
 
 
-def test_what_the_user_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MLA, "_attend", attend(window=20))
     model = as_trained()
     warning = decode.attach(model, keep_attn_impl=True)
@@ -573,7 +573,7 @@ def test_attaching_needs_no_setting_before() -> None:
     assert calls
 
 
-def test_what_only_bfloat16_does_otherwise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differences_in_bfloat16_alone_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, training in bfloat16 attends by another function."""
     monkeypatch.setattr(*after(fp8_ops, "blockwise_attention", lambda out, *_: out.flip(1)))
     assert decode.attach(as_trained(residual=1.0)) is None
@@ -744,7 +744,7 @@ def test_without_a_compiler_the_modules_decode(compiler: str, fresh: Path, monke
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("untried")
-def test_what_is_not_this_users_own_work_is_not_loaded(fresh: Path, tmp_path: Path) -> None:
+def test_libraries_of_other_users_are_not_loaded(fresh: Path, tmp_path: Path) -> None:
     """Neither damaged files nor planted ones, whose names have the right digest; and none hangs."""
     assert decode.library() is not None
     (made,) = fresh.iterdir()
@@ -801,7 +801,7 @@ def wrapper(path: Path, script: str) -> str:
         'sed s/0.693145752f/0.6945f/ {source} | cc -O0 -std=gnu11 -shared -fPIC -x c - -lm -o "$last"',
     ],
 )
-def test_what_a_strange_compiler_makes_is_not_kept(
+def test_output_of_a_strange_compiler_is_not_kept(
     script: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It is tried out in another process: this one goes on."""
@@ -854,7 +854,7 @@ def test_a_compiler_that_hangs_is_ended_with_its_children(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("untried")
-def test_what_killed_compilers_left_is_swept(fresh: Path, tmp_path: Path) -> None:
+def test_leftovers_of_killed_compilers_are_swept(fresh: Path, tmp_path: Path) -> None:
     fresh.mkdir(mode=0o700)
     for name in ("tmpold", "tmpnew", "other"):
         (fresh / name).mkdir()
@@ -1061,7 +1061,7 @@ needs_gpu = pytest.mark.skipif(
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(0, 150), min_size=1, max_size=4), st.integers(1, 5), st.sampled_from(["naive", "absorb"]))
-def test_what_is_recorded_is_what_the_modules_do(lengths: list[int], width: int, impl: str) -> None:
+def test_recorded_calls_equal_the_modules(lengths: list[int], width: int, impl: str) -> None:
     model_module.attn_impl = impl
     model = make(**GRAPHED)
     tokens = torch.randint(1, 256, (2, len(lengths), width), generator=torch.Generator().manual_seed(2))

@@ -826,7 +826,7 @@ def test_inputs_that_are_not_contiguous() -> None:
 
 
 @pytest.mark.parametrize(("x_learns", "w_learns"), [(True, False), (False, True), (False, False)])
-def test_only_what_learns_gets_a_gradient(x_learns: bool, w_learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_trained_tensors_get_a_gradient(x_learns: bool, w_learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no other products are made."""
     products = spy(monkeypatch, "fp8_gemm")
     x, w = normal(4, 20).requires_grad_(x_learns), normal(3, 20, seed=1).requires_grad_(w_learns)
@@ -1191,7 +1191,7 @@ def test_accumulation() -> None:
         assert_same_bits(p.grad, first[name] + second[name], name)
 
 
-def test_half_batches_accumulate_to_a_whole_one() -> None:
+def test_half_batches_accumulate_to_a_full_one() -> None:
     """A dense model, halves that fill whole tiles: the sum is the whole batch's gradient up to rounding."""
     net = build(small(n_routed_experts=0, n_mtp_layers=0))
     full = tokens(8, 33)
@@ -1268,7 +1268,7 @@ def test_weights_stored_in_fp8(compute_dtype: torch.dtype, attention: str, cache
 
 
 @pytest.mark.parametrize("attention", ["naive", "absorb"])
-def test_cached_decoding_is_the_whole_text(attention: str) -> None:
+def test_cached_decoding_equals_one_forward_pass(attention: str) -> None:
     """Rows are quantised one by one, so it matters little how many come at once: less than what FP8 itself does."""
     net = build(small(n_activated_experts=4))
     with switched("fp8", attention):

@@ -226,7 +226,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("latent", "naive", 1.0), ("latent", "absorb", 0), ("plain", "absorb", 1.0), ("odd", "naive", 0),
     ("odd", "absorb", 1.0), ("one", "naive", 1.0), ("one", "absorb", 0),
 ])  # fmt: skip
-def test_batches_write_what_the_uncached_model_writes_past_the_context(
+def test_batches_equal_the_uncached_model_past_the_context(
     models: dict[str, Transformer], name: str, attn_impl: str, temperature: float
 ) -> None:
     model_module.attn_impl = attn_impl
@@ -352,7 +352,7 @@ def test_uneven_texts_take_fewer_steps_than_batch_by_batch() -> None:
 
 @settings(max_examples=4, deadline=None, derandomize=True, database=None)  # rounding decides now and then
 @given(st.integers(0, 10**6), st.integers(2, 4), st.integers(0, 3), st.sampled_from([0.0, 1.0]), st.booleans())
-def test_what_begins_among_others_is_what_it_is_alone(
+def test_texts_that_begin_among_others_are_as_alone(
     seed: int, size: int, speculate: int, temperature: float, absorbs: bool
 ) -> None:
     """Prompts of one byte beside long ones, drafts, contexts that move, texts that end in the midst of others."""
@@ -556,7 +556,7 @@ def test_a_sliding_window_in_a_notebook(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_what_the_readme_shows_works_in_a_fresh_python(folder: Path) -> None:
+def test_the_readmes_example_runs_in_a_new_python(folder: Path) -> None:
     """The Python of its section for a REPL, with another checkpoint."""
     (code,) = re.findall(r"REPL.*?```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
     assert code.count('"out/nano"') == 1 and '"import "' in code
@@ -745,7 +745,7 @@ def test_drafts_come_from_all_states_and_bytes_before(
     assert min(checked) > 30
 
 
-def test_what_stays_and_what_is_drawn_anew_have_the_models_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepted_and_redrawn_bytes_have_the_models_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over all drafts and chances: sum_x q(x) · (stays(x) · [x] + (1 - stays(x)) · anew(x)) = p."""
     rng = np.random.default_rng(0)
     chance = [0.0]
@@ -805,7 +805,7 @@ def test_texts_with_drafts_come_with_their_exact_probabilities(how: dict[str, fl
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)  # four standard deviations
 
 
-def test_the_command_drafts_unless_told_otherwise(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_drafts_by_default(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     outputs = []
     for checkpoint, flags, told in [
         ("tiny", [], True),
@@ -875,7 +875,7 @@ def test_weights_that_decoding_has_in_another_width_count_as_they_are_read(monke
     assert narrow[1] == pytest.approx(routed / 2, rel=0.1) and narrow[0] == pytest.approx(always / 2, rel=0.1)
 
 
-def test_steps_that_decode_are_counted_and_their_mbu_is_told(
+def test_decoding_steps_are_counted_and_their_mbu_is_printed(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "read_bandwidth", lambda device: 10e9)
@@ -920,7 +920,7 @@ def test_a_pipe_gets_the_bytes_as_they_are(folder: Path, capfdbinary: pytest.Cap
 
 
 @pytest.mark.slow
-def test_a_terminal_shows_what_a_pipe_gets(folder: Path) -> None:
+def test_a_terminal_shows_the_text_of_a_pipe(folder: Path) -> None:
     with terminal(folder, "parrot", "--prompt", "\x1b]0;title\x07S", "--temperature", "0") as child:
         assert child.everything() == rf"\x1b]0;title\x07{SHOWN}" + "\r\n"
     assert child.returncode == 0
@@ -1112,7 +1112,7 @@ def test_attention_is_absorbed_where_it_can_be(folder: Path, capfdbinary: pytest
     assert outputs[0] == outputs[2] != outputs[1]
 
 
-def test_without_a_seed_texts_differ_and_the_seed_told_repeats_one(
+def test_without_a_seed_texts_differ_and_the_printed_seed_repeats_one(
     folder: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     def run(*flags: str) -> tuple[bytes, str]:

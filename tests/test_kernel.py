@@ -525,7 +525,7 @@ def test_every_candidate(which: int) -> None:
 
 
 @runs
-def test_what_is_not_finite_stays_visible() -> None:
+def test_non_finite_numbers_stay_visible() -> None:
     """NaN and infinity make NaN of every product that their tile or block takes part in, and of no other."""
     x, w = numbers((140, 300), "normal", torch.float32, 1), numbers((3, 200, 300), "normal", torch.float32, 2)
     y = numbers((140, 200), "normal", torch.float32, 3)
@@ -612,7 +612,7 @@ def test_which_calls_reach_a_kernel() -> None:
 
 
 @runs
-def test_what_torch_compile_is_told() -> None:
+def test_shapes_given_to_torch_compile() -> None:
     """A compiled graph trusts the shapes, strides and dtypes announced: kernels and plain torch have to return them."""
     x, w = (numbers(shape, "normal", torch.float32, 1).to(DEVICE) for shape in [(300, 200), (3, 140, 200)])
     offsets = ends([100, 0, 200]).to(DEVICE)

@@ -421,7 +421,7 @@ def test_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pixels.shape[0] > 300 and pixels[..., :3].std() > 0.01
 
 
-def test_pictures_are_whole_or_not_there(
+def test_pictures_are_complete_or_absent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk leaves the old picture; characters that the font does not have are no warnings."""

@@ -296,7 +296,7 @@ def test_accumulation_is_a_larger_batch(here: Here, optimizer: str) -> None:
         torch.testing.assert_close(state, first[2], rtol=1e-3, atol=1e-4)
 
 
-def test_step_is_what_torch_would_do(here: Here) -> None:
+def test_step_equals_torchs(here: Here) -> None:
     """One step by hand: the loss of the sampler's sequences, gradients clipped, rates by the schedule, biases moved."""
     here.write_config(bias_update_speed=0.003)
     flags = ["--optimizer", "adamw", "--grad-clip", 0.1, "--weight-decay", 0.2, "--lr", 0.01, "--matrix-lr", 0.02]
@@ -396,7 +396,7 @@ def test_training_learns_in_fp8_as_well(here: Here, capsys: pytest.CaptureFixtur
     ("fp8", [], "fp8"), ("bf16", [], "bf16"), ("fp32", [], "bf16"),
     ("fp8", ["--gemm-impl", "bf16"], "bf16"), ("fp32", ["--gemm-impl", "fp8"], "fp8"),
 ])  # fmt: skip
-def test_products_are_as_the_config_says(here: Here, dtype: str, flags: list[str], expected: str) -> None:
+def test_products_follow_the_config(here: Here, dtype: str, flags: list[str], expected: str) -> None:
     here.write_config(dtype=dtype)
     here.trainer(*flags)
     assert fp8_ops.gemm_impl == expected
@@ -698,7 +698,7 @@ def test_resuming_a_finished_run_repeats_nothing(here: Here) -> None:
     assert lines(here.run) == before
 
 
-def test_resume_of_nothing_starts_fresh(here: Here) -> None:
+def test_resume_of_nothing_starts_anew(here: Here) -> None:
     assert main(here.flags("--steps", 2, "--resume")) == 0  # no folder
     whole, here.run = here.run, here.path / "empty"
     here.run.mkdir()
@@ -711,7 +711,7 @@ def test_resume_of_nothing_starts_fresh(here: Here) -> None:
     assert_same_run(here.run, whole, 2)
 
 
-def test_resume_of_what_is_no_run(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_of_another_folder(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder with something else in it is left alone, whatever that is."""
     for name in ("model.safetensors.index.json", "config.json", "notes.txt", "photos"):
         here.run = here.path / f"folder-{name}"
@@ -721,7 +721,7 @@ def test_resume_of_what_is_no_run(here: Here, capsys: pytest.CaptureFixture[str]
         assert [path.name for path in here.run.iterdir()] == [name]
 
 
-def test_resume_of_nothing_is_told(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_of_nothing_is_reported(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(here.flags("--steps", 1, "--resume")) == 0
     assert f"nothing to resume in {here.run}, starting" in capsys.readouterr().out
     assert main(here.flags("--steps", 2, "--resume", "--override", "steps")) == 0
