@@ -944,7 +944,9 @@ def attention(
     `mask` (B or 1, 1, S, T) is True where a query may look. Without one it is causal with T = S, or of one query that
     may look everywhere. `scale` is the factor of the scores.
     """
-    is_causal = mask is None and bool(q.shape[1] > 1)  # a bool also where torch.compile has a symbolic length
+    is_causal = False
+    if mask is None and q.shape[1] > 1:  # a branch, so that a length that torch.compile leaves open decides here
+        is_causal = True
     if is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] == k.shape[1]:
         return blockwise_attention(q, k, v, scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -1358,3 +1358,11 @@ def test_small_activations_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> N
     few, many = (torch.empty(fp8_ops.MIN_FUSED_NUMEL - missing, device="meta") for missing in (1, 0))
     assert fp8_ops.activation_kernels(few) is None and fp8_ops.kernels(few) is not None
     assert fp8_ops.activation_kernels(many) is fp8_ops.kernels(many)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_compiles_for_lengths_that_vary(dtype: torch.dtype) -> None:
+    compiled = torch.compile(fp8_ops.attention, fullgraph=True, dynamic=True, backend="eager")
+    for length in (8, 16, 5):
+        q, k, v = torch.randn(3, 2, length, 2, 4, dtype=dtype)
+        torch.testing.assert_close(compiled(q, k, v, None, 0.5), fp8_ops.attention(q, k, v, None, 0.5))
