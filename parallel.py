@@ -748,6 +748,12 @@ class _LossModule(nn.Module):
         return self.loss(tokens, targets)
 
 
+def quantize_weights(ctx: ParallelContext, model: Transformer) -> None:
+    """Quantises the weights once for the FP8 products to come; FSDP's shards are quantised when they are gathered."""
+    if fp8_ops.gemm_impl == "fp8" and not ctx.fsdp:
+        model.quantize_weights()
+
+
 # --- Gradients and updates -------------------------------------------------------------------------------------------
 
 

@@ -400,8 +400,7 @@ class Trainer:
 
     def quantize_weights(self) -> None:
         """Brings the FP8 copies of the weights up to date: once a step, however many batches it has."""
-        if fp8_ops.gemm_impl == "fp8" and not self.ctx.fsdp:  # shards are quantised when they have been gathered
-            self.model.quantize_weights()
+        parallel.quantize_weights(self.ctx, self.model)
 
     def train_step(self, progress: float) -> dict[str, Any]:
         """Takes one step; returns its metrics. A NotFinite or DataError has changed nothing."""
@@ -747,8 +746,7 @@ def evaluate_only(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> 
     context = flags.context or shape.max_seq_len
     batch_size = max(1, flags.batch_size * shape.max_seq_len // context)  # as many bytes at a time
     model, _ = build_model(flags, replace(shape, max_seq_len=context, n_mtp_layers=0), ctx, initial)
-    if fp8_ops.gemm_impl == "fp8" and not ctx.fsdp:
-        model.quantize_weights()
+    parallel.quantize_weights(ctx, model)
     figures = metrics.evaluate_file(model, data, batch_size, ctx, flags.stride)
     if not math.isfinite(figures["val_loss"]):
         raise CollectiveError(f"the loss of {flags.init_from} is {figures['val_loss']}; try --dtype fp32")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -979,21 +980,6 @@ def small(**fields: Any) -> ModelArgs:
         "n_mtp_layers": 1,
     }
     return ModelArgs(**(defaults | fields))
-
-
-def randomise(net: Transformer, seed: int = 0) -> None:
-    """Random numbers for every parameter: matrices keep activations at order 1, norms and biases are uneven."""
-    source = generator(seed)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            noise = torch.randn(p.shape, generator=source)
-            if p.ndim == 1:
-                p.copy_(1 + 0.2 * noise)
-            else:
-                p.copy_(noise if name == "embed.weight" else noise * p.shape[-1] ** -0.5)
-        for gate in net.gates():
-            if gate.bias is not None:
-                gate.bias.copy_(0.3 * torch.randn(gate.bias.shape, generator=source))
 
 
 def build(args: ModelArgs, seed: int = 0, compute_dtype: torch.dtype = torch.float32) -> Transformer:

@@ -22,6 +22,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -51,27 +52,8 @@ from train import Trainer, main, schedule
 FOLDER = Path(train.__file__).parent
 TRAIN_PY = str(FOLDER / "train.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)}
-TINY = {
-    "max_seq_len": 32,
-    "original_seq_len": 32,
-    "dtype": "fp32",
-    "dim": 32,
-    "inter_dim": 48,
-    "moe_inter_dim": 16,
-    "n_layers": 2,
-    "n_dense_layers": 1,
-    "moe_layer_freq": 2,
-    "n_heads": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "n_activated_experts": 2,
-    "score_func": "sigmoid",
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_mtp_layers": 1,
-}
+TINY = conftest.TINY | {"max_seq_len": 32, "original_seq_len": 32, "dim": 32, "inter_dim": 48, "moe_inter_dim": 16}
+TINY |= {"n_layers": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 UNIFORM = math.log(256)
 draws = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
