@@ -263,8 +263,11 @@ class Meter:
 
     def __init__(self, peak_flops: float, device: str = "cpu", now: Callable[[], float] = time.monotonic):
         self.peak_flops, self.device, self.now = peak_flops, device, now
-        self._sums: tuple[Any, ...] | None = None
-        self._waited_s = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._seconds, self._n_bytes, self._flops, self._waited_s = 0.0, 0, 0.0, 0.0
+        self._load = torch.zeros(())
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -273,18 +276,25 @@ class Meter:
         yield
         self._waited_s += self.now() - began
 
-    def add(self, seconds: float, n_bytes: int, flops: float, load: torch.Tensor) -> None:
-        """Counts a step: its duration, bytes, floating-point operations, and load (MoE layers, experts)."""
-        step = (max(seconds, 1e-9), n_bytes, flops, load)
-        self._sums = step if self._sums is None else tuple(a + b for a, b in zip(self._sums, step, strict=True))
+    def add(self, seconds: float, n_bytes: int, flops: float) -> None:
+        """Counts a step: its duration, bytes, and floating-point operations."""
+        self._seconds, self._n_bytes, self._flops = (
+            self._seconds + seconds,
+            self._n_bytes + n_bytes,
+            self._flops + flops,
+        )
+
+    def add_load(self, load: torch.Tensor) -> None:
+        """Counts the load of the experts (MoE layers, experts) in a step."""
+        self._load = load + self._load
 
     def pop(self) -> dict[str, Any]:
         """Returns the figures, and begins anew. `mfu` is None if it would be above 1: then the peak is wrong."""
-        (seconds, n_bytes, flops, load), self._sums = self._sums, None
-        waited_s, self._waited_s = self._waited_s, 0.0
-        mfu = flops / seconds / self.peak_flops
-        figures: dict[str, Any] = {"bytes_per_s": n_bytes / seconds, "mfu": mfu if mfu <= 1 else None}
-        figures |= {"data_wait": min(1.0, waited_s / seconds), "peak_memory_bytes": peak_memory(self.device)}
+        seconds, load = max(self._seconds, 1e-9), self._load
+        mfu = self._flops / seconds / self.peak_flops
+        figures: dict[str, Any] = {"bytes_per_s": self._n_bytes / seconds, "mfu": mfu if mfu <= 1 else None}
+        figures |= {"data_wait": min(1.0, self._waited_s / seconds), "peak_memory_bytes": peak_memory(self.device)}
+        self._reset()
         if load.numel():  # of each expert, relative to its layer's mean
             load = load / load.mean(dim=-1, keepdim=True)
             figures["expert_load"] = [[round(x, 3) for x in row] for row in load.tolist()]

@@ -896,7 +896,7 @@ class Transformer(nn.Module):
 
     def _run(self, layer: nn.Module, *inputs: Any) -> tuple[torch.Tensor, Routing | None]:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
         return layer(*inputs)
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> Losses:

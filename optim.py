@@ -1,4 +1,9 @@
-"""Muon, the parameter groups (matrices are trained by Muon or AdamW, all else by AdamW), and their learning rate."""
+"""Muon, the parameter groups (matrices are trained by Muon or AdamW, all else by AdamW), their rate; a training step.
+
+A training step, `TrainingStep`, is all between bytes on the device and new weights there. No shape in it depends on
+data and nothing in it waits for the device, so that a GPU can record it once, as a CUDA graph, and replay it: some
+thousand kernels, each of a few microseconds, which Python would launch more slowly than the GPU runs them.
+"""
 
 import fnmatch
 import math
@@ -9,16 +14,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+import command
 import fp8_ops
 import parallel
 from command import shorten
-from model import ConfigError, Transformer
+from model import ConfigError, Losses, Transformer
 from parallel import ParallelContext, is_matrix
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration, and how many of them
 NS_STEPS = 5
 STATE_KEYS = {"Muon": ["momentum_buffer"], "AdamW": ["step", "exp_avg", "exp_avg_sq"]}  # of a parameter
 ROUTER_LR_DIM = 128  # width above which the routers' learning rate falls
+LAUNCHED_STEPS = 3  # of each shape, before a step is recorded as a CUDA graph
 
 
 class Muon(Optimizer):
@@ -78,12 +85,13 @@ class Muon(Optimizer):
         local = parallel.local_matrices(self.ctx, p, update)
         return local, (local.shape[1:], tuple(shards), full_shape)
 
-    def _apply(self, p: nn.Parameter, update: torch.Tensor, lr: float, decay: float, scale: float) -> None:
+    def _apply(self, p: nn.Parameter, update: torch.Tensor, lr: Any, decay: float, scale: float) -> None:
         """Decays a parameter and subtracts its scaled update, of which this process may hold a shard."""
         here, _ = self.ctx.local_shard(p)
         update = update.reshape(-1, *here.shape[1:])[: len(here)]  # without the padding of FSDP's last shards
         if kernel := fp8_ops.kernels(here):
-            kernel.apply_update(here, update.contiguous(), torch.full((), lr, device=here.device), decay, scale)
+            rate = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=here.device)
+            kernel.apply_update(here, update.contiguous(), rate, decay, scale)
         else:
             here.mul_(1 - lr * decay).add_(update, alpha=-(lr * scale))
 
@@ -203,3 +211,139 @@ def stretch(progress: float, begin: float, done: float) -> float:
     So the rest of one goes with the rest of the other; with zeros, the two are the same.
     """
     return min(1.0, done + (1 - done) * max(0.0, (progress - begin) / (1 - begin)))
+
+
+# --- A training step -------------------------------------------------------------------------------------------------
+
+
+class Figures:
+    """What a step found, on its way from the device: losses, the gradient's norm, the load of the experts."""
+
+    def __init__(self, values: torch.Tensor, load_shape: torch.Size):
+        self._values, self._shape = values, load_shape
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> tuple[list[float], torch.Tensor]:
+        """Waits for them: (next-byte loss, MTP loss, balance loss, norm), and the load (MoE layers, experts)."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values[:4].tolist(), self._values[4:].view(self._shape)
+
+
+class TrainingStep:
+    """Forward, backward and update of one step, on whatever device; on a GPU, replayed as a CUDA graph.
+
+    A graph repeats what was recorded, on the same memory: numbers that Python computes stay as they were then, so the
+    learning rates are tensors. Each length of sequences has its own recording, after a few steps as usual, in which
+    kernels are compiled and the optimizers' state is allocated. The device alone knows of a loss that is not finite:
+    whoever reads the figures must end the run, before anything is saved.
+
+    Args:
+        ctx, model, optimizers: Of this process.
+        loss: Tokens and targets to `Losses`.
+        grad_clip: Largest norm of the gradient, `math.inf` for none.
+        replays: Whether to record and replay; see `can_replay`.
+    """
+
+    def __init__(
+        self, ctx: ParallelContext, model: Transformer, loss: Callable[[torch.Tensor, torch.Tensor], Losses],
+        optimizers: list[Optimizer], grad_clip: float, replays: bool = False,
+    ):  # fmt: skip
+        self.ctx, self.model, self.loss, self.optimizers = ctx, model, loss, optimizers
+        self.grad_clip, self.replays = grad_clip, replays
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._batches = self._figures = torch.empty(0)  # what a graph reads and writes
+        self._n_launched = 0  # steps of this shape without a graph
+        self._load_shape = torch.Size([0, 0])
+        for group in self._groups() if replays else []:
+            group["lr"] = torch.tensor(group["lr"], device=ctx.device)
+            group["capturable"] = True  # of AdamW: its step count stays on the device
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def set_rates(self, factor: float) -> dict[str, float]:
+        """Sets the learning rates to `factor` of their peaks; returns them by their names in the metrics."""
+        rates = {}
+        for group in self._groups():
+            rate = group["peak_lr"] * factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+            if group["params"]:
+                rates[group["name"]] = rate
+        return rates
+
+    def __call__(self, batches: torch.Tensor) -> Figures:
+        """Takes a step on sequences with the byte after them, uint8 (batches, B, S + 1): their mean gradient.
+
+        Without a graph, the step was not taken if its losses or norm are not finite.
+        """
+        return Figures(self._launch(batches), self._load_shape)
+
+    def _launch(self, batches: torch.Tensor) -> torch.Tensor:
+        if not self.replays:
+            return self._run(batches)
+        if batches.shape != self._batches.shape:
+            self.graph, self._n_launched = None, 0
+            self._batches, self._figures = torch.empty_like(batches), torch.empty(0)
+        self._batches.copy_(batches)
+        if self.graph is None and self._n_launched >= LAUNCHED_STEPS:
+            self._record()
+        if self.graph is None:
+            self._n_launched += 1
+            return self._run(self._batches)
+        self.graph.replay()
+        return self._figures
+
+    def _record(self) -> None:
+        """Records a step, without running it; a model that waits for the device goes on without a graph."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._figures = self._run(self._batches)
+            self.graph = graph
+        except RuntimeError as error:
+            self.replays = False
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            reason = str(error).partition("\n")[0]
+            command.warn("train.py", f"the step cannot be a CUDA graph ({shorten(reason)}), which is faster; going on")
+
+    def _run(self, batches: torch.Tensor) -> torch.Tensor:
+        losses, load = self._accumulate_gradients(batches)
+        norm = parallel.clip_grad_norm(self.ctx, self.model, self.grad_clip)
+        figures, self._load_shape = torch.cat([losses, norm.view(1), load.flatten()]), load.shape
+        is_taken = self.replays or math.isfinite(figures.sum())  # which waits for the device
+        for optimizer in self.optimizers:
+            if is_taken:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if is_taken:
+            self.model.update_gate_bias(load)
+            parallel.quantize_weights(self.ctx, self.model)
+        return figures
+
+    def _accumulate_gradients(self, batches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs a step forward and backward; returns mean losses (next byte, MTP, balance) and load of the experts."""
+        ctx, n_batches = self.ctx, len(batches)
+        means, load = torch.zeros(3, device=ctx.device), torch.zeros((), device=ctx.device)
+        for i, batch in enumerate(batches):
+            tokens = batch.long()
+            with ctx.no_sync(self.loss, i == n_batches - 1):
+                losses = self.loss(tokens[:, :-1], tokens[:, 1:])
+                (losses.total / n_batches).backward()
+            means = means + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / n_batches
+            load = load + losses.load
+        parallel.all_reduce_replicated_grads(ctx, self.model)
+        return ctx.all_reduce_dp(means / ctx.dp_size), ctx.all_reduce_dp(load)
+
+
+def can_replay(ctx: ParallelContext, model: Transformer) -> bool:
+    """Whether a step can be a CUDA graph: on one GPU that has kernels of Muon."""
+    return ctx.world_size == 1 and fp8_ops.kernels(next(model.parameters())) is not None

@@ -9,7 +9,7 @@ Three rules make a run repeatable and safe to stop at any moment:
 - With --steps, a step depends on its number and the seed alone: its sequences follow from a position.
 - A checkpoint holds all that the next step reads: weights, optimizer, routing biases, position. A run that was killed
   and resumed repeats the steps since, and on a CPU gives the same losses bit for bit.
-- A step whose loss or gradient is not finite is not taken.
+- A step whose loss or gradient is not finite ends the run, before anything of it is saved.
 
 Weights are float32; the model computes in bfloat16 where the hardware does.
 """
@@ -27,6 +27,7 @@ import re
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -35,6 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -49,7 +51,7 @@ from checkpoint import Checkpoint, Run, has_run, load_run, load_weights, read_co
 from command import integer, real, shorten
 from convert import open_checkpoint
 from data.prepare import DataError, open_bytes, resolve
-from data.sampler import Corpus, JoinedCorpus, MixtureSampler, fingerprint, read_batch, split
+from data.sampler import Corpus, JoinedCorpus, MixtureSampler, fingerprint, read_bytes, split
 from metrics import RUN_FILES, Clock, Due, Meter, Metrics, Profile, ProgressBar, describe, evaluate, sample_text
 from model import ConfigError, Losses, ModelArgs, Transformer
 from optim import is_hidden_matrix, load_optimizer_tensors, make_optimizers, optimizer_tensors, schedule
@@ -161,6 +163,7 @@ class TrainFlags:
     dtype: str = _flag("auto", "of the activations; auto: bf16 where it is fast", choices=["auto", "fp32", "bf16"])
     gemm_impl: str | None = _flag(None, "linear layers; default: by the dtype of --config", choices=["bf16", "fp8"])
     compile: bool = _flag(False, "torch.compile the step: on a CPU that takes a C++ compiler")
+    cuda_graph: bool = _flag(True, "on one GPU: replay a recorded step, for a model whose steps are all alike")
     gradient_checkpointing: bool = _flag(False, "recompute blocks: less memory, slower")
     model_parallel: int = _flag(1, "processes that share one model's layers", integer(1, 10**4))
     fsdp: bool = _flag(False, "shard parameters, gradients and optimizer state over the data-parallel processes")
@@ -349,6 +352,11 @@ class Trainer:
         self.meter = Meter(self.peak_flops, self.ctx.device, self.clock.now)
         self.settings = resume_settings(flags, data, self.val_data)
         self.settings["freeze"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        grad_clip, replays = flags.grad_clip or math.inf, flags.cuda_graph and optim.can_replay(self.ctx, self.model)
+        step_args = self.ctx, self.model, self.loss, self.optimizers, grad_clip, replays
+        self.training_step = optim.TrainingStep(*step_args)
+        self.launched: deque[tuple[int, dict[str, float], optim.Figures]] = deque()  # steps whose figures are to come
+        self.figures: dict[str, Any] = {}  # metrics of the last step that is known to be finite
         self.quantize_weights()
         sizes, weights = data.sizes if isinstance(data, JoinedCorpus) else [len(data)], flags.data_weights
         self.sampler = MixtureSampler(sizes, self.context, flags.seed, weights)
@@ -403,44 +411,39 @@ class Trainer:
         parallel.quantize_weights(self.ctx, self.model)
 
     def train_step(self, progress: float) -> dict[str, Any]:
-        """Takes one step; returns its metrics. A NotFinite or DataError has changed nothing."""
-        flags, progress = self.flags, optim.stretch(progress, self.stretch_from, self.stretch_to)
-        losses, load = self._accumulate_gradients(self.short_sampler if progress < SHORT_UNTIL else self.sampler)
-        grad_norm = parallel.clip_grad_norm(self.ctx, self.model, flags.grad_clip or math.inf)
-        next_byte, mtp, balance, norm = torch.cat([losses, grad_norm.view(1)]).tolist()
-        if not math.isfinite(next_byte + mtp + balance + norm):
-            raise NotFinite(f"step {self.step + 1}: the loss is {next_byte}, the gradient's norm {norm}")
-        factor = schedule(progress, flags.schedule, flags.warmup, flags.decay)
-        rates: dict[str, float] = {}
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-                rates |= {group["name"]: group["lr"]} if group["params"] else {}
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.model.update_gate_bias(load)
-        self.quantize_weights()
-        self.step, self.progress = self.step + 1, progress
-        figures = {"train_loss": next_byte, **rates, "grad_norm": norm, "balance_loss": balance, "load": load}
-        return figures | ({"mtp_loss": mtp} if len(self.model.mtp) else {})
+        """Takes one step; returns `figures`. A DataError has changed nothing.
 
-    def _accumulate_gradients(self, sampler: MixtureSampler) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs a step forward and backward; returns mean losses (next byte, MTP, balance) and load of the experts."""
+        A step as a CUDA graph is at work when this returns, and the figures are those of the step before. Raises a
+        NotFinite where a loss or a gradient is not finite; without a graph, the step was not taken.
+        """
+        flags, progress = self.flags, optim.stretch(progress, self.stretch_from, self.stretch_to)
+        batches = self._read_batches(self.short_sampler if progress < SHORT_UNTIL else self.sampler)
+        rates = self.training_step.set_rates(schedule(progress, flags.schedule, flags.warmup, flags.decay))
+        self.launched.append((self.step + 1, rates, self.training_step(batches)))
+        self.finish_steps(n_running=0 if self.training_step.graph is None else 1)
+        self.step, self.progress = self.step + 1, progress
+        return self.figures
+
+    def _read_batches(self, sampler: MixtureSampler) -> torch.Tensor:
+        """Reads this process's sequences of a step, uint8 (batches, B, S + 1)."""
         ctx, n_batches, self.seq_len = self.ctx, self.flags.accumulation, sampler.seq_len
         count = self.flags.batch_size * self.context // self.seq_len  # as many bytes, in shorter sequences
         mine = ctx.data_parallel_slice(count)
         with metrics.reading(ctx), self.meter.waiting():
             starts = [sampler.starts((self.step * n_batches + i) * count, count)[mine] for i in range(n_batches)]
-            batches = [read_batch(self.train_data, offsets, self.seq_len, ctx.device) for offsets in starts]
-        means, load = torch.zeros(3, device=ctx.device), torch.zeros((), device=ctx.device)
-        for i, (tokens, targets) in enumerate(batches):
-            with ctx.no_sync(self.loss, i == n_batches - 1):
-                losses = self.loss(tokens, targets)
-                (losses.total / n_batches).backward()
-            means = means + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / n_batches
-            load = load + losses.load
-        parallel.all_reduce_replicated_grads(ctx, self.model)
-        return ctx.all_reduce_dp(means / ctx.dp_size), ctx.all_reduce_dp(load)
+            sequences = read_bytes(self.train_data, np.concatenate(starts), self.seq_len, ctx.device)
+        return sequences.unflatten(0, (n_batches, -1))
+
+    def finish_steps(self, n_running: int = 0) -> None:
+        """Waits for all steps but the last `n_running`, and notes their figures; a NotFinite names a step."""
+        while len(self.launched) > n_running:
+            step, rates, figures = self.launched.popleft()
+            (next_byte, mtp, balance, norm), load = figures.read()
+            if not math.isfinite(next_byte + mtp + balance + norm):
+                raise NotFinite(f"step {step}: the loss is {next_byte}, the gradient's norm {norm}")
+            self.meter.add_load(load)
+            self.figures = {"train_loss": next_byte, **rates, "grad_norm": norm, "balance_loss": balance}
+            self.figures |= {"mtp_loss": mtp} if len(self.model.mtp) else {}
 
     def evaluate(self, n_sequences: int | None, seq_len: int) -> tuple[float, int | None] | None:
         """The validation loss of as many bytes as `n_sequences` of the context have (None: of all); see `evaluate`."""
@@ -463,6 +466,7 @@ class Trainer:
             if self.progress == 1:
                 self.save(is_best=False)  # its state alone
             return self.val_loss
+        self.finish_steps()
         began = self.clock.now()
         evaluated = self.evaluate(self.eval_sequences, self.seq_len)
         if evaluated is None:
@@ -517,6 +521,7 @@ class Trainer:
 
     def save(self, is_best: bool) -> None:
         """Writes a checkpoint, if the run has a folder."""
+        self.finish_steps()
         if self.run is not None:
             began = self.clock.now()
             tensors = optimizer_tensors(self.model, self.optimizers)
@@ -572,17 +577,19 @@ def run(trainer: Trainer) -> int:
         trainer.metrics = Metrics(folder, trainer.step, is_evaluated, settings, trainer.flags.tensorboard)
     handle_signals(trainer.stop)
     try:
-        train_steps(trainer)
-        if not trainer.stopped():
-            require_steps(trainer)
-            val_loss = trainer.evaluate_and_save()
-        if val_loss is None:
-            trainer.save(is_best=False)
-    except DataError as error:  # in all processes: see `reading`
-        is_saved = path is not None and trainer.step > 0
-        if is_saved:
-            trainer.save(is_best=False)
-        raise CollectiveError(f"{error}; step {trainer.step} is saved in {path}" if is_saved else str(error)) from None
+        try:
+            train_steps(trainer)
+            if not trainer.stopped():
+                require_steps(trainer)
+                val_loss = trainer.evaluate_and_save()
+            if val_loss is None:
+                trainer.save(is_best=False)
+        except DataError as error:  # in all processes: see `reading`
+            is_saved = path is not None and trainer.step > 0
+            if is_saved:
+                trainer.save(is_best=False)
+            where = f"; step {trainer.step} is saved in {path}" if is_saved else ""
+            raise CollectiveError(f"{error}{where}") from None
     except NotFinite as error:
         if is_rank_zero():
             kept = f"; the last good checkpoint is in {path}" if path is not None and has_run(path) else ""
@@ -617,14 +624,15 @@ def train_steps(trainer: Trainer) -> None:
                 trainer.progress = 1.0
                 break
             profile.begin_step(trainer.step + 1)
-            figures = trainer.train_step(progress)
+            trainer.train_step(progress)
             seconds, is_first = clock.now() - began, clock.first_step_s is None
             clock.add_step(seconds)
             flops = trainer.full_model.flops_per_position(trainer.seq_len) * trainer.step_bytes
-            meter.add(seconds, trainer.step_bytes, flops, figures.pop("load"))
+            meter.add(seconds, trainer.step_bytes, flops)
             profile.end_step()
             if trainer.step % flags.log_interval == 0:
-                figures |= meter.pop()
+                trainer.finish_steps()
+                figures = trainer.figures | meter.pop()
                 bar.show_figures(figures)
                 trainer.write(figures)
             if is_first and clock.seconds is not None:

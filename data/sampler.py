@@ -168,9 +168,17 @@ class EvaluationBatches:
         return np.array([n * (self.n_available - 1) // gaps * self.seq_len for n in numbers]), self.seq_len
 
 
+def read_bytes(data: Corpus, starts: np.ndarray, seq_len: int, device: str) -> torch.Tensor:
+    """Reads sequences of a corpus with the byte after each, uint8 (len(starts), seq_len + 1)."""
+    batch = torch.from_numpy(read_sequences(data, starts, seq_len + 1))
+    if torch.device(device).type == "cuda":
+        batch = batch.pin_memory()  # from other memory, a copy waits for what the GPU has to do before
+    return batch.to(device, non_blocking=True)
+
+
 def read_batch(data: Corpus, starts: np.ndarray, seq_len: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads sequences of a corpus: tokens and targets, int64 (len(starts), seq_len) each, one byte apart."""
-    batch = torch.from_numpy(read_sequences(data, starts, seq_len + 1)).to(device).long()  # widened on the device
+    batch = read_bytes(data, starts, seq_len, device).long()  # widened on the device
     return batch[:, :-1], batch[:, 1:]
 
 

@@ -122,15 +122,17 @@ def test_meter_means_over_all_steps_since_the_last_line() -> None:
     for _ in range(2):
         with meter.waiting():
             pass
-    meter.add(1.0, 100, 600.0, load)
-    meter.add(3.0, 100, 600.0, 2 * load)
+    for seconds, factor in ((1.0, 1), (3.0, 2)):
+        meter.add(seconds, 100, 600.0)
+        meter.add_load(factor * load)
     figures = meter.pop()
     assert figures["bytes_per_s"] == pytest.approx(50) and figures["mfu"] == pytest.approx(0.3)
     assert figures["expert_load"] == [[0.5, 1.5]] and figures["max_load"] == 1.5
     assert figures["data_wait"] == pytest.approx(0.75 / 4)
     with meter.waiting():
         pass
-    meter.add(2.0, 100, 500.0, load)
+    meter.add(2.0, 100, 500.0)
+    meter.add_load(load)
     figures = meter.pop()
     assert figures["bytes_per_s"] == pytest.approx(50) and figures["data_wait"] == pytest.approx(0.25)
 
@@ -138,7 +140,8 @@ def test_meter_means_over_all_steps_since_the_last_line() -> None:
 def test_an_impossible_mfu_is_none() -> None:
     """Then the peak was measured on a busy machine, or in a dtype that is emulated."""
     meter = Meter(100.0)
-    meter.add(1.0, 1, 109.0, torch.zeros(0, 4))
+    meter.add(1.0, 1, 109.0)
+    meter.add_load(torch.zeros(0, 4))
     figures = meter.pop()
     assert figures["mfu"] is None
     assert not figures.keys() & {"expert_load", "max_load"}  # where there are no experts

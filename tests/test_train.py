@@ -272,7 +272,6 @@ def test_accumulation_is_a_larger_batch(here: Here, optimizer: str) -> None:
     for steps, weights, state, sequences in results[1:]:
         assert sequences == 24
         for a, b in zip(first[0], steps, strict=True):
-            assert torch.equal(a.pop("load").clone(), b["load"]) if "load" in a else True
             assert all(b[key] == pytest.approx(a[key], rel=1e-4) for key in a)
         torch.testing.assert_close(weights, first[1], rtol=0, atol=2e-4)
         torch.testing.assert_close(state, first[2], rtol=1e-3, atol=1e-4)
@@ -327,8 +326,7 @@ def test_gradient_checkpointing_changes_nothing(here: Here, gemm_impl: str) -> N
         shake(trainer.model)
         trainer.quantize_weights()
     for _ in range(5):
-        a, b = plain.train_step(0.3), saving.train_step(0.3)
-        assert torch.equal(a.pop("load"), b.pop("load")) and a == b
+        assert plain.train_step(0.3) == saving.train_step(0.3)
     for p, q in zip(plain.model.parameters(), saving.model.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -344,7 +342,6 @@ def test_compile_changes_nothing(here: Here, monkeypatch: pytest.MonkeyPatch) ->
         trainer.quantize_weights()
     for _ in range(3):
         a, b = plain.train_step(0.3), compiled.train_step(0.3)
-        assert torch.equal(a.pop("load"), b.pop("load"))
         assert b == pytest.approx(a, rel=1e-4)
     torch._dynamo.reset()
 
