@@ -794,41 +794,45 @@ def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> tor
 
 @triton.jit
 def _symmetric_kernel(
-    left_desc, right_desc, gram_ptr, scale_ptr, y_ptr, R, K, a, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    left_desc, right_desc, gram_desc, scale_ptr, y_desc, K, a, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr,
+    SIZE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """y = u vᵀ for matrices u, v (R, K), or with TALL uᵀ v of (K, R); with POLYNOMIAL, y = as·I + bs³·gram + cs⁵·u vᵀ.
 
     u = v, or both are symmetric and commute.
 
-    The result is symmetric: a program computes a tile of BLOCK_M×BLOCK_N that touches the lower triangle and writes it
-    twice, the second time transposed; the other programs exit. So little more than half of the products are computed.
-    A step of BLOCK_K reads (BLOCK_M + BLOCK_N)·BLOCK_K elements by TMA, which loads zeros beyond a matrix, and does
-    BLOCK_M·BLOCK_N·BLOCK_K multiplications. Bound by the tensor cores. s is a matrix's `scale`.
+    The result is symmetric: a program computes one tile of SIZE×SIZE of the lower triangle and writes it twice, the
+    second time transposed, so that half of the products are computed. All goes by TMA, which loads zeros beyond a
+    matrix and stores nothing there. A step reads 2·SIZE·STEP elements and does SIZE²·STEP multiplications: bound by the
+    tensor cores. Two programs share an SM, so that one multiplies while the other writes. s is a matrix's `scale`.
     """
-    row, col, e = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, tl.program_id(2)
-    if col >= row + BLOCK_M:
-        return
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, K, BLOCK_K):
+    tile, e = tl.program_id(0), tl.program_id(1)
+    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)  # row of tiles: the last with i(i+1)/2 ≤ tile
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    j = tile - i * (i + 1) // 2
+    row, col = i * SIZE, j * SIZE
+    acc = tl.zeros([SIZE, SIZE], tl.float32)
+    for k in range(0, K, STEP):
         if TALL:
-            u = left_desc.load([e, k, row]).reshape(BLOCK_K, BLOCK_M).T
-            v = right_desc.load([e, k, col]).reshape(BLOCK_K, BLOCK_N)
+            u = left_desc.load([e, k, row]).reshape(STEP, SIZE).T
+            v = right_desc.load([e, k, col]).reshape(STEP, SIZE)
         else:
-            u = left_desc.load([e, row, k]).reshape(BLOCK_M, BLOCK_K)
-            v = right_desc.load([e, col, k]).reshape(BLOCK_N, BLOCK_K).T
+            u = left_desc.load([e, row, k]).reshape(SIZE, STEP)
+            v = right_desc.load([e, col, k]).reshape(SIZE, STEP).T
         acc = tl.dot(u, v, acc)
-    i, j = row + tl.arange(0, BLOCK_M)[:, None], col + tl.arange(0, BLOCK_N)[None, :]
-    start = e.to(tl.int64) * R * R
-    inside = (i < R) & (j < R)
+    n = tl.arange(0, SIZE)
     if POLYNOMIAL:
         s = tl.load(scale_ptr + e)
         acc *= c * s * s * s * s * s
-        acc += b * s * s * s * tl.load(gram_ptr + start + i * R + j, mask=inside, other=0.0).to(tl.float32)
-        acc += tl.where(i == j, a * s, 0.0)
-    y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + start + i * R + j, y, mask=inside)
-    tl.store(y_ptr + start + j * R + i, y, mask=inside)
+        acc += b * s * s * s * gram_desc.load([e, row, col]).reshape(SIZE, SIZE).to(tl.float32)
+        acc += tl.where(row + n[:, None] == col + n[None, :], a * s, 0.0)
+    y = acc.to(y_desc.dtype)
+    if i == j:  # without symmetry to the bit, the rounding errors of many products grow
+        y = tl.where(n[:, None] >= n[None, :], y, y.T)
+    else:
+        y_desc.store([e, col, row], y.T.reshape(1, SIZE, SIZE))
+    y_desc.store([e, row, col], y.reshape(1, SIZE, SIZE))
 
 
 def _symmetric(
@@ -845,18 +849,20 @@ def _symmetric(
     """
     r, k = x.shape[1:][::-1] if tall else x.shape[1:]
     y = torch.empty(len(x), r, r, dtype=dtype or x.dtype, device=x.device)
-    m, n, step = SYMMETRIC_TILE
-    sides = zip((x, x if other is None else other), (m, n), strict=True)
-    left, right = (TensorDescriptor.from_tensor(t, [1, step, size] if tall else [1, size, step]) for t, size in sides)
-    _symmetric_kernel[(triton.cdiv(r, m), triton.cdiv(r, n), len(x))](
-        left, right, x, y if scale is None else scale, y, r, k, *(coefficients or (0.0, 0.0, 0.0)),
-        POLYNOMIAL=coefficients is not None, TALL=tall, BLOCK_M=m, BLOCK_N=n, BLOCK_K=step, **SYMMETRIC_LAUNCH,
+    size, step = SYMMETRIC_TILE
+    block = [1, step, size] if tall else [1, size, step]
+    left, right = (TensorDescriptor.from_tensor(t, block) for t in (x, x if other is None else other))
+    gram, out = (TensorDescriptor.from_tensor(t, [1, size, size]) for t in (x if coefficients else y, y))
+    n = triton.cdiv(r, size)
+    _symmetric_kernel[(n * (n + 1) // 2, len(x))](
+        left, right, gram, y if scale is None else scale, out, k, *(coefficients or (0.0, 0.0, 0.0)),
+        POLYNOMIAL=coefficients is not None, TALL=tall, SIZE=size, STEP=step, **SYMMETRIC_LAUNCH,
     )  # fmt: skip
     return y
 
 
-SYMMETRIC_TILE = 128, 256, 64  # rows, columns, and elements along the sum
-SYMMETRIC_LAUNCH = {"num_warps": 8, "num_stages": 4}
+SYMMETRIC_TILE = 128, 64  # rows and columns, and elements along the sum
+SYMMETRIC_LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
 # Ratio of a matrix's sides from which Muon iterates on its Gram matrix. With sides r and k ≥ r, five usual steps take

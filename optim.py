@@ -259,9 +259,13 @@ class TrainingStep:
         self._batches = self._figures = torch.empty(0)  # what a graph reads and writes
         self._n_launched = 0  # steps of this shape without a graph
         self._load_shape = torch.Size([0, 0])
-        for group in self._groups() if replays else []:
-            group["lr"] = torch.tensor(group["lr"], device=ctx.device)
-            group["capturable"] = True  # of AdamW: its step count stays on the device
+        if replays:
+            model.rope_tables(
+                model.args.max_seq_len
+            )  # which would be computed anew, elsewhere, when they get too short
+            for group in self._groups():
+                group["lr"] = torch.tensor(group["lr"], device=ctx.device)
+                group["capturable"] = True  # of AdamW: its step count stays on the device
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
