@@ -262,7 +262,7 @@ class TrainingStep:
         if replays:
             model.rope_tables(
                 model.args.max_seq_len
-            )  # which would be computed anew, elsewhere, when they get too short
+            )  # which else move when they get longer
             for group in self._groups():
                 group["lr"] = torch.tensor(group["lr"], device=ctx.device)
                 group["capturable"] = True  # of AdamW: its step count stays on the device
