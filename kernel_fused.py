@@ -862,12 +862,12 @@ def _symmetric(
 
 
 SYMMETRIC_TILE = 128, 64  # rows and columns, and elements along the sum
-SYMMETRIC_LAUNCH = {"num_warps": 8, "num_stages": 3}
+SYMMETRIC_LAUNCH = {"num_warps": 4, "num_stages": 3}
 
 
 # Ratio of a matrix's sides from which Muon iterates on its Gram matrix. With sides r and k ≥ r, five usual steps take
 # 15·r²·k + 5·r³ FLOPs, symmetric products counted half, and five on the Gram matrix 6·r²·k + 14·r³: equal at k = r.
-GRAM_RATIO = 1.5
+GRAM_RATIO = 1.25
 
 
 def newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:

@@ -260,9 +260,7 @@ class TrainingStep:
         self._n_launched = 0  # steps of this shape without a graph
         self._load_shape = torch.Size([0, 0])
         if replays:
-            model.rope_tables(
-                model.args.max_seq_len
-            )  # which else move when they get longer
+            model.rope_tables(model.args.max_seq_len)  # which else move when they get longer
             for group in self._groups():
                 group["lr"] = torch.tensor(group["lr"], device=ctx.device)
                 group["capturable"] = True  # of AdamW: its step count stays on the device
@@ -338,16 +336,15 @@ class TrainingStep:
         ctx, n_batches = self.ctx, len(batches)
         means, load = torch.zeros(3, device=ctx.device), torch.zeros((), device=ctx.device)
         for i, batch in enumerate(batches):
-            tokens = batch.long()
-            with ctx.no_sync(self.loss, i == n_batches - 1):
-                losses = self.loss(tokens[:, :-1], tokens[:, 1:])
-                (losses.total / n_batches).backward()
+            tokens, ctx.averages_gradients = batch.long(), i == n_batches - 1
+            losses = self.loss(tokens[:, :-1], tokens[:, 1:])
+            (losses.total / n_batches).backward()
             means = means + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / n_batches
             load = load + losses.load
-        parallel.all_reduce_replicated_grads(ctx, self.model)
+        parallel.finish_gradients(ctx, self.model)
         return ctx.all_reduce_dp(means / ctx.dp_size), ctx.all_reduce_dp(load)
 
 
 def can_replay(ctx: ParallelContext, model: Transformer) -> bool:
-    """Whether a step can be a CUDA graph: on one GPU that has kernels of Muon."""
-    return ctx.world_size == 1 and fp8_ops.kernels(next(model.parameters())) is not None
+    """Whether a step can be a CUDA graph: on GPUs that have kernels of Muon, without FSDP."""
+    return not ctx.fsdp and fp8_ops.kernels(next(model.parameters())) is not None

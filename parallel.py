@@ -19,9 +19,9 @@ shard and are a data-parallel group. With M = 2, the two ranks of a tensor-paral
 So a block has two all-reduces forward, at the ends of `attn` and `ffn`, and two backward, at their beginnings, where
 each rank has only the gradient through its own shard (Megatron-LM, Shoeybi et al. 2019, section 3, calls these g and
 f). A replicated weight between the two computes the same everywhere, but gets only a term of its gradient on each rank:
-`all_reduce_replicated_grads` adds these up. `SHARDED_DIM` has the rules, which are those of a native checkpoint.
+`finish_gradients` adds these up. `SHARDED_DIM` has the rules, which are those of a native checkpoint.
 
-Each data-parallel rank takes its slice of every batch. DDP averages their gradients, or FSDP2 shards parameters,
+Each data-parallel rank takes its slice of every batch. Their gradients are averaged, or FSDP2 shards parameters,
 gradients and optimizer state over them.
 """
 
@@ -40,8 +40,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -414,6 +415,9 @@ class ParallelContext:
         mp_size, mp_rank: Size of the tensor-parallel group, and the rank in it.
         dp_size, dp_rank: Size of the data-parallel group, and the rank in it.
         writes_replicated: Whether this process writes the tensors of which several processes have a copy.
+        averages_gradients: Whether the backward pass averages gradients over the data-parallel ranks, as it should in
+            the last of several batches that make one step.
+        averaging: The averages that are on their way.
         counted: Bytes that tensor-parallel ranks would have sent, where there are no groups.
 
     Raises:
@@ -440,6 +444,8 @@ class ParallelContext:
         self.fsdp = fsdp and self.dp_size > 1
         self.writes_replicated = self.dp_rank == 0
         self.counted = self._n_texts = 0
+        self.averages_gradients = True
+        self.averaging: list[dist.Work] = []
 
     @classmethod
     def join(
@@ -564,10 +570,6 @@ class ParallelContext:
             works = " or ".join(str(n) for n in (near, near + self.dp_size) if n)
             raise ParallelError(f"--batch-size {batch_size} cannot be shared by {self.dp_size} processes; take {works}")
 
-    def no_sync(self, loss: Any, is_last: bool) -> Any:
-        """Returns a context in which DDP leaves averaging to the last of several batches that make one step."""
-        return nullcontext() if is_last or self.dp_size == 1 or self.fsdp else loss.no_sync()
-
     def local_shard(self, tensor: Any) -> tuple[torch.Tensor, int | None]:
         """Returns this rank's FSDP shard of a tensor and its first row, or the tensor and None without."""
         if not self.fsdp or not hasattr(tensor, "device_mesh"):
@@ -665,11 +667,20 @@ def parallelize(
     else:
         loss = torch.compile(model.loss, fullgraph=True) if compiles else model.loss
     note_sharded_dims(ctx, model)  # of parameters that FSDP has replaced
-    if ctx.fsdp or ctx.dp_size == 1:
-        return loss
-    return nn.parallel.DistributedDataParallel(
-        _LossModule(model, loss), process_group=ctx.dp_group, gradient_as_bucket_view=True
-    )
+    if ctx.dp_size > 1 and not ctx.fsdp:
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(partial(_average_gradient, ctx))
+    return loss
+
+
+def _average_gradient(ctx: ParallelContext, p: nn.Parameter) -> None:
+    """Begins to average a gradient that is complete, while the backward pass goes on; see `finish_gradients`."""
+    if ctx.averages_gradients:
+        if not p.grad.is_cuda:  # gloo can but sum
+            p.grad.div_(ctx.dp_size)
+        op = dist.ReduceOp.AVG if p.grad.is_cuda else dist.ReduceOp.SUM
+        ctx.averaging.append(dist.all_reduce(p.grad, op, group=ctx.dp_group, async_op=True))
 
 
 def note_sharded_dims(ctx: ParallelContext, model: Transformer) -> None:
@@ -734,20 +745,6 @@ class _Embedding(nn.Module):
         return _Sum.apply(rows.where(is_here.unsqueeze(-1), 0), self.ctx)
 
 
-class _LossModule(nn.Module):
-    """A module whose forward computes the loss, for DDP, which wraps the forward of a module."""
-
-    def __init__(self, model: Transformer, loss: Callable[[torch.Tensor, torch.Tensor], Losses]):
-        super().__init__()
-        self.model = model
-        self.loss = loss
-        # equal on all ranks without a broadcast in each batch
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> Losses:
-        return self.loss(tokens, targets)
-
-
 def quantize_weights(ctx: ParallelContext, model: Transformer) -> None:
     """Quantises the weights once for the FP8 products to come; FSDP's shards are quantised when they are gathered."""
     if fp8_ops.gemm_impl == "fp8" and not ctx.fsdp:
@@ -765,8 +762,10 @@ def replicated_parameters(ctx: ParallelContext, model: Transformer) -> list[nn.P
     return [p for name, p in inside if sharded_dim(name) is None and p.requires_grad]
 
 
-def all_reduce_replicated_grads(ctx: ParallelContext, model: Transformer) -> None:
-    """Sums the gradients of replicated parameters over the tensor-parallel ranks."""
+def finish_gradients(ctx: ParallelContext, model: Transformer) -> None:
+    """After a backward pass: waits for averages, sums gradients of replicated parameters over tensor-parallel ranks."""
+    while ctx.averaging:
+        ctx.averaging.pop(0).wait()
     grads = [ctx.local_shard(p.grad)[0] for p in replicated_parameters(ctx, model)]
     if grads:
         flat = torch.cat([g.flatten() for g in grads])
@@ -781,9 +780,9 @@ def clip_grad_norm(ctx: ParallelContext, model: Transformer, max_norm: float) ->
     if ctx.world_size == 1:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
     grads = [ctx.local_shard(p.grad)[0] for p in parameters]
-    squares = torch.stack(torch._foreach_norm(grads)).double().square()
     copies = [(ctx.mp_size if sharded_dim(name) is None else 1) * (1 if ctx.fsdp else ctx.dp_size) for name in names]
-    total = (squares / torch.tensor(copies, device=squares.device)).sum()
+    norms = torch._foreach_div(torch._foreach_norm(grads), [math.sqrt(n) for n in copies])
+    total = torch.stack(norms).double().square().sum()
     dist.all_reduce(total)
     norm = total.sqrt().float()
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))

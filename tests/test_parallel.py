@@ -83,7 +83,7 @@ def check_gradients(config: dict[str, Any], mp: int, shards: bool, checkpointing
     mine = batch[ctx.data_parallel_slice(8)]
     losses = compute(mine[:, :-1], mine[:, 1:])
     losses.total.backward()
-    parallel.all_reduce_replicated_grads(ctx, net)
+    parallel.finish_gradients(ctx, net)
     load = ctx.all_reduce_dp(losses.load.clone())
     assert torch.equal(load, expected.load)
     balance = ctx.all_reduce_dp(losses.balance / ctx.dp_size)

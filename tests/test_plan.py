@@ -62,9 +62,7 @@ class Saved:
 
     def __init__(self, trainer: train.Trainer):
         self.loss, self.storages, self.weights = trainer.loss, {}, list(trainer.model.state_dict().values())
-        trainer.loss = self
-        if hasattr(self.loss, "no_sync"):
-            self.no_sync = self.loss.no_sync
+        trainer.training_step.loss = self
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         self.storages.clear()
