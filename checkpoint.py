@@ -81,6 +81,7 @@ YARN_FIELDS = {"use_yarn", "original_seq_len", "rope_factor", "beta_fast", "beta
 
 OLD_NAMES = {"windows": "sequences", "eval_windows": "eval_sequences", "short_windows": "short_seq_len"}
 NEW_STATE = {"n_not_better": 0, "progress": 0.0, "stretch_from": 0.0, "stretch_to": 0.0, "origin": None}
+NEW_STATE |= {"gate_balance": None}
 # Settings in a run's state that --override may change, and the flag of each. With another seed, batch or optimizer,
 # the positions and tensors that a run goes on from would be of no use.
 OVERRIDABLE = {key: key for key in ("steps", "minutes", "lr", "matrix_lr", "weight_decay", "grad_clip", "momentum")}
@@ -607,14 +608,16 @@ def check_state(run: Path, stored: dict[str, Any], ours: dict[str, Any]) -> dict
     """Returns the state in a run's checkpoint, by current names; a CheckpointError unless it has every key of ours."""
     state = NEW_STATE | {OLD_NAMES.get(key, key): value for key, value in stored.items()}
     for key in ours:
-        if not _is_state(key, state.get(key, "missing")):
+        if not _is_state(key, state.get(key, "missing"), ours[key]):
             raise CheckpointError(f"{run}: {key!r} in the state of its last checkpoint is damaged; start a new run")
     settings = {OLD_NAMES.get(key, key): value for key, value in state["settings"].items()}
     return state | {"settings": {"freeze": []} | settings}
 
 
-def _is_state(key: str, value: Any) -> bool:
-    """Whether a value can be what train.py's `Trainer.state` has under a key."""
+def _is_state(key: str, value: Any, ours: Any) -> bool:
+    """Whether a value can be what train.py's `Trainer.state` has under a key, where a new run has `ours`."""
+    if key == "gate_balance":
+        return value is None or _is_nested(value, ours)
     if key == "settings" or key == "origin" and value is not None:
         return isinstance(value, dict)
     if value is None:
@@ -623,6 +626,13 @@ def _is_state(key: str, value: Any) -> bool:
     lowest = 1 if key == "eval_sequences" else 0
     highest = {"progress": 1, "stretch_to": 1, "stretch_from": math.nextafter(1, 0)}.get(key, 2**53 - 1)
     return type(value) in ((int,) if is_count else (int, float)) and lowest <= value <= highest
+
+
+def _is_nested(value: Any, ours: Any) -> bool:
+    """Whether a value has numbers in nested lists as `ours` has; those of a gate's balance are small."""
+    if isinstance(ours, list):
+        return isinstance(value, list) and len(value) == len(ours) and all(map(_is_nested, value, ours))
+    return type(value) in (int, float) and abs(value) <= 1
 
 
 def check_settings(run: Path, was: dict[str, Any], now: dict[str, Any], override: list[str]) -> dict[str, Any]:

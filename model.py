@@ -38,7 +38,6 @@ attn_impl: Literal["naive", "absorb"] = "naive"  # how MLA attends; generate.py 
 
 FEW_POSITIONS = 64  # calls of more positions run the modules even where `Transformer.decoder` is set: they are faster
 EMBEDDING_STD = 0.3  # of initial embeddings; with 1, small models learn more slowly
-BIAS_GAIN = 0.02  # step of routing biases; with 0.05 they oscillate, which costs 1% of the loss, with 0.01 they lag
 LATENT_NORM_EPS = 1e-6  # of q_norm and kv_norm, whatever norm_eps is, in DeepSeek's code and in transformers
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -929,21 +928,3 @@ class Transformer(nn.Module):
 
     def _cross_entropy(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.head(h).float().flatten(0, 1), targets.flatten())
-
-    @torch.no_grad()
-    def update_gate_bias(self, load: torch.Tensor) -> None:
-        """Moves each expert's bias against its load, so that no auxiliary loss has to balance them.
-
-        `load` is `Losses.load`, summed over all of the batch. The step is `bias_update_speed` if that is set (V3
-        report, section 2.1.2), which suits 100,000 batches and more; else it is in proportion to the logarithm of how
-        far the load is from the mean, so that an expert of few positions is back within tens of batches.
-        """
-        speed = self.args.bias_update_speed
-        for gate, counts in zip(self.gates(), load, strict=True):
-            if gate.bias is None or not gate.weight.requires_grad:  # a frozen router stays as it is
-                continue
-            mean = counts.mean()
-            if speed is not None:
-                gate.bias += speed * torch.sign(mean - counts)
-            else:  # the step is largest at 1/20 of the mean load or less; without any load, it is 0
-                gate.bias += BIAS_GAIN * torch.log(mean / counts.clamp(min=0.05 * mean)).nan_to_num()

@@ -26,6 +26,8 @@ NS_STEPS = 5
 STATE_KEYS = {"Muon": ["momentum_buffer"], "AdamW": ["step", "exp_avg", "exp_avg_sq"]}  # of a parameter
 ROUTER_LR_DIM = 128  # width above which the routers' learning rate falls
 LAUNCHED_STEPS = 3  # of each shape, before a step is recorded as a CUDA graph
+BALANCE_GAIN, MAX_BALANCE_GAIN = 0.05, 0.2  # of an expert's bias per relative error of its load: at first, and at most
+BALANCE_ADAPTION, BALANCE_CORRELATION = 0.1, -0.1  # how quickly gains change; of errors one step apart, where they stay
 
 
 class Muon(Optimizer):
@@ -170,6 +172,48 @@ def make_optimizers(
     return optimizers
 
 
+class GateBalance:
+    """Moves the routing biases against the load of the experts, so that no auxiliary loss has to balance them.
+
+    With `bias_update_speed`, each bias moves by that much after each step (V3 report, section 2.1.2), which suits runs
+    of 100,000 steps. Without it, each moves by a gain of its own times `1 - load / mean`, for runs of any length: the
+    same bias moves few positions where an expert's scores are spread widely, and most of them where its sigmoids are
+    near 0. So a gain rises while the errors of successive steps have one sign, since the bias lags behind, and falls
+    while they alternate, since it overshoots; it stays where they alternate a little.
+
+    All of it is computed on the device, in place: `state` (2, gates, experts) are the gains and the last errors.
+    """
+
+    def __init__(self, model: Transformer):
+        gates = enumerate(model.gates())  # a frozen router stays as it is
+        self.gates = {i: gate for i, gate in gates if gate.bias is not None and gate.weight.requires_grad}
+        self.speed = model.args.bias_update_speed
+        self.state = torch.zeros(2, len(self.gates), model.args.n_routed_experts, device=model.head.weight.device)
+        self.gains, self.errors = self.state
+        self.gains.fill_(BALANCE_GAIN)
+
+    @torch.no_grad()
+    def update(self, load: torch.Tensor) -> None:
+        """Moves the biases once, by the load (gates, experts) of a step: `Losses.load`, summed over all its batches."""
+        if not self.gates:
+            return
+        load = torch.stack([load[i] for i in self.gates])
+        mean = load.mean(dim=-1, keepdim=True)
+        steps = self._own_steps(1 - load / mean) if self.speed is None else self.speed * torch.sign(mean - load)
+        for gate, step in zip(self.gates.values(), steps, strict=True):
+            gate.bias += step
+
+    def _own_steps(self, errors: torch.Tensor) -> torch.Tensor:
+        """Adapts the gains to the relative errors (gates, experts) of the load; returns the steps of the biases."""
+        errors = errors.nan_to_num().clamp(min=-1)  # without any load, 0; at most 1, so it is symmetric
+        sizes = errors.square().mean(dim=-1, keepdim=True) * self.errors.square().mean(dim=-1, keepdim=True)
+        correlations = (errors * self.errors / sizes.sqrt().clamp(min=1e-12)).clamp(-2, 2)
+        factors = torch.exp(BALANCE_ADAPTION * (correlations - BALANCE_CORRELATION))
+        self.gains.mul_(factors).clamp_(max=MAX_BALANCE_GAIN)
+        self.errors.copy_(errors)
+        return self.gains * errors
+
+
 def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, dict[str, torch.Tensor]]:
     """Returns the optimizers' state of each parameter, by the parameter's name."""
     names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
@@ -254,7 +298,7 @@ class TrainingStep:
         optimizers: list[Optimizer], grad_clip: float, replays: bool = False,
     ):  # fmt: skip
         self.ctx, self.model, self.loss, self.optimizers = ctx, model, loss, optimizers
-        self.grad_clip, self.replays = grad_clip, replays
+        self.grad_clip, self.replays, self.balance = grad_clip, replays, GateBalance(model)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._batches = self._figures = torch.empty(0)  # what a graph reads and writes
         self._n_launched = 0  # steps of this shape without a graph
@@ -327,7 +371,7 @@ class TrainingStep:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if is_taken:
-            self.model.update_gate_bias(load)
+            self.balance.update(load)
             parallel.quantize_weights(self.ctx, self.model)
         return figures
 

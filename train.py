@@ -59,7 +59,7 @@ from parallel import CollectiveError, DeviceError, ParallelContext, ParallelErro
 from safetensors_io import CheckpointError
 
 SHORT_UNTIL = 0.5  # of a run: until then, sequences have --short-seq-len bytes
-LAST_EVALUATION_SHARE = 0.1  # of the time of a run by the clock, at most
+LAST_EVALUATION_SHARE, SAMPLE_SHARE = 0.05, 0.01  # of the time of a run by the clock, at most
 FEW_STEPS = 10  # a run by the clock with fewer is reported
 LEFTOVER = re.compile(rf"{RUN_FILES}|step-\d{{8,}}|\..*\.(tmp|lock)")  # of a run killed before it saved
 # attributes of a trainer that are in its state
@@ -174,7 +174,9 @@ class TrainFlags:
     device_memory: float | None = _flag(None, "of a device: will it fit?", _POSITIVE, metavar="GB", fixed=True)
     log_interval: int = _flag(10, "steps between lines of metrics", integer(1), group="reports")
     eval_interval: int = _flag(0, "steps between evaluations; 0: tenths of the run, if long enough", integer(0))
-    save_interval: int = _flag(0, "steps between checkpoints; 0: with each evaluation or tenth of the run", integer(0))
+    save_interval: int = _flag(
+        0, "steps between checkpoints; 0: with evaluations, and after tenths of a long run", integer(0)
+    )
     keep: int = _flag(0, "checkpoints that stay beside the last and the best", integer(0))
     patience: int = _flag(0, "evaluations without a better loss that end the run; 0: none do", integer(0))
     sample_bytes: int = _flag(200, "bytes of the text after an evaluation; 0 for none", integer(0, 10**6))
@@ -369,6 +371,7 @@ class Trainer:
         """Returns the state of a run besides tensors, ready for JSON."""
         state = {name: getattr(self, name) for name in KEPT}
         state |= {"elapsed_s": self.clock.elapsed_s(), "startup_s": self.clock.startup_s}
+        state["gate_balance"] = self.training_step.balance.state.tolist()
         return state | {"sequences": self.step * self.step_sequences, "settings": self.settings}
 
     def resume(self, run: Path) -> dict[str, Any]:
@@ -382,6 +385,10 @@ class Trainer:
         changed = checkpoint.check_settings(run, state["settings"], self.settings, self.flags.override or [])
         load_optimizer_tensors(self.model, self.optimizers, read, self.ctx)
         self.quantize_weights()
+        if state["gate_balance"] is not None:
+            self.training_step.balance.state.copy_(
+                torch.tensor(state["gate_balance"]).view_as(self.training_step.balance.state)
+            )
         for name in KEPT:
             setattr(self, name, state[name])
         self.clock.earlier_s, self.clock.startup_s = state["elapsed_s"], state["startup_s"]
@@ -504,18 +511,20 @@ class Trainer:
         """
         clock, n_available = self.clock, max(1, len(self.val_data) // self.context)
         count = min(4 * self.flags.batch_size, n_available)  # a batch of `evaluate`
-        times = [clock.now()]
-        for _ in range(2):  # the first warms up
+        began, n_bytes = clock.now(), min(self.flags.sample_bytes, self.context)
+        for _ in range(2):  # the first warms up: kernels are compiled for these sizes
+            times = [clock.now()]
             self.evaluate(count, self.context)
             times.append(clock.now())
-        sample_text(self.model, min(self.flags.sample_bytes, 2), self.ctx.device)
-        sample_s = (clock.now() - times[2]) / 2 * min(self.flags.sample_bytes, self.context)
-        clock.startup_s += clock.now() - times[0]
+            sample_text(self.model, min(n_bytes, 2), self.ctx.device)
+            times.append(clock.now())
+        clock.startup_s += times[2] - began
         bound = LAST_EVALUATION_SHARE * clock.seconds
-        (expected,) = self.ctx.broadcast((times[2] - times[1]) * n_available / count)
+        (expected,) = self.ctx.broadcast((times[1] - times[0]) * n_available / count)
         if expected > bound and self.best_val is None:  # a resumed run keeps to the sequences of its best loss
             self.eval_sequences = max(1, int(n_available * bound / expected))
-        clock.eval_s = min(expected, bound) + sample_s
+        # the text ends when the time does, or earlier, with its document: hardly any time is reserved for it
+        clock.eval_s = min(expected, bound) + min((times[2] - times[1]) / 2 * n_bytes, SAMPLE_SHARE * clock.seconds)
         if self.flags.save_path is not None:
             clock.save_s = 12 * self.full_model.n_params()[0] / 3e8  # float32 weights and averages, to a disk
 

@@ -831,66 +831,6 @@ def test_dense_model_has_no_load() -> None:
     assert (losses.mtp.item(), losses.balance.item(), losses.load.shape) == (0, 0, (0, 0))
 
 
-@draws
-@given(st.data())
-def test_update_gate_bias(data: st.DataObject) -> None:
-    """Down by gamma where an expert had more than the mean, up where it had less, and not at all at the mean."""
-    net = build(small(bias_update_speed=0.5))
-    counts = [data.draw(st.lists(st.integers(0, 3), min_size=4, max_size=4)) for _ in net.gates()]
-    before = [gate.bias.tolist() for gate in net.gates()]
-    net.update_gate_bias(torch.tensor(counts, dtype=torch.float32))
-    for gate, old, load in zip(net.gates(), before, counts, strict=True):
-        for e in range(4):
-            mean = sum(load) / 4
-            step = -0.5 if load[e] > mean else 0.5 if load[e] < mean else 0.0
-            assert gate.bias[e].item() == pytest.approx(old[e] + step)
-
-
-def test_update_gate_bias_balances_the_load() -> None:
-    """What the rule is for: started lopsided, the same batch is spread more evenly after a while."""
-    net = build(small(bias_update_speed=0.02, n_mtp_layers=0))
-    full = random_tokens(8, 33)
-
-    def spread() -> tuple[torch.Tensor, float]:
-        with torch.no_grad():
-            load = net.loss(full[:, :-1], full[:, 1:]).load
-        return load, (load.amax(dim=1) / load.mean(dim=1)).max().item()
-
-    _, first = spread()
-    for _ in range(60):
-        net.update_gate_bias(spread()[0])
-    assert first > 1.7
-    assert spread()[1] < 1.25
-
-
-def test_adaptive_bias_balances_within_tens_of_batches() -> None:
-    """Without a fixed step: from a lopsided start, with dead experts, whose counts do not show how far they are."""
-    net = build(small(n_routed_experts=16, n_expert_groups=4, n_mtp_layers=0))
-    for gate in net.gates():
-        gate.bias.copy_(torch.linspace(0, 1, 16))
-    full = random_tokens(16, 65)
-
-    def load() -> torch.Tensor:
-        with torch.no_grad():
-            counts = net.loss(full[:, :-1], full[:, 1:]).load
-        return counts / counts.mean(dim=1, keepdim=True)
-
-    assert load().amin() == 0 and load().amax() > 2
-    for _ in range(60):
-        net.update_gate_bias(load())
-    assert load().amin() > 0.75 and load().amax() < 1.25
-    before = [gate.bias.clone() for gate in net.gates()]
-    net.update_gate_bias(torch.full((len(before), 16), 7.0))
-    net.update_gate_bias(torch.zeros(len(before), 16))
-    assert all(torch.equal(gate.bias, old) for gate, old in zip(net.gates(), before, strict=True))
-
-
-def test_update_gate_bias_without_bias() -> None:
-    net = build(small(gate_bias=False))
-    net.update_gate_bias(torch.rand(len(net.gates()), 4))
-    assert all(gate.bias is None for gate in net.gates())
-
-
 # --- training: checkpointing, compilation, precision, gradient flow --------------------------------------------------
 
 

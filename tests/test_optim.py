@@ -1,14 +1,18 @@
-"""Muon against torch's own and against its formulas in float64."""
+"""Muon against torch's own and against its formulas in float64; the balance of the experts against plain loops."""
 
 import argparse
+import math
 
 import pytest
 import torch
+from conftest import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import fp8_ops
 from model import ModelArgs, Transformer
-from optim import Muon, make_optimizers, orthogonalize
+from optim import GateBalance, Muon, freeze, make_optimizers, orthogonalize
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (1, 5), (40, 3)]
 
@@ -154,3 +158,144 @@ def test_parameter_groups(dim: int) -> None:
             expected = ("Muon", 0.01, 0.1)
         assert found.pop(p) == expected, name
     assert not found
+
+
+# --- The balance of the experts ----------------------------------------------------------------------------------
+
+
+def biases(model: Transformer) -> torch.Tensor:
+    """The routing biases (gates, experts)."""
+    return torch.stack([gate.bias for gate in model.gates()]).clone()
+
+
+def lopsided(gates: int, experts: int, seed: int, mean: float = 50.0) -> torch.Tensor:
+    """Counts of all sizes, zeros included."""
+    generator = torch.Generator().manual_seed(seed)
+    return (mean * torch.randn(gates, experts, generator=generator).exp() - 0.3 * mean).clamp(min=0).round()
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_fixed_steps(data: st.DataObject) -> None:
+    """Down by gamma where an expert had more than the mean, up where it had less, and not at all at the mean."""
+    net = tiny(bias_update_speed=0.5)
+    counts = [data.draw(st.lists(st.integers(0, 3), min_size=4, max_size=4)) for _ in net.gates()]
+    before = biases(net).tolist()
+    GateBalance(net).update(torch.tensor(counts, dtype=torch.float32))
+    for gate, old, load in zip(net.gates(), before, counts, strict=True):
+        for e in range(4):
+            mean = sum(load) / 4
+            step = -0.5 if load[e] > mean else 0.5 if load[e] < mean else 0.0
+            assert gate.bias[e].item() == pytest.approx(old[e] + step)
+
+
+def test_steps_of_each_expert() -> None:
+    """Expert by expert, in Python's own numbers: the gains follow the products of successive errors."""
+    net = tiny(n_routed_experts=8)
+    balance, n_gates = GateBalance(net), len(net.gates())
+    expected = biases(net).double().tolist()
+    gains, last = [[0.05] * 8 for _ in range(n_gates)], [[0.0] * 8 for _ in range(n_gates)]
+    for step in range(30):
+        load = lopsided(n_gates, 8, step // 15)
+        load = load.amax() - load if step > 15 and step % 2 else load  # first always the same, then to and fro
+        balance.update(load)
+        for g, counts in enumerate(load.tolist()):
+            mean = sum(counts) / 8
+            errors = [max(-1.0, 1 - count / mean) for count in counts]
+            typical = math.sqrt(sum(e * e for e in errors) / 8 * sum(e * e for e in last[g]) / 8)
+            for e in range(8):
+                correlation = errors[e] * last[g][e] / typical if typical else 0.0
+                gains[g][e] = min(0.2, gains[g][e] * math.exp(0.1 * (min(2.0, max(-2.0, correlation)) + 0.1)))
+                expected[g][e] += gains[g][e] * errors[e]
+            last[g] = errors
+    torch.testing.assert_close(balance.gains, torch.tensor(gains), rtol=1e-4, atol=0)
+    torch.testing.assert_close(biases(net), torch.tensor(expected), rtol=0, atol=1e-4)
+    assert max(map(max, gains)) == 0.2 and min(map(min, gains)) < 0.05
+
+
+@pytest.mark.parametrize("speed", [None, 0.01])
+def test_an_even_load_moves_nothing(speed: float | None) -> None:
+    """Nor does a step in which a layer had no position at all."""
+    net = tiny(bias_update_speed=speed)
+    balance, n_gates, before = GateBalance(net), len(net.gates()), biases(net)
+    for load in (torch.full((n_gates, 4), 7.0), torch.zeros(n_gates, 4), torch.full((n_gates, 4), 3.0)):
+        balance.update(load)
+    assert torch.equal(biases(net), before) and balance.state.isfinite().all()
+
+
+@pytest.mark.parametrize("speed", [None, 0.01])
+def test_frozen_routers_keep_their_bias(speed: float | None) -> None:
+    net, rows = tiny(bias_update_speed=speed), lopsided(2, 4, 0)
+    freeze(net, ["layers.*.gate.weight"])
+    frozen, other = net.gates()
+    before, alone = frozen.bias.clone(), tiny(bias_update_speed=speed)
+    GateBalance(net).update(rows)
+    GateBalance(alone).update(rows)
+    assert torch.equal(frozen.bias, before) and torch.equal(other.bias, alone.gates()[1].bias)
+    assert not torch.equal(alone.gates()[0].bias, before)
+
+
+@pytest.mark.parametrize("changes", [{"gate_bias": False}, {"n_routed_experts": 0, "n_mtp_layers": 0}])
+def test_models_without_routing_biases(changes: dict[str, object]) -> None:
+    net = tiny(**changes)
+    GateBalance(net).update(torch.rand(len(net.gates()), net.args.n_routed_experts))
+    assert all(gate.bias is None for gate in net.gates())
+
+
+def test_balancing_reads_nothing_back() -> None:
+    """On the meta device, where tensors have no values, code that depends on them fails: it may be a CUDA graph."""
+    with torch.device("meta"):
+        net = Transformer(tiny().args)
+        balance = GateBalance(net)
+        places = [tensor.data_ptr() for tensor in balance.state]
+        balance.update(torch.empty(len(net.gates()), 4))
+    assert balance.state.is_meta and [tensor.data_ptr() for tensor in balance.state] == places
+    net = tiny()
+    balance, state = GateBalance(net), [gate.bias for gate in net.gates()]
+    places = [tensor.data_ptr() for tensor in (*state, balance.gains, balance.errors)]
+    balance.update(lopsided(2, 4, 0))  # in place
+    assert [t.data_ptr() for t in (*(g.bias for g in net.gates()), balance.gains, balance.errors)] == places
+    assert torch.equal(balance.state[0], balance.gains) and torch.equal(balance.state[1], balance.errors)
+
+
+def routed(n_steps: int, fixed_gain: float | None = None, n_groups: int = 4) -> torch.Tensor:
+    """The loads (steps, experts), relative to the mean, of a router that drifts as those of large models do.
+
+    A third of its experts have sigmoids near 0, so that a bias moves far more of their positions than of others'. In
+    place of the rule, `fixed_gain` is that of all experts.
+    """
+    net = tiny(n_layers=1, n_dense_layers=0, n_mtp_layers=0, n_routed_experts=32, n_activated_experts=4)
+    net.gates()[0].bias.zero_()
+    gate, balance = net.gates()[0], GateBalance(net)
+    gate.n_groups, gate.topk_groups, gate.topk = n_groups, max(1, n_groups // 2), 4
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    router, speed, level = draw(32, 24), torch.zeros(32, 24), torch.zeros(32)
+    final, loads = 2.6 * draw(32) - 2.4, []
+    for _ in range(n_steps):
+        speed = 0.8 * speed + 0.6 * draw(32, 24)
+        router, level = 0.995 * router + 0.1 * speed, level + (final - level) / 100 + 0.08 * draw(32)
+        features = draw(8, 24).repeat_interleave(256, dim=0) * 0.3 + draw(2048, 24) * 0.8  # sequences of a document
+        scores = torch.sigmoid(features @ router.T / 24**0.5 + level)
+        load = torch.bincount(gate.route(scores).flatten(), minlength=32).float()
+        if fixed_gain is None:
+            balance.update(load[None])
+        else:
+            gate.bias += fixed_gain * torch.log(load.mean() / load.clamp(min=0.05 * load.mean()))
+        loads.append(load / load.mean())
+    return torch.stack(loads)
+
+
+@pytest.mark.parametrize("n_groups", [1, 4])
+def test_drifting_routers_stay_balanced(n_groups: int) -> None:
+    """From a tenth of 300 steps on, the busiest has at most 1.5 times the mean in any ten; no gain for all is as good.
+
+    A low one lags, so that ten steps are uneven; a high one overshoots, so that single steps are.
+    """
+    unevenness = lambda loads: (loads - 1).square().mean().sqrt().item()  # noqa: E731
+    tens = lambda loads: loads.unflatten(0, (-1, 10)).mean(dim=1)  # noqa: E731
+    ours, *others = (routed(300, gain, n_groups)[30:] for gain in (None, 0.02, 0.05, 0.1))
+    assert tens(ours).max() < 1.5 and tens(ours).min() > 0.5
+    for other in others:
+        steps, in_tens = unevenness(other) / unevenness(ours), unevenness(tens(other)) / unevenness(tens(ours))
+        assert max(steps, in_tens) > 1.1 and min(steps, in_tens) > 0.85
