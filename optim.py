@@ -185,8 +185,7 @@ class GateBalance:
     """
 
     def __init__(self, model: Transformer):
-        gates = enumerate(model.gates())  # a frozen router stays as it is
-        self.gates = {i: gate for i, gate in gates if gate.bias is not None and gate.weight.requires_grad}
+        self.gates = [gate for gate in model.gates() if gate.bias is not None]  # all of them, or none
         self.speed = model.args.bias_update_speed
         self.state = torch.zeros(2, len(self.gates), model.args.n_routed_experts, device=model.head.weight.device)
         self.gains, self.errors = self.state
@@ -197,11 +196,11 @@ class GateBalance:
         """Moves the biases once, by the load (gates, experts) of a step: `Losses.load`, summed over all its batches."""
         if not self.gates:
             return
-        load = torch.stack([load[i] for i in self.gates])
         mean = load.mean(dim=-1, keepdim=True)
         steps = self._own_steps(1 - load / mean) if self.speed is None else self.speed * torch.sign(mean - load)
-        for gate, step in zip(self.gates.values(), steps, strict=True):
-            gate.bias += step
+        for gate, step in zip(self.gates, steps, strict=True):
+            if gate.weight.requires_grad:  # a frozen router stays as it is
+                gate.bias += step
 
     def _own_steps(self, errors: torch.Tensor) -> torch.Tensor:
         """Adapts the gains to the relative errors (gates, experts) of the load; returns the steps of the biases."""

@@ -204,17 +204,23 @@ def test_an_evaluation_without_time_is_of_an_even_subset(
 
 def test_short_sequences_of_the_first_half(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many bytes a step, none of them twice, and evaluations in the sequences that are being trained on."""
-    seen, read_batch = [], train.read_batch
+    seen = []
+    for module, name in ((train, "read_bytes"), (metrics, "read_batch")):
 
-    def spy(data: Corpus, starts: np.ndarray, seq_len: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.append((torch.is_grad_enabled(), seq_len, starts.tolist()))
-        return read_batch(data, starts, seq_len, device)
+        def spy(
+            data: Corpus,
+            starts: np.ndarray,
+            seq_len: int,
+            device: str,
+            read: Callable[..., Any] = getattr(module, name),
+        ) -> Any:
+            seen.append((torch.is_grad_enabled(), seq_len, starts.tolist()))
+            return read(data, starts, seq_len, device)
 
-    monkeypatch.setattr(train, "read_batch", spy)
-    monkeypatch.setattr(metrics, "read_batch", spy)
+        monkeypatch.setattr(module, name, spy)
     assert main(here.flags("--steps", 8, "--accumulation", 2, "--short-seq-len", 8, "--eval-interval", 3)) == 0
     steps = [(length, starts) for trains, length, starts in seen if trains]
-    assert [(length, len(starts)) for length, starts in steps] == [(8, 16)] * 8 + [(32, 4)] * 8
+    assert [(length, len(starts)) for length, starts in steps] == [(8, 32)] * 4 + [(32, 8)] * 4
     first = sorted(start for length, starts in steps if length == 8 for start in starts)
     assert len(first) == 128 and all(b - a >= 8 for a, b in zip(first[1:], first[2:-1], strict=False))
     rows = [row for row in lines(here.run) if "val_loss" in row]
