@@ -204,20 +204,14 @@ def test_an_evaluation_without_time_is_of_an_even_subset(
 
 def test_short_sequences_of_the_first_half(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many bytes a step, none of them twice, and evaluations in the sequences that are being trained on."""
-    seen = []
-    for module, name in ((train, "read_bytes"), (metrics, "read_batch")):
+    seen: list[Any] = []
 
-        def spy(
-            data: Corpus,
-            starts: np.ndarray,
-            seq_len: int,
-            device: str,
-            read: Callable[..., Any] = getattr(module, name),
-        ) -> Any:
-            seen.append((torch.is_grad_enabled(), seq_len, starts.tolist()))
-            return read(data, starts, seq_len, device)
+    def spy(read: Callable[..., Any], data: Corpus, starts: np.ndarray, seq_len: int, device: str) -> Any:
+        seen.append((torch.is_grad_enabled(), seq_len, starts.tolist()))
+        return read(data, starts, seq_len, device)
 
-        monkeypatch.setattr(module, name, spy)
+    monkeypatch.setattr(train, "read_bytes", functools.partial(spy, train.read_bytes))
+    monkeypatch.setattr(metrics, "read_batch", functools.partial(spy, metrics.read_batch))
     assert main(here.flags("--steps", 8, "--accumulation", 2, "--short-seq-len", 8, "--eval-interval", 3)) == 0
     steps = [(length, starts) for trains, length, starts in seen if trains]
     assert [(length, len(starts)) for length, starts in steps] == [(8, 32)] * 4 + [(32, 8)] * 4
