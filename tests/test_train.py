@@ -331,6 +331,95 @@ def test_gradient_checkpointing_changes_nothing(here: Here, gemm_impl: str) -> N
         assert torch.equal(p, q)
 
 
+class RecordedStep:
+    """What a test has for a CUDA graph: recording takes no step, a replay takes one on what was recorded."""
+
+    step: Any = None
+    recorded = 0
+
+    def __enter__(self) -> None:
+        self.run, self.step._run = self.step._run, lambda batches: torch.full((4,), math.nan)
+        type(self).recorded += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.step._run = self.run
+
+    def replay(self) -> None:
+        self.step._figures = self.run(self.step._batches)
+
+
+def test_replayed_steps_are_the_same_steps(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each length of sequences is recorded once, and the figures that come a step late are of the right steps."""
+    flags = ["--short-seq-len", 8, "--accumulation", 2, "--momentum", 0.9]
+    plain, replaying = here.trainer(*flags), here.trainer(*flags)
+    for trainer in (plain, replaying):
+        shake(trainer.model)
+    RecordedStep.step, RecordedStep.recorded = replaying.training_step, 0
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedStep)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    replaying.training_step.replays = True
+    expected = [plain.train_step(progress) for progress in [0.2] * 6 + [0.7] * 6]
+    found = [replaying.train_step(progress) for progress in [0.2] * 6 + [0.7] * 6]
+    ahead = [3, 4, 5, 9, 10, 11]  # the steps after LAUNCHED_STEPS of each length
+    assert found == [expected[i - 1 if i in ahead else i] for i in range(12)] and RecordedStep.recorded == 2
+    replaying.finish_steps()
+    assert replaying.figures == expected[-1] and replaying.step == 12
+    for p, q in zip(plain.model.parameters(), replaying.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_step_that_cannot_be_recorded_goes_on(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_graph: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+    plain, replaying = here.trainer(), here.trainer()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    replaying.training_step.replays = True
+    for _ in range(5):
+        assert plain.train_step(0.4) == replaying.train_step(0.4)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "operation not permitted when stream is capturing" in err
+
+
+def test_a_replayed_step_that_is_not_finite_ends_the_run(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known one step later, but before anything is saved."""
+    trainer = here.trainer()
+    RecordedStep.step = trainer.training_step
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedStep)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    trainer.training_step.replays = True
+    for _ in range(4):
+        trainer.train_step(0.5)
+    trainer.model.head.weight.register_hook(lambda grad: grad * math.inf)
+    trainer.train_step(0.5)
+    with pytest.raises(train.NotFinite, match="step 5"):
+        trainer.save(is_best=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [[], ["--gemm-impl", "fp8"], ["--optimizer", "adamw", "--gradient-checkpointing"]])
+def test_cuda_graphs_train_as_launched_kernels(here: Here, flags: list[str]) -> None:
+    """To rounding: the embedding's gradient is a sum in any order. In FP8, a quantised number may be the next one."""
+    here.write_config(dim=128, inter_dim=256, moe_inter_dim=128, original_seq_len=32)
+    results = []
+    for graph in ("--cuda-graph", "--no-cuda-graph"):
+        args = here.flags("--steps", 10, "--short-seq-len", 16, "--accumulation", 2, "--lr", 1e-4, *flags, graph)
+        parsed, shape = train.parse_args([*args, "--device", "cuda", "--dtype", "bf16"])
+        trainer = train.build_trainer(parsed, shape, ParallelContext("cuda"))
+        figures = []
+        for progress in [0.2] * 6 + [0.7] * 6:
+            trainer.train_step(progress)
+            trainer.finish_steps()
+            figures.append(trainer.figures)
+        results.append((figures, trainer.training_step.graph is not None))
+    assert results[0][1] and not results[1][1]
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        assert a == pytest.approx(b, rel=0.02)
+
+
 @pytest.mark.slow
 def test_compile_changes_nothing(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is traced whole, forward and backward; the compiler behind it is torch's own matter."""
