@@ -634,13 +634,14 @@ def train_steps(trainer: Trainer) -> None:
                 break
             profile.begin_step(trainer.step + 1)
             trainer.train_step(progress)
+            if logs := trainer.step % flags.log_interval == 0:
+                trainer.finish_steps()
             seconds, is_first = clock.now() - began, clock.first_step_s is None
             clock.add_step(seconds)
             flops = trainer.full_model.flops_per_position(trainer.seq_len) * trainer.step_bytes
             meter.add(seconds, trainer.step_bytes, flops)
             profile.end_step()
-            if trainer.step % flags.log_interval == 0:
-                trainer.finish_steps()
+            if logs:
                 figures = trainer.figures | meter.pop()
                 bar.show_figures(figures)
                 trainer.write(figures)

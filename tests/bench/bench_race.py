@@ -5,7 +5,7 @@
 Three runs take turns on one device, each with all of it: nanoGPT's own `train.py` (12 layers of 768, its learning rate
 schedule fitted to the time, compiled), ours with no other flags than the data, the time and the folder, and a dense
 twin of ours whose blocks have as many active parameters. A process's time counts from its start to its end: imports,
-compiling, evaluations and the saved checkpoint included. nanoGPT has no clock, so a short run of it measures start-up
+compiling with an empty cache, evaluations and the saved checkpoint included. nanoGPT has no clock, so a short run of it measures start-up
 and the time of a step, and the iterations follow from these. The losses are then measured here, of what each run saved,
 in sequences of each model's own context that do not overlap.
 """
@@ -20,6 +20,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,9 @@ TRIAL = 60  # iterations that measure nanoGPT's start-up and step
 def timed(command: list[str], folder: Path) -> tuple[float, str]:
     """Runs a command in a folder; returns its seconds and stdout. Its stderr is shown where it fails."""
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as cache:  # nobody finds kernels that another run has compiled
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     return time.perf_counter() - began, done.stdout
@@ -65,7 +68,7 @@ def run_nanogpt(checkout: Path, folder: Path, seconds: float, device: str, flags
 
     taken, out = train(TRIAL)
     step = float(np.median([float(ms) for ms in re.findall(r"iter \d+: .* time ([\d.]+)ms", out)[2:-1]])) / 1000
-    iterations = int((seconds - (taken - TRIAL * step)) / step)  # the second start may find a warm compiler's cache
+    iterations = int((seconds - (taken - TRIAL * step)) / step)
     if iterations < TRIAL:
         sys.exit(f"nanoGPT takes {taken:.0f} s for {TRIAL} iterations here: give more --minutes")
     return train(iterations)[0], iterations
