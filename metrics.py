@@ -232,6 +232,7 @@ class Due:
     def after(self, step: int, eval_interval: int, save_interval: int) -> tuple[bool, bool]:
         """Whether to evaluate (which saves as well), and whether to save at least, after a step; 0: no interval."""
         before, self._tenth = self._tenth, int(10 * self.clock.progress(step))
+        self._tenth = max(before, self._tenth)  # a save that was shorter than estimated takes progress back
         is_tenth, now = before < self._tenth < 10, self.clock.now()
         is_cheap = self.clock.steps is not None or self.clock.save_s <= SAVING_SHARE * (now - self._saved_s)
         saves = step % save_interval == 0 if save_interval else is_tenth and is_cheap and not eval_interval
