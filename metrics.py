@@ -58,7 +58,7 @@ from parallel import CollectiveError, ParallelContext
 from safetensors_io import inside, open_append, open_regular, reporting, temporary_path, write_json
 
 EVALUATION_SHARE = 0.05  # of a run, at most, for the evaluations before the last
-SAVING_SHARE = 0.05  # of a run by the clock, at most, for the saves before the last
+SAVING_SHARE = 0.03  # of a run by the clock, at most, for the saves before the last
 METRICS_FILE = "metrics.jsonl"
 SETTINGS_FILE = "settings.json"  # the flags and the model of a run, for plot.py
 TENSORBOARD_FOLDER = "tensorboard"
@@ -177,7 +177,8 @@ class Clock:
         """Seconds until the process must end; infinite for a run by steps."""
         if self.seconds is None:
             return math.inf
-        return self.seconds - self.elapsed_s() - min(max(0.5, 0.01 * self.seconds), 2.0)  # to exit
+        exit_s = min(max(0.5, 0.018 * self.seconds), 2.0)  # on a GPU, about 1
+        return self.seconds - self.elapsed_s() - exit_s
 
     def add_step(self, seconds: float) -> None:
         """Counts a step by its duration."""
@@ -213,13 +214,13 @@ class Due:
     """When to evaluate and to save, if no intervals are given: after tenths of a run, the last excluded.
 
     An evaluation is left out until another one has become affordable by `EVALUATION_SHARE` of the run so far. It runs
-    forward only, so by steps it is reckoned as a third of training on as many bytes. By the clock, a save is left out
-    until `SAVING_SHARE` of the time since the last one has become as long. This process begins at `step`.
+    forward only, so by steps it is reckoned as a third of training on as many bytes. By the clock, a save after the
+    first is left out until `SAVING_SHARE` of the time since the last one is as long. This process begins at `step`.
     """
 
     def __init__(self, clock: Clock, step: int, step_bytes: int, val_bytes: int):
         self.clock, self.step_bytes, self.val_bytes = clock, step_bytes, val_bytes
-        self._tenth, self._saved_s = int(10 * clock.progress(step)), clock.now()
+        self._tenth, self._saved_s = int(10 * clock.progress(step)), -math.inf  # the first save is measured
         # a resumed run by steps evaluates where it would have done: its last tenth began with this step
         self._affordable = self._count(max(0, -(-(self._tenth * (clock.steps or 0) - 5) // 10)))
 
@@ -231,6 +232,7 @@ class Due:
     def after(self, step: int, eval_interval: int, save_interval: int) -> tuple[bool, bool]:
         """Whether to evaluate (which saves as well), and whether to save at least, after a step; 0: no interval."""
         before, self._tenth = self._tenth, int(10 * self.clock.progress(step))
+        self._tenth = max(before, self._tenth)  # a save that was shorter than estimated takes progress back
         is_tenth, now = before < self._tenth < 10, self.clock.now()
         is_cheap = self.clock.steps is not None or self.clock.save_s <= SAVING_SHARE * (now - self._saved_s)
         saves = step % save_interval == 0 if save_interval else is_tenth and is_cheap and not eval_interval

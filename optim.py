@@ -185,21 +185,21 @@ class GateBalance:
     """
 
     def __init__(self, model: Transformer):
-        self.gates = [gate for gate in model.gates() if gate.bias is not None]  # all of them, or none
-        self.speed = model.args.bias_update_speed
-        self.state = torch.zeros(2, len(self.gates), model.args.n_routed_experts, device=model.head.weight.device)
+        self.gates, self.speed, n_experts = model.gates(), model.args.bias_update_speed, model.args.n_routed_experts
+        self.moves = [gate.bias is not None and gate.weight.requires_grad for gate in self.gates]  # no frozen router
+        self.state = torch.zeros(2, len(self.gates), n_experts, device=model.head.weight.device)
         self.gains, self.errors = self.state
         self.gains.fill_(BALANCE_GAIN)
 
     @torch.no_grad()
     def update(self, load: torch.Tensor) -> None:
         """Moves the biases once, by the load (gates, experts) of a step: `Losses.load`, summed over all its batches."""
-        if not self.gates:
+        if not any(self.moves):
             return
         mean = load.mean(dim=-1, keepdim=True)
         steps = self._own_steps(1 - load / mean) if self.speed is None else self.speed * torch.sign(mean - load)
-        for gate, step in zip(self.gates, steps, strict=True):
-            if gate.weight.requires_grad:  # a frozen router stays as it is
+        for gate, moves, step in zip(self.gates, self.moves, steps, strict=True):
+            if moves:
                 gate.bias += step
 
     def _own_steps(self, errors: torch.Tensor) -> torch.Tensor:

@@ -174,9 +174,7 @@ class TrainFlags:
     device_memory: float | None = _flag(None, "of a device: will it fit?", _POSITIVE, metavar="GB", fixed=True)
     log_interval: int = _flag(10, "steps between lines of metrics", integer(1), group="reports")
     eval_interval: int = _flag(0, "steps between evaluations; 0: tenths of the run, if long enough", integer(0))
-    save_interval: int = _flag(
-        0, "steps between checkpoints; 0: with evaluations, and after tenths of a long run", integer(0)
-    )
+    save_interval: int = _flag(0, "steps between checkpoints; 0: tenths of the run, if long enough", integer(0))
     keep: int = _flag(0, "checkpoints that stay beside the last and the best", integer(0))
     patience: int = _flag(0, "evaluations without a better loss that end the run; 0: none do", integer(0))
     sample_bytes: int = _flag(200, "bytes of the text after an evaluation; 0 for none", integer(0, 10**6))

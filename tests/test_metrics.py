@@ -237,6 +237,25 @@ def test_evaluations_of_a_short_run_are_left_out() -> None:
     assert 2 <= len([step for step, evaluates, _ in actions(240) if evaluates]) <= 4
 
 
+@pytest.mark.parametrize(("save_s", "n_saves"), [(0.01, 9), (2.5, 5), (9.0, 2)])
+def test_saves_of_a_run_by_the_clock_take_a_small_share(save_s: float, n_saves: int) -> None:
+    """Of 10 minutes: after each tenth, but for those that come before 3% of the time since the last is as long."""
+    time_, saved = Time(10), list[float]()
+    time_.clock.eval_s = 0.05 * 600  # too long for evaluations in between
+    time_.clock.save_s = 50.0  # a wrong estimate
+    due, step = Due(time_.clock, 0, 1000, 9000), 0
+    while time_.clock.progress(step) < 1:
+        time_.step(0.5)
+        step += 1
+        evaluates, saves = due.after(step, 0, 0)
+        assert not evaluates or step > 500
+        if saves or evaluates:
+            time_.now, time_.clock.save_s = time_.now + save_s, save_s
+            saved.append(time_.now)
+    assert len(saved) == n_saves and saved[0] < 0.15 * 600
+    assert all(b - a > save_s / 0.03 for a, b in zip(saved, saved[1:], strict=False))
+
+
 @draws
 @given(st.integers(1, 400), st.integers(100, 100_000), st.data())
 def test_a_resumed_run_evaluates_where_it_would_have(n_steps: int, val_bytes: int, data: st.DataObject) -> None:

@@ -126,6 +126,8 @@ def assert_same_run(ours: Path, theirs: Path, steps: int) -> None:
     assert checkpoint(ours, "best").name == checkpoint(theirs, "best").name
     for file in ("model0-mp1.safetensors", "state0-mp1.safetensors"):
         assert (checkpoint(ours) / file).read_bytes() == (checkpoint(theirs) / file).read_bytes(), file
+    a, b = (json.loads((checkpoint(run) / "state.json").read_text())["gate_balance"] for run in (ours, theirs))
+    assert a == b
 
 
 def assert_refused(capsys: pytest.CaptureFixture[str], argv: list[str], *parts: object) -> str:
@@ -811,6 +813,23 @@ def test_states_of_earlier_versions_are_resumed(here: Here) -> None:
         here.run = run
         assert main(here.flags("--steps", 6, *flags, "--resume", "--override", "steps")) == 0
     assert_same_run(here.run, whole, 6)
+
+
+def test_a_run_without_the_state_of_the_balance_is_resumed(here: Here) -> None:
+    """One of an earlier version: the gains begin anew; those of a run that has it go on, in a model of any kind."""
+    assert main(here.flags("--steps", 10)) == 0
+    file, last = checkpoint(here.run) / "state.json", here.trainer()
+    state, new = json.loads(file.read_text()), last.balance.state.clone()
+    last.resume(here.run)
+    assert last.balance.state.tolist() == state["gate_balance"] and not torch.equal(last.balance.state, new)
+    del state["gate_balance"]
+    file.write_text(json.dumps(state))
+    last = here.trainer()
+    last.resume(here.run)
+    assert torch.equal(last.balance.state, new) and (last.balance.errors == 0).all()
+    here.write_config(n_dense_layers=3, n_mtp_layers=0)
+    here.run = here.path / "dense"
+    assert main(here.flags("--steps", 2)) == main(here.flags("--steps", 2, "--resume")) == 0
 
 
 def test_one_writer_at_a_time(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1667,6 +1686,10 @@ def test_a_damaged_state_is_refused(here: Here, capsys: pytest.CaptureFixture[st
     damaged = [("step", -5), ("step", "x"), ("step", True), ("step", 1.5), ("step", None), ("elapsed_s", "x")]
     damaged += [("stretch_from", 1.0), ("stretch_to", 2), ("progress", None), ("origin", "x"), ("n_not_better", 0.5)]
     damaged += [("elapsed_s", -1e9), ("elapsed_s", None), ("best_val", []), ("eval_sequences", 0), ("settings", 3)]
+    balance = state["gate_balance"]
+    for value in ("x", 0.5, [], balance[:1], [balance[0], 1], [balance[0], [[0.1]]]):
+        damaged.append(("gate_balance", value))
+    damaged += [("gate_balance", [balance[0], [[x] * 4] * len(balance[1])]) for x in ("1", None, 2, 10**400)]
     lacking = [{k: v for k, v in state.items() if k != key} for key in ("step", "settings", "best_val", "elapsed_s")]
     bad = [(key, state | {key: value}) for key, value in [*damaged, ("val_loss", -1)]]
     bad += list(zip(("step", "settings", "best_val", "elapsed_s"), lacking, strict=True))
@@ -1747,9 +1770,24 @@ def test_a_sample_ends_when_the_time_does(here: Here, monkeypatch: pytest.Monkey
     """Where the machine became a hundred times slower after it was measured, the text is shorter."""
     clock = Turned(monkeypatch)
     clock.takes(Trainer, "train_step", lambda n: 0.5)
-    clock.takes(model_module.Transformer, "forward", lambda n: 0.5 if n > 2 else 0.005)
+    clock.takes(model_module.Transformer, "forward", lambda n: 0.5 if n > 3 else 0.005)
     assert main(here.flags("--minutes", 1, "--sample-bytes", 32, "--eval-interval", 10**6)) == 0
     assert 0.97 * 60 <= clock.now <= 60
+
+
+@pytest.mark.parametrize("sample_bytes", [0, 16])
+def test_kernels_that_are_compiled_first_are_no_measure(
+    here: Here, monkeypatch: pytest.MonkeyPatch, sample_bytes: int
+) -> None:
+    """The first evaluation and the first bytes of a sample take a hundred times as long as later ones, as on a GPU."""
+    clock = Turned(monkeypatch)
+    clock.takes(Trainer, "train_step", lambda n: 0.2 if n else 4.0)
+    clock.takes(model_module.Transformer, "next_byte_loss", lambda n: 0.02 if n else 3.0)
+    clock.takes(model_module.Transformer, "forward", lambda n: 0.02 if n > 1 else 2.0)
+    assert main(here.flags("--minutes", 1, "--sample-bytes", sample_bytes, "--eval-interval", 10**6)) == 0
+    assert 0.97 * 60 <= clock.now <= 60
+    trained_s = 0.2 * (lines(here.run)[-1]["step"] - 1)
+    assert trained_s > 60 - 3.0 - 4.0 - 3.0 - (4.0 if sample_bytes else 0.0) - 0.06 * 60  # all that was left
 
 
 def test_a_closing_evaluation_ends_when_the_time_does(

@@ -5,9 +5,9 @@
 Three runs take turns on one device, each with all of it: nanoGPT's own `train.py` (12 layers of 768, its learning rate
 schedule fitted to the time, compiled), ours with no other flags than the data, the time and the folder, and a dense
 twin of ours whose blocks have as many active parameters. A process's time counts from its start to its end: imports,
-compiling with an empty cache, evaluations and the saved checkpoint included. nanoGPT has no clock, so a short run of it measures start-up
-and the time of a step, and the iterations follow from these. The losses are then measured here, of what each run saved,
-in sequences of each model's own context that do not overlap.
+compiling with an empty cache, evaluations and the saved checkpoint included. nanoGPT has no clock, so a short run of it
+measures start-up and the time of a step, and the iterations follow from these. The losses are then measured here, of
+what each run saved, in sequences of each model's own context that do not overlap.
 """
 
 import argparse
