@@ -819,14 +819,16 @@ def test_a_run_without_the_state_of_the_balance_is_resumed(here: Here) -> None:
     """One of an earlier version: the gains begin anew; those of a run that has it go on, in a model of any kind."""
     assert main(here.flags("--steps", 10)) == 0
     file, last = checkpoint(here.run) / "state.json", here.trainer()
-    state, new = json.loads(file.read_text()), last.balance.state.clone()
+    state, new = json.loads(file.read_text()), last.training_step.balance.state.clone()
     last.resume(here.run)
-    assert last.balance.state.tolist() == state["gate_balance"] and not torch.equal(last.balance.state, new)
+    assert last.training_step.balance.state.tolist() == state["gate_balance"] and not torch.equal(
+        last.training_step.balance.state, new
+    )
     del state["gate_balance"]
     file.write_text(json.dumps(state))
     last = here.trainer()
     last.resume(here.run)
-    assert torch.equal(last.balance.state, new) and (last.balance.errors == 0).all()
+    assert torch.equal(last.training_step.balance.state, new) and (last.training_step.balance.errors == 0).all()
     here.write_config(n_dense_layers=3, n_mtp_layers=0)
     here.run = here.path / "dense"
     assert main(here.flags("--steps", 2)) == main(here.flags("--steps", 2, "--resume")) == 0
