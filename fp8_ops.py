@@ -47,12 +47,19 @@ QUERY_BLOCK = 256  # of `blockwise_attention`: larger blocks compute more masked
 # own operations, and a GPU with little to do waits for it. On an H100, eager: small.json, 16 × 512, takes 91 ms a step
 # by torch and 113 ms by kernels; base.json, 32 × 1,024 (2^25 elements), 171 and 125 to 142 ms. The bound can go once
 # training replays its steps as CUDA graphs, which launch nothing from Python.
-MIN_FUSED_NUMEL = 1 << 25
+MIN_FUSED_NUMEL = 0
+
+
+meta_capability = 0, 0  # compute capability of the devices that plan.py has tensors on `meta` stand for
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a device that runs Triton kernels; (0, 0) for others."""
+    return meta_capability if device.type == "meta" else _device_capability(device)
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a device that runs Triton kernels; (0, 0) for others."""
+def _device_capability(device: torch.device) -> tuple[int, int]:
     is_nvidia = device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available()
     if not is_nvidia or importlib.util.find_spec("triton") is None:
         return 0, 0
@@ -950,6 +957,9 @@ def attention(
     if is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] == k.shape[1]:
         return blockwise_attention(q, k, v, scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if q.is_meta and meta_capability > (0, 0):  # else the one that keeps all scores is taken, as on no GPU
+        fused = torch.ops.aten._scaled_dot_product_cudnn_attention
+        return fused(q, k, v, mask, True, 0.0, is_causal)[0].transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale).transpose(1, 2)
 
 

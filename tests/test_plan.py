@@ -114,7 +114,7 @@ class Flags:
 
     batch_size, accumulation, world_size, model_parallel = 4, 1, 1, 1
     fsdp = gradient_checkpointing = False
-    gemm_impl, optimizer, dtype = "bf16", "adamw", "fp32"
+    gemm_impl, optimizer, dtype, device, compile = "bf16", "adamw", "fp32", "cpu", False
 
     def __init__(self, **values: Any):
         vars(self).update(values)
@@ -175,6 +175,22 @@ def test_a_plan_shows_whether_it_fits() -> None:
         text = plan.show(made, args, flags, memory)
         assert (verdict in text) if verdict else ("fit" not in text)
         assert "2 processes: 2 data-parallel × 1 tensor-parallel, 2 × 32 positions" in text
+
+
+# configs, batch size, accumulation, and the peak that torch.cuda.max_memory_allocated() found on an H100, in GB
+MEASURED = [("small", 64, 1, 5.7), ("bytegpt", 16, 1, 7.6), ("bytegpt", 64, 1, 26.5), ("base", 16, 4, 15.2)]
+MEASURED += [("base", 32, 1, 23.3), ("base", 32, 2, 24.8), ("base", 64, 1, 42.4), ("large", 8, 1, 46.8)]
+
+
+@pytest.mark.parametrize(("config", "batch_size", "accumulation", "peak"), MEASURED)
+def test_plans_are_what_a_gpu_held(
+    config: str, batch_size: int, accumulation: int, peak: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(plan.__file__).parent / "configs" / f"{config}.json"
+    flags = ["--config", path, "--batch-size", batch_size, "--accumulation", accumulation, "--plan"]
+    assert train.main([str(flag) for flag in flags]) == 0
+    text = capsys.readouterr().out
+    assert float(re.search(r"(?m)^  at most at a time +([\d.]+) GB$", text)[1]) == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.slow
