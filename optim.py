@@ -389,5 +389,5 @@ class TrainingStep:
 
 
 def can_replay(ctx: ParallelContext, model: Transformer) -> bool:
-    """Whether a step can be a CUDA graph: on GPUs that have kernels of Muon, without FSDP."""
-    return not ctx.fsdp and fp8_ops.kernels(next(model.parameters())) is not None
+    """Whether a step can be a CUDA graph: on one GPU that has kernels of Muon."""
+    return ctx.world_size == 1 and fp8_ops.kernels(next(model.parameters())) is not None
