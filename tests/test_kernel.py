@@ -125,6 +125,7 @@ def tiles(which: int) -> Iterator[None]:
     rows = HOPPER_TILES[which - len(GEMM_TILES)] if which >= len(GEMM_TILES) else 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "_hopper_rows", lambda *args: rows)
+        patch.setattr(kernel, "_hopper_parts", lambda *args: 1)
         patch.setattr(kernel._gemm_kernel, "configs", [GEMM_TILES[which % len(GEMM_TILES)]])
         patch.setattr(kernel._grouped_outer_kernel, "configs", [OUTER_TILES[which % len(OUTER_TILES)]])
         yield
@@ -596,8 +597,12 @@ def test_which_products_run_hoppers_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         (64 * 100, 2048, 64, 0),
     ):
         assert kernel._hopper_rows(m, n, groups, DEVICE) == rows
+    # weight gradients of few tiles: their sums over 16,384 rows are divided
+    for m, n, parts in (1024, 1024, 2), (384, 1024, 5), (2048, 1024, 1), (2048, 8192, 1), (64, 1024, 1):
+        assert kernel._hopper_parts(m, n, 16384, DEVICE) == parts
     monkeypatch.setattr(kernel, "_hopper_sms", lambda device: 0)
     assert kernel._hopper_rows(4096, 7168, 0, DEVICE) == 0
+    assert kernel._hopper_parts(1024, 1024, 16384, DEVICE) == 1
 
 
 # --- What calls them ----------------------------------------------------------------------------------------------
@@ -1222,6 +1227,7 @@ def compile_all(arch: int) -> list[dict[str, Any]]:
             kernel.gemm(fp8(1, 100), torch.empty(1, 1), fp8(200, 100), torch.empty(200, 1), torch.float64)
             kernel.grouped_gemm(a, a_s, fp8(4, 256, 384), torch.empty(4, 2, 3), offsets, torch.bfloat16)
             kernel.grouped_outer(a, per_row, a, per_row, offsets, torch.float32)
+            kernel._launch_hopper(128, [(a, per_row, a, per_row.unsqueeze(0))], torch.empty(2, 256, 256), None, True)
         if arch == 90:
             compile_fused()
     return compiled
@@ -1372,6 +1378,15 @@ def test_autotuned_product(m: int) -> None:
     x = numbers((m, 1000), "normal", torch.bfloat16, m)
     for got, want in zip(run(kernel.act_quant_both, x, None), fp8_ops.act_quant_both(x), strict=True):
         assert_same(got, want)
+
+
+@on_gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs Hopper's kernel")
+@pytest.mark.parametrize(("k", "parts"), [(5000, 3), (1024, 8), (640, 7)])
+def test_sum_in_parts(k: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal numbers of steps, the last with fewer or none."""
+    monkeypatch.setattr(kernel, "_hopper_parts", lambda *args: parts)
+    check_gemm(300, 260, k, True, "contiguous", torch.bfloat16, k)
 
 
 @on_gpu
