@@ -68,6 +68,16 @@ def _scale(largest, UE8M0: tl.constexpr):
 
 
 @triton.jit
+def tile_start(K, SIZE: tl.constexpr):
+    """Where the tile of SIZE×128 of this program begins in a matrix of K columns; rows of tiles one after the other.
+
+    Programs at work at a time thus read long pieces of its rows. Offsets of a tile are of 64 bits, those in it of 32.
+    """
+    tiles = tl.cdiv(K, BLOCK)
+    return (tl.program_id(0) // tiles).to(tl.int64) * SIZE, (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
+
+
+@triton.jit
 def store_column_scales(largest, m_start, k_start, K, st_ptr, UE8M0: tl.constexpr):
     """Writes the scales of 128 rows' columns from `k_start` on; returns their reciprocals (128,).
 
@@ -75,8 +85,13 @@ def store_column_scales(largest, m_start, k_start, K, st_ptr, UE8M0: tl.constexp
     adjacent in st: (⌈M/128⌉, K).
     """
     k = tl.arange(0, BLOCK)
-    s, r = _scale(tl.max(largest, axis=0), UE8M0)
-    tl.store(st_ptr + m_start // BLOCK * K + k_start + k, s, mask=k < K - k_start)
+    s_at, inside = st_ptr + m_start // BLOCK * K + k_start + k, k < K - k_start
+    tl.store(s_at, tl.max(largest, axis=0).to(tl.float32, bitcast=True), mask=inside)
+    # By way of memory, so that a thread divides for one column: a reduction leaves the maxima of many in each thread.
+    tl.debug_barrier()
+    s, r = _scale(tl.load(s_at, mask=inside, other=0.0).to(tl.int32, bitcast=True), UE8M0)
+    tl.debug_barrier()  # with more threads than columns, several read the same maximum
+    tl.store(s_at, s, mask=inside)
     return r
 
 
@@ -132,8 +147,7 @@ def _act_quant_kernel(
     Bound by memory. Tokens permuted to K experts each are 4·K bytes an element this way; a permutation in bfloat16
     before it adds 2 + 2·K.
     """
-    # 64-bit offsets for the first element of the tile alone
-    m_start, k_start = tl.program_id(0).to(tl.int64) * SIZE, tl.program_id(1).to(tl.int64) * BLOCK
+    m_start, k_start = tile_start(K, SIZE)
     r_t = 0.0
     if BOTH:
         largest = tl.zeros([ROWS, BLOCK], tl.int32)
@@ -180,7 +194,7 @@ def _act_quant(
     """Runs `_act_quant_kernel` on x (M, K), or on the rows of it that `index` lists."""
     m, k = len(x if index is None else index), x.shape[1]
     out, size = empty_quantized(m, k, x.device, both), 128 if both else QUANT_ROWS
-    _act_quant_kernel[(triton.cdiv(m, size), triton.cdiv(k, 128))](
+    _act_quant_kernel[(triton.cdiv(m, size) * triton.cdiv(k, 128),)](
         x, index, limit, *out, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=both, GATHER=index is not None,
         SIZE=size, ROWS=QUANT_ROWS, num_warps=QUANT_WARPS,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from kernel import (
     magnitude,
     store_column_scales,
     store_quantized,
+    tile_start,
 )
 
 SILU, GELU, RELU2 = 0, 1, 2
@@ -81,7 +82,7 @@ def _norm_quant_kernel(
     Reads x and writes the norm in FP8 twice: with `_rms_norm_kernel` without y, 10 bytes an element in bfloat16, 6
     without an update. A norm and a quantiser after it are 12 and 8. Bound by memory.
     """
-    n_start, d_start = tl.program_id(0).to(tl.int64) * SIZE, tl.program_id(1).to(tl.int64) * 128
+    n_start, d_start = tile_start(D, SIZE)
     r_t = 0.0
     if BOTH:
         largest = tl.zeros([ROWS, 128], tl.int32)
@@ -156,7 +157,7 @@ class _QuantizedRMSNorm(torch.autograd.Function):
         rows, size = _rows(total), 128 if both else QUANT_ROWS
         n, dim = rows.shape
         quantized = empty_quantized(n, dim, x.device, both)
-        _norm_quant_kernel[(triton.cdiv(n, size), triton.cdiv(dim, 128))](
+        _norm_quant_kernel[(triton.cdiv(n, size) * triton.cdiv(dim, 128),)](
             rows, w, r, *quantized, n, dim, rows.stride(0), UE8M0=scale_fmt == "ue8m0", BOTH=both,
             SIZE=size, ROWS=QUANT_ROWS, num_warps=QUANT_WARPS,
         )  # fmt: skip
@@ -365,7 +366,7 @@ def _glu_quant_kernel(
     Reads gate and up and writes y in FP8 twice: 6 bytes an element in bfloat16, where `_glu_kernel` and a quantiser are
     10. BACKWARD reads dy as well and writes both gradients twice: 10 bytes instead of 18. Bound by memory.
     """
-    n_start, d_start = tl.program_id(0).to(tl.int64) * SIZE, tl.program_id(1).to(tl.int64) * 128
+    n_start, d_start = tile_start(D, SIZE)
     r_t, r2_t = 0.0, 0.0
     if BOTH:
         largest = tl.zeros([ROWS, 128], tl.int32)
@@ -417,10 +418,10 @@ def _launch_glu_quant(
 ) -> None:  # fmt: skip
     """Runs `_glu_quant_kernel`, which fills `out`; with `dy` both, with the gradients of gate and up."""
     (n, dim), size = gate.shape, 128 if both else QUANT_ROWS
-    _glu_quant_kernel[(triton.cdiv(n, size), triton.cdiv(dim, 128))](
+    _glu_quant_kernel[(triton.cdiv(n, size) * triton.cdiv(dim, 128),)](
         gate, up, dy, None if offsets is None else offsets[-1:], *out, *out2, n, dim, BACKWARD=dy is not None,
         ACT=ACTIVATIONS[hidden_act], LIMIT=offsets is not None, UE8M0=scale_fmt == "ue8m0", BOTH=both,
-        SIZE=size, ROWS=QUANT_ROWS, num_warps=QUANT_WARPS,
+        SIZE=size, ROWS=QUANT_ROWS, num_warps=2 * QUANT_WARPS,
     )  # fmt: skip
 
 
