@@ -45,9 +45,10 @@ SCALE_FORMATS = (None, "ue8m0")
 QUERY_BLOCK = 256  # of `blockwise_attention`: larger blocks compute more masked scores
 # Elements of an activation from which a fused kernel is used. A launch from Python takes the CPU longer than torch's
 # own operations, and a GPU with little to do waits for it. On an H100, eager: small.json, 16 × 512, takes 91 ms a step
-# by torch and 113 ms by kernels; base.json, 32 × 1,024 (2^25 elements), 171 and 125 to 142 ms. The bound can go once
-# training replays its steps as CUDA graphs, which launch nothing from Python.
-MIN_FUSED_NUMEL = 1 << 25
+# by torch and 113 ms by kernels; base.json, 32 × 1,024 (2^25 elements), 171 and 125 to 142 ms. Steps replayed as a CUDA
+# graph launch nothing from Python: what records them sets this to 1. On an H200, base.json in FP8, 16 × 1,024, forward
+# and backward as a graph: 41 ms with kernels everywhere, 58 with those from 2^25 on, 66 without.
+min_fused_numel = 1 << 25
 
 
 @cache
@@ -79,8 +80,8 @@ def kernels(x: torch.Tensor) -> Any:
 
 
 def activation_kernels(x: torch.Tensor) -> Any:
-    """`kernels(x)` for an activation that is worth a launch, of `MIN_FUSED_NUMEL` elements or more; else None."""
-    return kernels(x) if x.numel() >= MIN_FUSED_NUMEL else None
+    """`kernels(x)` for an activation that is worth a launch, of `min_fused_numel` elements or more; else None."""
+    return kernels(x) if x.numel() >= min_fused_numel else None
 
 
 def fuses_fp8(x: Any) -> bool:

@@ -3,10 +3,10 @@
 Their mathematics is defined in `fp8_ops.py`, where tiles, blocks and scales are explained; its functions check the
 arguments. Two things govern how the kernels are written.
 
-Quantisation moves bytes. A kernel reads each element once, from memory to registers, and writes it once, at a quarter
-or half of its size; the maximum of a tile and the division by its scale are free beside that. So each program takes a
-square of 128×128, which holds complete tiles of both directions, and one read serves both. `kernel_fused.py` has the
-kernels that quantise what they compute, and need no read at all.
+Quantisation moves bytes: each element is read once from memory and written once or twice, at a quarter or half of its
+size. Each program takes a square of 128×128, which holds complete tiles of both directions. It goes through the square
+twice, first for the largest numbers of the columns: kept in registers instead, a square leaves room for one program an
+SM, which waits for memory most of its time. `kernel_fused.py` has the kernels that quantise what they compute.
 
 A product of FP8 matrices moves few bytes and multiplies at twice the rate of bfloat16, but tensor cores sum products
 with only some 14 bits (DeepSeek-V3 report, section 3.3.2). So a sum runs over 128 products, which is as far as a scale
@@ -144,8 +144,8 @@ def _act_quant_kernel(
     in steps of ROWS: with BOTH, 128×128, which it reads twice, for the scales of the columns and then for the numbers.
     The second time they come from a cache, and what a step needs in registers is so little that an SM has many programs
     at work. Reads each element once from memory (2 bytes in bfloat16) and writes it once (1), with BOTH twice (2).
-    Bound by memory. Tokens permuted to K experts each are 4·K bytes an element this way; a permutation in bfloat16
-    before it adds 2 + 2·K.
+    Bound by memory, of whose rate it reaches some half on an H200. Tokens permuted to K experts each are 4·K bytes an
+    element this way; a permutation in bfloat16 before it adds 2 + 2·K.
     """
     m_start, k_start = tile_start(K, SIZE)
     r_t = 0.0
