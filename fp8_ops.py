@@ -43,13 +43,6 @@ E4M3_MAX = 448.0
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # so that a scale's reciprocal is finite; all-zero blocks get this one
 SCALE_FORMATS = (None, "ue8m0")
 QUERY_BLOCK = 256  # of `blockwise_attention`: larger blocks compute more masked scores
-# Elements of an activation from which a fused kernel is used. A launch from Python takes the CPU longer than torch's
-# own operations, and a GPU with little to do waits for it. On an H100, eager: small.json, 16 × 512, takes 91 ms a step
-# by torch and 113 ms by kernels; base.json, 32 × 1,024 (2^25 elements), 171 and 125 to 142 ms. The bound can go once
-# training replays its steps as CUDA graphs, which launch nothing from Python.
-MIN_FUSED_NUMEL = 0
-
-
 meta_capability = 0, 0  # compute capability of the devices that plan.py has tensors on `meta` stand for
 
 
@@ -85,16 +78,11 @@ def kernels(x: torch.Tensor) -> Any:
     return kernel_fused
 
 
-def activation_kernels(x: torch.Tensor) -> Any:
-    """`kernels(x)` for an activation that is worth a launch, of `MIN_FUSED_NUMEL` elements or more; else None."""
-    return kernels(x) if x.numel() >= MIN_FUSED_NUMEL else None
-
-
 def fuses_fp8(x: Any) -> bool:
     """Whether kernels quantise an activation such as `x` where they compute it; or it is a `QuantizedActivation`."""
     if isinstance(x, QuantizedActivation):
         return True
-    return gemm_impl == "fp8" and activation_kernels(x) is not None and multiplies_fp8(x.device)
+    return gemm_impl == "fp8" and kernels(x) is not None and multiplies_fp8(x.device)
 
 
 def _runs_kernel(x: torch.Tensor, block_size: int = BLOCK) -> bool:
@@ -895,7 +883,7 @@ def sort_by_expert(
     Returns the rows (N·K, dim), where each choice stands among them (N, K), and where each expert's rows end, int32.
     Rows of experts from `n_local` on are zeros. Where `fuses_fp8(x)`, the rows exist in FP8 only.
     """
-    if kernel := activation_kernels(x):
+    if kernel := kernels(x):
         places, index, ends = kernel.sort_by_expert(experts, n_experts)
         if fuses_fp8(x):
             limit, both = ends[n_local - 1 : n_local], torch.is_grad_enabled()
@@ -913,7 +901,7 @@ def sort_by_expert(
 
 def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The sums (N, dim) of rows of x (N·K, dim) at `places` (N, K), weighted by `weights`, float32 (N, K)."""
-    if kernel := activation_kernels(x):
+    if kernel := kernels(x):
         return kernel.combine(x, places, weights)
     return _sum_rows(x, places, weights.to(x.dtype))
 

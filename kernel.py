@@ -3,10 +3,10 @@
 Their mathematics is defined in `fp8_ops.py`, where tiles, blocks and scales are explained; its functions check the
 arguments. Two things govern how the kernels are written.
 
-Quantisation moves bytes. A kernel reads each element once, from memory to registers, and writes it once, at a quarter
-or half of its size; the maximum of a tile and the division by its scale are free beside that. So each program takes a
-square of 128×128, which holds complete tiles of both directions, and one read serves both. `kernel_fused.py` has the
-kernels that quantise what they compute, and need no read at all.
+Quantisation moves bytes: each element is read once from memory and written once or twice, at a quarter or half of its
+size. Each program takes a square of 128×128, which holds complete tiles of both directions. It goes through the square
+twice, first for the largest numbers of the columns: kept in registers instead, a square leaves room for one program an
+SM, which waits for memory most of its time. `kernel_fused.py` has the kernels that quantise what they compute.
 
 A product of FP8 matrices moves few bytes and multiplies at twice the rate of bfloat16, but tensor cores sum products
 with only some 14 bits (DeepSeek-V3 report, section 3.3.2). So a sum runs over 128 products, which is as far as a scale
@@ -42,6 +42,7 @@ from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK = tl.constexpr(128)
+E4M3 = tl.constexpr(tl.float8e4nv)
 E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_SCALE_BITS = tl.constexpr(0x00800000)  # float32's smallest normal number
 INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -49,13 +50,18 @@ MANTISSA_BITS = tl.constexpr(0x007FFFFF)
 
 
 @triton.jit
-def _scale(x, axis: tl.constexpr, UE8M0: tl.constexpr):
-    """The scale that maps max |x| to 448, and its reciprocal.
+def magnitude(x):
+    """|x| in float32, as integers of the same bits.
 
-    Positive floats are ordered as the integers of the same bits, NaN above infinity: so as integers the maximum keeps
-    a NaN, which as floats it would drop.
+    Positive floats are ordered as these, NaN above infinity: so their maximum keeps a NaN, which that of floats drops.
     """
-    amax = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=axis).to(tl.float32, bitcast=True)
+    return tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _scale(largest, UE8M0: tl.constexpr):
+    """The scale that maps the largest `magnitude` to 448, and its reciprocal."""
+    amax = largest.to(tl.float32, bitcast=True)
     bits = tl.div_rn(amax, tl.full(amax.shape, E4M3_MAX, tl.float32)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits = tl.maximum(bits, SMALLEST_SCALE_BITS)
     if UE8M0:  # all mantissa bits that are not 0 carry into the exponent
@@ -65,47 +71,61 @@ def _scale(x, axis: tl.constexpr, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def store_quantized(
-    x, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0: tl.constexpr, BOTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Quantises a tile x (BLOCK_M, 128) at (m_start, k_start), both int64, of a matrix (M, K), and writes it.
+def tile_start(K, SIZE: tl.constexpr):
+    """Where the tile of SIZE×128 of this program begins in a matrix of K columns; rows of tiles one after the other.
 
-    In tiles of 1×128 to q (M, K) and s (M, ⌈K/128⌉). With BOTH, which needs 128 rows, also the transposed matrix in
-    tiles of 1×128 along M to qt (K, M) and st, whose scales of the same 128 rows are adjacent: (⌈M/128⌉, K).
+    Programs at work at a time thus read long pieces of its rows. Offsets of a tile are of 64 bits, those in it of 32.
     """
-    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
-    m_inside, k_inside = m < M - m_start, k < K - k_start
-    values = x.to(tl.float32)
-    s, r = _scale(values, 1, UE8M0)
-    q = (values * r[:, None]).to(tl.float8e4nv)
-    inside = m_inside[:, None] & k_inside[None, :]
-    tl.store(q_ptr + m_start * K + k_start + m[:, None] * K + k[None, :], q, mask=inside)
-    tl.store(s_ptr + (m_start + m) * tl.cdiv(K, BLOCK) + k_start // BLOCK, s, mask=m_inside)
-    if BOTH:
-        values = tl.trans(x).to(tl.float32)
-        s, r = _scale(values, 1, UE8M0)
-        q = (values * r[:, None]).to(tl.float8e4nv)
-        inside = k_inside[:, None] & m_inside[None, :]
-        tl.store(qt_ptr + k_start * M + m_start + k[:, None] * M + m[None, :], q, mask=inside)
-        tl.store(st_ptr + m_start // BLOCK * K + k_start + k, s, mask=k_inside)
+    tiles = tl.cdiv(K, BLOCK)
+    return (tl.program_id(0) // tiles).to(tl.int64) * SIZE, (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
 
 
 @triton.jit
-def _act_quant_kernel(
-    x_ptr, index_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, stride_m, stride_k,
-    UE8M0: tl.constexpr, BOTH: tl.constexpr, GATHER: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Quantises activations (M, K), and with BOTH their transpose; see `store_quantized`.
+def store_column_scales(largest, m_start, k_start, K, st_ptr, UE8M0: tl.constexpr):
+    """Writes the scales of 128 rows' columns from `k_start` on; returns their reciprocals (128,).
 
-    With GATHER, row m is row `index[m]` of x, and rows from `limit` on are zeros. Program (i, j) takes a tile of
-    BLOCK_M×128. Reads each element once (2 bytes in bfloat16) and writes it once (1), with BOTH twice (2). Bound by
-    memory. Tokens permuted to K experts each are 4·K bytes an element this way; a permutation in bfloat16 before it
-    adds 2 + 2·K.
+    `largest` (·, 128) has the largest `magnitude` of a column among all its rows. Scales of the same 128 rows are
+    adjacent in st: (⌈M/128⌉, K).
     """
-    # 64-bit offsets for the first element of the tile alone
-    m_start, k_start = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(1).to(tl.int64) * BLOCK
-    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
+    k = tl.arange(0, BLOCK)
+    s_at, inside = st_ptr + m_start // BLOCK * K + k_start + k, k < K - k_start
+    tl.store(s_at, tl.max(largest, axis=0).to(tl.float32, bitcast=True), mask=inside)
+    # By way of memory, so that a thread divides for one column: a reduction leaves the maxima of many in each thread.
+    tl.debug_barrier()
+    s, r = _scale(tl.load(s_at, mask=inside, other=0.0).to(tl.int32, bitcast=True), UE8M0)
+    tl.debug_barrier()  # with more threads than columns, several read the same maximum
+    tl.store(s_at, s, mask=inside)
+    return r
+
+
+@triton.jit
+def store_quantized(
+    x, r_t, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """Quantises rows x (ROWS, 128) at (m_start, k_start), both int64, of a matrix (M, K), and writes them.
+
+    In tiles of 1×128 to q (M, K) and s (M, ⌈K/128⌉). With BOTH, also the transposed matrix to qt (K, M), in tiles of
+    1×128 along M, the reciprocals of whose scales are `r_t` (128,).
+    """
+    m, k = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    m_inside, k_inside = m < M - m_start, k < K - k_start
+    values = x.to(tl.float32)
+    s, r = _scale(tl.max(magnitude(x), axis=1), UE8M0)
+    inside = m_inside[:, None] & k_inside[None, :]
+    tl.store(q_ptr + m_start * K + k_start + m[:, None] * K + k[None, :], (values * r[:, None]).to(E4M3), mask=inside)
+    tl.store(s_ptr + (m_start + m) * tl.cdiv(K, BLOCK) + k_start // BLOCK, s, mask=m_inside)
+    if BOTH:
+        q = tl.trans((values * r_t[None, :]).to(E4M3))
+        inside = k_inside[:, None] & m_inside[None, :]
+        tl.store(qt_ptr + k_start * M + m_start + k[:, None] * M + m[None, :], q, mask=inside)
+
+
+@triton.jit
+def _read_rows(
+    x_ptr, index_ptr, limit_ptr, m_start, k_start, M, K, stride_m, stride_k, GATHER: tl.constexpr, ROWS: tl.constexpr
+):
+    """ROWS×128 numbers of x (M, K) at (m_start, k_start); with GATHER those of rows `index`, zeros from `limit` on."""
+    m, k = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     m_inside = m < M - m_start
     if GATHER:
         m_inside &= m_start + m < tl.load(limit_ptr)
@@ -113,8 +133,39 @@ def _act_quant_kernel(
     else:
         x_ptr += m_start * stride_m
     inside = m_inside[:, None] & (k < K - k_start)[None, :]
-    x = tl.load(x_ptr + k_start * stride_k + m[:, None] * stride_m + k[None, :] * stride_k, mask=inside, other=0.0)
-    store_quantized(x, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, BOTH, BLOCK_M)
+    return tl.load(x_ptr + k_start * stride_k + m[:, None] * stride_m + k[None, :] * stride_k, mask=inside, other=0.0)
+
+
+@triton.jit
+def _act_quant_kernel(
+    x_ptr, index_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, stride_m, stride_k,
+    UE8M0: tl.constexpr, BOTH: tl.constexpr, GATHER: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Quantises activations (M, K), and with BOTH their transpose; see `store_quantized`.
+
+    With GATHER, row m is row `index[m]` of x, and rows from `limit` on are zeros. Program (i, j) takes SIZE×128 numbers
+    in steps of ROWS: with BOTH, 128×128, which it reads twice, for the scales of the columns and then for the numbers.
+    The second time they come from a cache, and what a step needs in registers is so little that an SM has many programs
+    at work. Reads each element once from memory (2 bytes in bfloat16) and writes it once (1), with BOTH twice (2).
+    Bound by memory, of whose rate it reaches some half on an H200. Tokens permuted to K experts each are 4·K bytes an
+    element this way; a permutation in bfloat16 before it adds 2 + 2·K.
+    """
+    m_start, k_start = tile_start(K, SIZE)
+    r_t = 0.0
+    if BOTH:
+        largest = tl.zeros([ROWS, BLOCK], tl.int32)
+        for m in range(0, SIZE, ROWS):
+            x = _read_rows(
+                x_ptr, index_ptr, limit_ptr, m_start + m, k_start, M, K, stride_m, stride_k, GATHER, ROWS
+            )  # fmt: skip
+            largest = tl.maximum(largest, magnitude(x))
+        r_t = store_column_scales(largest, m_start, k_start, K, st_ptr, UE8M0)
+    for m in range(0, SIZE, ROWS):
+        x = _read_rows(x_ptr, index_ptr, limit_ptr, m_start + m, k_start, M, K, stride_m, stride_k, GATHER, ROWS)
+        store_quantized(x, r_t, m_start + m, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, BOTH, ROWS)
+
+
+QUANT_ROWS, QUANT_WARPS = 32, 4  # of a step of the kernels that quantise activations, and of their programs
 
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -145,10 +196,10 @@ def _act_quant(
 ) -> Quantized:  # fmt: skip
     """Runs `_act_quant_kernel` on x (M, K), or on the rows of it that `index` lists."""
     m, k = len(x if index is None else index), x.shape[1]
-    out, block_m = empty_quantized(m, k, x.device, both), 128 if both else 32
-    _act_quant_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, 128))](
-        x, index, limit, *out, m, k, *x.stride(),
-        UE8M0=scale_fmt == "ue8m0", BOTH=both, GATHER=index is not None, BLOCK_M=block_m, num_warps=4,
+    out, size = empty_quantized(m, k, x.device, both), 128 if both else QUANT_ROWS
+    _act_quant_kernel[(triton.cdiv(m, size) * triton.cdiv(k, 128),)](
+        x, index, limit, *out, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=both, GATHER=index is not None,
+        SIZE=size, ROWS=QUANT_ROWS, num_warps=QUANT_WARPS,
     )  # fmt: skip
     return out
 
@@ -182,11 +233,15 @@ def _weight_quant_kernel(
     n, k = n.to(tl.int64), k.to(tl.int64)
     where = e * stride_e + n[:, None] * stride_n + k[None, :] * stride_k
     w = tl.load(w_ptr + where, mask=inside, other=0.0).to(tl.float32)
-    s, r = _scale(tl.reshape(w, [BLOCK * BLOCK]), 0, UE8M0)
-    q = (w * r).to(tl.float8e4nv)
-    tl.store(q_ptr + (e * N + n[:, None]) * K + k[None, :], q, mask=inside)
+    s, r = _scale(tl.max(tl.reshape(magnitude(w), [BLOCK * BLOCK]), axis=0), UE8M0)
+    q_at = q_ptr + (e * N + n[:, None]) * K + k[None, :]
+    tl.store(q_at, (w * r).to(E4M3), mask=inside)
     tl.store(s_ptr + (e * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1), s)
     if BOTH:
+        # The block is read back, for CUDA 12.8's ptxas makes wrong code where the same casts are stored in two layouts
+        # (it packs two casts for one store in place, and loses them for the other).
+        tl.debug_barrier()
+        q = tl.load(q_at, mask=inside, other=0.0)
         inside = k_inside[:, None] & n_inside[None, :]
         tl.store(qt_ptr + (e * K + k[:, None]) * N + n[None, :], tl.trans(q), mask=inside)
 
@@ -404,6 +459,10 @@ def _gemm(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.dtyp
     groups = 0 if offsets is None else e
     c = torch.empty(m, n, dtype=dtype, device=a.device)
     pairs = [(a, a_s, b.reshape(-1, b.shape[-1]), b_s) for a, a_s, b, b_s in pairs]
+    if b_s.shape[1] == n and (parts := _hopper_parts(m, n, k, a.device)) > 1:
+        partial = torch.empty(parts, m, n, dtype=torch.float32, device=a.device)
+        _launch_hopper(128, pairs, partial, None, outer=True)
+        return partial.sum(dim=0).to(dtype)
     if rows := _hopper_rows(m, n, groups, a.device):
         _launch_hopper(rows, pairs, c, offsets, outer=False)
         return c
@@ -462,7 +521,7 @@ def _grouped_outer_kernel(
         b = b_desc.load([k_start, i * BLOCK])
         a = tl.where(((row >= begin) & (row < end))[None, :], a, 0.0)
         a_s, b_s = tl.load(as_ptr + i * as_stride_i), tl.load(bs_ptr + i * bs_stride_i)
-        acc += tl.dot(a.to(tl.float8e4nv), b.T) * a_s[:, None] * b_s[None, :]
+        acc += tl.dot(a.to(E4M3), b.T) * a_s[:, None] * b_s[None, :]
     c = c_ptr + (e.to(tl.int64) * N + n[:, None]) * K + k[None, :]
     tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
@@ -509,11 +568,14 @@ BAND = gl.constexpr(16)  # tiles of rows
 
 
 @gluon.jit
-def _group_bounds(offsets_ptr, e, M, K, GROUPED: gl.constexpr, OUTER: gl.constexpr):
-    """The range of group e along M and along K."""
+def _group_bounds(offsets_ptr, e, M, K, GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr):
+    """The range of group e along M and along K; with OUTER but not GROUPED, groups are equal parts of K."""
     if GROUPED:
         begin = gl.load(offsets_ptr + e - 1, mask=e > 0, other=0)
         end = gl.load(offsets_ptr + e)
+    else:
+        part = gl.cdiv(gl.cdiv(K, 128), GROUPS) * 128
+        begin, end = gl.minimum(e * part, K), gl.minimum(e * part + part, K)
     if OUTER:
         return 0, M, begin, end
     elif GROUPED:
@@ -586,7 +648,7 @@ def _load_tiles(
     tile = gl.program_id(0)
     step = 0
     for e in range(GROUPS):
-        m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPED, OUTER)
+        m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPS, GROUPED, OUTER)
         n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
         first, last = _k_steps(k_begin, k_end)
         while tile < n_tiles_m * n_tiles_n:
@@ -661,7 +723,7 @@ def _multiply_tiles(
     tile = gl.program_id(0)
     step = 0
     for e in range(GROUPS):
-        m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPED, OUTER)
+        m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPS, GROUPED, OUTER)
         n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
         first, last = _k_steps(k_begin, k_end)
         if PAIRS == 2:  # never OUTER, so the first step is 0
@@ -712,6 +774,8 @@ def _hopper_kernel(
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """All three products: `_gemm_kernel`'s, and with OUTER `_grouped_outer_kernel`'s, in tiles of BLOCK_M×128.
+
+    With OUTER but no groups, c (GROUPS, M, N) gets the products of equal parts of K, for the caller to add.
 
     A persistent program on each SM computes every P-th tile, of P programs. One warp fills a ring of STAGES in
     shared memory, each of them a step of 128 along K: (BLOCK_M + 128)·128 bytes of operands, and their scales. Two
@@ -773,10 +837,30 @@ def _hopper_rows(m: int, n: int, groups: int, device: torch.device) -> int:
     return 256 if 2 * -(-large // processors) <= 1.07 * -(-small // processors) else 128
 
 
+def _hopper_parts(m: int, n: int, k: int, device: torch.device) -> int:
+    """In how many parts the sum of a product is divided, for few tiles of 128×128 to occupy all SMs: 1 to 8.
+
+    Costs are in steps of 128 along K of one SM: those of the SM that has most to do, and adding up the parts, which
+    moves 128 KiB a tile in the time of some 1/12 of a step of all SMs.
+    """
+    processors = _hopper_sms(device)
+    if not processors or min(m, n) < 128:
+        return 1
+    tiles, steps = -(-m // 128) * -(-n // 128), -(-k // 128)
+
+    def cost(parts: int) -> float:
+        return -(-tiles * parts // processors) * -(-steps // parts) + (parts > 1) * (5 + tiles * parts / 12)
+
+    return min(range(1, 9), key=cost)
+
+
 def _launch_hopper(
     rows: int, pairs: list[Operands], c: torch.Tensor, offsets: torch.Tensor | None, outer: bool
 ) -> None:
-    """Runs `_hopper_kernel` with tiles of `rows` rows on one or two pairs of operands; every b is (E·N, K)."""
+    """Runs `_hopper_kernel` with tiles of `rows` rows on one or two pairs of operands; every b is (E·N, K).
+
+    Without `offsets`, `outer` fills c (parts, M, N) with the products of equal parts of K.
+    """
     a, a_s, _, b_s = pairs[0]
     m, k, n = *a.shape, c.shape[-1]
 
@@ -787,7 +871,7 @@ def _launch_hopper(
     _hopper_kernel[(_hopper_sms(a.device),)](
         *operands[0], *operands[-1],
         c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), *_second_strides(pairs), PAIRS=len(pairs),
-        GROUPS=1 if offsets is None else len(offsets), GROUPED=offsets is not None, OUTER=outer,
+        GROUPS=len(c) if outer else 1 if offsets is None else len(offsets), GROUPED=offsets is not None, OUTER=outer,
         B_IN_BLOCKS=b_s.shape[1] != n, BLOCK_M=rows, STAGES=4 if rows == 256 else 6, num_warps=4, maxnreg=168,
     )  # fmt: skip
 

@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernel import Quantized, empty_quantized, gather_quant, store_quantized
+from kernel import (
+    QUANT_ROWS,
+    QUANT_WARPS,
+    Quantized,
+    empty_quantized,
+    gather_quant,
+    magnitude,
+    store_column_scales,
+    store_quantized,
+    tile_start,
+)
 
 SILU, GELU, RELU2 = 0, 1, 2
 ACTIVATIONS = {"silu": SILU, "gelu": GELU, "relu2": RELU2}
@@ -27,11 +37,11 @@ ACTIVATIONS = {"silu": SILU, "gelu": GELU, "relu2": RELU2}
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, update_ptr, w_ptr, sum_ptr, y_ptr, r_ptr, N, D, stride, eps,
-    UPDATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPDATE: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = (x + update) / rms(x + update) · w for N rows of D.
 
-    A program takes ROWS complete rows. Reads x, update and w, writes the sum, y and 1/rms.
+    A program takes ROWS complete rows. Reads x, update and w, writes the sum, 1/rms, and with VALUES y.
     """
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
@@ -43,51 +53,46 @@ def _rms_norm_kernel(
         x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)  # rounded as the backward pass reads it
         tl.store(sum_ptr + at, x, mask=inside)
     r = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
-    w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, x * r[:, None] * w[None, :], mask=inside)
     tl.store(r_ptr + n, r, mask=n < N)
+    if VALUES:
+        w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, x * r[:, None] * w[None, :], mask=inside)
 
 
 @triton.jit
-def _rms_norm_quant_kernel(
-    x_ptr, update_ptr, w_ptr, sum_ptr, y_ptr, r_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, N, D, stride, eps,
-    UPDATE: tl.constexpr, VALUES: tl.constexpr, UE8M0: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """`_rms_norm_kernel`, with y quantised by `store_quantized`, and with VALUES written as well.
-
-    A program takes ROWS rows in tiles of 128 columns, twice: for the mean square, then for y. The second time, rows of
-    some thousand elements come from the L2 cache. Reads x and update, and writes the sum, and y in FP8 twice: 8 bytes
-    an element in bfloat16, 4 without an update. A norm and a quantiser after it are 12 and 8. Bound by memory.
-    """
-    n_start = tl.program_id(0).to(tl.int64) * ROWS
+def _normalised_rows(x_ptr, w_ptr, r_ptr, n_start, d_start, N, D, stride, ROWS: tl.constexpr):
+    """ROWS×128 numbers at (n_start, d_start) of what `_rms_norm_kernel` writes to y, from the sum x and 1/rms."""
     n, d = tl.arange(0, ROWS), tl.arange(0, 128)
-    n_inside = n < N - n_start
-    x_ptr += n_start * stride
-    update_ptr += n_start * D
-    sum_ptr += n_start * D
-    square = tl.zeros([ROWS, 128], tl.float32)
-    for start in range(0, D, 128):
-        inside = n_inside[:, None] & (d < D - start)[None, :]
-        at = n[:, None] * D + start + d[None, :]
-        x = tl.load(x_ptr + n[:, None] * stride + start + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        if UPDATE:
-            x += tl.load(update_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
-            tl.store(sum_ptr + at, x, mask=inside)
-        square += x * x
-    r = tl.rsqrt(tl.sum(square, axis=1) / D + eps)
-    tl.store(r_ptr + n_start + n, r, mask=n_inside)
-    if UPDATE:
-        tl.debug_barrier()  # the sums are read by other threads than those that wrote them
-        x_ptr, stride = sum_ptr, D
-    for start in range(0, D, 128):
-        inside = n_inside[:, None] & (d < D - start)[None, :]
-        x = tl.load(x_ptr + n[:, None] * stride + start + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + start + d, mask=d < D - start, other=0.0).to(tl.float32)
-        y = (x * r[:, None] * w[None, :]).to(sum_ptr.dtype.element_ty)
-        if VALUES:
-            tl.store(y_ptr + n_start * D + n[:, None] * D + start + d[None, :], y, mask=inside)
-        store_quantized(y, n_start, tl.cast(start, tl.int64), N, D, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, BOTH, ROWS)
+    n_inside, d_inside = n < N - n_start, d < D - d_start
+    inside = n_inside[:, None] & d_inside[None, :]
+    at = n_start * stride + d_start + n[:, None] * stride + d[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    r = tl.load(r_ptr + n_start + n, mask=n_inside, other=0.0)
+    w = tl.load(w_ptr + d_start + d, mask=d_inside, other=0.0).to(tl.float32)
+    return (x.to(tl.float32) * r[:, None] * w[None, :]).to(x.dtype)
+
+
+@triton.jit
+def _norm_quant_kernel(
+    x_ptr, w_ptr, r_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, N, D, stride,
+    UE8M0: tl.constexpr, BOTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`_act_quant_kernel` of a norm, which is not in memory, from its sum x (N, D) and 1/rms.
+
+    Reads x and writes the norm in FP8 twice: with `_rms_norm_kernel` without y, 10 bytes an element in bfloat16, 6
+    without an update. A norm and a quantiser after it are 12 and 8. Bound by memory.
+    """
+    n_start, d_start = tile_start(D, SIZE)
+    r_t = 0.0
+    if BOTH:
+        largest = tl.zeros([ROWS, 128], tl.int32)
+        for n in range(0, SIZE, ROWS):
+            y = _normalised_rows(x_ptr, w_ptr, r_ptr, n_start + n, d_start, N, D, stride, ROWS)
+            largest = tl.maximum(largest, magnitude(y))
+        r_t = store_column_scales(largest, n_start, d_start, D, st_ptr, UE8M0)
+    for n in range(0, SIZE, ROWS):
+        y = _normalised_rows(x_ptr, w_ptr, r_ptr, n_start + n, d_start, N, D, stride, ROWS)
+        store_quantized(y, r_t, n_start + n, d_start, N, D, q_ptr, s_ptr, qt_ptr, UE8M0, BOTH, ROWS)
 
 
 @triton.jit
@@ -119,7 +124,6 @@ def _rms_norm_backward_kernel(
 
 
 NORM_PROGRAMS, NORM_WARPS = 8, 4
-QUANT_WARPS = 8  # of kernels that quantise tiles of 128×128 both ways
 
 
 @cache
@@ -133,14 +137,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor, eps: float) -> Any:
-        rows, update, total, r = _prepare_norm(ctx, x, update, w)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dim = x.shape[-1]
-        block, tile = _row_tile(dim)
-        _rms_norm_kernel[(triton.cdiv(len(rows), tile),)](
-            rows, x if update is None else update, w, total, y, r, len(rows), dim, rows.stride(0), eps,
-            UPDATE=update is not None, ROWS=tile, BLOCK_D=block,
-        )  # fmt: skip
+        total, _, y = _norm(ctx, x, update, w, eps, with_values=True)
         return x.view_as(x) if update is None else total, y
 
     @staticmethod
@@ -156,14 +153,13 @@ class _QuantizedRMSNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor, eps: float,
         scale_fmt: str | None, both: bool, with_values: bool,
     ) -> Any:  # fmt: skip
-        rows, update, total, r = _prepare_norm(ctx, x, update, w)
-        y = torch.empty_like(total) if with_values else placeholder(x.shape, x)
+        total, r, y = _norm(ctx, x, update, w, eps, with_values)
+        rows, size = _rows(total), 128 if both else QUANT_ROWS
         n, dim = rows.shape
         quantized = empty_quantized(n, dim, x.device, both)
-        _rms_norm_quant_kernel[(triton.cdiv(n, 128),)](
-            rows, x if update is None else update, w, total, y, r, *quantized, n, dim, rows.stride(0), eps,
-            UPDATE=update is not None, VALUES=with_values, UE8M0=scale_fmt == "ue8m0", BOTH=both, ROWS=128,
-            num_warps=QUANT_WARPS,
+        _norm_quant_kernel[(triton.cdiv(n, size) * triton.cdiv(dim, 128),)](
+            rows, w, r, *quantized, n, dim, rows.stride(0), UE8M0=scale_fmt == "ue8m0", BOTH=both,
+            SIZE=size, ROWS=QUANT_ROWS, num_warps=QUANT_WARPS,
         )  # fmt: skip
         ctx.mark_non_differentiable(*quantized[: 4 if both else 2])
         return x.view_as(x) if update is None else total, y, *quantized
@@ -173,15 +169,23 @@ class _QuantizedRMSNorm(torch.autograd.Function):
         return *_rms_norm_backward(ctx, dsum, dy), None, None, None, None
 
 
-def _prepare_norm(ctx: Any, x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor) -> Any:
-    """Saves tensors for the backward pass; returns x as rows, the update contiguous, and the sum and 1/rms to fill."""
+def _norm(
+    ctx: Any, x: torch.Tensor, update: torch.Tensor | None, w: torch.Tensor, eps: float, with_values: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runs `_rms_norm_kernel`; returns the sum, 1/rms, and y or a placeholder. Saves what the backward pass reads."""
     ctx.set_materialize_grads(False)
-    rows = _rows(x)
+    rows, dim = _rows(x), x.shape[-1]
     total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if with_values else placeholder(x.shape, x)
+    block, tile = _row_tile(dim)
+    _rms_norm_kernel[(triton.cdiv(len(rows), tile),)](
+        rows, x if update is None else update.contiguous(), w, total, y, r, len(rows), dim, rows.stride(0), eps,
+        UPDATE=update is not None, VALUES=with_values, ROWS=tile, BLOCK_D=block,
+    )  # fmt: skip
     ctx.save_for_backward(total, w, r)
     ctx.updated = update is not None
-    return rows, update if update is None else update.contiguous(), total, r
+    return total, r, y
 
 
 def _rms_norm_backward(ctx: Any, dsum: torch.Tensor | None, dy: torch.Tensor | None) -> tuple[Any, Any, Any]:
@@ -251,8 +255,10 @@ def _erf_gelu(x):
 def _act(x, ACT: tl.constexpr):
     """An activation and its derivative."""
     if ACT == 0:
-        s = tl.sigmoid(x)
-        y, dy = x * s, s * (1 + x * (1 - s))
+        root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * x))  # fewer instructions than a division and `exp`
+        s = root * root  # the sigmoid of x
+        y = x * s
+        dy = s + y * (1 - s)
     elif ACT == 1:
         y, dy = _erf_gelu(x)
     else:
@@ -324,18 +330,14 @@ def glu(gate_up: torch.Tensor, hidden_act: str) -> torch.Tensor:
 
 
 @triton.jit
-def _glu_quant_kernel(
-    gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, q2_ptr, s2_ptr, qt2_ptr, st2_ptr, N, D,
-    BACKWARD: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, UE8M0: tl.constexpr, BOTH: tl.constexpr,
-    ROWS: tl.constexpr,
+def _gated_rows(
+    gate_ptr, up_ptr, dy_ptr, limit_ptr, n_start, d_start, N, D,
+    BACKWARD: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`_glu_kernel` for a tile of ROWS×128 of contiguous matrices (N, D), with results quantised by `store_quantized`.
+    """ROWS×128 numbers at (n_start, d_start) of what `_glu_kernel` writes: y twice, or BACKWARD both gradients.
 
-    With LIMIT, rows from `limit` on count as zeros. Reads gate and up and writes y in FP8 twice: 6 bytes an element in
-    bfloat16, where `_glu_kernel` and a quantiser are 10. BACKWARD reads dy as well and writes both gradients twice: 10
-    bytes instead of 18. Bound by memory.
+    With LIMIT, rows from `limit` on count as zeros.
     """
-    n_start, d_start = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * 128
     n, d = tl.arange(0, ROWS), tl.arange(0, 128)
     n_inside = n < N - n_start
     if LIMIT:
@@ -348,11 +350,45 @@ def _glu_quant_kernel(
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
     if BACKWARD:
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dgate, dup = (dy * up * slope).to(dtype), (dy * y).to(dtype)
-        store_quantized(dgate, n_start, d_start, N, D, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, BOTH, ROWS)
-        store_quantized(dup, n_start, d_start, N, D, q2_ptr, s2_ptr, qt2_ptr, st2_ptr, UE8M0, BOTH, ROWS)
+        first, second = (dy * up * slope).to(dtype), (dy * y).to(dtype)
     else:
-        store_quantized((y * up).to(dtype), n_start, d_start, N, D, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, BOTH, ROWS)
+        first = (y * up).to(dtype)
+        second = first
+    return first, second
+
+
+@triton.jit
+def _glu_quant_kernel(
+    gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, q2_ptr, s2_ptr, qt2_ptr, st2_ptr, N, D,
+    BACKWARD: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, UE8M0: tl.constexpr, BOTH: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`_glu_kernel` for SIZE×128 numbers of contiguous matrices (N, D), quantised as by `_act_quant_kernel`.
+
+    Reads gate and up and writes y in FP8 twice: 6 bytes an element in bfloat16, where `_glu_kernel` and a quantiser are
+    10. BACKWARD reads dy as well and writes both gradients twice: 10 bytes instead of 18. Bound by memory.
+    """
+    n_start, d_start = tile_start(D, SIZE)
+    r_t, r2_t = 0.0, 0.0
+    if BOTH:
+        largest = tl.zeros([ROWS, 128], tl.int32)
+        largest2 = largest
+        for n in range(0, SIZE, ROWS):
+            first, second = _gated_rows(
+                gate_ptr, up_ptr, dy_ptr, limit_ptr, n_start + n, d_start, N, D, BACKWARD, ACT, LIMIT, ROWS
+            )  # fmt: skip
+            largest = tl.maximum(largest, magnitude(first))
+            largest2 = tl.maximum(largest2, magnitude(second))
+        r_t = store_column_scales(largest, n_start, d_start, D, st_ptr, UE8M0)
+        if BACKWARD:
+            r2_t = store_column_scales(largest2, n_start, d_start, D, st2_ptr, UE8M0)
+    for n in range(0, SIZE, ROWS):
+        first, second = _gated_rows(
+            gate_ptr, up_ptr, dy_ptr, limit_ptr, n_start + n, d_start, N, D, BACKWARD, ACT, LIMIT, ROWS
+        )  # fmt: skip
+        store_quantized(first, r_t, n_start + n, d_start, N, D, q_ptr, s_ptr, qt_ptr, UE8M0, BOTH, ROWS)
+        if BACKWARD:
+            store_quantized(second, r2_t, n_start + n, d_start, N, D, q2_ptr, s2_ptr, qt2_ptr, UE8M0, BOTH, ROWS)
 
 
 def glu_quant(
@@ -383,11 +419,11 @@ def _launch_glu_quant(
     out: Quantized, out2: Quantized, hidden_act: str, scale_fmt: str | None, both: bool,
 ) -> None:  # fmt: skip
     """Runs `_glu_quant_kernel`, which fills `out`; with `dy` both, with the gradients of gate and up."""
-    (n, dim), rows = gate.shape, 128 if both else 32
-    _glu_quant_kernel[(triton.cdiv(n, rows), triton.cdiv(dim, 128))](
+    (n, dim), size = gate.shape, 128 if both else QUANT_ROWS
+    _glu_quant_kernel[(triton.cdiv(n, size) * triton.cdiv(dim, 128),)](
         gate, up, dy, None if offsets is None else offsets[-1:], *out, *out2, n, dim, BACKWARD=dy is not None,
-        ACT=ACTIVATIONS[hidden_act], LIMIT=offsets is not None, UE8M0=scale_fmt == "ue8m0", BOTH=both, ROWS=rows,
-        num_warps=QUANT_WARPS if both else 4,
+        ACT=ACTIVATIONS[hidden_act], LIMIT=offsets is not None, UE8M0=scale_fmt == "ue8m0", BOTH=both,
+        SIZE=size, ROWS=QUANT_ROWS, num_warps=2 * QUANT_WARPS,
     )  # fmt: skip
 
 
@@ -836,13 +872,10 @@ def _symmetric_kernel(
 
 
 def _symmetric(
-    x: torch.Tensor,
-    other: torch.Tensor | None = None,
-    tall: bool = False,
-    coefficients: tuple[float, float, float] | None = None,
-    scale: torch.Tensor | None = None,
+    x: torch.Tensor, other: torch.Tensor | None = None, tall: bool = False,
+    coefficients: tuple[float, float, float] | None = None, scale: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Products x xᵀ (n, R, R), with `tall` xᵀ x; or x · other of symmetric matrices that commute.
 
     With `coefficients` a, b, c and `scale` s (n,), the polynomial as·I + bs³·x + cs⁵·x xᵀ of symmetric x.
@@ -936,13 +969,9 @@ def _momentum_kernel(
 
 
 def momentum_update(
-    grad: torch.Tensor,
-    buffer: torch.Tensor,
-    update: torch.Tensor,
-    momentum: float,
-    scale: torch.Tensor | None = None,
-    skip: torch.Tensor | None = None,
-) -> None:
+    grad: torch.Tensor, buffer: torch.Tensor, update: torch.Tensor, momentum: float,
+    scale: torch.Tensor | None = None, skip: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Advances Muon's running mean in `buffer` and writes the Nesterov update, all contiguous.
 
     The gradient is divided by `scale`, and the mean stays where `skip` is not 0: both on the device, float32 scalars.
@@ -967,13 +996,9 @@ def _apply_kernel(p_ptr, update_ptr, lr_ptr, skip_ptr, n, decay, factor, SKIP: t
 
 
 def apply_update(
-    p: torch.Tensor,
-    update: torch.Tensor,
-    lr: torch.Tensor,
-    decay: float,
-    factor: float,
+    p: torch.Tensor, update: torch.Tensor, lr: torch.Tensor, decay: float, factor: float,
     skip: torch.Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """p ← (1 - lr·decay)·p - lr·factor·update, both contiguous; `lr` and `skip` as in `momentum_update`."""
     _apply_kernel[(triton.cdiv(p.numel(), 4096),)](
         p, update, lr, p if skip is None else skip, p.numel(), decay, factor, SKIP=skip is not None, SIZE=4096

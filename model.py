@@ -343,7 +343,7 @@ def project(x: Activation, *layers: Linear, offsets: torch.Tensor | None = None)
     if fp8_ops.gemm_impl == "fp8" and not layers[0].high_precision:
         quantized = [layer.quantized() for layer in layers]  # FP8 quantises, and keeps, the input once for all
         return fp8_ops.fp8_linear(x, [layer.weight for layer in layers], quantized, offsets, layers[0].scale_fmt)
-    if len(layers) > 1 and fp8_ops.activation_kernels(x):
+    if len(layers) > 1 and fp8_ops.kernels(x):
         return project_joined(x, *layers, offsets=offsets).split([layer.weight.shape[-2] for layer in layers], dim=-1)
     return tuple(fp8_ops.linear(x, layer.dense_weight(x.dtype), offsets) for layer in layers)
 
@@ -371,7 +371,7 @@ class RMSNorm(nn.Module):
         """Returns `x + update` (`x` without one) and its norm: a residual stream needs both."""
         if self.readers != "plain" and fp8_ops.fuses_fp8(x):
             return fp8_ops.add_rms_norm(x, update, self.weight, self.eps, self.scale_fmt, self.readers == "mixed")
-        if kernel := fp8_ops.activation_kernels(x):
+        if kernel := fp8_ops.kernels(x):
             return kernel.add_rms_norm(x, update, self.weight, self.eps)
         x = x if update is None else x + update
         return x, F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -408,7 +408,7 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     The result has the pairs' first numbers in front and the second ones behind. Queries and keys are laid out alike, so
     their products are the same, and putting the pairs back together would cost a pass over memory.
     """
-    if cos.ndim == 3 and (kernel := fp8_ops.activation_kernels(x)):
+    if cos.ndim == 3 and (kernel := fp8_ops.kernels(x)):
         return kernel.rope(x, cos, sin)
     nope, pe = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
     even, odd = pe[..., 0::2].float(), pe[..., 1::2].float()  # in float32: bfloat16 has 8 bits for the angle
@@ -464,7 +464,7 @@ class MLA(nn.Module):
             k_pe = apply_rotary_emb(k_pe.unsqueeze(2), *angles)  # (B, S, 1, R), for all heads
             return self.wo(self._attend_absorbed(q, fp8_ops.values_of(kv), k_pe, positions, cache).flatten(2))
         kv = self.wkv_b(kv).unflatten(-1, (self.n_heads, -1))  # (B, S, H, qk_nope_head_dim + v_head_dim)
-        if positions.cos.ndim == 3 and (kernel := fp8_ops.activation_kernels(kv)):
+        if positions.cos.ndim == 3 and (kernel := fp8_ops.kernels(kv)):
             k, v = kernel.keys_and_values(kv, k_pe, *angles, self.qk_nope_head_dim)
         else:
             k, v = self._keys_and_values(kv, apply_rotary_emb(k_pe.unsqueeze(2), *angles))
@@ -540,7 +540,7 @@ class MLP(nn.Module):
             layers = self.w1, self.w2, self.w3
             weights, quantized = [layer.weight for layer in layers], [layer.quantized() for layer in layers]
             return fp8_ops.fp8_mlp(x, weights, quantized, self.hidden_act, offsets, self.w1.scale_fmt)
-        if (kernel := fp8_ops.activation_kernels(x)) and fp8_ops.gemm_impl != "fp8":
+        if (kernel := fp8_ops.kernels(x)) and fp8_ops.gemm_impl != "fp8":
             gate_up = project_joined(x, self.w1, self.w3, offsets=offsets)  # (N, 2·inter_dim)
             gate_up = gate_up if is_here is None else gate_up.where(is_here, 0)
             return self.w2(kernel.glu(gate_up, self.hidden_act), offsets)
@@ -569,7 +569,7 @@ class Gate(nn.Module):
         """Returns each position's weights float32 (N, K), experts int64 (N, K) and all scores float32 (N, E)."""
         scores = F.linear(x.float(), self.weight.float())  # in float32: a rounding error could choose another expert
         scores = scores.softmax(dim=-1) if self.score_func == "softmax" else scores.sigmoid()
-        if kernel := fp8_ops.activation_kernels(x):
+        if kernel := fp8_ops.kernels(x):
             indices = kernel.route(scores.detach(), self.bias, self.n_groups, self.topk_groups, self.topk)
         else:
             indices = self.route(scores.detach())

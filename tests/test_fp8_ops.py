@@ -1338,14 +1338,6 @@ def test_training_in_fp8_is_like_training_in_float32(kind: str) -> None:
     assert falls["fp8"] != falls["bf16"]
 
 
-def test_small_activations_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(fp8_ops, "_capability", lambda device: (9, 0))
-    few, many = (torch.empty(fp8_ops.MIN_FUSED_NUMEL - missing, device="meta") for missing in (1, 0))
-    assert fp8_ops.activation_kernels(few) is None and fp8_ops.kernels(few) is not None
-    assert fp8_ops.activation_kernels(many) is fp8_ops.kernels(many)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_compiles_for_lengths_that_vary(dtype: torch.dtype) -> None:
     compiled = torch.compile(fp8_ops.attention, fullgraph=True, dynamic=True, backend="eager")

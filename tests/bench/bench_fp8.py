@@ -2,6 +2,7 @@
 
     python tests/bench/bench_fp8.py dequant cast           a CPU will do
     python tests/bench/bench_fp8.py kernels                needs a GPU of compute capability 8.9 or more
+    python tests/bench/bench_fp8.py step                   so does this; --top N lists the kernels that take longest
     python tests/bench/bench_fp8.py train --data FILE   shakespeare.json in both; --figure draws the curves (matplotlib)
 
 Each part compares two ways in the same run, repeats them alternately and prints the medians. With no part named, all
@@ -28,8 +29,9 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import fp8_ops  # noqa: E402
+import model  # noqa: E402
+import parallel  # noqa: E402
 from fp8_ops import BLOCK, act_quant, act_quant_both, fp8_gemm, weight_dequant, weight_quant  # noqa: E402
 
 # M, N, K of DeepSeek-V3's matrices, and what DeepGEMM's README (commit 327ec92) gives for them on an H800, in TFLOP/s
@@ -212,6 +214,77 @@ def bench_kernels() -> None:
         print(f"| {name} | {bytes_each * x.numel() / gpu_seconds(way) / copy:.0%} |", flush=True)
 
 
+def model_of(config: Path) -> tuple[model.Transformer, torch.Tensor]:
+    """A config's model in bfloat16 with random weights, and a batch of sequences with the bytes after them."""
+    args = json.loads(config.read_text())
+    batch_size = args.pop("train")["batch_size"]
+    with torch.device("cuda"):
+        net = model.Transformer(model.ModelArgs.from_dict(args), torch.bfloat16, init=False)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(1) if p.ndim == 1 else p.normal_(0, p.shape[-1] ** -0.5)
+    return net, torch.randint(256, (batch_size, net.args.max_seq_len + 1), device="cuda")
+
+
+def captured(net: model.Transformer, batch: torch.Tensor) -> torch.cuda.CUDAGraph:
+    """Forward and backward as a CUDA graph, for as long as the model and the batch stay."""
+
+    def step() -> None:
+        net.zero_grad()
+        net.loss(batch[:, :-1], batch[:, 1:]).total.backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles kernels, and picks their tiles
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def bench_step(configs: list[Path], top: int) -> None:
+    """Forward and backward in bfloat16 and in FP8, without launches, the loop and the optimizer."""
+    print(f"\n## Forward and backward as a CUDA graph, {torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print("| config | bytes | bf16 | fp8 | bf16 / fp8 | quantising the weights, once a step |")
+    print("|---|---|---|---|---|---|")
+    listings = []
+    for config in configs:
+        net, batch = model_of(config)
+        times = []
+        for gemm_impl in ("bf16", "fp8"):
+            fp8_ops.gemm_impl = gemm_impl  # type: ignore[assignment]
+            if gemm_impl == "fp8":
+                net.quantize_weights()
+            graph = captured(net, batch)
+            times.append(gpu_seconds(graph.replay))
+            listings.append((f"{config.stem}, {gemm_impl}", kernel_times(graph.replay)[: top + 1]))
+            del graph
+            net.zero_grad()
+            torch.cuda.empty_cache()
+        bf16, fp8 = times
+        quantising = kernel_times(net.quantize_weights)[0][0]
+        figures = f"{1e3 * bf16:.1f} ms | {1e3 * fp8:.1f} ms | {bf16 / fp8:.2f} | {quantising:.1f} ms"
+        print(f"| {config.name} | {batch.numel() - len(batch):,} | {figures} |", flush=True)
+    for title, rows in listings if top else []:
+        print(f"\n| ms | launches | kernel ({title}) |\n|---|---|---|")
+        for ms, count, name in rows:
+            print(f"| {ms:.2f} | {count} | {name[:90]} |")
+
+
+def kernel_times(way: Callable[[], object]) -> list[tuple[float, int, str]]:
+    """Milliseconds and launches of all kernels together, then of each by name, the longest first."""
+    way()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        way()
+        torch.cuda.synchronize()
+    rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in profile.key_averages()]
+    rows = sorted((row for row in rows if row[0] > 0), reverse=True)
+    return [(sum(row[0] for row in rows), sum(row[1] for row in rows), "all"), *rows]
+
+
 def smoothed(losses: list[float], window: int) -> list[float]:
     """Means over the last `window` values, from where there are so many."""
     return [statistics.fmean(losses[i : i + window]) for i in range(len(losses) - window + 1)]
@@ -295,10 +368,11 @@ def draw(curves: dict[str, list[list[float]]], window: int, path: Path) -> None:
 def main() -> None:
     """Runs the parts that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help="dequant, cast, kernels, train")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="dequant, cast, kernels, step, train")
     parser.add_argument("--workspace", type=Path, help="where temporary files go; default: the system's place")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint to cast")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shakespeare.json")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shakespeare.json", help="of train")
+    parser.add_argument("--top", type=int, default=0, help="how many of a step's kernels to list")
     parser.add_argument("--data", default="shakespeare", help="what train.py --data takes")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=1, help="how many times to train both, from other seeds")
@@ -308,19 +382,21 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, help="write both loss curves to this JSON file")
     parser.add_argument("--figure", type=Path, help="draw the curves into this .svg file")
     args = parser.parse_args()
-    checkpoint.keep_freed_memory()  # as the commands do
-    if unknown := set(args.parts) - {"dequant", "cast", "kernels", "train"}:
+    parallel.keep_freed_memory()  # as the commands do
+    if unknown := set(args.parts) - {"dequant", "cast", "kernels", "step", "train"}:
         parser.error(f"no part {unknown.pop()!r}")
     on_gpu = fp8_ops.multiplies_fp8(torch.device("cuda"))
-    parts = args.parts or ["dequant", "cast", *(["kernels"] if on_gpu else []), "train"]
-    if "kernels" in parts and not on_gpu:
-        parser.error("kernels: no GPU of compute capability 8.9 or more, or no Triton, here")
+    parts = args.parts or ["dequant", "cast", *(["kernels", "step"] if on_gpu else []), "train"]
+    if {"kernels", "step"} & set(parts) and not on_gpu:
+        parser.error("kernels, step: no GPU of compute capability 8.9 or more, or no Triton, here")
     if "dequant" in parts:
         bench_dequant()
     if "cast" in parts:
         bench_cast(args.gigabytes, args.workspace)
     if "kernels" in parts:
         bench_kernels()
+    if "step" in parts:
+        bench_step([ROOT / "configs" / f"{name}.json" for name in ("base", "large")], args.top)
     if "train" in parts:
         bench_train(args)
 
