@@ -6,7 +6,7 @@ arguments. Two things govern how the kernels are written.
 Quantisation moves bytes: each element is read once from memory and written once or twice, at a quarter or half of its
 size. Each program takes a square of 128×128, which holds complete tiles of both directions. It goes through the square
 twice, first for the largest numbers of the columns: kept in registers instead, a square leaves room for one program an
-SM, which waits for memory most of its time. `kernel_fused.py` has the kernels that quantise what they compute.
+SM, with nothing to do while it waits for memory. `kernel_fused.py` has the kernels that quantise what they compute.
 
 A product of FP8 matrices moves few bytes and multiplies at twice the rate of bfloat16, but tensor cores sum products
 with only some 14 bits (DeepSeek-V3 report, section 3.3.2). So a sum runs over 128 products, which is as far as a scale
@@ -143,21 +143,19 @@ def _act_quant_kernel(
 ):  # fmt: skip
     """Quantises activations (M, K), and with BOTH their transpose; see `store_quantized`.
 
-    With GATHER, row m is row `index[m]` of x, and rows from `limit` on are zeros. Program (i, j) takes SIZE×128 numbers
-    in steps of ROWS: with BOTH, 128×128, which it reads twice, for the scales of the columns and then for the numbers.
-    The second time they come from a cache, and what a step needs in registers is so little that an SM has many programs
-    at work. Reads each element once from memory (2 bytes in bfloat16) and writes it once (1), with BOTH twice (2).
-    Bound by memory, of whose rate it reaches some half on an H200. Tokens permuted to K experts each are 4·K bytes an
-    element this way; a permutation in bfloat16 before it adds 2 + 2·K.
+    With GATHER, row m is row `index[m]` of x, and rows from `limit` on are zeros. A program takes SIZE×128 numbers in
+    steps of ROWS: with BOTH, 128×128, which it reads twice, for the scales of the columns and then for the numbers. The
+    second time they come from a cache, and a step needs so few registers that an SM has several programs at work. Reads
+    each element once from memory (2 bytes in bfloat16) and writes it once (1), with BOTH twice (2). Bound by memory, of
+    whose rate it reaches some half on an H200. Tokens permuted to K experts each are 4·K bytes an element this way; a
+    permutation in bfloat16 before it adds 2 + 2·K.
     """
     m_start, k_start = tile_start(K, SIZE)
     r_t = 0.0
     if BOTH:
         largest = tl.zeros([ROWS, BLOCK], tl.int32)
         for m in range(0, SIZE, ROWS):
-            x = _read_rows(
-                x_ptr, index_ptr, limit_ptr, m_start + m, k_start, M, K, stride_m, stride_k, GATHER, ROWS
-            )  # fmt: skip
+            x = _read_rows(x_ptr, index_ptr, limit_ptr, m_start + m, k_start, M, K, stride_m, stride_k, GATHER, ROWS)
             largest = tl.maximum(largest, magnitude(x))
         r_t = store_column_scales(largest, m_start, k_start, K, st_ptr, UE8M0)
     for m in range(0, SIZE, ROWS):
@@ -457,12 +455,13 @@ def _gemm(pairs: list[Operands], offsets: torch.Tensor | None, dtype: torch.dtyp
     a, a_s, b, b_s = pairs[0]
     (m, k), (e, n, _) = a.shape, b.shape
     groups = 0 if offsets is None else e
-    c = torch.empty(m, n, dtype=dtype, device=a.device)
     pairs = [(a, a_s, b.reshape(-1, b.shape[-1]), b_s) for a, a_s, b, b_s in pairs]
-    if b_s.shape[1] == n and (parts := _hopper_parts(m, n, k, a.device)) > 1:
+    is_gradient = not groups and len(pairs) == 1 and b_s.shape[1] == n  # of a weight: b has a scale per row
+    if is_gradient and (parts := _hopper_parts(m, n, k, a.device)) > 1:
         partial = torch.empty(parts, m, n, dtype=torch.float32, device=a.device)
         _launch_hopper(128, pairs, partial, None, outer=True)
         return partial.sum(dim=0).to(dtype)
+    c = torch.empty(m, n, dtype=dtype, device=a.device)
     if rows := _hopper_rows(m, n, groups, a.device):
         _launch_hopper(rows, pairs, c, offsets, outer=False)
         return c
@@ -840,8 +839,8 @@ def _hopper_rows(m: int, n: int, groups: int, device: torch.device) -> int:
 def _hopper_parts(m: int, n: int, k: int, device: torch.device) -> int:
     """In how many parts the sum of a product is divided, for few tiles of 128×128 to occupy all SMs: 1 to 8.
 
-    Costs are in steps of 128 along K of one SM: those of the SM that has most to do, and adding up the parts, which
-    moves 128 KiB a tile in the time of some 1/12 of a step of all SMs.
+    Costs are estimated in steps of 128 along K of one SM: those of the SM that has most to do, and adding up the parts,
+    at 1/12 a tile, the time in which memory moves its 128 KiB, and 5 for the launch.
     """
     processors = _hopper_sms(device)
     if not processors or min(m, n) < 128:
