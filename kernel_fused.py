@@ -951,55 +951,31 @@ def _gram_newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float
 
 
 @triton.jit
-def _momentum_kernel(
-    grad_ptr, buffer_ptr, update_ptr, scale_ptr, skip_ptr, n, momentum, SCALE: tl.constexpr, SKIP: tl.constexpr,
-    SIZE: tl.constexpr,
-):  # fmt: skip
+def _momentum_kernel(grad_ptr, buffer_ptr, update_ptr, n, momentum, SIZE: tl.constexpr):
     """buffer ← lerp(grad, buffer), update = lerp(grad, buffer): reads grad and buffer, writes buffer and update."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     grad = tl.load(grad_ptr + i, mask=i < n, other=0.0).to(tl.float32)
     old = tl.load(buffer_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    if SCALE:
-        grad /= tl.load(scale_ptr)
     buffer = grad + momentum * (old - grad)
     tl.store(update_ptr + i, grad + momentum * (buffer - grad), mask=i < n)
-    if SKIP:
-        buffer = tl.where(tl.load(skip_ptr) != 0, old, buffer)
     tl.store(buffer_ptr + i, buffer, mask=i < n)
 
 
-def momentum_update(
-    grad: torch.Tensor, buffer: torch.Tensor, update: torch.Tensor, momentum: float,
-    scale: torch.Tensor | None = None, skip: torch.Tensor | None = None,
-) -> None:  # fmt: skip
-    """Advances Muon's running mean in `buffer` and writes the Nesterov update, all contiguous.
-
-    The gradient is divided by `scale`, and the mean stays where `skip` is not 0: both on the device, float32 scalars.
-    """
-    _momentum_kernel[(triton.cdiv(grad.numel(), 4096),)](
-        grad, buffer, update, grad if scale is None else scale, grad if skip is None else skip, grad.numel(), momentum,
-        SCALE=scale is not None, SKIP=skip is not None, SIZE=4096,
-    )  # fmt: skip
+def momentum_update(grad: torch.Tensor, buffer: torch.Tensor, update: torch.Tensor, momentum: float) -> None:
+    """Advances Muon's running mean in `buffer` and writes the Nesterov update, all contiguous."""
+    _momentum_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, buffer, update, grad.numel(), momentum, SIZE=4096)
 
 
 @triton.jit
-def _apply_kernel(p_ptr, update_ptr, lr_ptr, skip_ptr, n, decay, factor, SKIP: tl.constexpr, SIZE: tl.constexpr):
+def _apply_kernel(p_ptr, update_ptr, lr_ptr, n, decay, factor, SIZE: tl.constexpr):
     """p ← (1 - lr·decay)·p - lr·factor·update: reads both, writes p."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     p = tl.load(p_ptr + i, mask=i < n, other=0.0).to(tl.float32)
     update = tl.load(update_ptr + i, mask=i < n, other=0.0).to(tl.float32)
     lr = tl.load(lr_ptr)
-    new = (1 - lr * decay) * p - lr * factor * update
-    if SKIP:
-        new = tl.where(tl.load(skip_ptr) != 0, p, new)
-    tl.store(p_ptr + i, new, mask=i < n)
+    tl.store(p_ptr + i, (1 - lr * decay) * p - lr * factor * update, mask=i < n)
 
 
-def apply_update(
-    p: torch.Tensor, update: torch.Tensor, lr: torch.Tensor, decay: float, factor: float,
-    skip: torch.Tensor | None = None,
-) -> None:  # fmt: skip
-    """p ← (1 - lr·decay)·p - lr·factor·update, both contiguous; `lr` and `skip` as in `momentum_update`."""
-    _apply_kernel[(triton.cdiv(p.numel(), 4096),)](
-        p, update, lr, p if skip is None else skip, p.numel(), decay, factor, SKIP=skip is not None, SIZE=4096
-    )
+def apply_update(p: torch.Tensor, update: torch.Tensor, lr: torch.Tensor, decay: float, factor: float) -> None:
+    """p ← (1 - lr·decay)·p - lr·factor·update, both contiguous; `lr` is a float32 scalar on the device."""
+    _apply_kernel[(triton.cdiv(p.numel(), 4096),)](p, update, lr, p.numel(), decay, factor, SIZE=4096)
