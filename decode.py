@@ -435,6 +435,8 @@ class CDecoder:
         self.args = args = model.args
         layers, modules = cast(list[Block], model.layers), cast(list[MTPModule], model.mtp)
         attn = layers[0].attn
+        if args.index_topk:
+            raise ValueError("it has no sparse attention, index_topk")
         if args.hidden_act not in ACTIVATIONS:
             raise ValueError(f"it has no activation {args.hidden_act!r}")
         self.shape = _Shape(
@@ -604,6 +606,8 @@ class GraphDecoder:
         return not stacks or (grouped and all(n % 8 == 0 for w in stacks for n in w.shape[1:]))
 
     def __init__(self, model: Transformer):
+        if model.args.index_topk:
+            raise ValueError("it records no sparse attention, index_topk")
         self.model = model
         self.calls: Counter[tuple[object, ...]] = Counter()
         self.graphs: dict[tuple[object, ...], _Graph] = {}

@@ -139,22 +139,27 @@ def make_optimizers(
 
     Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink. Frozen
     parameters are left out. `flags` are `TrainFlags`. A group has the "name" of its rate in the metrics, and its
-    "peak_lr".
+    "peak_lr"; indexers, which may learn alone, have groups of their own, whose names begin with "index".
     """
     params: dict[str, list[nn.Parameter]] = {"matrices": [], "routers": [], "others": []}
+    params |= {"index matrices": [], "index others": []}
     for name, p in trainable(model).items():
-        is_router = name.endswith("gate.weight")
-        params["matrices" if is_hidden_matrix(name, p) else "routers" if is_router else "others"].append(p)
+        is_router, owner = name.endswith("gate.weight"), "index " if ".indexer." in name else ""
+        params[owner + ("matrices" if is_hidden_matrix(name, p) else "routers" if is_router else "others")].append(p)
     # AdamW moves each of a row's `dim` weights by the rate: at 1,024, scores would leap faster than biases balance
     router_lr = flags.lr * min(1.0, ROUTER_LR_DIM / model.args.dim)
     groups: list[dict[str, Any]] = [{"name": "lr", "params": params["others"], "lr": flags.lr, "weight_decay": 0.0}]
     groups += [{"name": "router_lr", "params": params["routers"], "lr": router_lr, "weight_decay": 0.0}]  # may be none
-    matrices = {"name": "matrix_lr", "params": params["matrices"]}
+    matrices = [{"name": "matrix_lr", "params": params["matrices"]}]
+    if model.args.index_topk:
+        groups.append({"name": "index_lr", "params": params["index others"], "lr": flags.lr, "weight_decay": 0.0})
+        matrices.append({"name": "index_matrix_lr", "params": params["index matrices"]})
+    matrices = [group for group in matrices if group["params"]]
     optimizers: list[Optimizer] = []
-    if flags.optimizer == "muon" and params["matrices"]:
-        optimizers.append(Muon([matrices], flags.matrix_lr, flags.momentum, flags.weight_decay, dtype, ctx))
+    if flags.optimizer == "muon" and matrices:
+        optimizers.append(Muon(matrices, flags.matrix_lr, flags.momentum, flags.weight_decay, dtype, ctx))
     elif flags.optimizer == "adamw":
-        groups.append(matrices | {"lr": flags.matrix_lr, "weight_decay": flags.weight_decay})
+        groups += [group | {"lr": flags.matrix_lr, "weight_decay": flags.weight_decay} for group in matrices]
     optimizers.append(torch.optim.AdamW(groups, betas=(flags.beta1, flags.beta2), eps=1e-10, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -146,6 +146,8 @@ class TrainFlags:
     batch_size: int = _flag(32, "sequences of max_seq_len bytes at a time", integer(1, 10**6), group="batch")
     short_seq_len: int = _flag(0, "bytes of the sequences in the first half of the run; 0: as later", integer(0))
     accumulation: int = _flag(1, "batches whose gradients make one step", integer(1, 10**6))
+    index_warmup: float = _flag(0.0, "fraction of the run in which indexers learn from dense attention", _FRACTION)
+    indexer_only: bool = _flag(False, "in that fraction nothing else learns: for --init-from a model without indexers")
     optimizer: str = _flag("muon", "for the hidden matrices", choices=["muon", "adamw"], group="optimizer")
     matrix_lr: float = _flag(0.01, "peak learning rate of hidden matrices", _POSITIVE, metavar="LR")
     lr: float = _flag(0.003, "peak learning rate of all else, by AdamW", _POSITIVE, metavar="LR")
@@ -307,6 +309,8 @@ def check_flags(parser: command.Parser, flags: TrainFlags, shape: ModelArgs) -> 
         parser.error("--override is for --resume: a new run has its flags as they are")
     if flags.short_seq_len and shape.max_seq_len % flags.short_seq_len:
         parser.error(f"--short-seq-len must divide max_seq_len ({shape.max_seq_len}), got {flags.short_seq_len}")
+    if (flags.index_warmup or flags.indexer_only) and not (shape.index_topk and flags.index_warmup):
+        parser.error("--index-warmup needs a model with index_topk, and --indexer-only needs --index-warmup above 0")
     source = flags.config or flags.init_from
     if shape.n_mtp_layers >= (shortest := flags.short_seq_len or shape.max_seq_len):
         raise ConfigError(f"{source}: n_mtp_layers must be below the length of the sequences ({shortest})")
@@ -405,39 +409,44 @@ class Trainer:
     def train_step(self, progress: float) -> dict[str, Any]:
         """Takes one step; returns its metrics. A NotFinite or DataError has changed nothing."""
         flags, progress = self.flags, optim.stretch(progress, self.stretch_from, self.stretch_to)
+        self.model.dense_attention = progress < flags.index_warmup
+        self.model.indexer_only = flags.indexer_only and progress < flags.index_warmup
         losses, load = self._accumulate_gradients(self.short_sampler if progress < SHORT_UNTIL else self.sampler)
         grad_norm = parallel.clip_grad_norm(self.ctx, self.model, flags.grad_clip or math.inf)
-        next_byte, mtp, balance, norm = torch.cat([losses, grad_norm.view(1)]).tolist()
-        if not math.isfinite(next_byte + mtp + balance + norm):
+        next_byte, mtp, balance, indexer, norm = torch.cat([losses, grad_norm.view(1)]).tolist()
+        if not math.isfinite(next_byte + mtp + balance + indexer + norm):
             raise NotFinite(f"step {self.step + 1}: the loss is {next_byte}, the gradient's norm {norm}")
         factor = schedule(progress, flags.schedule, flags.warmup, flags.decay)
         rates: dict[str, float] = {}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+                learns = group["name"].startswith("index") or not self.model.indexer_only
+                group["lr"] = group["peak_lr"] * factor if learns else 0.0
                 rates |= {group["name"]: group["lr"]} if group["params"] else {}
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.model.update_gate_bias(load)
+        if not self.model.indexer_only:
+            self.model.update_gate_bias(load)
         self.quantize_weights()
         self.step, self.progress = self.step + 1, progress
         figures = {"train_loss": next_byte, **rates, "grad_norm": norm, "balance_loss": balance, "load": load}
+        figures |= {"index_loss": indexer} if self.model.args.index_topk else {}
         return figures | ({"mtp_loss": mtp} if len(self.model.mtp) else {})
 
     def _accumulate_gradients(self, sampler: MixtureSampler) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs a step forward and backward; returns mean losses (next byte, MTP, balance) and load of the experts."""
+        """Runs a step forward and backward; returns mean losses (next byte, MTP, balance, indexer), load of experts."""
         ctx, n_batches, self.seq_len = self.ctx, self.flags.accumulation, sampler.seq_len
         count = self.flags.batch_size * self.context // self.seq_len  # as many bytes, in shorter sequences
         mine = ctx.data_parallel_slice(count)
         with metrics.reading(ctx), self.meter.waiting():
             starts = [sampler.starts((self.step * n_batches + i) * count, count)[mine] for i in range(n_batches)]
             batches = [read_batch(self.train_data, offsets, self.seq_len, ctx.device) for offsets in starts]
-        means, load = torch.zeros(3, device=ctx.device), torch.zeros((), device=ctx.device)
+        means, load = torch.zeros(4, device=ctx.device), torch.zeros((), device=ctx.device)
         for i, (tokens, targets) in enumerate(batches):
             with ctx.no_sync(self.loss, i == n_batches - 1):
                 losses = self.loss(tokens, targets)
                 (losses.total / n_batches).backward()
-            means = means + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / n_batches
+            means = means + torch.stack([losses.next_byte, losses.mtp, losses.balance, losses.indexer]) / n_batches
             load = load + losses.load
         parallel.all_reduce_replicated_grads(ctx, self.model)
         return ctx.all_reduce_dp(means / ctx.dp_size), ctx.all_reduce_dp(load)
@@ -551,7 +560,17 @@ def handle_signals(handler: Any) -> None:
 def resume_settings(flags: TrainFlags, data: Corpus, val_data: Corpus) -> dict[str, Any]:
     """Returns the settings that must be equal when a run is resumed, unless --override names them."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
-    names += ["short_seq_len", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
+    names += [
+        "short_seq_len",
+        "weight_decay",
+        "grad_clip",
+        "schedule",
+        "warmup",
+        "decay",
+        "gemm_impl",
+        "index_warmup",
+        "indexer_only",
+    ]
     settings = {name: getattr(flags, name) for name in [*names, "steps", "minutes", "data_weights"]}
     settings |= {"training_bytes": len(data), "training_crc32": fingerprint(data)}
     own = {"validation_bytes": len(val_data), "validation_crc32": fingerprint(val_data)}
@@ -687,6 +706,8 @@ def open_initial(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> C
     if ours != theirs and not flags.eval_only:
         names = ", ".join(f"mtp.{k}" for k in range(min(ours, theirs), max(ours, theirs)))
         say(f"{names}: {'not taken from' if ours < theirs else 'drawn anew, as it is not in'} {flags.init_from}")
+    if shape.index_topk and not initial.args.index_topk:
+        say(f"indexers: drawn anew, as they are not in {flags.init_from}")
     return initial
 
 
@@ -700,7 +721,7 @@ def build_model(
     dtype = parallel.pick_dtype(torch.device(ctx.device).type, flags.dtype)
     fp8_ops.gemm_impl = cast(Any, flags.gemm_impl)
     model = parallel.build(ctx, shape, dtype)
-    if initial is None or shape.n_mtp_layers > initial.args.n_mtp_layers:
+    if initial is None or not initial.has_all_of(shape):
         parallel.init_weights(ctx, model, flags.seed)
     model = model.to(ctx.device).train()
     model.gradient_checkpointing = flags.gradient_checkpointing

@@ -46,6 +46,15 @@ def saved(tmp_path: Path) -> Path:
 
 KINDS = {
     "DeepseekV3ForCausalLM": {"score_func": "sigmoid", "moe_layer_freq": 1},
+    # heads enough that hardly a position has a score of 0, since which of several does is chosen by the way to sort
+    "DeepseekV32ForCausalLM": {
+        "score_func": "sigmoid",
+        "moe_layer_freq": 2,
+        "q_lora_rank": 8,
+        "index_n_heads": 16,
+        "index_head_dim": 16,
+        "index_topk": 4,
+    },
     "Glm4MoeLiteForCausalLM": {"score_func": "sigmoid", "moe_layer_freq": 2, "n_layers": 3, "n_dense_layers": 0},
     "DeepseekV2ForCausalLM": {"score_func": "softmax", "moe_layer_freq": 1, "kv_lora_rank": 140},
     "Ernie4_5ForCausalLM": {"n_routed_experts": 0, "q_lora_rank": 0, "kv_lora_rank": 0, "qk_nope_head_dim": 0},
