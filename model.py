@@ -493,7 +493,9 @@ class Indexer(nn.Module):
         for part in query_chunks(seqlen, bsz * self.n_heads * n_keys):
             end = max(self.topk, n_keys - (seqlen - part.stop))  # no query of the chunk sees more
             scores = index_scores(index.q[:, part], index.k[:, :end], index.weights[:, part])
-            hidden = torch.arange(end, device=seen.device) > seen[:, part, None]
+            keys = torch.arange(end, device=seen.device)
+            scores += keys * 1e-30  # of several that no head looks for, with a score of 0, the last ones
+            hidden = keys > seen[:, part, None]
             chosen.append(scores.masked_fill(hidden, float("-inf")).topk(self.topk, sorted=False).indices.int())
         return torch.cat(chosen, dim=1)
 
