@@ -18,12 +18,15 @@ from safetensors.torch import load_file
 from test_parallel import CONFIG, RANK_FLAGS, Runs, launch
 from test_train import Crash, Here, assert_same_run, checkpoint, here, lines, unchanged_process  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
+import convert
 import decode
+import fp8_cast_bf16
 import fp8_ops
 import model as model_module
 import train
-from checkpoint import read_config
+from checkpoint import read_config, save_model
 from model import MLA, ConfigError, ModelArgs, Positions, Transformer
 from parallel import sharded_dim
 from train import Trainer, main
@@ -287,6 +290,38 @@ def test_decoders_leave_such_models_to_the_modules() -> None:
     net = tiny(**SPARSE | {"max_seq_len": 64})
     warning = decode.attach(net)
     assert net.decoder is None and net.absorbs and "decode.c" in warning and "sparse attention" in warning
+
+
+FP8 = {"dim": 128, "q_lora_rank": 128, "kv_lora_rank": 124, "index_head_dim": 128}
+FP8 |= {"moe_layer_freq": 1, "index_n_heads": 8, "index_topk": 4}  # no weight with a ragged block after a whole one
+
+
+def test_fp8_checkpoints_both_ways(tmp_path: Path) -> None:
+    """Into transformers' layout and FP8, back, and to BF16: no tensor is lost or left as it was drawn."""
+    net = tiny(**FP8)
+    save_model(net, tmp_path / "a")
+    convert.convert(tmp_path / "a", tmp_path / "hf", is_hf=True, dtype="fp8")
+    (stored,) = (tmp_path / "hf").glob("*.safetensors")
+    scaled = {n.removesuffix("_scale_inv") for n in load_file(stored) if ".indexer." in n and n.endswith("scale_inv")}
+    assert scaled == {f"model.layers.{i}.self_attn.indexer.{n}.weight" for i in range(4) for n in ("wq_b", "wk")}
+    convert.convert(tmp_path / "hf", tmp_path / "b", 2)
+    kept, dense = (convert.load_model(tmp_path / "b", keep_fp8=keep) for keep in (True, False))
+    assert kept.layers[0].attn.indexer.wk.weight.dtype == fp8_ops.E4M3
+    with torch.inference_mode():
+        torch.testing.assert_close(kept(tokens(2, 12)), dense(tokens(2, 12)), rtol=0, atol=1e-4)
+    flags = ["--input-fp8-hf-path", str(tmp_path / "hf"), "--output-bf16-hf-path", str(tmp_path / "bf16")]
+    assert fp8_cast_bf16.main(flags) == 0
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "bf16", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert all(".layers.3." in name for name in info["unexpected_keys"])  # the MTP module
+    cast = convert.load_model(tmp_path / "bf16")
+    for name, tensor in dense.state_dict().items():
+        torch.testing.assert_close(cast.state_dict()[name], tensor, rtol=2**-8, atol=0, msg=name)
+    with torch.inference_mode():
+        expected = cast(tokens(2, 12))
+        torch.testing.assert_close(theirs(tokens(2, 12)).logits, expected, rtol=0, atol=1e-5 * expected.abs().max())
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
