@@ -12,7 +12,8 @@ Fields of a line of `metrics.jsonl`; figures of speed and load are of the steps 
     lr                 learning rate of the step: of embedding, head and norms
     router_lr          of the routers, if there are any
     matrix_lr          of the hidden matrices
-    index_lr, index_matrix_lr  of indexers: their norms, and their matrices
+    index_lr           of the indexers' norms, if there are any
+    index_matrix_lr    of their matrices
     grad_norm          of all gradients, before they are clipped
     bytes_per_s        speed
     mfu                model FLOP utilisation: share of the measured peak; null where that comes out above 1

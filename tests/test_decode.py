@@ -483,7 +483,7 @@ CHANGES: dict[str, tuple[tuple[Any, str, Callable[..., Any]], str]] = {
     "window of 7": ((MLA, "_attend", attend(window=7)), "absorb"),
     "capped scores": ((MLA, "_attend", attend(cap=5.0)), "absorb"),
     "scale of scores": ((MLA, "_attend", attend(factor=1.02)), "absorb"),
-    "absorbed path alone": (after(MLA, "_attend_absorbed", lambda y, *_: y * 1.01), "absorb"),
+    "absorbed path alone": (after(MLA, "_attend_absorbed", lambda out, *_: (out[0] * 1.01, out[1])), "absorb"),
     "activation": (after(MLP, "forward", lambda y, *_: y.tanh()), "C"),
     "norm": (after(RMSNorm, "forward", lambda y, self, x: y + 0.01 * x), "C"),
     "epsilon": (
