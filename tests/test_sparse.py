@@ -6,12 +6,13 @@ That logits and texts are those of transformers, test_convert_hf.py shows.
 import contextlib
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import one_line, tiny
+from conftest import one_line, randomise, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -286,10 +287,44 @@ def test_operations_that_are_counted() -> None:
     assert sparse.flops_per_position(512) < dense.flops_per_position(512)
 
 
-def test_decoders_leave_such_models_to_the_modules() -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_c_decodes_what_the_modules_do(seed: int) -> None:
+    """Rows of other lengths, short ones that choose nothing among them; heads that are no multiple of four."""
+    draw = random.Random(seed).choice
+    shape = SPARSE | {"index_n_heads": draw([1, 4, 5, 8]), "index_head_dim": draw([4, 8, 17, 32])}
+    net = tiny(seed, **shape | {"index_topk": draw([1, 4, 30, 60]), "max_seq_len": 80, "dim": 32})
+    randomise(net, seed)
+    assert decode.attach(net) is None and isinstance(net.decoder, decode.CDecoder)
+    text, decoder = tokens(3, 80, seed), net.decoder
+    with torch.inference_mode():
+        caches = [net.new_cache(3, 80) for _ in range(2)]
+        for cache in caches:
+            net(text[:, :60], cache)
+            cache.lengths = [60, 2, 33]
+        for width in (1, 5, 1, 2):
+            results = []
+            for cache, net.decoder in zip(caches, (decoder, None), strict=True):
+                rows = torch.cat([row[n : n + width][None] for row, n in zip(text, cache.lengths, strict=True)])
+                results.append(net(rows, cache))
+            torch.testing.assert_close(*results, rtol=0, atol=2e-5)
+    for ours, theirs in zip(*(cache.layers[0] for cache in caches), strict=True):
+        torch.testing.assert_close(ours[0, :69], theirs[0, :69], rtol=0, atol=1e-5)
+
+
+def test_a_score_that_is_no_number_chooses_within_the_cache() -> None:
     net = tiny(**SPARSE | {"max_seq_len": 64})
-    warning = decode.attach(net)
-    assert net.decoder is None and net.absorbs and "decode.c" in warning and "sparse attention" in warning
+    decode.attach(net)
+    with torch.inference_mode():
+        cache = net.new_cache(1, 64)
+        net(tokens(1, 50), cache)
+        for layer in cache.layers:
+            layer[1][:, 10:40] = float("nan")
+        assert net(tokens(1, 1), cache).shape == (1, 1, 256)
+
+
+def test_graphs_leave_such_models_to_the_modules() -> None:
+    with pytest.raises(ValueError, match="sparse attention"):
+        decode.GraphDecoder(tiny(**SPARSE))
 
 
 FP8 = {"dim": 128, "q_lora_rank": 128, "kv_lora_rank": 124, "index_head_dim": 128}
