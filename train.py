@@ -560,17 +560,8 @@ def handle_signals(handler: Any) -> None:
 def resume_settings(flags: TrainFlags, data: Corpus, val_data: Corpus) -> dict[str, Any]:
     """Returns the settings that must be equal when a run is resumed, unless --override names them."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
-    names += [
-        "short_seq_len",
-        "weight_decay",
-        "grad_clip",
-        "schedule",
-        "warmup",
-        "decay",
-        "gemm_impl",
-        "index_warmup",
-        "indexer_only",
-    ]
+    names += ["short_seq_len", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
+    names += ["index_warmup", "indexer_only"]
     settings = {name: getattr(flags, name) for name in [*names, "steps", "minutes", "data_weights"]}
     settings |= {"training_bytes": len(data), "training_crc32": fingerprint(data)}
     own = {"validation_bytes": len(val_data), "validation_crc32": fingerprint(val_data)}
@@ -700,13 +691,15 @@ def open_initial(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> C
     with ctx.collective_section():
         initial = open_checkpoint(flags.init_from)
         initial.check_same_model(shape)
+        if flags.eval_only and shape.index_topk > 0 == initial.args.index_topk:
+            raise ConfigError(f"{flags.init_from} has no indexers to evaluate: set index_topk to 0, or omit --config")
         crc32 = initial.fingerprint()
     ctx.require_equal({"in the weights of --init-from a CRC-32": crc32})
     ours, theirs = shape.n_mtp_layers, initial.args.n_mtp_layers
     if ours != theirs and not flags.eval_only:
         names = ", ".join(f"mtp.{k}" for k in range(min(ours, theirs), max(ours, theirs)))
         say(f"{names}: {'not taken from' if ours < theirs else 'drawn anew, as it is not in'} {flags.init_from}")
-    if shape.index_topk and not initial.args.index_topk:
+    if shape.index_topk > 0 == initial.args.index_topk:
         say(f"indexers: drawn anew, as they are not in {flags.init_from}")
     return initial
 

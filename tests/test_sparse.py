@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import one_line, randomise, tiny
+from conftest import TINY, one_line, randomise, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,10 +26,11 @@ import decode
 import fp8_cast_bf16
 import fp8_ops
 import model as model_module
+import plan
 import train
 from checkpoint import read_config, save_model
 from model import MLA, ConfigError, ModelArgs, Positions, Transformer
-from parallel import sharded_dim
+from parallel import ParallelContext, sharded_dim
 from train import Trainer, main
 
 SPARSE = {"q_lora_rank": 8, "index_n_heads": 4, "index_head_dim": 6, "index_topk": 4}
@@ -468,6 +469,13 @@ def test_indexers_can_be_left_behind(sparse: Here, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert main(sparse.flags("--steps", 1, "--init-from", first, save=False)) == 2
     assert "index_head_dim = 8" in capsys.readouterr().err
+    sparse.write_config(q_lora_rank=8)
+    sparse.run = sparse.path / "dense"
+    assert main(sparse.flags("--steps", 1)) == 0
+    sparse.write_config(**SPARSE | {"index_head_dim": 8})
+    flags = ["--eval-only", "--init-from", sparse.run, "--config", sparse.config, "--data", sparse.data]
+    assert main([str(flag) for flag in flags]) == 2
+    assert "index_topk" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -488,6 +496,16 @@ def test_plan_of_a_layout(sparse: Here, capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     net = Transformer(read_config(sparse.config)[0])
     assert f"{net.n_params()[0]:,} parameters" in out and "activations, all-reduced" in out
+
+
+def test_a_plan_counts_the_chosen_positions() -> None:
+    """Of each layer, what chunks keep to be computed again: the positions and the absorbed queries among them."""
+    batch, length, topk = 2, 64, 32
+    with torch.device("meta"):
+        shape = TINY | SPARSE | {"max_seq_len": length, "n_mtp_layers": 0}
+        nets = [Transformer(ModelArgs.from_dict(shape | {"index_topk": k})).train() for k in (topk, topk // 2)]
+        saved = [plan.run_once(n, torch.zeros(batch, length, dtype=torch.int64), ParallelContext()) for n in nets]
+    assert saved[0] - saved[1] == 3 * 5 * batch * length * topk // 2  # int32, and whether a query sees it
 
 
 def test_indexers_are_replicated() -> None:
