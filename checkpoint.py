@@ -74,8 +74,8 @@ _Slice = tuple[str, Slice2D, torch.Tensor]  # name, rectangle of the full tensor
 _State = dict[str, dict[str, torch.Tensor]]  # of an optimizer, by the parameter's name and a key
 STEP_NAME = re.compile(r"step-[0-9]{8,15}")  # of a run's checkpoint
 # Fields of a config in which a run may differ from the checkpoint that it begins with: they change neither the shape of
-# a weight that both have, nor what a position computes; and those of YaRN, where it is new.
-FREE_FIELDS = {"max_batch_size", "max_seq_len", "dtype", "scale_fmt", "n_mtp_layers"}
+# a weight that both have, nor what a position computes from what it attends to; and those of YaRN, where it is new.
+FREE_FIELDS = {"max_batch_size", "max_seq_len", "dtype", "scale_fmt", "n_mtp_layers", "index_topk"}
 FREE_FIELDS |= {"bias_update_speed", "aux_loss_alpha", "mtp_loss_weight"}  # of training alone
 YARN_FIELDS = {"use_yarn", "original_seq_len", "rope_factor", "beta_fast", "beta_slow", "mscale"}
 
@@ -85,7 +85,7 @@ NEW_STATE |= {"gate_balance": None}
 # Settings in a run's state that --override may change, and the flag of each. With another seed, batch or optimizer,
 # the positions and tensors that a run goes on from would be of no use.
 OVERRIDABLE = {key: key for key in ("steps", "minutes", "lr", "matrix_lr", "weight_decay", "grad_clip", "momentum")}
-OVERRIDABLE |= {key: key for key in ("beta1", "beta2", "schedule", "warmup", "decay", "gemm_impl")}
+OVERRIDABLE |= {key: key for key in ("beta1", "beta2", "schedule", "warmup", "decay", "gemm_impl", "index_warmup")}
 OVERRIDABLE |= dict.fromkeys(("training_bytes", "training_crc32", "data_weights"), "data")
 OVERRIDABLE |= dict.fromkeys(("validation_bytes", "validation_crc32"), "val_data")
 OVERRIDE_HELP = f"""
@@ -130,6 +130,10 @@ class Checkpoint:
         """Whether any weight is stored in FP8."""
         return any(source.dtype == E4M3 for source in self.tensors.values())
 
+    def has_all_of(self, args: ModelArgs) -> bool:
+        """Whether it has all weights of a model that `check_same_model` accepts; else some must be drawn."""
+        return args.n_mtp_layers <= self.args.n_mtp_layers and bool(self.args.index_topk or not args.index_topk)
+
     def origin(self, path: str | os.PathLike) -> dict[str, Any]:
         """Returns what the state of a run that begins with it records, ready for JSON; it was opened by `path`."""
         step = int(self.folder.name[5:]) if STEP_NAME.fullmatch(self.folder.name) else None
@@ -144,6 +148,8 @@ class Checkpoint:
     def check_same_model(self, args: ModelArgs) -> None:
         """Raises a ConfigError unless a model of `args` can begin with these weights and compute what they are for."""
         ours, theirs, free = args.to_dict(), self.args.to_dict(), FREE_FIELDS
+        if not (args.index_topk and self.args.index_topk):
+            free = free | {"index_n_heads", "index_head_dim"}
         if args.max_seq_len > self.args.max_seq_len or not (args.use_yarn or self.args.use_yarn):
             free = free | YARN_FIELDS
         for key in ours:

@@ -87,6 +87,7 @@ SINGLE_FILE = "model.safetensors"  # of a Hugging Face checkpoint without index
 # fmt: off
 HF_CLASSES = {  # model_type: architecture
     "deepseek_v3": "DeepseekV3ForCausalLM",  # sigmoid routing, the first layers dense
+    "deepseek_v32": "DeepseekV32ForCausalLM",  # the same with an indexer, and a list of which layers are dense
     "deepseek_v2": "DeepseekV2ForCausalLM",  # softmax routing, the first layers dense
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",  # sigmoid routing, a list of which layers are dense
     "ernie4_5": "Ernie4_5ForCausalLM",  # a plain GPT: Llama's, but for rotary pairs side by side, as they are here
@@ -101,6 +102,7 @@ HF_KEYS = {  # field of ModelArgs: field of DeepSeek's classes
     "kv_lora_rank": "kv_lora_rank", "qk_nope_head_dim": "qk_nope_head_dim", "qk_rope_head_dim": "qk_rope_head_dim",
     "v_head_dim": "v_head_dim", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
 }
+HF_INDEX_KEYS = {key: key for key in ("index_n_heads", "index_head_dim", "index_topk")}  # of deepseek_v32 alone
 HF_PLAIN = {  # fields of ModelArgs, and their values in an ernie4_5: plain attention and dense layers
     "q_lora_rank": 0, "kv_lora_rank": 0, "qk_nope_head_dim": 0, "n_routed_experts": 0, "n_shared_experts": 0,
 }
@@ -160,7 +162,8 @@ def hf_name(name: str, args: ModelArgs) -> str:
     if parts[0] == "mtp":
         inner = {"block": [], "norm": ["shared_head", "norm"]}.get(parts[2], [parts[2]])
         parts = ["layers", str(args.n_layers + int(parts[1])), *inner, *parts[3:]]
-    return ".".join(["model", *(HF_NAMES.get(part, part) for part in parts)])
+    end = parts.index("indexer") if "indexer" in parts else len(parts)  # whose own names are those of transformers
+    return ".".join(["model", *(HF_NAMES.get(part, part) for part in parts[:end]), *parts[end:]])
 
 
 def hf_scale_name(name: str) -> str:
@@ -179,7 +182,7 @@ def mtp_copies(args: ModelArgs) -> Iterator[tuple[str, str]]:
 
 
 def args_from_hf(config: dict[str, Any]) -> ModelArgs:
-    """Translates the config.json of a DeepSeek-V2, DeepSeek-V3, Kimi-K2, GLM-4-MoE-Lite or ERNIE-4.5 model.
+    """Translates the config.json of a DeepSeek-V2, -V3 or -V3.2, Kimi-K2, GLM-4-MoE-Lite or ERNIE-4.5 model.
 
     Fields of `ModelArgs` that such a config has no place for are in an object "bytegpt", where an export puts them.
 
@@ -208,7 +211,7 @@ def _derive(config: dict[str, Any]) -> dict[str, Any]:
     left = {key: value for key, value in config.items() if key not in HF_IGNORED}
     values: dict[str, Any] = {"aux_loss_alpha": _agreed(ModelArgs.aux_loss_alpha, left, "aux_loss_alpha")}
     is_plain = kind == "ernie4_5"
-    keys = HF_PLAIN_KEYS if is_plain else HF_KEYS
+    keys = HF_PLAIN_KEYS if is_plain else HF_KEYS | HF_INDEX_KEYS if kind == "deepseek_v32" else HF_KEYS
     for ours, theirs in keys.items():
         if theirs not in left:
             raise ConfigError(f"{theirs} is missing")
@@ -228,6 +231,8 @@ def _derive(config: dict[str, Any]) -> dict[str, Any]:
     sizes = {"num_key_value_heads": values["n_heads"], "head_dim": values["qk_rope_head_dim"]}
     sizes |= dict.fromkeys(("num_experts", "num_local_experts"), values["n_routed_experts"])
     sizes["qk_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
+    if kind == "deepseek_v32" and left.get("layer_types"):
+        sizes["layer_types"] = ["indexed_attention"] * values["n_layers"]
     _check_fixed(left, HF_FIXED | sizes)
     return values
 
@@ -389,12 +394,13 @@ def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, An
     has_moe = any(args.is_moe(i) for i in range(args.n_layers + args.n_mtp_layers))
     is_contiguous, is_v2 = all(layout[n_dense:]), args.score_func == "softmax" and has_moe
     kind = "deepseek_v2" if is_v2 else "deepseek_v3" if is_contiguous else "glm4_moe_lite"
-    kind = kind if args.kv_lora_rank else "ernie4_5"
+    kind = "deepseek_v32" if args.index_topk else kind if args.kv_lora_rank else "ernie4_5"
     # to choose from all groups is the same as having one
     groups = 1 if args.n_limited_groups == args.n_expert_groups else args.n_expert_groups
     if obstacles := _obstacles(args, has_moe, is_v2, is_contiguous, groups):
         raise ConfigError(f"this model cannot be exported: no class of transformers has {obstacles[0]}")
     keys = HF_KEYS if args.kv_lora_rank else HF_PLAIN_KEYS
+    keys = keys | HF_INDEX_KEYS if args.index_topk else keys
     config: dict[str, Any] = {theirs: getattr(args, ours) for ours, theirs in keys.items()}
     config |= {"architectures": [HF_CLASSES[kind]], "model_type": kind, "num_key_value_heads": args.n_heads}
     config |= {"torch_dtype": str(dtype).removeprefix("torch."), "num_nextn_predict_layers": args.n_mtp_layers}
@@ -408,7 +414,8 @@ def hf_config(args: ModelArgs, dtype: torch.dtype, is_fp8: bool) -> dict[str, An
         config["topk_method"] = "noaux_tc" if not is_v2 else "group_limited_greedy" if groups > 1 else "greedy"
         config |= HF_ROUTING["softmax" if is_v2 else "sigmoid"]
         types = {"mlp_layer_types": ["sparse" if is_moe else "dense" for is_moe in layout]}
-        config |= types if kind == "glm4_moe_lite" else {"first_k_dense_replace": n_dense, "moe_layer_freq": 1}
+        config |= {} if kind == "glm4_moe_lite" else {"first_k_dense_replace": n_dense, "moe_layer_freq": 1}
+        config |= types if kind in ("glm4_moe_lite", "deepseek_v32") else {}
     if is_fp8:
         config["quantization_config"] = HF_FP8 | ({"scale_fmt": args.scale_fmt} if args.scale_fmt else {})
     extra = _fields_without_place(args, config)
@@ -431,6 +438,7 @@ def _obstacles(args: ModelArgs, has_moe: bool, is_v2: bool, is_contiguous: bool,
         "moe_layer_freq above 1 with score_func softmax": is_v2 and not is_contiguous,
         "n_heads that does not divide dim, with score_func softmax": is_v2 and args.dim % args.n_heads,
         "an odd qk_nope_head_dim with score_func softmax": is_v2 and args.qk_nope_head_dim % 2,
+        "an indexer with score_func softmax": is_v2 and args.index_topk > 0,
         "an odd kv_lora_rank with score_func softmax": is_v2 and args.kv_lora_rank % 2,
     }
     return [reason for reason, holds in reasons.items() if holds]

@@ -111,11 +111,15 @@ typedef struct {
     Mlp mlp, experts;         /* of a MoE layer, mlp is the shared experts */
     Matrix gate;
     const float *gate_bias; /* (E), or nothing */
+    Matrix index_q, index_k, index_weights; /* of an indexer: its wq_b, wk and weights_proj, or nothing */
+    Norm index_norm;
+    const float *index_bias; /* of that norm */
 } Block;
 
 typedef struct {
     int32_t vocab, dim, heads, rank, nope, rope, v, context;
     int32_t n_experts, n_activated, n_groups, n_limited, is_softmax, act;
+    int32_t index_heads, index_dim, index_topk; /* 0 without indexers */
     float route_scale, scale;
     const float *cos, *sin; /* (context, R/2) */
 } Shape;
@@ -137,6 +141,7 @@ typedef struct {
     float *states;         /* (N, dim), a result */
     float *logits;         /* (N, vocab), the other */
     void **kv_caches;      /* the KV cache of each block, (n_rows, capacity, C + R) */
+    void **index_caches;   /* and its index keys, (n_rows, capacity, index_dim), or nothing */
     int32_t n_rows, n_each, capacity, kind, threads; /* kind: of the caches */
 } Call;
 
@@ -435,7 +440,7 @@ typedef struct {
 typedef struct {
     const Shape *s;
     const Call *c;
-    int n, t, threads;
+    int n, t, threads, longest; /* positions of the longest row */
     Barrier *barrier;
     float *x;              /* (N, dim), the residual stream */
     float *q_a, *q, *kv;   /* (N, q rank), (N, H, nope + R), (N, C + R) */
@@ -444,10 +449,14 @@ typedef struct {
     float *values;         /* (N, H, v) */
     float *scores;         /* (N, E) */
     float *gate, *up;      /* (N, width of the MLP), and (N·K, width of an expert) after that */
+    float *index_q, *index_k, *index_weights; /* (N, heads, index_dim), (N, index_dim), (N, heads) */
+    float *index_scores;   /* (N, the longest row's positions) */
+    int *selected;         /* (N, index_topk): the positions to attend to, where that is not all */
     float *h;              /* own: (N, dim), or before an MTP module (N, 2 dim); (N, q rank); (C + R); (N, C) */
     float *probs;          /* own: (n_each·H, BLOCK); or (N·K + E) weights, (N·K) sorted by expert, (E) scores */
     float *scratch;        /* own: the rows of a product in bfloat16, or scaled */
     double *released;      /* own: when the last barrier was over, in seconds */
+    float *gathered;       /* own: (BLOCK, C + R), of a cache */
     int *chosen;           /* own: (N·K) experts, (N·K) places, (E + 1) ends, (E) flags, (n_groups) flags */
 } Step;
 
@@ -482,14 +491,16 @@ static void linear(const Step *s, Matrix w, int outputs, float *x, float *y, int
     matmul(w, from, to, (Rows){x, w.n_in}, (Rows){y + from, outputs}, s->n, adds, s->scratch);
 }
 
-/* apply_rotary_emb for one vector: even and odd numbers in, first and second half out. */
-static void rotate(const Step *s, const float *x, int position, float *y) {
+/* apply_rotary_emb for one vector: even and odd numbers in (step 2), first and second half out. Or rotate_halves, which
+   reads these halves (step 1), where y may be x. */
+static void rotate(const Step *s, const float *x, int step, int position, float *y) {
     int half = s->s->rope / 2;
     if (position >= s->s->context) position = s->s->context - 1; /* a draft past the context, which is discarded */
     const float *cos = s->s->cos + (long)position * half, *sin = s->s->sin + (long)position * half;
     for (int i = 0; i < half; i++) {
-        y[i] = x[2 * i] * cos[i] - x[2 * i + 1] * sin[i];
-        y[half + i] = x[2 * i + 1] * cos[i] + x[2 * i] * sin[i];
+        float a = x[step * i], b = step == 2 ? x[2 * i + 1] : x[half + i];
+        y[i] = a * cos[i] - b * sin[i];
+        y[half + i] = b * cos[i] + a * sin[i];
     }
 }
 
@@ -499,12 +510,12 @@ static void write_kv(const Step *s, const Block *b, void *cache, int i) {
     int width = a->rank + a->rope, position = s->c->positions[i];
     float *kv = s->kv + (long)i * width, *entry = s->h; /* h is free between two norms */
     normalize(b->kv_norm, kv, entry);
-    rotate(s, kv + a->rank, position, entry + a->rank);
+    rotate(s, kv + a->rank, 2, position, entry + a->rank);
     long offset = ((long)(i / s->c->n_each) * s->c->capacity + position) * width;
     for (int j = 0; j < width; j++) store_one(cache, offset + j, s->c->kind, entry[j]);
     for (int h = 0; h < a->heads; h++) {
         long head = (long)i * a->heads + h;
-        rotate(s, s->q + head * (a->nope + a->rope) + a->nope, position, s->queries + head * width + a->rank);
+        rotate(s, s->q + head * (a->nope + a->rope) + a->nope, 2, position, s->queries + head * width + a->rank);
     }
 }
 
@@ -628,33 +639,105 @@ static void softmax_block(float *p, int visible, float scale, float *partial, in
     partial[rank + 1] = partial[rank + 1] * shrink + sum_lanes(sums);
 }
 
-/* MLA._attend_absorbed: each row's queries over this thread's positions of its cache. */
-static void attend(const Step *s, const void *cache) {
+/* What a cache, `width` numbers a position, has of position t of a row. */
+INLINE char *entry_of(const Step *s, const void *cache, int row, int t, int width) {
+    return (char *)cache + ((long)row * s->c->capacity + t) * width * size_of(s->c->kind);
+}
+
+/* MLA._attend_absorbed and _attend_to_chosen: the heads' queries of `each` positions from the first one on over this
+   thread's share of a row of the cache; or of one position, over its share of what is selected for it. */
+static void attend(const Step *s, const void *cache, int first, int each, const int *selected) {
     const Shape *a = s->s;
-    int rank = a->rank, width = rank + a->rope, each = s->c->n_each, queries = each * a->heads, kind = s->c->kind;
-    for (int row = 0; row < s->c->n_rows; row++) {
-        float *q = s->queries + (long)row * queries * width;
-        float *partials = s->partials + ((long)s->t * s->c->n_rows + row) * queries * (rank + 2);
-        for (int i = 0; i < queries; i++) {
-            memset(partials + (long)i * (rank + 2), 0, (rank + 2) * sizeof *partials);
-            partials[(long)i * (rank + 2) + rank] = -INFINITY;
-        }
-        const int32_t *positions = s->c->positions + row * each;
-        int length = positions[each - 1] + 1, end = first_of(length, s->t + 1, s->threads);
-        for (int start = first_of(length, s->t, s->threads); start < end; start += BLOCK) {
-            int count = end - start < BLOCK ? end - start : BLOCK;
-            long offset = ((long)row * s->c->capacity + start) * width;
-            const void *block = (const char *)cache + offset * size_of(kind);
-            Matrix keys = {.data = block, .kind = kind, .n_in = width};
-            matmul(keys, 0, count, (Rows){q, width}, (Rows){s->probs, BLOCK}, queries, 0, s->scratch);
-            for (int i = 0; i < queries; i++) {
-                int visible = positions[i / a->heads] + 1 - start;
-                visible = visible < 0 ? 0 : visible > count ? count : visible;
-                softmax_block(s->probs + i * BLOCK, visible, a->scale, partials + (long)i * (rank + 2), rank);
-            }
-            accumulate_values(block, kind, width, rank, count, s->probs, partials, queries);
-        }
+    int rank = a->rank, width = rank + a->rope, queries = each * a->heads, kind = s->c->kind;
+    int row = first / s->c->n_each;
+    const int32_t *positions = s->c->positions + first;
+    float *q = s->queries + (long)first * a->heads * width;
+    float *partials = s->partials + ((long)s->t * s->n + first) * a->heads * (rank + 2);
+    for (int i = 0; i < queries; i++) {
+        memset(partials + (long)i * (rank + 2), 0, (rank + 2) * sizeof *partials);
+        partials[(long)i * (rank + 2) + rank] = -INFINITY;
     }
+    int length = selected ? a->index_topk : positions[each - 1] + 1, end = first_of(length, s->t + 1, s->threads);
+    for (int start = first_of(length, s->t, s->threads); start < end; start += BLOCK) {
+        int count = end - start < BLOCK ? end - start : BLOCK;
+        char *block = selected ? (char *)s->gathered : entry_of(s, cache, row, start, width);
+        long bytes = width * size_of(kind);
+        for (int t = 0; t < count && selected; t++)
+            memcpy(block + t * bytes, entry_of(s, cache, row, selected[start + t], width), bytes);
+        Matrix keys = {.data = block, .kind = kind, .n_in = width};
+        matmul(keys, 0, count, (Rows){q, width}, (Rows){s->probs, BLOCK}, queries, 0, s->scratch);
+        for (int i = 0; i < queries; i++) {
+            int visible = selected ? count : positions[i / a->heads] + 1 - start;
+            visible = visible < 0 ? 0 : visible > count ? count : visible;
+            softmax_block(s->probs + i * BLOCK, visible, a->scale, partials + (long)i * (rank + 2), rank);
+        }
+        accumulate_values(block, kind, width, rank, count, s->probs, partials, queries);
+    }
+}
+
+/* Indexer.forward: normalises, rotates and writes the index key of position i of the call, and rotates its queries. */
+static void write_index(const Step *s, const Block *b, void *cache, int i) {
+    int size = s->s->index_dim, position = s->c->positions[i];
+    float *k = s->index_k + (long)i * size, mean = 0, square = 0;
+    for (int j = 0; j < size; j++) mean += k[j] / size;
+    for (int j = 0; j < size; j++) square += (k[j] - mean) * (k[j] - mean) / size;
+    float factor = 1 / sqrtf(square + b->index_norm.eps);
+    for (int j = 0; j < size; j++) k[j] = (k[j] - mean) * factor * b->index_norm.weight[j] + b->index_bias[j];
+    rotate(s, k, 1, position, k);
+    char *entry = entry_of(s, cache, i / s->c->n_each, position, size);
+    for (int j = 0; j < size; j++) store_one(entry, j, s->c->kind, k[j]);
+    float *q = s->index_q + (long)i * s->s->index_heads * size;
+    for (int h = 0; h < s->s->index_heads; h++, q += size) rotate(s, q, 1, position, q);
+}
+
+/* index_scores of this thread's keys for position i: each is multiplied by four heads, or copies of one, at a time. */
+INLINE void score(const Step *s, const void *cache, int kind, int i) {
+    int heads = s->s->index_heads, size = s->s->index_dim, length = s->c->positions[i] + 1;
+    int start = first_of(length, s->t, s->threads), end = first_of(length, s->t + 1, s->threads);
+    const float *q = s->index_q + (long)i * heads * size, *weights = s->index_weights + (long)i * heads;
+    for (int t = start; t < end; t++) {
+        const char *key = entry_of(s, cache, i / s->c->n_each, t, size);
+        quad total = {};
+        for (long j = 0; j < size * size_of(kind); j += 64) __builtin_prefetch(key + 32 * size * size_of(kind) + j);
+        for (int h = 0; h < heads; h += 4) {
+            vec sums[4] = {};
+            const float *of[4];
+            int j, d = 0;
+            for (j = 0; j < 4; j++) of[j] = q + (h + j < heads ? h + j : h) * size;
+            for (; d + LANES <= size; d += LANES)
+                for (j = 0; j < 4; j++) sums[j] += load(key, d, kind) * *(const vec *)(of[j] + d);
+            quad four = sum_lanes_of_4(sums[0], sums[1], sums[2], sums[3]);
+            for (; d < size; d++)
+                for (j = 0; j < 4; j++) four[j] += load_one(key, d, kind) * of[j][d];
+            for (j = 0; j < 4 && h + j < heads; j++) total[j] += (four[j] > 0 ? four[j] : 0) * weights[h + j];
+        }
+        s->index_scores[(long)i * s->longest + t] = (total[0] + total[1]) + (total[2] + total[3]);
+    }
+}
+
+/* The number with these bits, in an order of them that is the numbers' own. */
+INLINE float number_of(uint32_t ordered) {
+    union { uint32_t bits; float value; } u = {ordered >> 31 ? ordered ^ 1u << 31 : ~ordered};
+    return u.value;
+}
+
+/* Indexer.choose for position i: the best scores, of equal ones the last. The least is found between the infinities. */
+static void choose(const Step *s, int i) {
+    const float *scores = s->index_scores + (long)i * s->longest;
+    int length = s->c->positions[i] + 1, left = s->s->index_topk, *selected = s->selected + (long)i * left;
+    uint32_t low = 0x007fffffu, high = 0xff800001u;
+    for (int count = 0; high - low > 1 && count != left;) {
+        uint32_t middle = low + (high - low) / 2;
+        float least = number_of(middle);
+        count = 0;
+        for (int t = 0; t < length; t++) count += scores[t] >= least;
+        if (count >= left) low = middle;
+        else high = middle;
+    }
+    float least = number_of(low);
+    for (int t = 0; t < length; t++) left -= scores[t] > least;
+    for (int t = length - 1; t >= 0; t--) /* what is no number is chosen where all else is */
+        if (scores[t] > least || (!(scores[t] < least) && left-- > 0)) *selected++ = t;
 }
 
 /* Merges the threads' partial sums for query i (of N·H) to the mean of the values, (C). */
@@ -676,12 +759,15 @@ static void merge_partials(const Step *s, long i, float *mean) {
 }
 
 /* Block.forward's first line: MLA.forward under "absorb", added to the residual stream. */
-static void attention(const Step *s, const Block *b, void *cache) {
+static void attention(const Step *s, const Block *b, void *cache, void *index_cache) {
     const Shape *a = s->s;
     int n = s->n, t = s->t, threads = s->threads, rank = a->rank, heads = a->heads;
+    int is_sparse = a->index_topk && s->longest > a->index_topk;
     float *h = s->h;
     for (int i = 0; i < n; i++) normalize(b->attn_norm, s->x + (long)i * a->dim, h + (long)i * a->dim);
     linear(s, b->wkv_a, rank + a->rope, h, s->kv, 0);
+    if (index_cache) linear(s, b->index_k, a->index_dim, h, s->index_k, 0);
+    if (is_sparse) linear(s, b->index_weights, a->index_heads, h, s->index_weights, 0);
     if (b->wq_a.data) {
         int q_rank = b->wq_b.n_in;
         linear(s, b->wq_a, q_rank, s->h, s->q_a, 0);
@@ -689,12 +775,26 @@ static void attention(const Step *s, const Block *b, void *cache) {
         for (int i = 0; i < n; i++) normalize(b->q_norm, s->q_a + (long)i * q_rank, h + (long)i * q_rank);
     }
     linear(s, b->wq_b, heads * (a->nope + a->rope), h, s->q, 0);
+    if (is_sparse) linear(s, b->index_q, a->index_heads * a->index_dim, h, s->index_q, 0);
     wait_for_all(s);
-    for (int i = t; i < n; i += threads) write_kv(s, b, cache, i);
+    for (int i = t; i < n; i += threads) {
+        write_kv(s, b, cache, i);
+        if (index_cache) write_index(s, b, index_cache, i);
+    }
     linear_heads(s, b->w_k, rank, s->q, a->nope + a->rope, s->queries, rank + a->rope,
                  first_of(heads * rank, t, threads), first_of(heads * rank, t + 1, threads));
     wait_for_all(s);
-    attend(s, cache);
+    for (int i = 0; i < n && is_sparse; i++)
+        if (s->c->kind == FP32) score(s, index_cache, FP32, i);
+        else score(s, index_cache, BF16, i);
+    if (is_sparse) wait_for_all(s);
+    for (int i = t; i < n && is_sparse; i += threads)
+        if (s->c->positions[i] >= a->index_topk) choose(s, i);
+    if (is_sparse) wait_for_all(s);
+    for (int i = 0, each = is_sparse ? 1 : s->c->n_each; i < n; i += each) {
+        int chooses = is_sparse && s->c->positions[i] >= a->index_topk;
+        attend(s, cache, i, each, chooses ? s->selected + (long)i * a->index_topk : 0);
+    }
     wait_for_all(s);
     int from = first_of(heads * a->v, t, threads), to = first_of(heads * a->v, t + 1, threads);
     while (from < to) { /* head by head */
@@ -845,7 +945,7 @@ static void run_thread(const Step *s, const Stack *stack) {
     if (stack->eh_proj.data) linear(s, stack->eh_proj, dim, s->h, s->x, 0);
     wait_for_all(s);
     for (int i = 0; i < stack->n_blocks; i++) {
-        attention(s, stack->blocks + i, c->kv_caches[i]);
+        attention(s, stack->blocks + i, c->kv_caches[i], c->index_caches ? c->index_caches[i] : 0);
         feed_forward(s, stack->blocks + i);
     }
     for (int i = s->t; i < n; i += s->threads) normalize(stack->norm, s->x + (long)i * dim, c->states + (long)i * dim);
@@ -866,8 +966,11 @@ static float *allocate(float **from, long count) {
    there is not enough memory, 2 for a token out of range. */
 int run(const Shape *a, const Stack *stack, const Call *c) {
     long n = (long)c->n_rows * c->n_each, width = a->rank + a->rope, q_rank = 1, units = 1, h_width = 2L * a->dim;
-    for (long i = 0; i < n; i++)
+    int longest = 1;
+    for (long i = 0; i < n; i++) {
         if (c->tokens[i] < 0 || c->tokens[i] >= a->vocab) return 2;
+        longest = c->positions[i] >= longest ? c->positions[i] + 1 : longest;
+    }
     for (int i = 0; i < stack->n_blocks; i++) {
         const Block *b = stack->blocks + i;
         if (b->wq_a.data) q_rank = largest(q_rank, b->wq_b.n_in);
@@ -876,21 +979,25 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
     h_width = largest(largest(h_width, width), q_rank);
     long widest = largest(largest(h_width, units), largest((long)a->heads * a->v, a->nope)); /* of a product's rows */
     long scratch = largest(n * widest, c->n_each * a->heads * ((width + 1) / 2));
+    long index_q = (long)a->index_heads * a->index_dim, scored = a->index_topk && longest > a->index_topk ? n : 0;
     long heads = a->heads, shared[] = {n * a->dim, n * q_rank, n * heads * (a->nope + a->rope), n * width,
         n * heads * width, c->threads * n * heads * (a->rank + 2), n * heads * a->v, n * a->n_experts,
-        n * units, n * units};
+        n * units, n * units, n * index_q, n * a->index_dim, n * a->index_heads, scored * longest,
+        scored * a->index_topk};
+    int n_shared = sizeof shared / sizeof *shared, gathered = scored ? BLOCK * (int)width : 0;
     long probs = largest(c->n_each * heads * BLOCK, 2 * n * a->n_activated + 2L * a->n_experts);
     long chosen = 2 * n * a->n_activated + 2L * a->n_experts + 1 + a->n_groups;
-    long count = 16 * 16, each = (n * h_width + probs + scratch + chosen + 5 * 16) / 16 * 16; /* whole lines */
-    for (int i = 0; i < 10; i++) count += shared[i];
+    long count = 16 * 20, each = (n * h_width + probs + scratch + gathered + chosen + 96) / 16 * 16; /* lines */
+    for (int i = 0; i < n_shared; i++) count += shared[i];
     float *arena = malloc((count + each * c->threads) * sizeof *arena);
     float *rest = (float *)(((uintptr_t)arena + 63) / 64 * 64);
     if (!arena) return 1;
     Barrier barrier = {0, 0, 0};
-    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1, .barrier = &barrier};
+    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1, .longest = longest, .barrier = &barrier};
     float **fields[] = {&step.x, &step.q_a, &step.q, &step.kv, &step.queries, &step.partials, &step.values,
-        &step.scores, &step.gate, &step.up};
-    for (int i = 0; i < 10; i++) *fields[i] = allocate(&rest, shared[i]);
+        &step.scores, &step.gate, &step.up, &step.index_q, &step.index_k, &step.index_weights, &step.index_scores,
+        (float **)&step.selected};
+    for (int i = 0; i < n_shared; i++) *fields[i] = allocate(&rest, shared[i]);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(c->threads)
 #endif
@@ -906,6 +1013,7 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
         mine.h = allocate(&own, n * h_width);
         mine.probs = allocate(&own, probs);
         mine.scratch = allocate(&own, scratch);
+        mine.gathered = allocate(&own, gathered);
         mine.chosen = (int *)allocate(&own, chosen);
         run_thread(&mine, stack);
     }

@@ -43,7 +43,20 @@ import torch
 import command
 import fp8_ops
 import model as model_module
-from model import MLP, Block, Experts, KVCache, Linear, ModelArgs, MoE, MTPModule, Positions, RMSNorm, Transformer
+from model import (
+    MLP,
+    Block,
+    Experts,
+    Indexer,
+    KVCache,
+    Linear,
+    ModelArgs,
+    MoE,
+    MTPModule,
+    Positions,
+    RMSNorm,
+    Transformer,
+)
 
 MAX_PROBE, MIN_PROBE = 512, 176  # positions of the text that implementations are compared on
 PROBE_WORK = {"cpu": 2_000_000_000}  # products of one pass over it, between these ends
@@ -393,11 +406,12 @@ _Norm = _struct("Norm", (c_void_p, "weight"), (c_float, "eps"), (c_int32, "size"
 _MLP = _struct("Mlp", (_Matrix, "w1 w2 w3"), (c_int32, "width"))
 _Block = _struct(
     "Block", (_Norm, "attn_norm q_norm kv_norm ffn_norm"), (_Matrix, "wq_a wq_b wkv_a w_k w_v wo"),
-    (_MLP, "mlp experts"), (_Matrix, "gate"), (c_void_p, "gate_bias"),
+    (_MLP, "mlp experts"), (_Matrix, "gate"), (c_void_p, "gate_bias"), (_Matrix, "index_q index_k index_weights"),
+    (_Norm, "index_norm"), (c_void_p, "index_bias"),
 )
 _Shape = _struct(
     "Shape", (c_int32, "vocab dim heads rank nope rope v context"),
-    (c_int32, "n_experts n_activated n_groups n_limited is_softmax act"),
+    (c_int32, "n_experts n_activated n_groups n_limited is_softmax act index_heads index_dim index_topk"),
     (c_float, "route_scale scale"), (c_void_p, "cos sin"),
 )
 _Stack = _struct(
@@ -405,7 +419,7 @@ _Stack = _struct(
     (c_int32, "n_blocks"), (_Norm, "norm"), (_Matrix, "head"),
 )
 _Call = _struct(
-    "Call", (c_void_p, "tokens positions before states logits kv_caches"),
+    "Call", (c_void_p, "tokens positions before states logits kv_caches index_caches"),
     (c_int32, "n_rows n_each capacity kind threads"),
 )
 # fmt: on
@@ -441,7 +455,9 @@ class CDecoder:
             *(args.vocab_size, args.dim, args.n_heads, args.kv_lora_rank, attn.qk_nope_head_dim, attn.qk_rope_head_dim),
             *(args.v_head_dim, args.max_seq_len, args.n_routed_experts, args.n_activated_experts),
             *(args.n_expert_groups, args.n_limited_groups, args.score_func == "softmax"),
-            *(ACTIVATIONS.index(args.hidden_act), args.route_scale, attn.softmax_scale),
+            ACTIVATIONS.index(args.hidden_act),
+            *((args.index_n_heads, args.index_head_dim, args.index_topk) if args.index_topk else (0, 0, 0)),
+            *(args.route_scale, attn.softmax_scale),
         )
         ends = (self._matrix(weight, args.vocab_size, args.dim) for weight in (model.embed.weight, model.head))
         stack = partial(_Stack, **dict(zip(("embed", "head"), ends, strict=True)))
@@ -471,6 +487,7 @@ class CDecoder:
         bsz, seqlen = tokens.shape
         layers = cache.layers[first_layer : first_layer + stack.n_blocks]
         kv_caches = (c_void_p * len(layers))(*(layer[0].data_ptr() for layer in layers))
+        index_caches = (c_void_p * len(layers))(*(layer[-1].data_ptr() for layer in layers))
         self.tables = self.model.rope_tables(min(max(cache.lengths) + seqlen, self.args.max_seq_len))
         self.shape.cos, self.shape.sin = (table.data_ptr() for table in self.tables)
         positions = (c_int32 * tokens.numel())(*(n + i for n in cache.lengths for i in range(seqlen)))
@@ -478,7 +495,8 @@ class CDecoder:
         states, logits = torch.empty(bsz, seqlen, self.args.dim), torch.empty(bsz, seqlen, self.args.vocab_size)
         call = _Call(
             *(tokens.data_ptr(), ctypes.addressof(positions), None if before is None else before.data_ptr()),
-            *(states.data_ptr(), logits.data_ptr(), ctypes.addressof(kv_caches), bsz, seqlen, cache.capacity),
+            *(states.data_ptr(), logits.data_ptr(), ctypes.addressof(kv_caches)),
+            *(ctypes.addressof(index_caches) if self.args.index_topk else None, bsz, seqlen, cache.capacity),
             *(self._kind(cache.layers[0][0]), 1 if self.n_alone else torch.get_num_threads()),
         )
         result = library().run(ctypes.byref(self.shape), ctypes.byref(stack), ctypes.byref(call))
@@ -557,6 +575,8 @@ class CDecoder:
         )
         if q_rank:
             out.wq_a, out.q_norm = self._matrix(attn.wq_a, q_rank, dim), self._norm(attn.q_norm, q_rank)
+        if attn.indexer is not None:
+            self._index(out, attn.indexer)
         if not isinstance(ffn, MoE):
             out.mlp = self._mlp(ffn, args.inter_dim)
             return out
@@ -569,6 +589,16 @@ class CDecoder:
         bias = cast(torch.Tensor | None, ffn.gate.bias)
         out.gate_bias = None if bias is None else self._floats(bias, experts)
         return out
+
+    def _index(self, out: ctypes.Structure, indexer: Indexer) -> None:
+        """Fills in what decode.c reads of an indexer."""
+        args, heads, size = self.args, indexer.n_heads, self.args.index_head_dim
+        out.index_q = self._matrix(indexer.wq_b, heads * size, args.q_lora_rank)
+        out.index_k = self._matrix(indexer.wk, size, args.dim)
+        scaled = self._floats(indexer.weights_proj.weight.float() * indexer.weight_scale, heads, args.dim)
+        out.index_weights = _Matrix(scaled, None, FP32, args.dim, heads)
+        out.index_norm = _Norm(self._floats(indexer.k_norm.weight, size), indexer.k_norm.eps, size)
+        out.index_bias = self._floats(indexer.k_norm.bias, size)
 
 
 # --- CUDA graphs on a GPU ---------------------------------------------------------------------------------------------
@@ -604,6 +634,8 @@ class GraphDecoder:
         return not stacks or (grouped and all(n % 8 == 0 for w in stacks for n in w.shape[1:]))
 
     def __init__(self, model: Transformer):
+        if model.args.index_topk:
+            raise ValueError("it records no sparse attention, index_topk")
         self.model = model
         self.calls: Counter[tuple[object, ...]] = Counter()
         self.graphs: dict[tuple[object, ...], _Graph] = {}

@@ -8,9 +8,12 @@ Fields of a line of `metrics.jsonl`; figures of speed and load are of the steps 
     train_loss         of the step's own bytes, nats per byte
     mtp_loss           the same of the MTP modules, if the model has some
     balance_loss       of the experts' balance in each sequence, as it enters the sum that is minimised
+    index_loss         of the indexers: their divergence from attention, nats, summed over layers
     lr                 learning rate of the step: of embedding, head and norms
     router_lr          of the routers, if there are any
     matrix_lr          of the hidden matrices
+    index_lr           of the indexers' norms, if there are any
+    index_matrix_lr    of their matrices
     grad_norm          of all gradients, before they are clipped
     bytes_per_s        speed
     mfu                model FLOP utilisation: share of the measured peak; null where that comes out above 1

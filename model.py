@@ -1,6 +1,6 @@
 """DeepSeek-V3's architecture over bytes: multi-head latent attention, mixture of experts, multi-token prediction.
 
-A block is `x + attn(attn_norm(x))` followed by `x + ffn(ffn_norm(x))`. Three ideas are not those of a plain GPT:
+A block is `x + attn(attn_norm(x))` followed by `x + ffn(ffn_norm(x))`. Four ideas are not those of a plain GPT:
 
 Multi-head latent attention (MLA; DeepSeek-V2 report, section 2.1). Keys and values of all heads are expanded from one
     small latent vector per position, `c = kv_norm(W_kv_a x)`, plus one rotary key that all heads share. Only these are
@@ -15,8 +15,15 @@ Multi-token prediction (MTP; section 2.2). Module k takes the model's state at p
     predicts the byte at i+k+1 through one more block and the shared head: a denser training signal, and drafts for
     speculative decoding.
 
+Sparse attention (DeepSeek-V3.2 report, section 2.1; with `index_topk`). Attention to all of a long context costs more
+    than the rest of the model. So a lightning indexer, a few small heads without softmax or values, scores every
+    earlier position, and MLA attends to the best `index_topk` alone, in the latent space. A choice has no gradient:
+    the indexer learns to predict where attention goes, by the divergence from MLA's own distribution, first from
+    dense attention to everything and then from that to the chosen positions. Nothing of this reaches the other weights.
+
 The names are those of DeepSeek's own inference code. Shapes in comments: B batch, S positions of the call, T positions
-to attend to, H heads, d their width, C `kv_lora_rank`, R `qk_rope_head_dim`, N = B·S, K experts a position, E experts.
+to attend to, H heads, d their width, C `kv_lora_rank`, R `qk_rope_head_dim`, N = B·S, K experts a position or positions
+chosen for a query, E experts.
 
 This file is the mathematics for one device, without files and flags; `fp8_ops` has what differs by device.
 """
@@ -38,7 +45,8 @@ attn_impl: Literal["naive", "absorb"] = "naive"  # how MLA attends; generate.py 
 
 FEW_POSITIONS = 64  # calls of more positions run the modules even where `Transformer.decoder` is set: they are faster
 EMBEDDING_STD = 0.3  # of initial embeddings; with 1, small models learn more slowly
-LATENT_NORM_EPS = 1e-6  # of q_norm and kv_norm, whatever norm_eps is, in DeepSeek's code and in transformers
+LATENT_NORM_EPS = 1e-6  # of the norms within attention, whatever norm_eps is, in DeepSeek's code and in transformers
+CHUNK_NUMBERS = 1 << 26  # of the largest tensor of sparse attention: it goes over so many queries at a time
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -62,7 +70,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "qk_nope_head_dim": (0, 1 << 14), "qk_rope_head_dim": (0, 1 << 14), "v_head_dim": (1, 1 << 14),
     "original_seq_len": (1, 1 << 30), "rope_theta": (1, 1e15), "rope_factor": (1, 1e6), "beta_fast": (1, 1 << 20),
     "beta_slow": (1, 1 << 20), "mscale": (0, 1e6), "norm_eps": (1e-30, 1), "n_mtp_layers": (0, 1 << 12),
-    "mtp_loss_weight": (0, 1e6),
+    "mtp_loss_weight": (0, 1e6), "index_n_heads": (1, 1 << 14), "index_head_dim": (1, 1 << 14),
+    "index_topk": (0, 1 << 30),
 }
 # fmt: on
 
@@ -109,6 +118,9 @@ class ModelArgs:
     qk_nope_head_dim: int = 128  # width of a head's query and key without position
     qk_rope_head_dim: int = 64  # width of their rotary components
     v_head_dim: int = 128  # width of a head's value
+    index_n_heads: int = 64  # heads of the indexer, which chooses the positions that a query attends to
+    index_head_dim: int = 128  # their width, of which the first `qk_rope_head_dim` are rotary
+    index_topk: int = 0  # positions that it chooses: a shorter context has dense attention; 0: no indexer, all dense
     original_seq_len: int = 4096  # context that the rotary frequencies are designed for
     # Whether YaRN stretches them for a longer one. None, as in DeepSeek's files: if `max_seq_len` is above
     # `original_seq_len`. The answer belongs to the weights: it is saved, and stays when `max_seq_len` changes.
@@ -149,6 +161,11 @@ class ModelArgs:
             raise ConfigError(f"qk_rope_head_dim must be even (rotary pairs), got {self.qk_rope_head_dim}")
         if self.qk_nope_head_dim == self.qk_rope_head_dim == 0:
             raise ConfigError("qk_nope_head_dim and qk_rope_head_dim cannot both be 0")
+        if self.index_topk > 0 and not (self.q_lora_rank and self.kv_lora_rank):
+            raise ConfigError("index_topk needs q_lora_rank and kv_lora_rank above 0, whose latents an indexer reads")
+        if self.index_topk > 0 and self.index_head_dim < self.qk_rope_head_dim:
+            least = f"qk_rope_head_dim ({self.qk_rope_head_dim})"
+            raise ConfigError(f"index_head_dim must be at least {least}, got {self.index_head_dim}")
         if self.inter_dim == 0 and not all(self.is_moe(i) for i in range(self.n_layers + self.n_mtp_layers)):
             raise ConfigError("inter_dim must be greater than 0, since the model has dense layers")
         if self.n_routed_experts > 0:
@@ -183,6 +200,7 @@ class ModelArgs:
         """Numbers cached per position by the main layers, and those that plain multi-head attention would cache."""
         plain = self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
         latent = self.kv_lora_rank + self.qk_rope_head_dim if self.kv_lora_rank else plain
+        latent += self.index_head_dim if self.index_topk else 0
         return self.n_layers * latent, self.n_layers * plain
 
 
@@ -211,17 +229,19 @@ class KVCache:
     """Keys and values of a batch of sequences, which may differ in length.
 
     Under "absorb" a layer keeps one tensor (B, capacity, C + R); under "naive", keys (B, capacity, H, qk_head_dim) and
-    values (B, capacity, H, v_head_dim). `lengths` is the number of filled positions of each sequence: entries after
-    them are never read, so that lowering it drops positions. `n_heads` is H of this process; `spare` positions past the
-    context may be computed, to be discarded.
+    values (B, capacity, H, v_head_dim). With an indexer it is the former under both, and the index keys (B, capacity,
+    index_head_dim). `lengths` is the number of filled positions of each sequence: entries after them are never read, so
+    that lowering it drops positions. `n_heads` is H of this process; `spare` positions past the context may be
+    computed, to be discarded.
     """
 
     def __init__(
         self, args: ModelArgs, batch_size: int, capacity: int, n_heads: int, dtype: torch.dtype,
         device: torch.device | str | None = None, spare: int = 0,
     ):  # fmt: skip
-        if args.kv_lora_rank and attn_impl == "absorb":
+        if args.kv_lora_rank and (attn_impl == "absorb" or args.index_topk):
             shapes: list[tuple[int, ...]] = [(args.kv_lora_rank + args.qk_rope_head_dim,)]
+            shapes += [(args.index_head_dim,)] if args.index_topk else []
         else:
             shapes = [(n_heads, args.qk_nope_head_dim + args.qk_rope_head_dim), (n_heads, args.v_head_dim)]
         self.capacity = capacity + spare
@@ -258,23 +278,33 @@ class Positions(NamedTuple):
     # in the cache: (B, S), or a slice equal in all rows; None without a cache
     index: torch.Tensor | slice | None = None  # type: ignore[assignment]  # tuples have a method of this name
     mask: torch.Tensor | None = None  # True where a query may attend, (B or 1, 1, S, T); None: causal, or one query
+    dense: bool = False  # whether an indexer learns from attention to all positions, and chooses none
+
+    def of_queries(self) -> torch.Tensor:
+        """The position of each query, the last that it may attend to: integers (B or 1, S)."""
+        if isinstance(self.index, torch.Tensor):
+            return self.index
+        start, stop = (0, len(self.cos)) if self.index is None else (self.index.start, self.index.stop)
+        return torch.arange(start, stop, device=self.cos.device).unsqueeze(0)
 
 
 class Routing(NamedTuple):
-    """The statistics of one mixture of experts over a batch."""
+    """The statistics of one block over a batch: of its mixture of experts, and of its indexer."""
 
-    load: torch.Tensor  # positions that each expert got, float32 (E,)
-    balance_loss: torch.Tensor  # sequence-wise, times its weight; a float32 scalar
+    load: torch.Tensor | None = None  # positions that each expert got, float32 (E,); None without experts
+    balance_loss: torch.Tensor | None = None  # sequence-wise, times its weight; a float32 scalar
+    index_loss: torch.Tensor | None = None  # of the indexer, a float32 scalar; None where it does not learn
 
 
 class Losses(NamedTuple):
     """The training loss and its terms, scalars in nats, and the load of the experts."""
 
-    total: torch.Tensor  # to minimise: next_byte + mtp_loss_weight · mtp + balance
+    total: torch.Tensor  # to minimise: next_byte + mtp_loss_weight · mtp + balance + indexer
     next_byte: torch.Tensor  # mean cross-entropy of the next byte, as evaluations quote it
     mtp: torch.Tensor  # mean cross-entropy of the MTP modules; 0 without any
     balance: torch.Tensor  # sum of the layers' balance losses
     load: torch.Tensor  # positions per expert, float32 (MoE layers, E)
+    indexer: torch.Tensor  # sum of the layers' divergences of the indexer from attention; 0 without indexers
 
 
 class Linear(nn.Module):
@@ -416,8 +446,108 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     return torch.cat([nope, pe], dim=-1) if nope.shape[-1] else pe
 
 
+class IndexVectors(NamedTuple):
+    """What an indexer computes of each position."""
+
+    q: torch.Tensor  # (B, S, h, d), h `index_n_heads`, d `index_head_dim`
+    k: torch.Tensor  # (B, S, d), or all that are cached (B, T or more, d)
+    weights: torch.Tensor  # of the heads, float32 (B, S, h)
+
+
+class Indexer(nn.Module):
+    """The lightning indexer (V3.2 report, equation 1): the positions whose latents a query attends to.
+
+    A position's score is `sum_h w_h relu(q_h·k)`, with one key for all heads; it chooses the best `index_topk`.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_heads = args.index_n_heads
+        self.topk = args.index_topk
+        self.wq_b = Linear(args, args.q_lora_rank, args.index_n_heads * args.index_head_dim)
+        self.wk = Linear(args, args.dim, args.index_head_dim)
+        self.k_norm = nn.LayerNorm(args.index_head_dim, LATENT_NORM_EPS)
+        self.weights_proj = Linear(args, args.dim, args.index_n_heads, high_precision=True)
+        self.weight_scale = (args.index_n_heads * args.index_head_dim) ** -0.5
+        self.sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda x: x  # where processes divide the heads
+
+    def forward(self, x: Activation, latent: Activation, angles: tuple[torch.Tensor, torch.Tensor]) -> IndexVectors:
+        """From a block's normed state and the query's latent; gradients end here."""
+        x, latent = (fp8_ops.replace_values(t, torch.Tensor.detach) for t in (x, latent))
+        q, k = self.wq_b(latent).unflatten(-1, (self.n_heads, -1)), self.wk(x)
+        norm = self.k_norm.weight.float(), self.k_norm.bias.float()
+        k = F.layer_norm(k.float(), norm[0].shape, *norm, self.k_norm.eps).to(k.dtype)
+        weights = self.weights_proj(fp8_ops.values_of(x).float()) * self.weight_scale
+        return IndexVectors(rotate_halves(q, *angles), rotate_halves(k.unsqueeze(2), *angles).squeeze(2), weights)
+
+    @torch.no_grad()
+    def choose(self, index: IndexVectors, n_keys: int, seen: torch.Tensor) -> torch.Tensor:
+        """The positions with the best scores for each query, int32 (B, S, K).
+
+        The first `n_keys` of `index.k` are filled, and the last position that a query may attend to is `seen` (B or 1,
+        S): one that sees fewer than K gets all of them, and some after it.
+        """
+        bsz, seqlen = index.q.shape[:2]
+        chosen = []
+        for part in query_chunks(seqlen, bsz * self.n_heads * n_keys):
+            end = max(self.topk, n_keys - (seqlen - part.stop))  # no query of the chunk sees more
+            scores = index_scores(index.q[:, part], index.k[:, :end], index.weights[:, part])
+            keys = torch.arange(end, device=seen.device)
+            scores += keys * 1e-30  # of several that no head looks for, with a score of 0, the last ones
+            hidden = keys > seen[:, part, None]
+            chosen.append(scores.masked_fill(hidden, float("-inf")).topk(self.topk, sorted=False).indices.int())
+        return torch.cat(chosen, dim=1)
+
+    def divergence(self, attention: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The loss (V3.2 report, equations 3 and 4), summed over queries: KL(attention ‖ softmax of the scores).
+
+        From probabilities of some positions, summed over heads, and their scores, (B, S, T); `hidden` ones have none.
+        """
+        attention = self.sum_over_ranks(attention.detach())
+        target = attention / attention.sum(dim=-1, keepdim=True)
+        return F.kl_div(scores.masked_fill(hidden, -1e30).log_softmax(dim=-1), target, reduction="sum")
+
+
+def index_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Scores of keys (B, T, d), or of other ones for each query (B, S, T, d): float32 (B, S, T)."""
+    q, k = q.float(), k.float()  # a rounding error could choose another position
+    products = (q.flatten(1, 2) @ k.mT).unflatten(1, q.shape[1:3]) if k.ndim == 3 else q @ k.mT  # (B, S, h, T)
+    return (weights.unsqueeze(-2) @ F.relu(products)).squeeze(-2)
+
+
+def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first R numbers of x (B, S, h, d), pairs (x0, x_{R/2}), (x1, x_{R/2+1}), ..., in an indexer."""
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    a, b = a.float(), b.float()
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
+
+
+def query_chunks(length: int, numbers: int) -> list[slice]:
+    """Divides queries into chunks, equal but for the last, for whose tensors of `numbers` for each there is room."""
+    n_chunks = -(-length * numbers // CHUNK_NUMBERS)
+    size = -(-length // min(n_chunks, length))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (B, S, K) of x (B, T, d): (B, S, K, d)."""
+    first = torch.arange(len(x), device=x.device, dtype=rows.dtype) * x.shape[1]
+    return F.embedding(rows + first[:, None, None], x.flatten(0, 1))  # whose gradient no order of additions changes
+
+
+def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Calls a function of which the backward pass keeps the inputs alone, and computes it again."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class MLA(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2 report, equations 9 to 19); plain attention where the ranks are 0."""
+    """Multi-head latent attention (DeepSeek-V2 report, equations 9 to 19); plain attention where the ranks are 0.
+
+    With an indexer, calls that write to a cache or attend to chosen positions are absorbed under both implementations.
+    """
 
     def __init__(self, layer_id: int, args: ModelArgs):
         super().__init__()
@@ -443,38 +573,43 @@ class MLA(nn.Module):
             self.kv_norm = RMSNorm(args.kv_lora_rank, LATENT_NORM_EPS, "mixed", args.scale_fmt)
             self.wkv_b = Linear(args, args.kv_lora_rank, args.n_heads * (args.qk_nope_head_dim + args.v_head_dim))
         self.wo = Linear(args, args.n_heads * args.v_head_dim, args.dim)
+        self.indexer = Indexer(args) if args.index_topk else None
         self.softmax_scale = self.qk_head_dim**-0.5
         if args.use_yarn:
             mscale = 0.1 * args.mscale * math.log(args.rope_factor) + 1.0
             self.softmax_scale *= mscale * mscale
 
-    def forward(self, x: Activation, positions: Positions, cache: KVCache | None) -> torch.Tensor:
+    def forward(
+        self, x: Activation, positions: Positions, cache: KVCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """From the normed state to what is added to it, (B, S, dim); and the indexer's loss where it learns."""
         angles = positions.cos, positions.sin
         wq = self.wq_a if self.q_lora_rank else self.wq  # in one `project` with the others: they read the same x
+        q, *kv = project(x, wq, *((self.wkv_a,) if self.kv_lora_rank else (self.wk, self.wv)))
+        if self.q_lora_rank:
+            q = self.q_norm(q)
+        index = None if self.indexer is None else self.indexer(x, q, angles)
+        q = (self.wq_b(q) if self.q_lora_rank else q).unflatten(-1, (self.n_heads, self.qk_head_dim))
+        q = apply_rotary_emb(q, *angles)  # (B, S, H, d)
         if self.kv_lora_rank == 0:  # ordinary multi-head attention
-            q, k, v = project(x, wq, self.wk, self.wv)
-            k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in (k, v))  # (B, S, H, d), (B, S, H, v_head_dim)
-            q, k = self._queries(q, angles), apply_rotary_emb(k, *angles)
-            return self.wo(self._attend(q, k, v, positions, cache).flatten(2))
-        q, kv = project(x, wq, self.wkv_a)  # (B, S, q_lora_rank or H·d), (B, S, C + R)
-        q = self._queries(q, angles)
-        kv, k_pe = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        kv = self.kv_norm(kv)  # (B, S, C)
-        if attn_impl == "absorb":
-            k_pe = apply_rotary_emb(k_pe.unsqueeze(2), *angles)  # (B, S, 1, R), for all heads
-            return self.wo(self._attend_absorbed(q, fp8_ops.values_of(kv), k_pe, positions, cache).flatten(2))
-        kv = self.wkv_b(kv).unflatten(-1, (self.n_heads, -1))  # (B, S, H, qk_nope_head_dim + v_head_dim)
+            k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in kv)  # (B, S, H, d), (B, S, H, v_head_dim)
+            return self.wo(self._attend(q, apply_rotary_emb(k, *angles), v, positions, cache).flatten(2)), None
+        latent, k_pe = kv[0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent = self.kv_norm(latent)  # (B, S, C)
+        learns = index is not None and cache is None and self.training and torch.is_grad_enabled()
+        is_dense = index is None or q.shape[1] <= self.indexer.topk or (learns and positions.dense)
+        if cache is not None and index is not None or not is_dense or (attn_impl == "absorb" and not learns):
+            k_pe = apply_rotary_emb(k_pe.unsqueeze(2), *angles).squeeze(2)  # (B, S, R), for all heads
+            latent = torch.cat([fp8_ops.values_of(latent), k_pe], dim=-1)  # (B, S, C + R): this is what is cached
+            out, loss = self._attend_absorbed(q, latent, index, positions, cache, learns)
+            return self.wo(out.flatten(2)), loss
+        kv = self.wkv_b(latent).unflatten(-1, (self.n_heads, -1))  # (B, S, H, qk_nope_head_dim + v_head_dim)
         if positions.cos.ndim == 3 and (kernel := fp8_ops.kernels(kv)):
             k, v = kernel.keys_and_values(kv, k_pe, *angles, self.qk_nope_head_dim)
         else:
             k, v = self._keys_and_values(kv, apply_rotary_emb(k_pe.unsqueeze(2), *angles))
-        return self.wo(self._attend(q, k, v, positions, cache).flatten(2))
-
-    def _queries(self, q: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Each head's rotated queries (B, S, H, d), from the output of `wq` or `wq_a`."""
-        if self.q_lora_rank:
-            q = self.wq_b(self.q_norm(q))
-        return apply_rotary_emb(q.unflatten(-1, (self.n_heads, self.qk_head_dim)), *angles)
+        out = self.wo(self._attend(q, k, v, positions, cache).flatten(2))
+        return out, self._index_loss(q.detach(), k.detach(), index) if learns else None
 
     def _keys_and_values(self, kv: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each head's keys (B, S, H, d) and values, from `wkv_b`'s output by heads and the rotated key (B, S, 1, R)."""
@@ -482,35 +617,92 @@ class MLA(nn.Module):
         return torch.cat([k_nope, k_pe.expand(-1, -1, self.n_heads, -1)], dim=-1), v
 
     def _attend_absorbed(
-        self, q: torch.Tensor, kv: torch.Tensor, k_pe: torch.Tensor, positions: Positions, cache: KVCache | None
-    ) -> torch.Tensor:
-        """Attends through the latents, one key of C + R for all heads. Returns (B, S, H, v_head_dim)."""
-        bsz, seqlen = kv.shape[:2]
-        latent = torch.cat([kv, k_pe.squeeze(2)], dim=-1)  # (B, S, C + R), which is all that is cached
+        self, q: torch.Tensor, latent: torch.Tensor, index: IndexVectors | None, positions: Positions,
+        cache: KVCache | None, learns: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Attends through the latents, one key of C + R for all heads. Returns (B, S, H, v_head_dim), and the loss."""
+        bsz, seqlen, dtype, loss = *latent.shape[:2], q.dtype, None
+        stored = [latent] if index is None else [latent, index.k]
         if cache is not None:
-            (latent,) = cache.update(self.layer_id, positions.index, latent)
-            latent = latent.to(kv.dtype)  # (B, T, C + R)
-        values = latent[..., : self.kv_lora_rank]  # (B, T, C)
-        wkv_b = self.wkv_b.dense_weight(kv.dtype).to(kv.dtype)
+            latent = cache.update(self.layer_id, positions.index, *stored)[0]  # (B, T, C + R)
+            stored = cache.layers[self.layer_id]
+        n_keys, wkv_b = latent.shape[1], self.wkv_b.dense_weight(dtype).to(dtype)
+        is_dense = index is None or n_keys <= self.indexer.topk
         # Each head multiplies `wider` more numbers for a query and a position than with expanded keys and values, which
         # cost C·(qk_nope_head_dim + v_head_dim) a position: from some number of queries on, expanding costs less.
         wider = 2 * self.kv_lora_rank - self.qk_nope_head_dim - self.v_head_dim
-        if seqlen * wider > self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim):
-            kv = F.linear(values, wkv_b).unflatten(-1, (self.n_heads, -1))
-            k, v = self._keys_and_values(kv, latent[..., self.kv_lora_rank :].unsqueeze(2))
-            return self._attend(q, k, v, positions, None)
+        if is_dense and seqlen * wider > self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim):
+            kv, k_pe = latent.to(dtype).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            k, v = self._keys_and_values(F.linear(kv, wkv_b).unflatten(-1, (self.n_heads, -1)), k_pe.unsqueeze(2))
+            return self._attend(q, k, v, positions, None), None
         w_k, w_v = wkv_b.view(self.n_heads, -1, self.kv_lora_rank).split([self.qk_nope_head_dim, self.v_head_dim], 1)
         q_nope, q_pe = q.flatten(0, 1).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)  # W_kᵀ q: (B·S, H, C)
-        q = torch.cat([q, q_pe], dim=-1).view(bsz, -1, latent.shape[-1]) * self.softmax_scale
-        scores = torch.bmm(q, latent.mT)  # (B, S·H, T): no copy of the cache, and no cast
-        if positions.mask is not None or seqlen > 1:
-            causal = torch.ones(1, 1, seqlen, seqlen, dtype=torch.bool, device=kv.device).tril()
-            mask = causal if positions.mask is None else positions.mask
+        q = torch.cat([q, q_pe], dim=-1).unflatten(0, (bsz, seqlen)) * self.softmax_scale  # (B, S, H, C + R)
+        if is_dense:
+            out = self._attend_to_latents(q, latent.to(dtype), positions.mask)
+        else:
+            out, loss = self._attend_to_chosen(q, stored[0], index._replace(k=stored[1]), n_keys, positions, learns)
+        out = torch.bmm(out.reshape(bsz * seqlen, self.n_heads, -1).transpose(0, 1), w_v.mT)  # (H, B·S, v_head_dim)
+        return out.transpose(0, 1).unflatten(0, (bsz, seqlen)), loss
+
+    def _attend_to_latents(self, q: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Attends to all latents (B, T, C + R) by absorbed queries (B, S, H, C + R): (B, S·H, C)."""
+        seqlen = q.shape[1]
+        scores = torch.bmm(q.flatten(1, 2), latent.mT)  # (B, S·H, T): no copy of the cache, and no cast
+        if mask is not None or seqlen > 1:
+            causal = torch.ones(1, 1, seqlen, seqlen, dtype=torch.bool, device=q.device).tril()
+            mask = causal if mask is None else mask
             scores = scores.unflatten(1, (seqlen, -1)).masked_fill(~mask.transpose(1, 2), float("-inf")).flatten(1, 2)
-        out = torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(kv.dtype), values)  # (B, S·H, C)
-        out = torch.bmm(out.view(bsz * seqlen, self.n_heads, -1).transpose(0, 1), w_v.mT)  # (H, B·S, v_head_dim)
-        return out.transpose(0, 1).unflatten(0, (bsz, seqlen))
+        return torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), latent[..., : self.kv_lora_rank])
+
+    def _attend_to_chosen(
+        self, q: torch.Tensor, latent: torch.Tensor, index: IndexVectors, n_keys: int, positions: Positions,
+        learns: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Attends to the latents that the indexer chooses of the first `n_keys`: (B, S, H, C), and the indexer's loss.
+
+        So the work for a query, and the gradients, are those of `index_topk` positions however long the context is.
+        """
+        bsz, seqlen, dtype, seen = *q.shape[:2], q.dtype, positions.of_queries()
+        chosen = self.indexer.choose(index, n_keys, seen)  # (B, S, K)
+
+        def attend(q: torch.Tensor, latent: torch.Tensor, rows: torch.Tensor, hidden: torch.Tensor, *index: Any) -> Any:
+            keys = gather_rows(latent, rows).to(dtype)  # (B, s, K, C + R), s queries of the chunk
+            scores = (q @ keys.mT).masked_fill(hidden.unsqueeze(2), float("-inf"))  # (B, s, H, K)
+            p = scores.softmax(dim=-1, dtype=torch.float32)
+            out = p.to(dtype) @ keys[..., : self.kv_lora_rank]
+            if not learns:
+                return out, None
+            index_q, index_k, weights = index
+            index_p = index_scores(index_q, gather_rows(index_k, rows), weights)
+            return out, self.indexer.divergence(p.sum(dim=2), index_p, hidden)
+
+        if torch.is_grad_enabled():  # the gradients of many queries for one position are summed in float32
+            latent, index = latent.float(), index._replace(k=index.k.float())
+        parts = []
+        for part in query_chunks(seqlen, bsz * chosen.shape[-1] * latent.shape[-1]):
+            rows, chunk = chosen[:, part], (index.q[:, part], index.k, index.weights[:, part])
+            parts.append(recomputed(attend, q[:, part], latent, rows, rows > seen[:, part, None], *chunk))
+        out = torch.cat([out for out, _ in parts], dim=1)
+        return out, torch.stack([loss for _, loss in parts]).sum() / (bsz * seqlen) if learns else None
+
+    def _index_loss(self, q: torch.Tensor, k: torch.Tensor, index: IndexVectors) -> torch.Tensor:
+        """The indexer's loss where attention is dense, of queries `q` and keys `k` (B, S, H, d)."""
+        bsz, seqlen, heads, _ = q.shape
+
+        def diverge(q: torch.Tensor, k: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
+            n_queries, n_keys = q.shape[1], k.shape[1]
+            hidden = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).triu(n_keys - n_queries + 1)
+            scores = torch.matmul(q.transpose(1, 2) * self.softmax_scale, k.permute(0, 2, 3, 1))  # (B, H, s, T)
+            p = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+            return self.indexer.divergence(p.sum(dim=1), index_scores(*index), hidden)
+
+        losses = []
+        for part in query_chunks(seqlen, bsz * max(heads, self.indexer.n_heads) * seqlen):
+            chunk = index.q[:, part], index.k[:, : part.stop], index.weights[:, part]
+            losses.append(recomputed(diverge, q[:, part], k[:, : part.stop], *chunk))
+        return torch.stack(losses).sum() / (bsz * seqlen)
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: Positions, cache: KVCache | None
@@ -665,15 +857,18 @@ class Block(nn.Module):
         super().__init__()
         self.attn = MLA(layer_id, args)
         self.ffn = MoE(args) if args.is_moe(layer_id) else MLP(args, args.inter_dim)
-        self.attn_norm = RMSNorm(args.dim, args.norm_eps, "fp8", args.scale_fmt)
+        self.attn_norm = RMSNorm(args.dim, args.norm_eps, "mixed" if args.index_topk else "fp8", args.scale_fmt)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, "mixed" if args.is_moe(layer_id) else "fp8", args.scale_fmt)
 
     def forward(
         self, x: torch.Tensor, positions: Positions, cache: KVCache | None
     ) -> tuple[torch.Tensor, Routing | None]:
         x, h = self.attn_norm.add(x)  # the same x, but its gradient and that of its norm are summed in one kernel
-        x, h = self.ffn_norm.add(x, self.attn(h, positions, cache))  # x + attention, and its norm
+        h, index_loss = self.attn(h, positions, cache)
+        x, h = self.ffn_norm.add(x, h)  # x + attention, and its norm
         y, routing = self.ffn(h) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
+        if index_loss is not None:
+            routing = (routing or Routing())._replace(index_loss=index_loss)
         return x + y, routing
 
 
@@ -705,10 +900,11 @@ def draw_weight(name: str, index: int, shape: tuple[int, ...], seed: int) -> tor
 
     Matrices are normal with standard deviation 1/sqrt(fan-in), so that activations keep their scale. Those that write
     into the residual stream, and the head, start at zero: each block begins as the identity and each byte as equally
-    likely. Norms start at one. `name`, `index` and `shape` are those in the full model. Returns float32 on the CPU.
+    likely. Norms start at one, the bias of an indexer's at zero. `name`, `index` and `shape` are those in the full
+    model. Returns float32 on the CPU.
     """
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     if name.endswith(("wo.weight", "w2.weight", "head.weight")):
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
@@ -733,6 +929,8 @@ class Transformer(nn.Module):
         self.cache_dtype: torch.dtype | None = None  # of KV caches; None: `compute_dtype`
         self.gradient_checkpointing = False  # whether the backward pass computes each block again, which saves memory
         self.decoder: Any = None  # a faster path for calls of few positions under its `attn_impls`: see decode.py
+        self.dense_attention = False  # in training, whatever `index_topk` is: indexers learn from all positions
+        self.indexer_only = False  # whether their loss alone has gradients
         self.absorbs = False  # in decoding, once `decode.attach` has found that it does not change the model
         weight = torch.empty(args.vocab_size, args.dim)  # an Embedding would draw its own
         self.embed = nn.Embedding(args.vocab_size, args.dim, _weight=weight)
@@ -795,12 +993,19 @@ class Transformer(nn.Module):
         """Floating-point operations of a training step for one position, forward and backward.
 
         Six for each weight that it meets, as in PaLM's report (appendix B), and attention to half of the sequence, the
-        mean under a causal mask, where that report counts all of it. Recomputation is not counted.
+        mean under a causal mask, where that report counts all of it; or to the positions that an indexer chooses.
+        Recomputation is not counted.
         """
         args, heads = self.args, 1 + len(self.mtp)  # each MTP module goes through the head as well
         weights = self.n_params()[1] - self.embed.weight.numel() + (heads - 1) * self.head.weight.numel()
         widths = args.n_heads * (args.qk_nope_head_dim + args.qk_rope_head_dim + args.v_head_dim)
-        return 6 * weights + 6 * (args.n_layers + len(self.mtp)) * widths * seq_len // 2
+        attention = 6 * widths * seq_len // 2
+        if 0 < args.index_topk < seq_len:
+            indexer = args.index_n_heads * args.index_head_dim  # scores all, without a gradient, and learns from some
+            widths = args.n_heads * (2 * args.kv_lora_rank + args.qk_rope_head_dim) + indexer
+            chosen = args.index_topk - args.index_topk**2 / (2 * seq_len)  # the mean number
+            attention = round(6 * widths * chosen) + 2 * indexer * seq_len // 2
+        return 6 * weights + (args.n_layers + len(self.mtp)) * attention
 
     def new_cache(self, batch_size: int, capacity: int, spare: int = 0) -> KVCache:
         """Returns an empty cache of `capacity` positions for `batch_size` sequences, under the current `attn_impl`."""
@@ -883,7 +1088,7 @@ class Transformer(nn.Module):
         end = self.require_room(seq_len, cache)
         cos, sin = self.rope_tables(min(end, self.args.max_seq_len))
         if cache is None:
-            return Positions(cos[:seq_len], sin[:seq_len])
+            return Positions(cos[:seq_len], sin[:seq_len], dense=self.dense_attention)
         index = cache.positions(seq_len, cos.device)
         mask, every = None, torch.arange(end, device=cos.device)
         if isinstance(index, torch.Tensor):
@@ -917,10 +1122,15 @@ class Transformer(nn.Module):
                 routings.append(routing)
             mtp.append(self._cross_entropy(h, wanted))
         mtp_loss = torch.stack(mtp).mean() if mtp else torch.zeros_like(next_byte)
-        balance = torch.stack([r.balance_loss for r in routings]).sum() if routings else torch.zeros_like(next_byte)
-        load = torch.stack([r.load for r in routings]) if routings else next_byte.new_zeros(0, 0)
+        balances = [r.balance_loss for r in routings if r.balance_loss is not None]
+        balance = torch.stack(balances).sum() if balances else torch.zeros_like(next_byte)
+        loads = [r.load for r in routings if r.load is not None]
+        load = torch.stack(loads) if loads else next_byte.new_zeros(0, 0)
+        divergences = [r.index_loss for r in routings if r.index_loss is not None]
+        index = torch.stack(divergences).sum() if divergences else torch.zeros_like(next_byte)
         total = next_byte + self.args.mtp_loss_weight * mtp_loss + balance
-        return Losses(total, next_byte.detach(), mtp_loss.detach(), balance.detach(), load)
+        total = total * 0.0 if self.indexer_only else total  # gradients of zero: every layout has as many as before
+        return Losses(total + index, next_byte.detach(), mtp_loss.detach(), balance.detach(), load, index.detach())
 
     def next_byte_loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean cross-entropy of the next byte alone, in nats, as an evaluation measures it."""

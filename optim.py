@@ -149,22 +149,27 @@ def make_optimizers(
 
     Only hidden matrices decay: a norm's scale or an embedding that rarely gets a gradient should not shrink. Frozen
     parameters are left out. `flags` are `TrainFlags`. A group has the "name" of its rate in the metrics, and its
-    "peak_lr".
+    "peak_lr"; indexers, which may learn alone, have groups of their own, whose names begin with "index".
     """
     params: dict[str, list[nn.Parameter]] = {"matrices": [], "routers": [], "others": []}
+    params |= {"index matrices": [], "index others": []}
     for name, p in trainable(model).items():
-        is_router = name.endswith("gate.weight")
-        params["matrices" if is_hidden_matrix(name, p) else "routers" if is_router else "others"].append(p)
+        is_router, owner = name.endswith("gate.weight"), "index " if ".indexer." in name else ""
+        params[owner + ("matrices" if is_hidden_matrix(name, p) else "routers" if is_router else "others")].append(p)
     # AdamW moves each of a row's `dim` weights by the rate: at 1,024, scores would leap faster than biases balance
     router_lr = flags.lr * min(1.0, ROUTER_LR_DIM / model.args.dim)
     groups: list[dict[str, Any]] = [{"name": "lr", "params": params["others"], "lr": flags.lr, "weight_decay": 0.0}]
     groups += [{"name": "router_lr", "params": params["routers"], "lr": router_lr, "weight_decay": 0.0}]  # may be none
-    matrices = {"name": "matrix_lr", "params": params["matrices"]}
+    matrices = [{"name": "matrix_lr", "params": params["matrices"]}]
+    if model.args.index_topk:
+        groups.append({"name": "index_lr", "params": params["index others"], "lr": flags.lr, "weight_decay": 0.0})
+        matrices.append({"name": "index_matrix_lr", "params": params["index matrices"]})
+    matrices = [group for group in matrices if group["params"]]
     optimizers: list[Optimizer] = []
-    if flags.optimizer == "muon" and params["matrices"]:
-        optimizers.append(Muon([matrices], flags.matrix_lr, flags.momentum, flags.weight_decay, dtype, ctx))
+    if flags.optimizer == "muon" and matrices:
+        optimizers.append(Muon(matrices, flags.matrix_lr, flags.momentum, flags.weight_decay, dtype, ctx))
     elif flags.optimizer == "adamw":
-        groups.append(matrices | {"lr": flags.matrix_lr, "weight_decay": flags.weight_decay})
+        groups += [group | {"lr": flags.matrix_lr, "weight_decay": flags.weight_decay} for group in matrices]
     optimizers.append(torch.optim.AdamW(groups, betas=(flags.beta1, flags.beta2), eps=1e-10, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -271,19 +276,19 @@ class Figures:
             self._event.record()
 
     def read(self) -> tuple[list[float], torch.Tensor]:
-        """Waits for them: (next-byte loss, MTP loss, balance loss, norm), and the load (MoE layers, experts)."""
+        """Waits for them: losses (next byte, MTP, balance, indexers) and norm, and the load (MoE layers, experts)."""
         if self._event is not None:
             self._event.synchronize()
-        return self._values[:4].tolist(), self._values[4:].view(self._shape)
+        return self._values[:5].tolist(), self._values[5:].view(self._shape)
 
 
 class TrainingStep:
     """Forward, backward and update of one step, on whatever device; on a GPU, replayed as a CUDA graph.
 
     A graph repeats what was recorded, on the same memory: numbers that Python computes stay as they were then, so the
-    learning rates are tensors. Each length of sequences has its own recording, after a few steps as usual, in which
-    kernels are compiled and the optimizers' state is allocated. The device alone knows of a loss that is not finite:
-    whoever reads the figures must end the run, before anything is saved.
+    learning rates are tensors. Each length of sequences, and each stage of training an indexer, has its own recording,
+    after a few steps as usual, in which kernels are compiled and the optimizers' state is allocated. The device alone
+    knows of a loss that is not finite: whoever reads the figures must end the run, before anything is saved.
 
     Args:
         ctx, model, optimizers: Of this process.
@@ -301,6 +306,7 @@ class TrainingStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._batches = self._figures = torch.empty(0)  # what a graph reads and writes
         self._n_launched = 0  # steps of this shape without a graph
+        self._stage = False, False  # of training an indexer
         self._load_shape = torch.Size([0, 0])
         if replays:
             model.rope_tables(model.args.max_seq_len)  # which else move when they get longer
@@ -315,7 +321,8 @@ class TrainingStep:
         """Sets the learning rates to `factor` of their peaks; returns them by their names in the metrics."""
         rates = {}
         for group in self._groups():
-            rate = group["peak_lr"] * factor
+            learns = group["name"].startswith("index") or not self.model.indexer_only
+            rate = group["peak_lr"] * factor if learns else 0.0
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -334,8 +341,9 @@ class TrainingStep:
     def _launch(self, batches: torch.Tensor) -> torch.Tensor:
         if not self.replays:
             return self._run(batches)
-        if batches.shape != self._batches.shape:
-            self.graph, self._n_launched = None, 0
+        stage = self.model.dense_attention, self.model.indexer_only
+        if batches.shape != self._batches.shape or stage != self._stage:
+            self.graph, self._n_launched, self._stage = None, 0, stage
             self._batches, self._figures = torch.empty_like(batches), torch.empty(0)
         self._batches.copy_(batches)
         if self.graph is None and self._n_launched >= LAUNCHED_STEPS:
@@ -370,19 +378,20 @@ class TrainingStep:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if is_taken:
-            self.balance.update(load)
+            if not self.model.indexer_only:
+                self.balance.update(load)
             parallel.quantize_weights(self.ctx, self.model)
         return figures
 
     def _accumulate_gradients(self, batches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs a step forward and backward; returns mean losses (next byte, MTP, balance) and load of the experts."""
+        """Runs a step forward and backward; returns mean losses (next byte, MTP, balance, indexers) and experts' load."""
         ctx, n_batches = self.ctx, len(batches)
-        means, load = torch.zeros(3, device=ctx.device), torch.zeros((), device=ctx.device)
+        means, load = torch.zeros(4, device=ctx.device), torch.zeros((), device=ctx.device)
         for i, batch in enumerate(batches):
             tokens, ctx.averages_gradients = batch.long(), i == n_batches - 1
             losses = self.loss(tokens[:, :-1], tokens[:, 1:])
             (losses.total / n_batches).backward()
-            means = means + torch.stack([losses.next_byte, losses.mtp, losses.balance]) / n_batches
+            means = means + torch.stack([losses.next_byte, losses.mtp, losses.balance, losses.indexer]) / n_batches
             load = load + losses.load
         parallel.finish_gradients(ctx, self.model)
         return ctx.all_reduce_dp(means / ctx.dp_size), ctx.all_reduce_dp(load)

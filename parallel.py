@@ -9,6 +9,7 @@ shard and are a data-parallel group. With M = 2, the two ranks of a tensor-paral
     attn_norm        replicated                 replicated
     attn   wq, wkv_b heads of the first half    of the second           column-parallel
            wkv_a, …  replicated                 replicated
+           indexer   replicated                 replicated             all-reduce of the attention that it learns from
            wo        inputs from its heads      inputs from its heads   row-parallel: all-reduce of the outputs
     ffn    w1, w3    first half of the outputs  second half             column-parallel
            w2        its inputs                 its inputs              row-parallel: all-reduce of the outputs
@@ -53,7 +54,7 @@ from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeo
 
 import command
 import fp8_ops
-from model import Losses, ModelArgs, Transformer, draw_weight
+from model import Losses, ModelArgs, Routing, Transformer, draw_weight
 from safetensors_io import CheckpointError, Slice2D
 
 TIMEOUT = timedelta(minutes=10)  # for another rank; a step or the saving of a checkpoint takes less
@@ -85,6 +86,8 @@ SHARDED_DIM = {
 
 def sharded_dim(name: str) -> int | None:
     """Returns the dimension of a tensor of `state_dict` that tensor-parallel ranks divide; None: replicated."""
+    if ".indexer." in name:  # all ranks must choose the same positions
+        return None
     # routed experts are stacked along dimension 0
     return 0 if ".experts." in name else SHARDED_DIM.get(name.rsplit(".", 2)[-2])
 
@@ -624,10 +627,15 @@ def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
     def sum_output(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, torch.Tensor):
             return _Sum.apply(output, ctx)
-        y, routing = output
-        term = routing.balance_loss / ctx.mp_size  # each rank computes all of it, and its gradients are added up
-        balance_loss = term + (routing.balance_loss - term).detach()
-        return _Sum.apply(y, ctx), routing._replace(balance_loss=balance_loss)
+        y, extra = output  # of `attn` the indexer's loss or None, of `ffn` its statistics
+        if isinstance(extra, Routing):
+            extra = extra._replace(balance_loss=divided(extra.balance_loss))
+        return _Sum.apply(y, ctx), divided(extra) if isinstance(extra, torch.Tensor) else extra
+
+    def divided(loss: Any) -> torch.Tensor:
+        """A loss of which each rank computes all, and then adds up the gradients."""
+        term = loss / ctx.mp_size
+        return term + (loss - term).detach()
 
     def concatenate_logits(_module: nn.Module, _inputs: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
         width = logits.shape[-1]
@@ -636,6 +644,8 @@ def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
 
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         block.attn.n_heads //= ctx.mp_size
+        if block.attn.indexer is not None:
+            block.attn.indexer.sum_over_ranks = lambda x: _all_reduce(x, ctx)
         for half in (block.attn, block.ffn):
             half.register_forward_pre_hook(copy_input)
             half.register_forward_hook(sum_output)

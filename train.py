@@ -148,6 +148,8 @@ class TrainFlags:
     batch_size: int = _flag(32, "sequences of max_seq_len bytes at a time", integer(1, 10**6), group="batch")
     short_seq_len: int = _flag(0, "bytes of the sequences in the first half of the run; 0: as later", integer(0))
     accumulation: int = _flag(1, "batches whose gradients make one step", integer(1, 10**6))
+    index_warmup: float = _flag(0.0, "fraction of the run in which indexers learn from dense attention", _FRACTION)
+    indexer_only: bool = _flag(False, "in that fraction nothing else learns: for --init-from a model without indexers")
     optimizer: str = _flag("muon", "for the hidden matrices", choices=["muon", "adamw"], group="optimizer")
     matrix_lr: float = _flag(0.01, "peak learning rate of hidden matrices", _POSITIVE, metavar="LR")
     lr: float = _flag(0.003, "peak learning rate of all else, by AdamW", _POSITIVE, metavar="LR")
@@ -310,6 +312,8 @@ def check_flags(parser: command.Parser, flags: TrainFlags, shape: ModelArgs) -> 
         parser.error("--override is for --resume: a new run has its flags as they are")
     if flags.short_seq_len and shape.max_seq_len % flags.short_seq_len:
         parser.error(f"--short-seq-len must divide max_seq_len ({shape.max_seq_len}), got {flags.short_seq_len}")
+    if (flags.index_warmup or flags.indexer_only) and not (shape.index_topk and flags.index_warmup):
+        parser.error("--index-warmup needs a model with index_topk, and --indexer-only needs --index-warmup above 0")
     source = flags.config or flags.init_from
     if shape.n_mtp_layers >= (shortest := flags.short_seq_len or shape.max_seq_len):
         raise ConfigError(f"{source}: n_mtp_layers must be below the length of the sequences ({shortest})")
@@ -422,6 +426,8 @@ class Trainer:
         NotFinite where a loss or a gradient is not finite; without a graph, the step was not taken.
         """
         flags, progress = self.flags, optim.stretch(progress, self.stretch_from, self.stretch_to)
+        self.model.dense_attention = progress < flags.index_warmup
+        self.model.indexer_only = flags.indexer_only and progress < flags.index_warmup
         batches = self._read_batches(self.short_sampler if progress < SHORT_UNTIL else self.sampler)
         rates = self.training_step.set_rates(schedule(progress, flags.schedule, flags.warmup, flags.decay))
         self.launched.append((self.step + 1, rates, self.training_step(batches)))
@@ -443,11 +449,12 @@ class Trainer:
         """Waits for all steps but the last `n_running`, and notes their figures; a NotFinite names a step."""
         while len(self.launched) > n_running:
             step, rates, figures = self.launched.popleft()
-            (next_byte, mtp, balance, norm), load = figures.read()
-            if not math.isfinite(next_byte + mtp + balance + norm):
+            (next_byte, mtp, balance, indexer, norm), load = figures.read()
+            if not math.isfinite(next_byte + mtp + balance + indexer + norm):
                 raise NotFinite(f"step {step}: the loss is {next_byte}, the gradient's norm {norm}")
             self.meter.add_load(load)
             self.figures = {"train_loss": next_byte, **rates, "grad_norm": norm, "balance_loss": balance}
+            self.figures |= {"index_loss": indexer} if self.model.args.index_topk else {}
             self.figures |= {"mtp_loss": mtp} if len(self.model.mtp) else {}
 
     def evaluate(self, n_sequences: int | None, seq_len: int) -> tuple[float, int | None] | None:
@@ -564,6 +571,7 @@ def resume_settings(flags: TrainFlags, data: Corpus, val_data: Corpus) -> dict[s
     """Returns the settings that must be equal when a run is resumed, unless --override names them."""
     names = ["seed", "batch_size", "accumulation", "optimizer", "lr", "matrix_lr", "momentum", "beta1", "beta2"]
     names += ["short_seq_len", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "gemm_impl"]
+    names += ["index_warmup", "indexer_only"]
     settings = {name: getattr(flags, name) for name in [*names, "steps", "minutes", "data_weights"]}
     settings |= {"training_bytes": len(data), "training_crc32": fingerprint(data)}
     own = {"validation_bytes": len(val_data), "validation_crc32": fingerprint(val_data)}
@@ -697,12 +705,16 @@ def open_initial(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> C
     with ctx.collective_section():
         initial = open_checkpoint(flags.init_from)
         initial.check_same_model(shape)
+        if flags.eval_only and shape.index_topk > 0 == initial.args.index_topk:
+            raise ConfigError(f"{flags.init_from} has no indexers to evaluate: set index_topk to 0, or omit --config")
         crc32 = initial.fingerprint()
     ctx.require_equal({"in the weights of --init-from a CRC-32": crc32})
     ours, theirs = shape.n_mtp_layers, initial.args.n_mtp_layers
     if ours != theirs and not flags.eval_only:
         names = ", ".join(f"mtp.{k}" for k in range(min(ours, theirs), max(ours, theirs)))
         say(f"{names}: {'not taken from' if ours < theirs else 'drawn anew, as it is not in'} {flags.init_from}")
+    if shape.index_topk > 0 == initial.args.index_topk:
+        say(f"indexers: drawn anew, as they are not in {flags.init_from}")
     return initial
 
 
@@ -716,7 +728,7 @@ def build_model(
     dtype = parallel.pick_dtype(torch.device(ctx.device).type, flags.dtype)
     fp8_ops.gemm_impl = cast(Any, flags.gemm_impl)
     model = parallel.build(ctx, shape, dtype)
-    if initial is None or shape.n_mtp_layers > initial.args.n_mtp_layers:
+    if initial is None or not initial.has_all_of(shape):
         parallel.init_weights(ctx, model, flags.seed)
     model = model.to(ctx.device).train()
     model.gradient_checkpointing = flags.gradient_checkpointing

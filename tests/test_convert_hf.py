@@ -46,6 +46,15 @@ def saved(tmp_path: Path) -> Path:
 
 KINDS = {
     "DeepseekV3ForCausalLM": {"score_func": "sigmoid", "moe_layer_freq": 1},
+    # heads enough that hardly a position has a score of 0, since which of several does is chosen by the way to sort
+    "DeepseekV32ForCausalLM": {
+        "score_func": "sigmoid",
+        "moe_layer_freq": 2,
+        "q_lora_rank": 8,
+        "index_n_heads": 16,
+        "index_head_dim": 16,
+        "index_topk": 4,
+    },
     "Glm4MoeLiteForCausalLM": {"score_func": "sigmoid", "moe_layer_freq": 2, "n_layers": 3, "n_dense_layers": 0},
     "DeepseekV2ForCausalLM": {"score_func": "softmax", "moe_layer_freq": 1, "kv_lora_rank": 140},
     "Ernie4_5ForCausalLM": {"n_routed_experts": 0, "q_lora_rank": 0, "kv_lora_rank": 0, "qk_nope_head_dim": 0},
@@ -449,6 +458,9 @@ V2_LITE |= {"num_attention_heads": 16, "num_key_value_heads": 16, "num_experts_p
 V2_LITE |= {"routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_method": "greedy", "vocab_size": 102400}
 V2_LITE |= {"aux_loss_alpha": 0.001, "seq_aux": True, "pretraining_tp": 1}
 V2_LITE |= {"rope_scaling": V3["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707}}
+V32 = V3 | {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"}
+V32 |= {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+V32["quantization_config"] = V3["quantization_config"] | {"scale_fmt": "ue8m0"}
 
 
 def published(config: dict[str, Any]) -> Iterator[tuple[int, str, str, list[int]]]:
@@ -489,6 +501,13 @@ def published(config: dict[str, Any]) -> Iterator[tuple[int, str, str, list[int]
         yield layer, f"{at}.self_attn.kv_a_layernorm.weight", "BF16", [kv_rank]
         yield from linear(layer, f"{at}.self_attn.kv_b_proj", heads * (nope + v_dim), kv_rank)
         yield from linear(layer, f"{at}.self_attn.o_proj", dim, heads * v_dim)
+        if config.get("index_topk"):
+            n_index, width = config["index_n_heads"], config["index_head_dim"]
+            yield from linear(layer, f"{at}.self_attn.indexer.wq_b", n_index * width, q_rank)
+            yield from linear(layer, f"{at}.self_attn.indexer.wk", width, dim)
+            yield layer, f"{at}.self_attn.indexer.weights_proj.weight", "BF16", [n_index, dim]
+            for name in ("weight", "bias"):
+                yield layer, f"{at}.self_attn.indexer.k_norm.{name}", "F32", [width]
         if layer < config["first_k_dense_replace"]:
             yield from mlp(layer, f"{at}.mlp", config["intermediate_size"])
             continue
@@ -597,11 +616,13 @@ def test_only_the_requested_slices_of_deepseek_v3_are_read(v3: tuple[checkpoints
     assert q.shape == (7168, 2048) and s.shape == (56, 16)
 
 
-@pytest.mark.parametrize("config", [KIMI, V2_LITE], ids=["Kimi-K2", "DeepSeek-V2-Lite"])
+@pytest.mark.parametrize("config", [KIMI, V2_LITE, V32], ids=["Kimi-K2", "DeepSeek-V2-Lite", "DeepSeek-V3.2"])
 def test_other_published_models(tmp_path: Path, config: dict[str, Any]) -> None:
     sparse_checkpoint(tmp_path / "a", config | {"num_hidden_layers": 3})
     checkpoint = open_checkpoint(tmp_path / "a")
-    assert checkpoint.args.score_func == config["scoring_func"] and checkpoint.args.n_mtp_layers == 0
+    assert checkpoint.args.score_func == config["scoring_func"]
+    assert checkpoint.args.n_mtp_layers == config.get("num_nextn_predict_layers", 0)
+    assert checkpoint.args.index_topk == config.get("index_topk", 0)
     assert checkpoint.args.q_lora_rank == (config["q_lora_rank"] or 0)
     assert checkpoint.is_fp8 == ("quantization_config" in config)
     outputs, _, texts = convert.make_plan(checkpoint, is_hf=True)

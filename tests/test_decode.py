@@ -483,7 +483,7 @@ CHANGES: dict[str, tuple[tuple[Any, str, Callable[..., Any]], str]] = {
     "window of 7": ((MLA, "_attend", attend(window=7)), "absorb"),
     "capped scores": ((MLA, "_attend", attend(cap=5.0)), "absorb"),
     "scale of scores": ((MLA, "_attend", attend(factor=1.02)), "absorb"),
-    "absorbed path alone": (after(MLA, "_attend_absorbed", lambda y, *_: y * 1.01), "absorb"),
+    "absorbed path alone": (after(MLA, "_attend_absorbed", lambda out, *_: (out[0] * 1.01, out[1])), "absorb"),
     "activation": (after(MLP, "forward", lambda y, *_: y.tanh()), "C"),
     "norm": (after(RMSNorm, "forward", lambda y, self, x: y + 0.01 * x), "C"),
     "epsilon": (
@@ -969,8 +969,9 @@ def c_program(calls: list[tuple[Any, ...]]) -> str:
     for i, (arrays, pointers, shape, stack, call) in enumerate(calls):
         for address, content in arrays.items():
             array(address, content)
-        lines.append(f"static void *caches{i}[] = {{{','.join(names[pointer] for pointer in pointers)}}};")
-        names[call.kv_caches] = f"caches{i}"
+        for field, group in pointers.items():
+            lines.append(f"static void *{field}{i}[] = {{{','.join(names[pointer] for pointer in group)}}};")
+            names[getattr(call, field)] = f"{field}{i}"
         blocks = ",".join(value(decode._Block, stack.blocks[k]) for k in range(stack.n_blocks))
         lines.append(f"static Block blocks{i}[] = {{{blocks}}};")
         for name, struct in {"Shape shape": shape, "Stack stack": stack, "Call call": call}.items():
@@ -991,12 +992,15 @@ def recorded(
 
     def record(*given: Any) -> int:
         shape, stack, call = (type(x._obj).from_buffer_copy(x._obj) for x in given)
-        n, width = call.n_rows * call.n_each, shape.rank + shape.rope
-        pointers = list((ctypes.c_void_p * stack.n_blocks).from_address(call.kv_caches))
+        n, widths = call.n_rows * call.n_each, {"kv_caches": shape.rank + shape.rope, "index_caches": shape.index_dim}
+        array = ctypes.c_void_p * stack.n_blocks
+        pointers = {field: list(array.from_address(getattr(call, field))) for field in widths if getattr(call, field)}
         sizes = {t.data_ptr(): t.nbytes for t in (*decoder.kept, *decoder.tables)}
         sizes |= {call.tokens: 8 * n, call.positions: 4 * n, call.before: 4 * n * shape.dim}
         sizes |= {call.states: 4 * n * shape.dim, call.logits: 4 * n * shape.vocab}
-        sizes |= dict.fromkeys(pointers, call.n_rows * call.capacity * width * (4 if call.kind == decode.FP32 else 2))
+        numbers = call.n_rows * call.capacity * (4 if call.kind == decode.FP32 else 2)
+        for field, group in pointers.items():
+            sizes |= dict.fromkeys(group, numbers * widths[field])
         arrays = {address: ctypes.string_at(address, size) for address, size in sizes.items() if address}
         calls.append((arrays, pointers, shape, stack, call))
         return 0
@@ -1031,8 +1035,10 @@ def test_other_processors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.set_num_threads(2)
     calls, expected = [], []
     small = {"max_seq_len": 280, "n_layers": 2, "n_mtp_layers": 1, "n_activated_experts": 6, "kv_lora_rank": 32}
-    for kind, dtype in product((None, "bf16", "fp8"), (torch.float32, torch.bfloat16)):
-        model = make(torch.bfloat16 if kind == "bf16" else torch.float32, dim=70, **small)
+    indexed = {"q_lora_rank": 24, "index_n_heads": 5, "index_head_dim": 21, "index_topk": 100}
+    for kind, dtype in product((None, "bf16", "fp8", "sparse"), (torch.float32, torch.bfloat16)):
+        shape = small | (indexed if kind == "sparse" else {})
+        model = make(torch.bfloat16 if kind == "bf16" else torch.float32, dim=70, **shape)
         model = in_fp8(model) if kind == "fp8" else model
         for lengths, width in (([262, 3], 2), ([20], 5)):
             results = outputs(model, lengths, width)[:4]

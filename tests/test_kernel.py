@@ -1000,8 +1000,11 @@ def test_permute_and_combine(n: int, k: int, dim: int, dtype: torch.dtype, seed:
     assert (ours.grad.cpu() - theirs.grad).abs().max() <= 1e-2 * max(1.0, theirs.grad.abs().max().item())
 
 
+INDEXED = {"q_lora_rank": 8, "index_n_heads": 8, "index_head_dim": 6, "index_topk": 3}  # with sparse attention
+
+
 @runs
-@pytest.mark.parametrize("values", [{}, {"kv_lora_rank": 0, "q_lora_rank": 8}])
+@pytest.mark.parametrize("values", [{}, {"kv_lora_rank": 0, "q_lora_rank": 8}, INDEXED])
 def test_model_by_kernels(values: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss and all gradients of a model are those of plain torch."""
     sizes = {"dim": 16, "inter_dim": 12, "moe_inter_dim": 8, "n_layers": 2, "n_heads": 2, "kv_lora_rank": 8}
@@ -1028,6 +1031,7 @@ def test_model_by_kernels(values: dict[str, int], monkeypatch: pytest.MonkeyPatc
     [
         ({"kv_lora_rank": 0, "q_lora_rank": 8, "n_mtp_layers": 0}, 2),
         pytest.param({"hidden_act": "relu2", "scale_fmt": "ue8m0"}, 1, marks=pytest.mark.slow),
+        pytest.param(INDEXED | {"n_mtp_layers": 0}, 2, marks=pytest.mark.slow),
     ],
 )
 def test_model_in_fp8_by_kernels(values: dict[str, Any], ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:

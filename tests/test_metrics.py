@@ -354,6 +354,8 @@ def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_every_field_is_documented(flags: list[str], tmp_path: Path) -> None:
     """All that a run of every kind writes, and nothing else."""
+    indexed = {"q_lora_rank": 4, "index_n_heads": 2, "index_head_dim": 4, "index_topk": 4}
+    (tmp_path / "config.json").write_text(json.dumps(TINY | indexed))
     assert train.main([*flags, "--steps", "4", "--short-seq-len", "8", "--eval-interval", "1"]) == 0
     written = set().union(*rows(tmp_path / "run"))
     args, shape = train.parse_args([*flags, "--steps", "4"])
