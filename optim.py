@@ -384,7 +384,7 @@ class TrainingStep:
         return figures
 
     def _accumulate_gradients(self, batches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs a step forward and backward; returns mean losses (next byte, MTP, balance, indexers) and experts' load."""
+        """Runs a step forward and backward; returns mean losses (next byte, MTP, balance, indexers) and the load."""
         ctx, n_batches = self.ctx, len(batches)
         means, load = torch.zeros(4, device=ctx.device), torch.zeros((), device=ctx.device)
         for i, batch in enumerate(batches):
