@@ -1,4 +1,7 @@
-"""Muon, the parameter groups (matrices are trained by Muon or AdamW, all else by AdamW), and their learning rate."""
+"""Muon, the parameter groups (matrices are trained by Muon or AdamW, all else by AdamW), and their learning rate.
+
+Also the balance of the experts, whose routing biases no gradient trains.
+"""
 
 import fnmatch
 import math
@@ -19,8 +22,9 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's Newton-Schulz iteration
 NS_STEPS = 5
 STATE_KEYS = {"Muon": ["momentum_buffer"], "AdamW": ["step", "exp_avg", "exp_avg_sq"]}  # of a parameter
 ROUTER_LR_DIM = 128  # width above which the routers' learning rate falls
-BALANCE_GAIN, MAX_BALANCE_GAIN = 0.05, 0.2  # of an expert's bias per relative error of its load: at first, and at most
-BALANCE_ADAPTION, BALANCE_CORRELATION = 0.1, -0.1  # how quickly gains change; of errors one step apart, where they stay
+BALANCE_GAIN, BALANCE_GAINS = 0.05, (1e-4, 0.2)  # step of an expert's bias per relative error: at first, and bounds
+BALANCE_ADAPTATION = 0.1  # how quickly gains change
+BALANCE_CORRELATION = -0.1  # of an expert's successive errors, where its gain stays
 
 
 class Muon(Optimizer):
@@ -199,8 +203,7 @@ class GateBalance:
         errors = errors.nan_to_num().clamp(min=-1)  # without any load, 0; at most 1, so it is symmetric
         sizes = errors.square().mean(dim=-1, keepdim=True) * self.errors.square().mean(dim=-1, keepdim=True)
         correlations = (errors * self.errors / sizes.sqrt().clamp(min=1e-12)).clamp(-2, 2)
-        factors = torch.exp(BALANCE_ADAPTION * (correlations - BALANCE_CORRELATION))
-        self.gains.mul_(factors).clamp_(max=MAX_BALANCE_GAIN)
+        self.gains.mul_(torch.exp(BALANCE_ADAPTATION * (correlations - BALANCE_CORRELATION))).clamp_(*BALANCE_GAINS)
         self.errors.copy_(errors)
         return self.gains * errors
 
