@@ -2,7 +2,8 @@
 
 A training step, `TrainingStep`, is all between bytes on the device and new weights there. No shape in it depends on
 data and nothing in it waits for the device, so that a GPU can record it once, as a CUDA graph, and replay it: some
-thousand kernels, each of a few microseconds, which Python would launch more slowly than the GPU runs them.
+thousand kernels, each of a few microseconds, which Python would launch more slowly than the GPU runs them. The routing
+biases, which no gradient trains, are moved at its end.
 """
 
 import fnmatch
@@ -26,8 +27,9 @@ NS_STEPS = 5
 STATE_KEYS = {"Muon": ["momentum_buffer"], "AdamW": ["step", "exp_avg", "exp_avg_sq"]}  # of a parameter
 ROUTER_LR_DIM = 128  # width above which the routers' learning rate falls
 LAUNCHED_STEPS = 3  # of each shape, before a step is recorded as a CUDA graph
-BALANCE_GAIN, MAX_BALANCE_GAIN = 0.05, 0.2  # of an expert's bias per relative error of its load: at first, and at most
-BALANCE_ADAPTION, BALANCE_CORRELATION = 0.1, -0.1  # how quickly gains change; of errors one step apart, where they stay
+BALANCE_GAIN, BALANCE_GAINS = 0.05, (1e-4, 0.2)  # step of an expert's bias per relative error: at first, and bounds
+BALANCE_ADAPTATION = 0.1  # how quickly gains change
+BALANCE_CORRELATION = -0.1  # of an expert's successive errors, where its gain stays
 
 
 class Muon(Optimizer):
@@ -212,8 +214,7 @@ class GateBalance:
         errors = errors.nan_to_num().clamp(min=-1)  # without any load, 0; at most 1, so it is symmetric
         sizes = errors.square().mean(dim=-1, keepdim=True) * self.errors.square().mean(dim=-1, keepdim=True)
         correlations = (errors * self.errors / sizes.sqrt().clamp(min=1e-12)).clamp(-2, 2)
-        factors = torch.exp(BALANCE_ADAPTION * (correlations - BALANCE_CORRELATION))
-        self.gains.mul_(factors).clamp_(max=MAX_BALANCE_GAIN)
+        self.gains.mul_(torch.exp(BALANCE_ADAPTATION * (correlations - BALANCE_CORRELATION))).clamp_(*BALANCE_GAINS)
         self.errors.copy_(errors)
         return self.gains * errors
 

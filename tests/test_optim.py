@@ -243,19 +243,31 @@ def test_models_without_routing_biases(changes: dict[str, object]) -> None:
 
 
 def test_balancing_reads_nothing_back() -> None:
-    """On the meta device, where tensors have no values, code that depends on them fails: it may be a CUDA graph."""
+    """On the meta device, where tensors have no values, code that depends on them fails. And all is done in place."""
     with torch.device("meta"):
         net = Transformer(tiny().args)
         balance = GateBalance(net)
-        places = [tensor.data_ptr() for tensor in balance.state]
         balance.update(torch.empty(len(net.gates()), 4))
-    assert balance.state.is_meta and [tensor.data_ptr() for tensor in balance.state] == places
+    assert balance.state.is_meta
     net = tiny()
-    balance, state = GateBalance(net), [gate.bias for gate in net.gates()]
-    places = [tensor.data_ptr() for tensor in (*state, balance.gains, balance.errors)]
-    balance.update(lopsided(2, 4, 0))  # in place
-    assert [t.data_ptr() for t in (*(g.bias for g in net.gates()), balance.gains, balance.errors)] == places
-    assert torch.equal(balance.state[0], balance.gains) and torch.equal(balance.state[1], balance.errors)
+    balance, before = GateBalance(net), [gate.bias for gate in net.gates()]
+    state = balance.state.clone()
+    balance.update(lopsided(2, 4, 0))
+    assert all(gate.bias is bias for gate, bias in zip(net.gates(), before, strict=True))
+    assert torch.equal(balance.state, torch.stack([balance.gains, balance.errors]))
+    assert not torch.equal(balance.state[0], state[0]) and not torch.equal(balance.state[1], state[1])
+
+
+def test_gains_come_back_from_their_bounds() -> None:
+    """However long the load has gone to and fro by itself."""
+    net = tiny()
+    balance, load = GateBalance(net), lopsided(2, 4, 0)
+    for step in range(2000):
+        balance.update(load if step % 2 else load.amax() - load)
+    assert (balance.gains == 1e-4).any()
+    for _ in range(400):
+        balance.update(load)
+    assert (balance.gains[balance.errors != 0] > 0.05).all()
 
 
 def routed(n_steps: int, fixed_gain: float | None = None, n_groups: int = 4) -> torch.Tensor:
@@ -294,7 +306,7 @@ def test_drifting_routers_stay_balanced(n_groups: int) -> None:
     """
     unevenness = lambda loads: (loads - 1).square().mean().sqrt().item()  # noqa: E731
     tens = lambda loads: loads.unflatten(0, (-1, 10)).mean(dim=1)  # noqa: E731
-    ours, *others = (routed(300, gain, n_groups)[30:] for gain in (None, 0.02, 0.05, 0.1))
+    ours, *others = (routed(300, gain, n_groups)[30:] for gain in (None, 0.02, 0.1))
     assert tens(ours).max() < 1.5 and tens(ours).min() > 0.5
     for other in others:
         steps, in_tens = unevenness(other) / unevenness(ours), unevenness(tens(other)) / unevenness(tens(ours))
