@@ -1,0 +1,1051 @@
+"""The kernels that decode on a CUDA GPU, in Triton: a step of up to 64 positions through all layers, by latents.
+
+A step for one position reads each active weight once and computes little, so two things cost time: bytes, and the start
+of kernels, each of which waits for the one before. There are 7 or 8 kernels a layer:
+
+    attn_norm, wq_a and wkv_a (or wq)  →  q_norm, wq_b, W_k, kv_norm, rotary angles, KV cache  →  attention, divided over
+    positions  →  its combination and W_v  →  wo  →  ffn_norm, router and the shared experts' (or the dense MLP's) w1 and
+    w3  →  the choice of experts, and their w1 and w3  →  w2 of all
+
+For one position, a product with a matrix is bound by memory: a program takes a few rows, and multiplies in float32. On
+Hopper, programs start and load their first weights while the kernel before still runs ("programmatic dependent launch");
+`_wait` stands before what depends on that. For 2 to 64 positions, tensor cores multiply, and programs of one more kernel
+norm each row. Experts are then divided among programs, not positions: each reads its weights once, for all rows, and
+those that nobody chose are skipped.
+
+Nothing in a launch depends on data: positions, rows and addresses of KV caches are read on the device, so that a whole
+step with the choice of the byte is one CUDA graph. The residual stream and all sums are in float32; what tensor cores
+multiply is in the model's dtype. Weights are read as they are stored, FP8 ones with a scale per block of 128×128.
+
+In shapes: N positions of the step (each of its own row, or several of one), H heads, C `kv_lora_rank`,
+R `qk_rope_head_dim`, E experts, K chosen ones, I `moe_inter_dim`.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+import fp8_ops
+from model import LATENT_NORM_EPS, MLP, Block, Linear, MoE, MTPModule, RMSNorm, Transformer
+
+BLOCK = tl.constexpr(128)  # columns of FP8 weights that share a scale, and rows
+MAX_VOCAB = 1024  # whose bytes are compared in pairs, if top-k or top-p is on
+MAX_EXPERTS = 512  # likewise
+MAX_STEPS = 32  # of a block
+TEXTS = (1, 16, 64)  # numbers of positions that there are steps for
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _wait(PDL: tl.constexpr):
+    """Lets the next kernel start, and waits until the one before has written everything."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+# --- Products with one position -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _columns(block, KB: tl.constexpr):
+    """Numbers of KB·128 columns from 128·block on, (KB, 128)."""
+    return (block + tl.arange(0, KB))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def _vector(x_ptr, block, K: tl.constexpr, KB: tl.constexpr):
+    """KB·128 numbers of a vector (K,) from 128·block on, as float32 (KB, 128)."""
+    k = _columns(block, KB)
+    return tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tile(w_ptr, rows, inside, block, K: tl.constexpr, KB: tl.constexpr):
+    """Some rows (r,) of a matrix (·, K), where they are inside, and columns from 128·block on: (r, KB, 128)."""
+    k = _columns(block, KB)
+    mask = inside[:, None, None] & (k < K)[None, :, :]
+    return tl.load(w_ptr + rows[:, None, None] * K + k[None, :, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _dense(w, s_ptr, rows, inside, block, K: tl.constexpr, KB: tl.constexpr):
+    """A tile as float32, scaled where it is in FP8."""
+    w = w.to(tl.float32)
+    if s_ptr is not None:
+        BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+        b = block + tl.arange(0, KB)
+        mask = inside[:, None] & (b < BLOCKS)[None, :]
+        s = tl.load(s_ptr + (rows // BLOCK)[:, None] * BLOCKS + b[None, :], mask=mask, other=0.0)
+        w *= s[:, :, None]
+    return w
+
+
+@triton.jit
+def _accumulate(acc, w, w_ptr, s_ptr, rows, inside, x_ptr, g_ptr, factor, K: tl.constexpr, KB: tl.constexpr):
+    """Adds rows of a matrix times `factor · x · g`, not summed over columns yet: (r, KB, 128).
+
+    `w` is the first tile; the next one is loaded while one is multiplied.
+    """
+    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    for block in range(0, BLOCKS, KB):
+        following = w
+        if BLOCKS > KB:
+            following = _tile(w_ptr, rows, inside, block + KB, K, KB)
+        x = _vector(x_ptr, block, K, KB) * factor
+        if g_ptr is not None:
+            x *= _vector(g_ptr, block, K, KB)
+        acc += _dense(w, s_ptr, rows, inside, block, K, KB) * x[None, :, :]
+        w = following
+    return acc
+
+
+@triton.jit
+def _total(acc):
+    """Sums over columns: (r, KB, 128) to (r,)."""
+    return tl.sum(tl.sum(acc, axis=2), axis=1)
+
+
+@triton.jit
+def _inverse_rms(x_ptr, K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr):
+    """What RMSNorm multiplies a vector (K,) with, apart from its weights; KP is a power of two."""
+    k = tl.arange(0, KP)
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x) / K + EPS)
+
+
+@triton.jit
+def _project_rows(
+    x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, tile, O: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr,
+    ADD: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """Rows tile·R to tile·R + R of `W x`, or of `W norm(x)` where there are a norm's weights g."""
+    rows = tile * R + tl.arange(0, R)
+    inside = rows < O
+    w = _tile(w_ptr, rows, inside, 0, K, KB)
+    _wait(PDL)
+    acc = tl.zeros((R, KB, BLOCK), tl.float32)
+    y = _total(_accumulate(acc, w, w_ptr, s_ptr, rows, inside, x_ptr, g_ptr, 1.0, K, KB))
+    if g_ptr is not None:
+        y *= _inverse_rms(x_ptr, K, KP, EPS)
+    if ADD:
+        y += tl.load(out_ptr + rows, mask=inside, other=0.0)
+    tl.store(out_ptr + rows, y, mask=inside)
+
+
+@triton.jit
+def _project_kernel(
+    x_ptr, g_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: tl.constexpr, OB: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """`project` of one or two matrices, A (OA, K) and B (OB, K), and the RMSNorm before it; for one position.
+
+    Of `MLA.forward`: attn_norm, and wq_a or wq with wkv_a; and wo with the residual sum (ADD); also the head. Program i
+    takes R rows. Reads the matrices once, the vector x (K,) in each program (from L2). Bound by memory.
+    """
+    tile = tl.program_id(0)
+    TILES: tl.constexpr = (OA + R - 1) // R
+    if b_ptr is None:
+        _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile, OA, K, KP, EPS, ADD, PDL, R, KB)
+    else:
+        if tile < TILES:
+            _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile, OA, K, KP, EPS, ADD, PDL, R, KB)
+        else:
+            _project_rows(x_ptr, g_ptr, b_ptr, sb_ptr, out_ptr + OA, tile - TILES, OB, K, KP, EPS, ADD, PDL, R, KB)
+
+
+@triton.jit
+def _activate(gate, ACT: tl.constexpr):
+    """`model.ACTIVATIONS`."""
+    if ACT == "silu":
+        return gate * tl.sigmoid(gate)
+    elif ACT == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        return tl.where(gate > 0, gate * gate, gate * 0)  # NaN stays
+
+
+@triton.jit
+def _gate_up_rows(
+    x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, I: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    EPS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """Numbers tile·R to tile·R + R of `act(w1 h) * w3 h`, h = norm(x)."""
+    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    rows = tile * R + tl.arange(0, R)
+    inside = rows < I
+    w1, w3 = _tile(w1_ptr, rows, inside, 0, K, KB), _tile(w3_ptr, rows, inside, 0, K, KB)
+    _wait(PDL)
+    gate, up = tl.zeros((R, KB, BLOCK), tl.float32), tl.zeros((R, KB, BLOCK), tl.float32)
+    for block in range(0, BLOCKS, KB):
+        next1, next3 = w1, w3
+        if BLOCKS > KB:
+            next1 = _tile(w1_ptr, rows, inside, block + KB, K, KB)
+            next3 = _tile(w3_ptr, rows, inside, block + KB, K, KB)
+        x = _vector(x_ptr, block, K, KB) * _vector(g_ptr, block, K, KB)
+        gate += _dense(w1, s1_ptr, rows, inside, block, K, KB) * x[None, :, :]
+        up += _dense(w3, s3_ptr, rows, inside, block, K, KB) * x[None, :, :]
+        w1, w3 = next1, next3
+    r = _inverse_rms(x_ptr, K, KP, EPS)
+    tl.store(h_ptr + rows, _activate(_total(gate) * r, ACT) * (_total(up) * r), mask=inside)
+
+
+@triton.jit
+def _gate_up_one_kernel(
+    x_ptr, g_ptr, gate_ptr, logits_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, E: tl.constexpr, I: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr,
+    KB: tl.constexpr,
+):  # fmt: skip
+    """ffn_norm with w1, w3 and activation of an `MLP` (dense or shared experts), and `Gate`'s logits, for one position.
+
+    The first programs take R rows of the router's weights (E, K) each, if there is one, the others R rows of both w1
+    and w3 (I, K). Writes the logits (E,) and `act(w1 h) * w3 h` (I,). Bound by memory.
+    """
+    tile = tl.program_id(0)
+    TILES: tl.constexpr = (E + R - 1) // R
+    if tile < TILES:
+        _project_rows(x_ptr, g_ptr, gate_ptr, None, logits_ptr, tile, E, K, KP, EPS, False, PDL, R, KB)
+    else:
+        _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile - TILES, I, K, KP, EPS, ACT, PDL, R, KB)
+
+
+@triton.jit
+def _experts_up_one_kernel(
+    x_ptr, g_ptr, logits_ptr, bias_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, chosen_ptr, weights_ptr,
+    E: tl.constexpr, GROUPS: tl.constexpr, LIMITED: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
+    ROUTE_SCALE: tl.constexpr, GP: tl.constexpr, EP: tl.constexpr, I: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    EPS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """The rest of `Gate.forward`, and w1, w3 and activation of the chosen `Experts`, for one position.
+
+    Program (i, j) finds the expert at rank j, and takes R rows of its w1 and w3 (I, K). Writes h (K chosen, I), and
+    in the first programs, the experts' numbers and weights. Reads the chosen experts' weights only. Bound by memory.
+    """
+    tile, slot = tl.program_id(0), tl.program_id(1)
+    _wait(PDL)
+    PER: tl.constexpr = E // GROUPS
+    number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
+    inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
+    logits = tl.load(logits_ptr + number, mask=inside, other=0.0)
+    scores, rank = _route(logits, bias_ptr, inside, number, LIMITED, GROUPS, SOFTMAX, GP, EP)
+    number = tl.reshape(number, (GP * EP,))
+    expert = tl.minimum(tl.sum(tl.where(rank == slot, number, 0)), E - 1)  # of scores that are no numbers, too
+    if tile == 0:
+        weight = tl.sum(tl.where(rank == slot, scores, 0.0))
+        if not SOFTMAX:
+            weight /= tl.sum(tl.where(rank < TOPK, scores, 0.0)) + 1e-20
+        tl.store(chosen_ptr + slot, expert)
+        tl.store(weights_ptr + slot, weight * ROUTE_SCALE)
+    ROWS: tl.constexpr = (I + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    if s1_ptr is not None:
+        s1_ptr += expert * ROWS * BLOCKS
+        s3_ptr += expert * ROWS * BLOCKS
+    start = expert.to(tl.int64) * (I * K)
+    w1_ptr, w3_ptr, h_ptr = w1_ptr + start, w3_ptr + start, h_ptr + slot * I
+    _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, I, K, KP, EPS, ACT, False, R, KB)
+
+
+@triton.jit
+def _route(
+    logits, bias_ptr, inside, number, LIMITED: tl.constexpr, GROUPS: tl.constexpr, SOFTMAX: tl.constexpr,
+    GP: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """`Gate.route` of one position: scores and ranks (GP·EP,) from logits (GP, EP), one row a group of experts.
+
+    An expert's rank is the number of those that come before it. `number` and `inside` are those of each place.
+    """
+    if SOFTMAX:
+        logits = tl.where(inside, logits, float("-inf"))
+        powers = tl.exp(logits - tl.max(tl.max(logits, axis=1), axis=0))
+        scores = powers / tl.sum(tl.sum(powers, axis=1), axis=0)
+    else:
+        scores = tl.sigmoid(logits)
+    choice = scores
+    if bias_ptr is not None:
+        choice += tl.load(bias_ptr + number, mask=inside, other=0.0)
+    choice = tl.where(inside, choice, float("-inf"))
+    if GROUPS > 1:
+        best = tl.max(choice, axis=1)
+        if bias_ptr is not None:  # the best two rank a group
+            first = tl.argmax(choice, axis=1)
+            others = tl.where(tl.arange(0, EP)[None, :] == first[:, None], float("-inf"), choice)
+            best += tl.max(others, axis=1)
+        choice = tl.where((_ranks(best, GP) < LIMITED)[:, None], choice, float("-inf"))
+    return tl.reshape(scores, (GP * EP,)), _ranks(tl.reshape(choice, (GP * EP,)), GP * EP)
+
+
+@triton.jit
+def _ranks(values, n: tl.constexpr):
+    """How many others are before each of n numbers, in falling order; of equal ones, the first comes first."""
+    i = tl.arange(0, n)
+    equal = (values[None, :] == values[:, None]) & (i[None, :] < i[:, None])
+    return tl.sum(((values[None, :] > values[:, None]) | equal).to(tl.int32), axis=1)
+
+
+@triton.jit
+def _down_one_kernel(
+    h_ptr, chosen_ptr, weights_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, x_ptr, D: tl.constexpr, I: tl.constexpr,
+    TOPK: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """w2 of the chosen `Experts`, `combine`, the shared experts or dense MLP, and `Block`'s residual sum, one position.
+
+    Program i adds R numbers of the result to x (D,). Reads h, (K chosen · I + SHARED,), and w2 (E, D, I) of the chosen
+    experts, and (D, SHARED) of the others. Bound by memory.
+    """
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    inside = rows < D
+    acc = tl.zeros((R, KB, BLOCK), tl.float32)
+    if SHARED > 0:
+        w = _tile(shared_ptr, rows, inside, 0, SHARED, KB)
+        _wait(PDL)
+        acc = _accumulate(acc, w, shared_ptr, ss_ptr, rows, inside, h_ptr + TOPK * I, None, 1.0, SHARED, KB)
+    else:
+        _wait(PDL)
+    for slot in range(TOPK):
+        expert, weight = tl.load(chosen_ptr + slot), tl.load(weights_ptr + slot)
+        expert_ptr = w2_ptr + expert.to(tl.int64) * (D * I)
+        scale_ptr = s2_ptr
+        if s2_ptr is not None:
+            scale_ptr = s2_ptr + expert * (((D + BLOCK - 1) // BLOCK) * ((I + BLOCK - 1) // BLOCK))
+        w = _tile(expert_ptr, rows, inside, 0, I, KB)
+        acc = _accumulate(acc, w, expert_ptr, scale_ptr, rows, inside, h_ptr + slot * I, None, weight, I, KB)
+    x = tl.load(x_ptr + rows, mask=inside, other=0.0)
+    tl.store(x_ptr + rows, x + _total(acc), mask=inside)
+
+
+# --- Attention by latents, for any number of positions --------------------------------------------------------------
+
+
+@triton.jit
+def _rotate(even, odd, cos_ptr, sin_ptr, position, R: tl.constexpr, HALF: tl.constexpr, CONTEXT: tl.constexpr):
+    """`apply_rotary_emb`: pairs (HALF,) rotated by the angles of a position; those past the context are discarded."""
+    i = tl.arange(0, HALF)
+    at = tl.minimum(position, CONTEXT - 1) * (R // 2) + i
+    cos = tl.load(cos_ptr + at, mask=i < R // 2, other=0.0)
+    sin = tl.load(sin_ptr + at, mask=i < R // 2, other=0.0)
+    return even * cos - odd * sin, odd * cos + even * sin
+
+
+@triton.jit
+def _queries_kernel(
+    a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr,
+    caches_ptr, capacity_ptr, q_ptr, LAYER: tl.constexpr, TYPE: tl.constexpr, H: tl.constexpr, RANK: tl.constexpr,
+    NOPE: tl.constexpr, R: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CONTEXT: tl.constexpr, SCALE: tl.constexpr,
+    EPS: tl.constexpr, PDL: tl.constexpr, NP: tl.constexpr, HALF: tl.constexpr, CP: tl.constexpr, RANK_P: tl.constexpr,
+    BC: tl.constexpr, C_EACH: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """`MLA._queries` and W_kᵀ q of `_attend_absorbed`, and kv_norm, the rotary key and `KVCache.update`.
+
+    Reads a (N, q_lora_rank or H·(NOPE + R), then C + R), the output of the projections. Program (h, n, i) computes the
+    query of head h at position n in the latent space, C_EACH of its C numbers; it is scaled for powers of two. Program
+    (H, n, 0) writes the latent and the rotary key to the KV cache. wq_b of a head is read for each position, mostly
+    from L2: bound by memory for few positions.
+    """
+    h, n, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    QUERIES: tl.constexpr = RANK if RANK > 0 else H * (NOPE + R)
+    half = tl.arange(0, HALF)
+    is_pair = half < R // 2
+    x_ptr = a_ptr + n * (QUERIES + C + R)
+    if h < H:
+        d = tl.arange(0, NP)
+        is_nope = d < NOPE
+        first = h * (NOPE + R)
+        key_rows = h * (NOPE + V) + d
+        c = part * C_EACH + tl.arange(0, BC)
+        w_k = tl.load(
+            wkv_b_ptr + key_rows[:, None] * C + c[None, :], mask=is_nope[:, None] & (c < C)[None, :], other=0.0
+        )
+        if RANK > 0:
+            acc, few = tl.zeros((NP, KB, BLOCK), tl.float32), tl.zeros((HALF, KB, BLOCK), tl.float32)
+            evens = first + NOPE + 2 * half
+            w = _tile(wq_b_ptr, first + d, is_nope, 0, RANK, KB)
+            _wait(PDL)
+            r = _inverse_rms(x_ptr, RANK, RANK_P, EPS)
+            q = _total(_accumulate(acc, w, wq_b_ptr, sq_ptr, first + d, is_nope, x_ptr, q_norm_ptr, r, RANK, KB))
+            w = _tile(wq_b_ptr, evens, is_pair, 0, RANK, KB)
+            even = _total(_accumulate(few, w, wq_b_ptr, sq_ptr, evens, is_pair, x_ptr, q_norm_ptr, r, RANK, KB))
+            w = _tile(wq_b_ptr, evens + 1, is_pair, 0, RANK, KB)
+            odd = _total(_accumulate(few, w, wq_b_ptr, sq_ptr, evens + 1, is_pair, x_ptr, q_norm_ptr, r, RANK, KB))
+        else:
+            _wait(PDL)
+            q = tl.load(x_ptr + first + d, mask=is_nope, other=0.0)
+            even = tl.load(x_ptr + first + NOPE + 2 * half, mask=is_pair, other=0.0)
+            odd = tl.load(x_ptr + first + NOPE + 2 * half + 1, mask=is_pair, other=0.0)
+        q_ptr += (n * H + h) * (C + R)
+        q *= SCALE
+        for start in range(part * C_EACH, part * C_EACH + C_EACH, BC):
+            c = start + tl.arange(0, BC)
+            mask = is_nope[:, None] & (c < C)[None, :]
+            if C_EACH > BC:
+                w_k = tl.load(wkv_b_ptr + key_rows[:, None] * C + c[None, :], mask=mask, other=0.0)
+            key = w_k.to(tl.float32)
+            if skv_ptr is not None:
+                at = (key_rows // BLOCK)[:, None] * ((C + BLOCK - 1) // BLOCK) + (c // BLOCK)[None, :]
+                key *= tl.load(skv_ptr + at, mask=mask, other=0.0)
+            tl.store(q_ptr + c, tl.sum(q[:, None] * key, axis=0), mask=c < C)
+        if part == 0:
+            position = tl.load(positions_ptr + n).to(tl.int32)
+            even, odd = _rotate(even * SCALE, odd * SCALE, cos_ptr, sin_ptr, position, R, HALF, CONTEXT)
+            tl.store(q_ptr + C + half, even, mask=is_pair)
+            tl.store(q_ptr + C + R // 2 + half, odd, mask=is_pair)
+    else:
+        _wait(PDL)
+        row, position = tl.load(rows_ptr + n).to(tl.int32), tl.load(positions_ptr + n).to(tl.int32)
+        capacity = tl.load(capacity_ptr)
+        x_ptr += QUERIES
+        if (row >= 0) & (position < capacity) & (part == 0):
+            cache_ptr = tl.load(caches_ptr + LAYER).to(tl.pointer_type(TYPE)) + (row * capacity + position) * (C + R)
+            c = tl.arange(0, CP)
+            g = tl.load(kv_norm_ptr + c, mask=c < C, other=0.0)
+            latent = tl.load(x_ptr + c, mask=c < C, other=0.0) * g * _inverse_rms(x_ptr, C, CP, EPS)
+            tl.store(cache_ptr + c, latent.to(TYPE), mask=c < C)
+            even = tl.load(x_ptr + C + 2 * half, mask=is_pair, other=0.0)
+            odd = tl.load(x_ptr + C + 2 * half + 1, mask=is_pair, other=0.0)
+            even, odd = _rotate(even, odd, cos_ptr, sin_ptr, position, R, HALF, CONTEXT)
+            tl.store(cache_ptr + C + half, even.to(TYPE), mask=is_pair)
+            tl.store(cache_ptr + C + R // 2 + half, odd.to(TYPE), mask=is_pair)
+
+
+@triton.jit
+def _length(positions_ptr, rows_ptr, capacity_ptr, n):
+    """How many positions of the KV cache position n of the step attends to: none where it is no row's."""
+    end = tl.minimum(tl.load(positions_ptr + n) + 1, tl.load(capacity_ptr)).to(tl.int32)
+    return tl.where(tl.load(rows_ptr + n) >= 0, end, 0)
+
+
+@triton.jit
+def _attend_kernel(
+    q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, LAYER: tl.constexpr,
+    TYPE: tl.constexpr, CACHE: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The scores, softmax and sums of latents of `MLA._attend_absorbed`, over a part of the positions.
+
+    Program (s, n, i) takes 16 heads, and of the positions that n attends to, as many as one of SPLITS parts has, BT at a
+    time. Reads q (N, H, C + R) and the KV cache, (row, capacity, C + R), once for 16 heads. Writes the means
+    of latents, float32 (N, H, SPLITS, C), and the logarithms to base 2 of the sums of powers (N, H, SPLITS). Bound by
+    memory.
+    """
+    split, n = tl.program_id(0), tl.program_id(1)
+    h = tl.program_id(2) * 16 + tl.arange(0, 16)
+    is_head = h < H
+    _wait(PDL)
+    length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
+    each = tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT
+    start = split * each
+    end = tl.minimum(start + each, length)
+    if start < length:
+        row, capacity = tl.load(rows_ptr + n), tl.load(capacity_ptr)
+        cache_ptr = tl.multiple_of(tl.load(caches_ptr + LAYER).to(tl.pointer_type(CACHE)), 16) + row * capacity * (
+            C + R
+        )
+        c, p = tl.arange(0, CP), tl.arange(0, RP)
+        q_ptr += n * (H * (C + R))
+        mask = is_head[:, None] & (c < C)[None, :]
+        q = tl.load(q_ptr + h[:, None] * (C + R) + c[None, :], mask=mask, other=0.0).to(TYPE)
+        mask = is_head[:, None] & (p < R)[None, :]
+        q_pe = tl.load(q_ptr + h[:, None] * (C + R) + C + p[None, :], mask=mask, other=0.0).to(TYPE)
+        best = tl.full((16,), float("-inf"), tl.float32)
+        total, acc = tl.zeros((16,), tl.float32), tl.zeros((16, CP), tl.float32)
+        for begin in range(start, end, BT):
+            t = begin + tl.arange(0, BT)
+            mask = (t < end)[:, None] & (c < C)[None, :]
+            latent = tl.load(cache_ptr + t[:, None] * (C + R) + c[None, :], mask=mask, other=0.0).to(TYPE)
+            mask = (t < end)[:, None] & (p < R)[None, :]
+            key = tl.load(cache_ptr + t[:, None] * (C + R) + C + p[None, :], mask=mask, other=0.0).to(TYPE)
+            scores = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
+            scores = tl.dot(q_pe, tl.trans(key), scores, input_precision=PRECISION)
+            scores = tl.where((t < end)[None, :], scores, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, axis=1))
+            powers, factor = tl.exp2(scores - higher[:, None]), tl.exp2(best - higher)
+            total, best = total * factor + tl.sum(powers, axis=1), higher
+            acc = tl.dot(powers.to(TYPE), latent, acc * factor[:, None], input_precision=PRECISION)
+        at = (n * H + h) * SPLITS + split
+        mask = is_head[:, None] & (c < C)[None, :]
+        tl.store(out_ptr + at[:, None] * C + c[None, :], acc / total[:, None], mask=mask)
+        tl.store(sums_ptr + at, best + tl.log2(total), mask=is_head)
+
+
+@triton.jit
+def _values_kernel(
+    parts_ptr, sums_ptr, positions_ptr, rows_ptr, capacity_ptr, wkv_b_ptr, skv_ptr, out_ptr, H: tl.constexpr,
+    NOPE: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,
+    CP: tl.constexpr, SPLITS_P: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Combines the parts of `_attend_kernel`, and the product with W_v of `MLA._attend_absorbed`.
+
+    Program (h, n, i) computes BV numbers of the output (N, H, V) of head h at position n; reads the parts in use, and BV
+    rows of the head's W_v (V, C), for each position, mostly from L2. Bound by memory for few positions.
+    """
+    h, n = tl.program_id(0), tl.program_id(1)
+    v, c = tl.program_id(2) * BV + tl.arange(0, BV), tl.arange(0, CP)
+    rows = h * (NOPE + V) + NOPE + v
+    mask = (v < V)[:, None] & (c < C)[None, :]
+    w_v = tl.load(wkv_b_ptr + rows[:, None] * C + c[None, :], mask=mask, other=0.0)
+    _wait(PDL)
+    length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
+    each = tl.maximum(tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT, 1)
+    n_parts = tl.cdiv(length, each)
+    s, first = tl.arange(0, SPLITS_P), (n * H + h) * SPLITS
+    best = tl.max(tl.load(sums_ptr + first + s, mask=s < n_parts, other=float("-inf")), axis=0)
+    best = tl.where(n_parts > 0, best, 0.0)  # where it is no row's, the output is 0
+    total, acc = tl.zeros((BS,), tl.float32), tl.zeros((BS, CP), tl.float32)
+    for start in range(0, n_parts, BS):
+        s = start + tl.arange(0, BS)
+        share = tl.exp2(tl.load(sums_ptr + first + s, mask=s < n_parts, other=float("-inf")) - best)
+        mask_c = (s < n_parts)[:, None] & (c < C)[None, :]
+        part = tl.load(parts_ptr + (first + s)[:, None] * C + c[None, :], mask=mask_c, other=0.0)
+        total += share
+        acc += part * share[:, None]
+    latent = tl.sum(acc, axis=0) / tl.where(n_parts > 0, tl.sum(total), 1.0)
+    w = w_v.to(tl.float32)
+    if skv_ptr is not None:
+        at = (rows // BLOCK)[:, None] * ((C + BLOCK - 1) // BLOCK) + (c // BLOCK)[None, :]
+        w *= tl.load(skv_ptr + at, mask=mask, other=0.0)
+    y = tl.sum(w * latent[None, :], axis=1)
+    tl.store(out_ptr + (n * H + h) * V + v, y.to(out_ptr.dtype.element_ty), mask=v < V)
+
+
+# --- Products with several positions --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr, parts_ptr, g_ptr, out_ptr, N: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
+    PDL: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """`RMSNorm.add`: adds the parts of an update (PARTS, N, D) to the residual stream x (N, D), and norms it.
+
+    Program n takes a row. Reads each part once, writes x and its norm, in the dtype of `out`. Bound by memory.
+    """
+    n, d = tl.program_id(0), tl.arange(0, DP)
+    g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    _wait(PDL)
+    x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0)
+    for i in range(PARTS):
+        x += tl.load(parts_ptr + (i * N + n) * D + d, mask=d < D, other=0.0)
+    if PARTS > 0:
+        tl.store(x_ptr + n * D + d, x, mask=d < D)
+    y = x * tl.rsqrt(tl.sum(x * x) / D + EPS) * g
+    tl.store(out_ptr + n * D + d, y.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _multiply(
+    acc, x_ptr, w_ptr, s_ptr, row, n_rows, begin, end, STRIDE: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds x Wᵀ to acc (N, BN): x (N, ·) with rows STRIDE apart, BN rows of W (n_rows, K), columns begin to end."""
+    n, o = tl.arange(0, N), row + tl.arange(0, BN)
+    for start in range(begin, end, BK):
+        k = start + tl.arange(0, BK)
+        x = tl.load(x_ptr + n[:, None] * STRIDE + k[None, :], mask=(k < end)[None, :], other=0.0)
+        mask = (o < n_rows)[None, :] & (k < end)[:, None]
+        w = tl.load(w_ptr + o[None, :] * K + k[:, None], mask=mask, other=0.0).to(x.dtype)
+        if s_ptr is None:
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        else:  # BN rows and BK columns are of one block
+            s = tl.load(s_ptr + row // BLOCK * ((K + BLOCK - 1) // BLOCK) + start // BLOCK)
+            acc += tl.dot(x, w, input_precision=PRECISION) * s
+    return acc
+
+
+@triton.jit
+def _store_rows(acc, out_ptr, row, n_rows, STRIDE: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
+    """Stores (N, BN) from column `row` on."""
+    n, o = tl.arange(0, N), row + tl.arange(0, BN)
+    values = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + n[:, None] * STRIDE + o[None, :], values, mask=(o < n_rows)[None, :])
+
+
+@triton.jit
+def _matmul_kernel(
+    x_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: tl.constexpr, OB: tl.constexpr, K: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`project` of one or two matrices, A (OA, K) and B (OB, K), for N positions: x (N, K) to (SPLITS, N, OA + OB).
+
+    Program (i, s) takes BN rows of a matrix and one of SPLITS parts of its columns, whose products the next kernel adds.
+    Reads the matrices once, x once a program. Bound by memory up to some 200 positions.
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    TILES: tl.constexpr = (OA + BN - 1) // BN
+    EACH: tl.constexpr = ((K + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
+    _wait(PDL)
+    begin = split * EACH
+    end = tl.minimum(begin + EACH, K)
+    out_ptr += split * (N * (OA + OB))
+    acc = tl.zeros((N, BN), tl.float32)
+    if b_ptr is None:
+        acc = _multiply(acc, x_ptr, a_ptr, sa_ptr, tile * BN, OA, begin, end, K, K, N, BN, BK, PRECISION)
+        _store_rows(acc, out_ptr, tile * BN, OA, OA + OB, N, BN)
+    else:
+        if tile < TILES:
+            acc = _multiply(acc, x_ptr, a_ptr, sa_ptr, tile * BN, OA, begin, end, K, K, N, BN, BK, PRECISION)
+            _store_rows(acc, out_ptr, tile * BN, OA, OA + OB, N, BN)
+        else:
+            row = (tile - TILES) * BN
+            acc = _multiply(acc, x_ptr, b_ptr, sb_ptr, row, OB, begin, end, K, K, N, BN, BK, PRECISION)
+            _store_rows(acc, out_ptr + OA, row, OB, OA + OB, N, BN)
+
+
+@triton.jit
+def _route_kernel(
+    x_ptr, gate_ptr, bias_ptr, rows_ptr, shares_ptr, E: tl.constexpr, GROUPS: tl.constexpr, LIMITED: tl.constexpr,
+    TOPK: tl.constexpr, SOFTMAX: tl.constexpr, ROUTE_SCALE: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
+    GP: tl.constexpr, EP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """`Gate.forward` for several positions: the weight of each expert at each, (N, E), 0 of those not chosen.
+
+    Program n takes a position, and none of its experts count if it is no row's. Reads the router's weights (E, K) for
+    each position, from L2. Bound by latency.
+    """
+    n = tl.program_id(0)
+    PER: tl.constexpr = E // GROUPS
+    number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
+    inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
+    _wait(PDL)
+    acc = tl.zeros((GP, EP, BK), tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        x = tl.load(x_ptr + n * K + k, mask=k < K, other=0.0).to(tl.float32)
+        mask = inside[:, :, None] & (k < K)[None, None, :]
+        w = tl.load(gate_ptr + number[:, :, None] * K + k[None, None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += w * x[None, None, :]
+    scores, rank = _route(tl.sum(acc, axis=2), bias_ptr, inside, number, LIMITED, GROUPS, SOFTMAX, GP, EP)
+    is_chosen = rank < TOPK
+    if not SOFTMAX:
+        scores /= tl.sum(tl.where(is_chosen, scores, 0.0)) + 1e-20
+    is_chosen &= tl.load(rows_ptr + n) >= 0
+    shares = tl.where(is_chosen, scores * ROUTE_SCALE, 0.0)
+    tl.store(shares_ptr + n * E + tl.reshape(number, (GP * EP,)), shares, mask=tl.reshape(inside, (GP * EP,)))
+
+
+@triton.jit
+def _gate_up_kernel(
+    x_ptr, shares_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr,
+    E: tl.constexpr, I: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """w1, w3 and activation of the `Experts`, and of the shared experts or the dense `MLP`, for N positions.
+
+    A program takes BN rows of w1 and w3 of one expert that some position has chosen, for all positions, or of the
+    others. Writes h (N, E·I + SHARED), times the weight of the choice: 0 where a position has not chosen an expert.
+    Experts nobody chose are left out here and in `_down_kernel`. Bound by memory up to some 200 positions.
+    """
+    tile = tl.program_id(0)
+    TILES: tl.constexpr = (I + BN - 1) // BN
+    n = tl.arange(0, N)
+    gate, up = tl.zeros((N, BN), tl.float32), tl.zeros((N, BN), tl.float32)
+    _wait(PDL)
+    if tile < E * TILES:
+        expert, row = tile // TILES, tile % TILES * BN
+        shares = tl.load(shares_ptr + n * E + expert)
+        if tl.sum((shares != 0).to(tl.int32)) > 0:
+            start = expert.to(tl.int64) * (I * K)
+            if s1_ptr is not None:
+                s1_ptr += expert * ((I + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
+                s3_ptr += expert * ((I + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
+            gate = _multiply(gate, x_ptr, w1_ptr + start, s1_ptr, row, I, 0, K, K, K, N, BN, BK, PRECISION)
+            up = _multiply(up, x_ptr, w3_ptr + start, s3_ptr, row, I, 0, K, K, K, N, BN, BK, PRECISION)
+            h = _activate(gate, ACT) * up * shares[:, None]
+            _store_rows(h, h_ptr + expert * I, row, I, E * I + SHARED, N, BN)
+    else:
+        row = (tile - E * TILES) * BN
+        gate = _multiply(gate, x_ptr, shared1_ptr, ss1_ptr, row, SHARED, 0, K, K, K, N, BN, BK, PRECISION)
+        up = _multiply(up, x_ptr, shared3_ptr, ss3_ptr, row, SHARED, 0, K, K, K, N, BN, BK, PRECISION)
+        _store_rows(_activate(gate, ACT) * up, h_ptr + E * I, row, SHARED, E * I + SHARED, N, BN)
+
+
+@triton.jit
+def _down_kernel(
+    h_ptr, shares_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, out_ptr, E: tl.constexpr, I: tl.constexpr,
+    SHARED: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """w2 of the `Experts` and of the shared experts or the dense `MLP`, for N positions: (SPLITS, N, D), to be added.
+
+    Program (i, s) takes BN numbers of the result, every SPLITS-th expert from s on, if some position has chosen it, and
+    one of SPLITS parts of the others. The choice's weights are in h (N, E·I + SHARED). Bound by memory.
+    """
+    row, split = tl.program_id(0) * BN, tl.program_id(1)
+    EACH: tl.constexpr = ((SHARED + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
+    WIDTH: tl.constexpr = E * I + SHARED
+    n = tl.arange(0, N)
+    _wait(PDL)
+    acc = tl.zeros((N, BN), tl.float32)
+    for expert in range(split, E, SPLITS):
+        if tl.sum((tl.load(shares_ptr + n * E + expert) != 0).to(tl.int32)) > 0:
+            expert_ptr = w2_ptr + tl.cast(expert, tl.int64) * (D * I)
+            scale_ptr = s2_ptr
+            if s2_ptr is not None:
+                scale_ptr = s2_ptr + expert * ((D + BLOCK - 1) // BLOCK * ((I + BLOCK - 1) // BLOCK))
+            h = h_ptr + expert * I
+            acc = _multiply(acc, h, expert_ptr, scale_ptr, row, D, 0, I, WIDTH, I, N, BN, BK, PRECISION)
+    if SHARED > 0:
+        begin = split * EACH
+        end, h = tl.minimum(begin + EACH, SHARED), h_ptr + E * I
+        acc = _multiply(acc, h, shared_ptr, ss_ptr, row, D, begin, end, WIDTH, SHARED, N, BN, BK, PRECISION)
+    _store_rows(acc, out_ptr + split * (N * D), row, D, D, N, BN)
+
+
+# --- The ends of a step ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: tl.constexpr, PDL: tl.constexpr, DP: tl.constexpr):
+    """`Transformer.embed`: program n copies the embedding (D,) of a token to the residual stream, in float32."""
+    n, d = tl.program_id(0), tl.arange(0, DP)
+    _wait(PDL)
+    token = tl.load(tokens_ptr + n)
+    row = tl.load(w_ptr + token * D + d, mask=d < D, other=0.0)
+    tl.store(x_ptr + n * D + d, row.to(tl.float32), mask=d < D)
+
+
+@triton.jit
+def _join_kernel(
+    tokens_ptr, embed_ptr, enorm_ptr, before_ptr, hnorm_ptr, out_ptr, D: tl.constexpr, EPS: tl.constexpr,
+    PDL: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """What `MTPModule.eh_proj` reads: program n norms the embedding of a token, and the state before it, (N, 2·D)."""
+    n, d = tl.program_id(0), tl.arange(0, DP)
+    _wait(PDL)
+    out_ptr += n * (2 * D)
+    embed_ptr += tl.load(tokens_ptr + n) * D
+    before_ptr += n * D
+    e = tl.load(embed_ptr + d, mask=d < D, other=0.0).to(tl.float32) * _inverse_rms(embed_ptr, D, DP, EPS)
+    h = tl.load(before_ptr + d, mask=d < D, other=0.0).to(tl.float32) * _inverse_rms(before_ptr, D, DP, EPS)
+    e *= tl.load(enorm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    h *= tl.load(hnorm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + d, e.to(out_ptr.dtype.element_ty), mask=d < D)
+    tl.store(out_ptr + D + d, h.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _choose_kernel(
+    logits_ptr, sampling_ptr, uniforms_ptr, counts_ptr, chosen_ptr, tokens_ptr, positions_ptr, N: tl.constexpr,
+    V: tl.constexpr, PDL: tl.constexpr, VP: tl.constexpr,
+):  # fmt: skip
+    """`distribution`, `_truncate` and `draw` of generate.py, for a byte of each row; what is chosen is read next.
+
+    Program n takes row n of the logits, float32 (N, V). `sampling` has temperature, top-k and top-p, float64. Number
+    counts[n] of the row's uniform numbers (steps, N) is used; the byte, or -1 if the model's output is not a number,
+    goes to the same place of `chosen`, and to `tokens`; the position advances. Computes in float64, bound by latency.
+    """
+    n, v = tl.program_id(0), tl.arange(0, VP)
+    _wait(PDL)
+    logits = tl.load(logits_ptr + n * V + v, mask=v < V, other=float("-inf"))
+    n_bad = tl.sum((logits != logits).to(tl.int32))
+    logits = tl.where(logits == logits, logits, float("-inf"))
+    best = tl.max(logits, axis=0)
+    is_bad = (n_bad > 0) | (tl.abs(best) == float("inf"))
+    temperature, at = tl.load(sampling_ptr), tl.load(counts_ptr + n)
+    byte = tl.argmax(logits, axis=0).to(tl.int32)
+    if temperature > 0:
+        probs = tl.exp((logits - best).to(tl.float64) / temperature)
+        probs /= tl.sum(probs)
+        top_k, top_p = tl.load(sampling_ptr + 1), tl.load(sampling_ptr + 2)
+        if ((top_k > 0) & (top_k < V)) | (top_p < 1):
+            rank = _ranks(tl.where(v < V, probs, -1.0), VP)
+            probs = tl.where((rank < top_k) | (top_k == 0), probs, 0.0)
+            probs /= tl.sum(probs)
+            before = tl.sum(tl.where(rank[None, :] < rank[:, None], probs[None, :], 0.0), axis=1)
+            probs = tl.where((before < top_p) | (rank == 0) | (top_p >= 1), probs, 0.0)
+            probs /= tl.sum(probs)
+        cumulative = tl.cumsum(probs, axis=0)
+        limit = tl.load(uniforms_ptr + at * N + n) * tl.max(cumulative, axis=0)
+        byte = tl.minimum(tl.sum((cumulative <= limit).to(tl.int32)), V - 1)
+    tl.store(chosen_ptr + at * N + n, tl.where(is_bad, -1, byte))
+    tl.store(counts_ptr + n, at + 1)
+    tl.store(tokens_ptr + n, tl.where(is_bad, 0, byte).to(tl.int64))
+    tl.store(positions_ptr + n, tl.load(positions_ptr + n) + 1)
+
+
+# --- Launching them -------------------------------------------------------------------------------------------------
+
+
+class Matrix(NamedTuple):
+    """A weight (…, out, in) as it is stored, and its scales if that is FP8."""
+
+    w: torch.Tensor
+    s: torch.Tensor | None = None
+
+    @property
+    def height(self) -> int:
+        """Rows of the matrix, or of each one of a stack."""
+        return self.w.shape[-2]
+
+
+def _power(n: int, least: int = 1) -> int:
+    """The next power of two."""
+    return max(triton.next_power_of_2(n), least)
+
+
+class Step:
+    """The buffers of a step of up to N positions, 1, 16 or 64, and what launches its kernels, which a graph records.
+
+    What it reads besides weights is `tokens`, `positions` in the KV cache, `rows` of it (-1: no position), `caches`,
+    the addresses of its layers, and `capacity`. Weights and these buffers must stay where they are.
+
+    Attributes:
+        states: What `Transformer.forward_with_hidden` returns first, (N, dim).
+        logits: What it returns second, float32 (N, vocab_size).
+        before: The states that an MTP module reads, (N, dim).
+        sampling: Temperature, top-k and top-p, float64 (3,).
+        uniforms: For each step of a block, a uniform number a row, float64 (MAX_STEPS, N).
+        counts: How many steps of a block a row has done, int32 (N,).
+        chosen: The bytes of a block, int32 (MAX_STEPS, N); -1 where the model's output was not a number.
+
+    Raises:
+        ValueError: The model has something that the kernels do not have.
+    """
+
+    def __init__(self, model: Transformer, n: int):
+        self.model, self.args, self.n = model, model.args, n
+        args, device, self.dtype = model.args, model.head.weight.device, model.compute_dtype
+        self.cache_dtype = model.cache_dtype or self.dtype
+        self.attn = cast(Block, model.layers[0]).attn
+        if args.n_routed_experts > MAX_EXPERTS:
+            raise ValueError(f"more than {MAX_EXPERTS} experts")
+        self.queries = args.q_lora_rank or args.n_heads * self.attn.qk_head_dim
+        self.shared = args.n_shared_experts * args.moe_inter_dim
+        self.on_gpu = device.type == "cuda"
+        self.pdl = self.on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
+        self.kept: dict[RMSNorm | torch.Tensor, torch.Tensor] = {}
+        # so many parts of the positions that programs fill a GPU, whatever the lengths are
+        self.span = 32
+        heads = -(-args.n_heads // 16)
+        self.splits = max(1, min(-(-args.max_seq_len // self.span), 128 // (n * heads)))
+        empty = partial(torch.zeros, device=device)
+        floats, own = partial(empty, dtype=torch.float32), partial(empty, dtype=self.dtype)
+        layers = args.n_layers + args.n_mtp_layers
+        self.inputs = empty(2 * n + layers + 1, dtype=torch.int64)
+        self.positions, self.rows, self.caches, self.capacity = self.inputs.split([n, n, layers, 1])
+        self.rows.fill_(-1)
+        self.tokens, self.counts = empty(n, dtype=torch.int64), empty(n, dtype=torch.int32)
+        self.x, self.normed = floats(n, args.dim), own(n, args.dim)
+        latent, self.n_parts = args.kv_lora_rank + args.qk_rope_head_dim, 1 if n == 1 else 4
+        self.a, self.q = floats(n, self.queries + latent), floats(n, args.n_heads, latent)
+        self.parts = floats(n, args.n_heads, self.splits, args.kv_lora_rank)
+        self.sums = floats(n, args.n_heads, self.splits)
+        own_or_float = floats if n == 1 else own
+        self.values = own_or_float(n, args.n_heads * args.v_head_dim)
+        routed = args.n_activated_experts if n == 1 else args.n_routed_experts
+        self.h = own_or_float(n, max(args.inter_dim, routed * args.moe_inter_dim + self.shared))
+        self.router_logits, self.shares = floats(args.n_routed_experts + 1), floats(n, args.n_routed_experts + 1)
+        self.experts, self.weights = empty(routed + 1, dtype=torch.int32), floats(routed + 1)
+        self.updates = floats(self.n_parts, n, args.dim)
+        self.joined, self.before, self.states = own(n, 2 * args.dim), own(n, args.dim), own(n, args.dim)
+        self.logits, self.sampling = floats(n, args.vocab_size), empty(3, dtype=torch.float64)
+        self.uniforms = empty(MAX_STEPS, n, dtype=torch.float64)
+        self.chosen = empty(MAX_STEPS, n, dtype=torch.int32)
+        self.cos, self.sin = (table.contiguous() for table in model.rope_tables(args.max_seq_len))
+
+    def run(self) -> None:
+        """Launches the main layers for `tokens`, and the choice of the byte that is the next token."""
+        args = self.args
+        self._launch(
+            _embed_kernel, (self.n,), self.tokens, self.model.embed.weight, self.x, args.dim, DP=_power(args.dim)
+        )
+        for i, layer in enumerate(self.model.layers):
+            self._block(i, layer, 0 if i == 0 else self.n_parts)
+        self._end(self.model.norm)
+        if args.vocab_size <= MAX_VOCAB:
+            buffers = self.logits, self.sampling, self.uniforms, self.counts, self.chosen, self.tokens, self.positions
+            shape = self.n, args.vocab_size
+            self._launch(_choose_kernel, (self.n,), *buffers, *shape, VP=_power(args.vocab_size), num_warps=8)
+
+    def run_mtp(self, depth: int) -> None:
+        """Launches MTP module `depth` for `tokens` and the states `before`."""
+        args, module = self.args, cast(MTPModule, self.model.mtp[depth])
+        norms = self._weight(module.enorm), self.before, self._weight(module.hnorm)
+        buffers = self.tokens, self.model.embed.weight, *norms, self.joined
+        self._launch(_join_kernel, (self.n,), *buffers, args.dim, module.enorm.eps, DP=_power(args.dim))
+        self._project(self.joined, None, self.x, self._matrix(module.eh_proj))
+        self._block(args.n_layers + depth, module.block, 0)
+        self._end(module.norm)
+
+    def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
+        options = {"launch_pdl": True} if self.pdl else {}
+        kernel[grid](*args, **constants, PDL=self.pdl, num_warps=num_warps, **options)
+
+    def _matrix(self, layer: Linear) -> Matrix:
+        if not layer.weight.is_contiguous():
+            raise ValueError("a weight that is not contiguous")
+        return Matrix(layer.weight, None if layer.scale is None else self._float(layer.scale))
+
+    def _float(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in float32, contiguous, which is kept."""
+        if tensor not in self.kept:
+            self.kept[tensor] = tensor.detach().float().contiguous()
+        return self.kept[tensor]
+
+    def _weight(self, norm: RMSNorm) -> torch.Tensor:
+        return self._float(norm.weight)
+
+    def _rows(self, height: int, width: int, matrices: int = 1) -> dict[str, int]:
+        """Rows and blocks of columns that a program of a product with one position takes."""
+        blocks = _power(-(-width // 128))
+        rows = min(max(_power(height * matrices // 264) // 2, 1), 8)
+        return {"R": rows, "KB": min(blocks, max(32 // (rows * matrices), 1))}
+
+    def _norm(self, norm: RMSNorm, out: torch.Tensor, n_parts: int) -> None:
+        """Adds so many updates to the residual stream, and norms it."""
+        buffers = self.x, self.updates, self._weight(norm), out
+        self._launch(
+            _norm_kernel, (self.n,), *buffers, self.n, self.args.dim, n_parts, norm.eps, DP=_power(self.args.dim)
+        )
+
+    def _project(
+        self,
+        x: torch.Tensor,
+        norm: RMSNorm | None,
+        out: torch.Tensor,
+        a: Matrix,
+        b: Matrix | None = None,
+        add: bool = False,
+    ) -> None:
+        """`_project_kernel` or `_matmul_kernel`; for several positions x is normed, and `add` writes updates."""
+        width, heights = a.w.shape[-1], [a.height, 0 if b is None else b.height]
+        second = (None, None) if b is None else b
+        if self.n == 1:
+            tiles = self._rows(sum(heights), width)
+            grid = sum(-(-height // tiles["R"]) for height in heights)
+            weight, eps = (None, 0.0) if norm is None else (self._weight(norm), norm.eps)
+            buffers = x, weight, *a, *second, out
+            self._launch(_project_kernel, (grid,), *buffers, *heights, width, _power(width), eps, add, **tiles)
+        else:
+            tiles = self._tiles(sum(heights), 1)
+            grid = sum(-(-height // tiles["BN"]) for height in heights)
+            splits = self.n_parts if add else 1
+            buffers = x, *a, *second, self.updates if add else out
+            self._launch(_matmul_kernel, (grid, splits), *buffers, *heights, width, splits, **tiles)
+
+    def _tiles(self, height: int, splits: int) -> dict[str, Any]:
+        """Rows of a matrix and columns that a program of a product with several positions takes."""
+        rows = 64 if height * splits >= 64 * 132 else 32 if height * splits >= 32 * 132 else 16
+        columns = 64 if self.dtype == torch.float32 else 128
+        return {"N": max(self.n, 16), "BN": rows, "BK": columns, "PRECISION": self.precision}
+
+    def _block(self, index: int, block: Block, n_parts: int) -> None:
+        """Launches a block; the updates of the one before, so many, are not added yet."""
+        attn, first = block.attn, self.x
+        if self.n > 1:
+            first = self.normed
+            self._norm(block.attn_norm, first, n_parts)
+        wq = attn.wq_a if attn.q_lora_rank else attn.wq
+        self._project(first, block.attn_norm, self.a, self._matrix(wq), self._matrix(attn.wkv_a))
+        self._attend(index, block)
+        self._project(self.values, None, self.x, self._matrix(attn.wo), add=True)
+        if self.n > 1:
+            self._norm(block.ffn_norm, self.normed, self.n_parts)
+            self._experts(block)
+        else:
+            self._experts_of_one(block)
+
+    def _attend(self, index: int, block: Block) -> None:
+        args, attn = self.args, block.attn
+        heads, rank, rope, nope = args.n_heads, args.kv_lora_rank, args.qk_rope_head_dim, args.qk_nope_head_dim
+        n, cp, half = self.n, _power(rank), _power(rope // 2)
+        wq_b = self._matrix(attn.wq_b) if attn.q_lora_rank else (None, None)
+        q_norm = self._weight(attn.q_norm) if attn.q_lora_rank else None
+        wkv_b, where = self._matrix(attn.wkv_b), (self.positions, self.rows, self.caches, self.capacity)
+        np = _power(max(nope, 1))
+        width = min(cp, max(8192 // np, 16))
+        each = cp if attn.q_lora_rank else width
+        scale = attn.softmax_scale * math.log2(math.e)
+        self._launch(
+            _queries_kernel, (heads + 1, n, cp // each), self.a, q_norm, *wq_b, *wkv_b, self._weight(attn.kv_norm),
+            self.cos, self.sin, *where, self.q, index, TYPES[self.cache_dtype], heads, args.q_lora_rank, nope, rope,
+            args.v_head_dim, rank, args.max_seq_len, scale, LATENT_NORM_EPS, NP=np, HALF=half, CP=cp,
+            RANK_P=_power(max(args.q_lora_rank, 1)), BC=width, C_EACH=each, KB=max(min(64 // np, 2), 1),
+        )  # fmt: skip
+        self._launch(
+            _attend_kernel, (self.splits, n, -(-heads // 16)), self.q, *where, self.parts, self.sums, index,
+            TYPES[self.dtype], TYPES[self.cache_dtype], heads, rank, rope, self.splits, CP=max(cp, 16),
+            RP=_power(rope, 16), BT=self.span, PRECISION=self.precision,
+        )  # fmt: skip
+        rows = min(max(4096 // cp, 4), _power(args.v_head_dim))
+        self._launch(
+            _values_kernel, (heads, n, -(-args.v_head_dim // rows)), self.parts, self.sums, self.positions, self.rows,
+            self.capacity, *wkv_b, self.values, heads, nope, args.v_head_dim, rank, self.splits, self.span, CP=cp,
+            SPLITS_P=_power(self.splits), BS=min(_power(self.splits), max(4096 // cp, 1)), BV=rows,
+        )  # fmt: skip
+
+    def _router(self, moe: MoE) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """Constants of the router, and its bias."""
+        args, groups = self.args, self.args.n_expert_groups
+        constants = {"E": args.n_routed_experts, "GROUPS": groups, "LIMITED": args.n_limited_groups}
+        constants |= {"TOPK": args.n_activated_experts, "SOFTMAX": args.score_func == "softmax"}
+        constants |= {
+            "ROUTE_SCALE": args.route_scale,
+            "GP": _power(groups),
+            "EP": _power(args.n_routed_experts // groups),
+        }
+        return constants, None if moe.gate.bias is None else self._float(moe.gate.bias)
+
+    def _stacks(self, block: Block) -> tuple[MoE | None, list[Any], list[Any], int, int]:
+        """w1, w3 and w2 of the experts, then of the shared ones or the dense MLP, with both hidden widths."""
+        ffn, none = block.ffn, [(None, None)] * 3
+        matrices = lambda mlp: [self._matrix(layer) for layer in (mlp.w1, mlp.w3, mlp.w2)]  # noqa: E731
+        if not isinstance(ffn, MoE):
+            return None, none, matrices(cast(MLP, ffn)), 0, self.args.inter_dim
+        shared = none if ffn.shared_experts is None else matrices(ffn.shared_experts)
+        return ffn, matrices(ffn.experts), shared, self.args.moe_inter_dim, self.shared
+
+    def _experts_of_one(self, block: Block) -> None:
+        """The feed-forward layer for one position, with its norm and the residual sum."""
+        args, (moe, routed, other, width, other_width) = self.args, self._stacks(block)
+        norm = self.x, self._weight(block.ffn_norm)
+        shape = {"K": args.dim, "KP": _power(args.dim), "EPS": block.ffn_norm.eps, "ACT": args.hidden_act}
+        n_chosen, h = args.n_activated_experts if moe else 0, self.h[0]
+        n_experts = args.n_routed_experts if moe else 0
+        gate = None if moe is None else moe.gate.weight
+        tiles = self._rows(max(other_width, 1), args.dim, 2)
+        grid = -(-n_experts // tiles["R"]) + -(-other_width // tiles["R"])
+        buffers = *norm, gate, self.router_logits, *other[0], *other[1], h[n_chosen * width :]
+        self._launch(_gate_up_one_kernel, (grid,), *buffers, E=n_experts, I=other_width, **shape, **tiles)
+        if moe is not None:
+            constants, bias = self._router(moe)
+            tiles = self._rows(n_chosen * width, args.dim, 2)
+            buffers = *norm, self.router_logits, bias, *routed[0], *routed[1], h, self.experts, self.weights
+            grid = -(-width // tiles["R"]), n_chosen
+            self._launch(_experts_up_one_kernel, grid, *buffers, I=width, **constants, **shape, **tiles)
+        tiles = self._rows(args.dim, max(width, other_width))
+        buffers = h, self.experts, self.weights, *routed[2], *other[2], self.x
+        shape = {"D": args.dim, "I": width, "TOPK": n_chosen, "SHARED": other_width}
+        self._launch(_down_one_kernel, (-(-args.dim // tiles["R"]),), *buffers, **shape, **tiles)
+
+    def _experts(self, block: Block) -> None:
+        """The feed-forward layer for several positions; its updates are to be added."""
+        args, (moe, routed, other, width, other_width) = self.args, self._stacks(block)
+        n_experts = 0
+        if moe is not None:
+            n_experts, (constants, bias) = args.n_routed_experts, self._router(moe)
+            buffers = self.normed, moe.gate.weight, bias, self.rows, self.shares
+            columns = max(4096 // (constants["GP"] * constants["EP"]), 16)
+            self._launch(_route_kernel, (self.n,), *buffers, **constants, K=args.dim, BK=columns)
+        tiles = self._tiles(n_experts * width + other_width, 1)
+        grid = n_experts * -(-width // tiles["BN"]) + -(-other_width // tiles["BN"])
+        weights = *routed[0], *routed[1], *other[0], *other[1]
+        shape = {"E": n_experts, "I": width, "SHARED": other_width}
+        self._launch(
+            _gate_up_kernel, (grid,), self.normed, self.shares, *weights, self.h, K=args.dim, ACT=args.hidden_act,
+            **shape, **tiles,
+        )  # fmt: skip
+        tiles, buffers = self._tiles(args.dim, self.n_parts), (self.h, self.shares, *routed[2], *other[2], self.updates)
+        grid = -(-args.dim // tiles["BN"]), self.n_parts
+        self._launch(_down_kernel, grid, *buffers, D=args.dim, SPLITS=self.n_parts, **shape, **tiles)
+
+    def _end(self, norm: RMSNorm) -> None:
+        """The last norm, whose output the head and MTP modules read, and the head."""
+        self._norm(norm, self.states, self.n_parts if self.n > 1 else 0)
+        self._project(self.states, None, self.logits, self._matrix(self.model.head))
