@@ -1,4 +1,4 @@
-"""Fast decoding: calls of a few positions by C on a CPU, by CUDA graphs on a GPU.
+"""Fast decoding: calls of a few positions by C on a CPU, by kernels and CUDA graphs on a GPU.
 
 When a byte is decoded, each weight is read for two operations. The modules of model.py then take several times as long
 as memory needs: Python stands between torch's many small products.
@@ -8,9 +8,14 @@ machine, and kept in the user's cache folder. Weights stay where they are, in fl
 holds those in float32 without loss: then half as much is read. The structures below are those of decode.c, field by
 field.
 
-`GraphDecoder` records the modules' kernels with all their arguments and replays them by one command. Addresses, shapes
-and numbers known to Python are part of a recording. So positions are a tensor instead of slices, and attention goes
-over a length that changes seldom, the next power of two, with what is not there yet masked.
+`KernelDecoder` launches the kernels of kernel_decode.py, a few a layer, which read positions and addresses of caches on
+the device and choose the byte there. So a step is one CUDA graph, recorded when the model is loaded, and `Blocks` has
+the device do many steps while Python looks at those before.
+
+`GraphDecoder` is for models that those kernels do not have. It records the modules' kernels with all their arguments,
+and replays them by one command. Addresses, shapes and numbers known to Python are part of a recording. So positions are
+a tensor instead of slices, and attention goes over a length that changes seldom, the next power of two, with what is
+not there yet masked.
 
 decode.c is a second implementation of the model, and even the modules have several: attention with and without a cache,
 naive and absorbed. `attach` compares them, so that whoever changes one does not get another model's text.
@@ -34,6 +39,7 @@ from collections.abc import Callable, Iterable, Iterator
 from ctypes import POINTER, c_float, c_int32, c_void_p
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -128,8 +134,13 @@ def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
     warnings = []
     if impl != impls[0]:
         warnings = ["absorbed attention differs from training's in this model.py, so decoding is naive, slower"]
-    for decoder in (GraphDecoder, CDecoder):
-        if fp8_ops.gemm_impl == "bf16" and impl in decoder.attn_impls and decoder.suits(model):
+    for decoder in (KernelDecoder, GraphDecoder, CDecoder):
+        if (
+            model.decoder is None
+            and fp8_ops.gemm_impl == "bf16"
+            and impl in decoder.attn_impls
+            and decoder.suits(model)
+        ):
             if decoder is CDecoder and library() is None:
                 warnings += ["no C compiler that works, so decoding is slower; install one, or name it in CC"]
                 continue
@@ -137,9 +148,12 @@ def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
             try:
                 if all(probe.checked(decoder) is not None for probe in probes[1:]):
                     model.decoder = probes[0].checked(decoder)
+                if isinstance(model.decoder, KernelDecoder):
+                    model.decoder.prepare(model.args.max_batch_size)
                 if isinstance(model.decoder, GraphDecoder):
                     model.decoder.reset()  # what was recorded holds memory
             except Exception as error:  # whatever a changed model makes of it, the modules still decode
+                model.decoder = None
                 reason = command.shorten(str(error) or type(error).__name__)
             if model.decoder is None:
                 warnings += [f"{decoder.source} does not fit this model.py ({reason}), so the modules decode, slower"]
@@ -571,7 +585,182 @@ class CDecoder:
         return out
 
 
-# --- CUDA graphs on a GPU ---------------------------------------------------------------------------------------------
+# --- Kernels on a GPU -------------------------------------------------------------------------------------------------
+
+
+class KernelDecoder:
+    """A model's layers, head and MTP modules for up to 64 positions at a time, by the kernels of kernel_decode.py.
+
+    There is a CUDA graph for each number of positions that there are buffers for. The model's weights must stay where
+    they are.
+
+    Raises:
+        ValueError: kernel_decode.py has no such model.
+    """
+
+    attn_impls = ("absorb",)
+    source = "kernel_decode.py"
+
+    @staticmethod
+    def suits(model: Transformer) -> bool:
+        """Whether the kernels have all that a model needs: it is unsharded, has a latent, and is on a CUDA GPU."""
+        device, args = model.head.weight.device, model.args
+        if device.type != "cuda" or not model.is_unsharded() or not find_spec("triton"):
+            return False
+        is_fp8 = any(layer.scale is not None for layer in model.fp8_layers())
+        least = (8, 9) if is_fp8 else (8, 0)
+        has_all = args.hidden_act in ACTIVATIONS and not getattr(args, "index_topk", 0) and args.kv_lora_rank > 0
+        return has_all and torch.cuda.get_device_capability(device) >= least
+
+    def __init__(self, model: Transformer):
+        import kernel_decode  # where there is a GPU, there is Triton
+
+        self.model, self.kernels = model, kernel_decode
+        self.steps: dict[int, kernel_decode.Step] = {}
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> Outputs:
+        """As `Transformer.forward_with_hidden`."""
+        return self._run(-1, tokens, cache)
+
+    def mtp_forward(self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache) -> Outputs:
+        """As `Transformer.mtp_forward`."""
+        return self._run(depth, tokens, cache, h)
+
+    @torch.inference_mode()
+    def prepare(self, n_rows: int) -> None:
+        """Records all calls of one position each of up to `n_rows` rows."""
+        for n in self.kernels.POSITIONS:
+            for depth in range(-1, len(self.model.mtp)):
+                self.recorded(n, depth)
+            if n >= n_rows:
+                break
+
+    def recorded(self, n: int, depth: int = -1) -> "tuple[Any, torch.cuda.CUDAGraph]":
+        """Returns the buffers for n positions or more, and the graph of MTP module `depth`, or -1: the main model."""
+        n = next(most for most in self.kernels.POSITIONS if most >= n)
+        if n not in self.steps:
+            self.steps[n] = self.kernels.Step(self.model, n)
+        step, graph = self.steps[n], torch.cuda.CUDAGraph()
+        if (n, depth) not in self.graphs:
+            launch = step.run if depth < 0 else partial(step.run_mtp, depth)
+            step.counts.zero_()
+            launch()  # which compiles the kernels
+            with torch.cuda.graph(graph):
+                launch()
+            self.graphs[n, depth] = graph
+        return step, self.graphs[n, depth]
+
+    def _run(self, depth: int, tokens: torch.Tensor, cache: KVCache, *before: torch.Tensor) -> Outputs:
+        """Runs MTP module `depth`, or -1: the main model."""
+        (bsz, seq_len), n = tokens.shape, tokens.numel()
+        step, graph = self.recorded(n, depth)
+        rows = [row for row in range(bsz) for _ in range(seq_len)]
+        step.place(cache, rows, [length + i for length in cache.lengths for i in range(seq_len)])
+        step.tokens[:n] = tokens.flatten()
+        for states in before:
+            step.before[:n] = states.flatten(0, 1)
+        graph.replay()
+        # the next replay writes there
+        return step.states[:n].unflatten(0, tokens.shape).clone(), step.logits[:n].unflatten(0, tokens.shape).clone()
+
+
+class _Block(NamedTuple):
+    """Steps that have been launched: so many bytes of each row, in columns, once `done`."""
+
+    rows: list[Any]
+    n: int
+    ids: torch.Tensor
+    done: torch.cuda.Event
+
+
+class Blocks:
+    """Decodes the bytes of a `generate.Batch` on the device, up to MAX_STEPS steps at a time.
+
+    While a block is awaited, the next one is launched. So a text's end is seen late, and what follows it is cut off;
+    a text that comes in its place begins with the block after. Uniform numbers are drawn by each text's generator as
+    in steps one by one.
+
+    Args:
+        decoder: The model's.
+        batch: What is decoded; its cache is read and written.
+        sampling: A `generate.Sampling`.
+    """
+
+    def __init__(self, decoder: KernelDecoder, batch: Any, sampling: Any):
+        self.decoder, self.batch, self.steps = decoder, batch, decoder.kernels.MAX_STEPS
+        self.how = torch.tensor([sampling.temperature, sampling.top_k, sampling.top_p], dtype=torch.float64)
+        self.columns: list[Any] = []  # the texts in the order of the device's rows
+        self.step: Any = None
+        self.next: _Block | None = None
+        self.finished, self.is_steady = 0.0, False
+
+    @torch.inference_mode()
+    def advance(self, rows: list[Any], fill: Callable[[], None], reads: "MemoryReads | None") -> list[list[int]]:
+        """Returns the next bytes of each of the `generate.Row`s, or none of one that has just come.
+
+        `fill` fills the cache of the batch's stale rows. `reads` counts the steps if there was nothing else to do.
+        """
+        new, cache = [rows[i] for i in self.batch.stale], self.batch.cache
+        if new:
+            fill()
+        self._arrange(rows, new)
+        is_steady, current = self.is_steady and not new and self.next is not None, self.next
+        current = self._launch(rows, None) if current is None else current
+        if current is None:
+            raise AssertionError("a text that goes on has room for a byte")
+        self.next, self.is_steady = self._launch(rows, current), not new
+        current.done.synchronize()
+        now = time.perf_counter()
+        if reads is not None and is_steady:
+            reads.count(cache, 0, now - self.finished, current.n)
+        self.finished = now
+        columns = dict(zip(current.rows, current.ids.T.tolist(), strict=False))
+        ids = [columns.get(row, []) for row in rows]
+        cache.lengths = [length + len(more) for length, more in zip(cache.lengths, ids, strict=True)]
+        return ids
+
+    def _arrange(self, rows: list[Any], new: list[Any]) -> None:
+        """Has the device's rows be these texts, of which `new` begin where the batch has them."""
+        cache, n = self.batch.cache, len(rows)
+        if rows == self.columns and not new:
+            return
+        before = self.step
+        self.step, self.graph = self.decoder.recorded(n)
+        places = {row: i for i, row in enumerate(self.columns)}
+        index = torch.tensor([places.get(row, 0) for row in rows]).to(self.step.tokens.device)
+        kept = None if before is None else (before.tokens[index], before.positions[index])
+        self.step.place(cache, list(range(n)), cache.lengths)
+        if kept is not None:
+            self.step.tokens[:n], self.step.positions[:n] = kept
+        if fresh := [i for i, row in enumerate(rows) if row in new or row not in places]:
+            starts = [[self.batch.texts[i][-1] for i in fresh], [cache.lengths[i] for i in fresh], fresh]
+            tokens, positions, at = torch.tensor(starts).to(self.step.tokens.device)
+            self.step.tokens[at], self.step.positions[at] = tokens, positions
+        self.step.sampling.copy_(self.how)
+        self.columns = list(rows)
+
+    def _launch(self, rows: list[Any], before: _Block | None) -> _Block | None:
+        """Launches as many steps as no row has too few bytes of context for; None if no text needs any."""
+        ahead = {} if before is None else dict.fromkeys(before.rows, before.n)
+        needed = max(row.left - ahead.get(row, 0) for row in rows)
+        room = min(self.batch.room(i) - ahead.get(row, 0) for i, row in enumerate(rows))
+        if (n := min(needed, room, self.steps)) <= 0:
+            return None
+        if rows[0].generator is not None:
+            numbers = [torch.rand(n, generator=row.generator, dtype=torch.float64) for row in rows]
+            self.step.uniforms[:n, : len(rows)] = torch.stack(numbers, dim=1)
+        self.step.counts.zero_()
+        for _ in range(n):
+            self.graph.replay()
+        ids = torch.empty(n, len(rows), dtype=torch.int32, pin_memory=True)
+        ids.copy_(self.step.chosen[:n, : len(rows)], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return _Block(list(rows), n, ids, done)
+
+
+# --- CUDA graphs of the modules ---------------------------------------------------------------------------------------
 
 
 class _Graph(NamedTuple):
@@ -671,6 +860,15 @@ class GraphDecoder:
         return h, model.head(h).float()
 
 
+def blocks(model: Transformer, batch: Any, sampling: Any, attn_impl: str) -> Blocks | None:
+    """Returns what decodes a batch many steps at a time, if the model's decoder can, and no bytes are drafted."""
+    decoder, n_rows = model.decoder, len(batch.texts)
+    if not isinstance(decoder, KernelDecoder) or fp8_ops.gemm_impl != "bf16" or attn_impl not in decoder.attn_impls:
+        return None
+    has_room = n_rows <= model_module.FEW_POSITIONS and model.args.vocab_size <= decoder.kernels.MAX_VOCAB
+    return Blocks(decoder, batch, sampling) if has_room and batch.n_drafts == 0 else None
+
+
 # --- A step: its settings, its speed, and what memory allows -------------------------------------------------------
 
 
@@ -712,8 +910,8 @@ class MemoryReads:
             total, routed = sum(map(_stored_bytes, modules)), sum(map(_stored_bytes, stacks))
             self.sizes.append((scale * (total - routed), scale * routed))
 
-    def count(self, cache: KVCache, n_drafted: int, seconds: float) -> None:
-        """Counts a step that took so long: `n_drafted` calls of the modules, and one of the model for all drafts."""
+    def count(self, cache: KVCache, n_drafted: int, seconds: float, n_steps: int = 1) -> None:
+        """Counts steps that took so long: `n_drafted` calls of the modules, and one of the model for all drafts, each."""
         args, n_rows = self.args, len(cache.lengths)
         calls = [(0, n_rows * (1 + n_drafted)), *((min(i + 1, args.n_mtp_layers), n_rows) for i in range(n_drafted))]
         for stack, n_positions in calls:
@@ -721,8 +919,9 @@ class MemoryReads:
             unused = (1 - args.n_activated_experts / max(args.n_routed_experts, 1)) ** n_positions
             layers = cache.layers[: args.n_layers] if stack == 0 else [cache.layers[args.n_layers + stack - 1]]
             cached = sum(tensor.nbytes for layer in layers for tensor in layer)
-            self.bytes += always + routed * (1 - unused) + cached * sum(cache.lengths) / (n_rows * cache.capacity)
-        self.steps += 1
+            read = always + routed * (1 - unused) + cached * sum(cache.lengths) / (n_rows * cache.capacity)
+            self.bytes += n_steps * read
+        self.steps += n_steps
         self.seconds += seconds
 
     def mbu(self, device: torch.device) -> str:

@@ -70,6 +70,7 @@ MAX_PROMPT_BYTES = 1 << 28  # of a file of prompts, and of a line that is piped 
 MAX_DRAFTS = 256
 MAX_TEXTS = 10**7  # of one call, which are listed
 LOCAL_FLAGS = ("ckpt_path", "input_file", "seed")  # in which processes may differ; the seed is the first one's
+NOT_A_NUMBER = "the model's output is not a number: its weights are damaged or its training diverged"
 EPILOG = """\
 output:
   The prompt and what follows it go to standard output, the speed to standard error. A text ends at byte 0, before the
@@ -164,7 +165,7 @@ def _below_best(logits: torch.Tensor) -> np.ndarray:
     numbers = logits.detach().cpu().double().numpy()  # for so few, torch takes longer to begin than to compute
     best = numbers.max(axis=-1, keepdims=True)
     if not np.isfinite(best).all():
-        raise GenerationError("the model's output is not a number: its weights are damaged or its training diverged")
+        raise GenerationError(NOT_A_NUMBER)
     return numbers - best
 
 
@@ -253,6 +254,10 @@ class Batch:
         """Returns the bytes of a row that the model sees."""
         text = self.texts[row]
         return text[context_start(len(text), self.model.args.max_seq_len) :]
+
+    def room(self, row: int) -> int:
+        """Returns how many bytes a row can get, each by a step, before its context starts elsewhere."""
+        return self.model.args.max_seq_len + 1 - len(self.context(row))
 
     def append(self, row: int, ids: Sequence[int]) -> None:
         """Appends bytes to a row, which becomes stale when its context starts elsewhere from now on."""
@@ -474,6 +479,8 @@ class Row:
         """Takes the next bytes, up to where the text ends, and returns those that certainly belong to it."""
         certain = b""
         for i in ids:
+            if i < 0:
+                raise GenerationError(NOT_A_NUMBER)
             self.left, self.n_taken = self.left - 1, self.n_taken + 1
             self._pending += b"" if i == EOS_ID else bytes([i])
             is_stopped = bool(self._stop) and self._pending.endswith(self._stop)
@@ -514,10 +521,11 @@ def generate(
     with decode.step_settings(attn_impl, math.inf):  # the cache is made for one way of attention
         batch = Batch(model, texts, sampling)
     drafter = Drafter(batch)
+    blocks = decode.blocks(model, batch, sampling, attn_impl) if logprobs is None else None
     waiting = (Row(number, sampling, num_samples) for number in range(len(texts)))
     rows = list(itertools.islice(waiting, len(batch.texts)))
     while rows:
-        new, logits = _advance(batch, drafter, sampling, rows, tally, attn_impl)
+        new, logits = _advance(batch, drafter, sampling, rows, tally, attn_impl, blocks)
         for row, ids, row_logits in zip(rows, new, logits, strict=True):
             if logprobs is not None:
                 nats = log_probabilities(row_logits[: len(ids)], ids)
@@ -526,23 +534,30 @@ def generate(
                 yield row.number, piece
             if row.ended:
                 yield row.number, b""
-        rows = [next(waiting, row) if row.ended else row for row in rows]
+        before, rows = rows, [next(waiting, row) if row.ended else row for row in rows]
         going = [i for i, row in enumerate(rows) if not row.ended]
         if 0 < len(going) < len(rows):
             batch.keep(going)
             drafter.keep(going)
-        rows, new = [rows[i] for i in going], [new[i] for i in going]
-        for i, row in enumerate(rows):
-            if row.n_taken:
-                batch.append(i, new[i])
+        for i, old in enumerate(going):
+            if rows[old] is before[old]:
+                batch.append(i, new[old])
             else:  # it has just come
-                batch.restart(i, texts[row.number])
+                batch.restart(i, texts[rows[old].number])
+        rows = [rows[i] for i in going]
 
 
 def _advance(
-    batch: Batch, drafter: Drafter, sampling: Sampling, rows: Sequence[Row], tally: Tally, attn_impl: str
-) -> tuple[list[list[int]], torch.Tensor]:
-    """Draws the next bytes of each row, at least one; returns them and their logits, (B, n or more, V)."""
+    batch: Batch, drafter: Drafter, sampling: Sampling, rows: list[Row], tally: Tally, attn_impl: str,
+    blocks: decode.Blocks | None,
+) -> tuple[list[list[int]], Sequence[torch.Tensor | None] | torch.Tensor]:  # fmt: skip
+    """Draws the next bytes of each row, at least one; returns them and their logits, (B, n or more, V).
+
+    `blocks` has none of a row that has just come, and no logits.
+    """
+    if blocks is not None:
+        with decode.step_settings(attn_impl, math.inf):
+            return blocks.advance(rows, partial(fill_stale, batch, drafter), tally.reads), [None] * len(rows)
     generators, limits = [row.generator for row in rows], drafter.limits([row.wanted_drafts for row in rows])
     only_decodes, start = not batch.stale, time.perf_counter()
     n_multiplied = batch.n_active * len(rows) * (1 + batch.n_drafts) if only_decodes else math.inf
@@ -800,7 +815,8 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     if (size := model.args.vocab_size) != VOCAB_SIZE:
         raise GenerationError(f"{arguments.ckpt_path}: vocab_size is {size}; a model of bytes has {VOCAB_SIZE}")
     stored = any(layer.scale is not None for layer in model.fp8_layers())
-    fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored and multiplies_fp8 else "bf16")
+    multiplies = stored and multiplies_fp8 and not decode.KernelDecoder.suits(model)  # whose kernels read FP8
+    fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if multiplies else "bf16")
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)

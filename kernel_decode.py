@@ -30,14 +30,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-import fp8_ops
-from model import LATENT_NORM_EPS, MLP, Block, Linear, MoE, MTPModule, RMSNorm, Transformer
+from model import LATENT_NORM_EPS, MLP, Block, KVCache, Linear, MoE, MTPModule, RMSNorm, Transformer
 
 BLOCK = tl.constexpr(128)  # columns of FP8 weights that share a scale, and rows
 MAX_VOCAB = 1024  # whose bytes are compared in pairs, if top-k or top-p is on
 MAX_EXPERTS = 512  # likewise
+MAX_CONTEXT = 1 << 20  # whose rotary angles are kept
 MAX_STEPS = 32  # of a block
-TEXTS = (1, 16, 64)  # numbers of positions that there are steps for
+POSITIONS = (1, 16, 64)  # numbers of positions that there are steps for
+PROGRAMS, TILE = 528, 32  # of a product with one position: about so many programs, so many blocks of 128 numbers each
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -313,8 +314,8 @@ def _down_one_kernel(
         scale_ptr = s2_ptr
         if s2_ptr is not None:
             scale_ptr = s2_ptr + expert * (((D + BLOCK - 1) // BLOCK) * ((I + BLOCK - 1) // BLOCK))
-        w = _tile(expert_ptr, rows, inside, 0, I, KB)
-        acc = _accumulate(acc, w, expert_ptr, scale_ptr, rows, inside, h_ptr + slot * I, None, weight, I, KB)
+        first = _tile(expert_ptr, rows, inside, 0, I, KB)
+        acc = _accumulate(acc, first, expert_ptr, scale_ptr, rows, inside, h_ptr + slot * I, None, weight, I, KB)
     x = tl.load(x_ptr + rows, mask=inside, other=0.0)
     tl.store(x_ptr + rows, x + _total(acc), mask=inside)
 
@@ -332,10 +333,10 @@ def _rotate(even, odd, cos_ptr, sin_ptr, position, R: tl.constexpr, HALF: tl.con
     return even * cos - odd * sin, odd * cos + even * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _queries_kernel(
     a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr,
-    caches_ptr, capacity_ptr, q_ptr, LAYER: tl.constexpr, TYPE: tl.constexpr, H: tl.constexpr, RANK: tl.constexpr,
+    caches_ptr, capacity_ptr, q_ptr, layer, TYPE: tl.constexpr, H: tl.constexpr, RANK: tl.constexpr,
     NOPE: tl.constexpr, R: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CONTEXT: tl.constexpr, SCALE: tl.constexpr,
     EPS: tl.constexpr, PDL: tl.constexpr, NP: tl.constexpr, HALF: tl.constexpr, CP: tl.constexpr, RANK_P: tl.constexpr,
     BC: tl.constexpr, C_EACH: tl.constexpr, KB: tl.constexpr,
@@ -400,7 +401,7 @@ def _queries_kernel(
         capacity = tl.load(capacity_ptr)
         x_ptr += QUERIES
         if (row >= 0) & (position < capacity) & (part == 0):
-            cache_ptr = tl.load(caches_ptr + LAYER).to(tl.pointer_type(TYPE)) + (row * capacity + position) * (C + R)
+            cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(TYPE)) + (row * capacity + position) * (C + R)
             c = tl.arange(0, CP)
             g = tl.load(kv_norm_ptr + c, mask=c < C, other=0.0)
             latent = tl.load(x_ptr + c, mask=c < C, other=0.0) * g * _inverse_rms(x_ptr, C, CP, EPS)
@@ -419,9 +420,9 @@ def _length(positions_ptr, rows_ptr, capacity_ptr, n):
     return tl.where(tl.load(rows_ptr + n) >= 0, end, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _attend_kernel(
-    q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, LAYER: tl.constexpr,
+    q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, layer,
     TYPE: tl.constexpr, CACHE: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
     PDL: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -442,7 +443,7 @@ def _attend_kernel(
     end = tl.minimum(start + each, length)
     if start < length:
         row, capacity = tl.load(rows_ptr + n), tl.load(capacity_ptr)
-        cache_ptr = tl.multiple_of(tl.load(caches_ptr + LAYER).to(tl.pointer_type(CACHE)), 16) + row * capacity * (
+        cache_ptr = tl.multiple_of(tl.load(caches_ptr + layer).to(tl.pointer_type(CACHE)), 16) + row * capacity * (
             C + R
         )
         c, p = tl.arange(0, CP), tl.arange(0, RP)
@@ -455,10 +456,9 @@ def _attend_kernel(
         total, acc = tl.zeros((16,), tl.float32), tl.zeros((16, CP), tl.float32)
         for begin in range(start, end, BT):
             t = begin + tl.arange(0, BT)
-            mask = (t < end)[:, None] & (c < C)[None, :]
-            latent = tl.load(cache_ptr + t[:, None] * (C + R) + c[None, :], mask=mask, other=0.0).to(TYPE)
-            mask = (t < end)[:, None] & (p < R)[None, :]
-            key = tl.load(cache_ptr + t[:, None] * (C + R) + C + p[None, :], mask=mask, other=0.0).to(TYPE)
+            at_ptr, is_old = cache_ptr + t[:, None] * (C + R), (t < end)[:, None]
+            latent = tl.load(at_ptr + c[None, :], mask=is_old & (c < C)[None, :], other=0.0).to(TYPE)
+            key = tl.load(at_ptr + C + p[None, :], mask=is_old & (p < R)[None, :], other=0.0).to(TYPE)
             scores = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
             scores = tl.dot(q_pe, tl.trans(key), scores, input_precision=PRECISION)
             scores = tl.where((t < end)[None, :], scores, float("-inf"))
@@ -497,10 +497,10 @@ def _values_kernel(
     best = tl.where(n_parts > 0, best, 0.0)  # where it is no row's, the output is 0
     total, acc = tl.zeros((BS,), tl.float32), tl.zeros((BS, CP), tl.float32)
     for start in range(0, n_parts, BS):
-        s = start + tl.arange(0, BS)
-        share = tl.exp2(tl.load(sums_ptr + first + s, mask=s < n_parts, other=float("-inf")) - best)
-        mask_c = (s < n_parts)[:, None] & (c < C)[None, :]
-        part = tl.load(parts_ptr + (first + s)[:, None] * C + c[None, :], mask=mask_c, other=0.0)
+        i = start + tl.arange(0, BS)
+        share = tl.exp2(tl.load(sums_ptr + first + i, mask=i < n_parts, other=float("-inf")) - best)
+        is_used = (i < n_parts)[:, None] & (c < C)[None, :]
+        part = tl.load(parts_ptr + (first + i)[:, None] * C + c[None, :], mask=is_used, other=0.0)
         total += share
         acc += part * share[:, None]
     latent = tl.sum(acc, axis=0) / tl.where(n_parts > 0, tl.sum(total), 1.0)
@@ -753,12 +753,15 @@ def _choose_kernel(
         probs /= tl.sum(probs)
         top_k, top_p = tl.load(sampling_ptr + 1), tl.load(sampling_ptr + 2)
         if ((top_k > 0) & (top_k < V)) | (top_p < 1):
-            rank = _ranks(tl.where(v < V, probs, -1.0), VP)
-            probs = tl.where((rank < top_k) | (top_k == 0), probs, 0.0)
-            probs /= tl.sum(probs)
-            before = tl.sum(tl.where(rank[None, :] < rank[:, None], probs[None, :], 0.0), axis=1)
-            probs = tl.where((before < top_p) | (rank == 0) | (top_p >= 1), probs, 0.0)
-            probs /= tl.sum(probs)
+            # as integers, positive numbers are in the same order; the last bits are the byte, of equals the lower first
+            keys = probs.to(tl.int64, bitcast=True) // VP * VP + (VP - 1 - v)
+            ranked = tl.sort(tl.where(v < V, keys, -1), descending=True)
+            kept = tl.where(ranked < 0, 0, ranked // VP * VP).to(tl.float64, bitcast=True)
+            kept = tl.where((v < top_k) | (top_k == 0), kept, 0.0)
+            kept /= tl.sum(kept)
+            is_kept = (kept > 0) & ((v == 0) | (tl.cumsum(kept, axis=0) - kept < top_p) | (top_p >= 1))
+            last = tl.min(tl.where(is_kept, ranked, 0x7FFFFFFFFFFFFFFF), axis=0)
+            probs = tl.where(keys >= last, probs, 0.0)
         cumulative = tl.cumsum(probs, axis=0)
         limit = tl.load(uniforms_ptr + at * N + n) * tl.max(cumulative, axis=0)
         byte = tl.minimum(tl.sum((cumulative <= limit).to(tl.int32)), V - 1)
@@ -814,6 +817,8 @@ class Step:
         self.attn = cast(Block, model.layers[0]).attn
         if args.n_routed_experts > MAX_EXPERTS:
             raise ValueError(f"more than {MAX_EXPERTS} experts")
+        if args.max_seq_len > MAX_CONTEXT:
+            raise ValueError(f"a context of more than {MAX_CONTEXT:,} positions")
         self.queries = args.q_lora_rank or args.n_heads * self.attn.qk_head_dim
         self.shared = args.n_shared_experts * args.moe_inter_dim
         self.on_gpu = device.type == "cuda"
@@ -848,6 +853,13 @@ class Step:
         self.uniforms = empty(MAX_STEPS, n, dtype=torch.float64)
         self.chosen = empty(MAX_STEPS, n, dtype=torch.int32)
         self.cos, self.sin = (table.contiguous() for table in model.rope_tables(args.max_seq_len))
+
+    def place(self, cache: KVCache, rows: list[int], positions: list[int]) -> None:
+        """Sets the row of a cache, and the position there, of each of up to N positions."""
+        free, addresses = self.n - len(rows), [layer[0].data_ptr() for layer in cache.layers]
+        values = [*positions, *[0] * free, *rows, *[-1] * free, *addresses, cache.capacity]
+        self.inputs.copy_(torch.tensor(values))
+        self.counts.zero_()
 
     def run(self) -> None:
         """Launches the main layers for `tokens`, and the choice of the byte that is the next token."""
@@ -894,8 +906,8 @@ class Step:
     def _rows(self, height: int, width: int, matrices: int = 1) -> dict[str, int]:
         """Rows and blocks of columns that a program of a product with one position takes."""
         blocks = _power(-(-width // 128))
-        rows = min(max(_power(height * matrices // 264) // 2, 1), 8)
-        return {"R": rows, "KB": min(blocks, max(32 // (rows * matrices), 1))}
+        rows = min(max(_power(-(-height // PROGRAMS)), 1), 8)
+        return {"R": rows, "KB": min(blocks, max(TILE // (rows * matrices), 1))}
 
     def _norm(self, norm: RMSNorm, out: torch.Tensor, n_parts: int) -> None:
         """Adds so many updates to the residual stream, and norms it."""
@@ -994,7 +1006,7 @@ class Step:
 
     def _stacks(self, block: Block) -> tuple[MoE | None, list[Any], list[Any], int, int]:
         """w1, w3 and w2 of the experts, then of the shared ones or the dense MLP, with both hidden widths."""
-        ffn, none = block.ffn, [(None, None)] * 3
+        ffn, none = block.ffn, [Matrix(self.logits)] * 3  # of which no program reads anything
         matrices = lambda mlp: [self._matrix(layer) for layer in (mlp.w1, mlp.w3, mlp.w2)]  # noqa: E731
         if not isinstance(ffn, MoE):
             return None, none, matrices(cast(MLP, ffn)), 0, self.args.inter_dim
@@ -1008,7 +1020,7 @@ class Step:
         shape = {"K": args.dim, "KP": _power(args.dim), "EPS": block.ffn_norm.eps, "ACT": args.hidden_act}
         n_chosen, h = args.n_activated_experts if moe else 0, self.h[0]
         n_experts = args.n_routed_experts if moe else 0
-        gate = None if moe is None else moe.gate.weight
+        gate = self.logits if moe is None else moe.gate.weight
         tiles = self._rows(max(other_width, 1), args.dim, 2)
         grid = -(-n_experts // tiles["R"]) + -(-other_width // tiles["R"])
         buffers = *norm, gate, self.router_logits, *other[0], *other[1], h[n_chosen * width :]
