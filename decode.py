@@ -134,13 +134,9 @@ def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
     warnings = []
     if impl != impls[0]:
         warnings = ["absorbed attention differs from training's in this model.py, so decoding is naive, slower"]
-    for decoder in (KernelDecoder, GraphDecoder, CDecoder):
-        if (
-            model.decoder is None
-            and fp8_ops.gemm_impl == "bf16"
-            and impl in decoder.attn_impls
-            and decoder.suits(model)
-        ):
+    kinds = (KernelDecoder, GraphDecoder, CDecoder) if fp8_ops.gemm_impl == "bf16" else ()
+    for decoder in kinds:
+        if model.decoder is None and impl in decoder.attn_impls and decoder.suits(model):
             if decoder is CDecoder and library() is None:
                 warnings += ["no C compiler that works, so decoding is slower; install one, or name it in CC"]
                 continue
@@ -617,7 +613,8 @@ class KernelDecoder:
 
         self.model, self.kernels = model, kernel_decode
         self.steps: dict[int, kernel_decode.Step] = {}
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.replays: dict[tuple[int, int], Callable[[], None]] = {}
+        self.user: Blocks | None = None  # whose texts the buffers have
 
     def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """As `Transformer.forward_with_hidden`."""
@@ -636,42 +633,49 @@ class KernelDecoder:
             if n >= n_rows:
                 break
 
-    def recorded(self, n: int, depth: int = -1) -> "tuple[Any, torch.cuda.CUDAGraph]":
-        """Returns the buffers for n positions or more, and the graph of MTP module `depth`, or -1: the main model."""
+    def recorded(self, n: int, depth: int = -1) -> tuple[Any, Callable[[], None]]:
+        """Returns the buffers for n positions or more, and what runs MTP module `depth`, or -1: the main model."""
         n = next(most for most in self.kernels.POSITIONS if most >= n)
         if n not in self.steps:
             self.steps[n] = self.kernels.Step(self.model, n)
-        step, graph = self.steps[n], torch.cuda.CUDAGraph()
-        if (n, depth) not in self.graphs:
+        step = self.steps[n]
+        if (n, depth) not in self.replays:
             launch = step.run if depth < 0 else partial(step.run_mtp, depth)
-            step.counts.zero_()
-            launch()  # which compiles the kernels
-            with torch.cuda.graph(graph):
-                launch()
-            self.graphs[n, depth] = graph
-        return step, self.graphs[n, depth]
+            self.replays[n, depth] = _recorded(launch, step) if step.on_gpu else launch
+        return step, self.replays[n, depth]
 
     def _run(self, depth: int, tokens: torch.Tensor, cache: KVCache, *before: torch.Tensor) -> Outputs:
         """Runs MTP module `depth`, or -1: the main model."""
         (bsz, seq_len), n = tokens.shape, tokens.numel()
-        step, graph = self.recorded(n, depth)
+        step, replay = self.recorded(n, depth)
         rows = [row for row in range(bsz) for _ in range(seq_len)]
+        self.user = None
         step.place(cache, rows, [length + i for length in cache.lengths for i in range(seq_len)])
         step.tokens[:n] = tokens.flatten()
         for states in before:
             step.before[:n] = states.flatten(0, 1)
-        graph.replay()
+        replay()
         # the next replay writes there
         return step.states[:n].unflatten(0, tokens.shape).clone(), step.logits[:n].unflatten(0, tokens.shape).clone()
 
 
-class _Block(NamedTuple):
+def _recorded(launch: Callable[[], None], step: Any) -> Callable[[], None]:
+    """Returns what replays the launches of a step's kernels as one CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    step.counts.zero_()
+    launch()  # which compiles the kernels
+    with torch.cuda.graph(graph):
+        launch()
+    return graph.replay
+
+
+class _Launched(NamedTuple):
     """Steps that have been launched: so many bytes of each row, in columns, once `done`."""
 
     rows: list[Any]
     n: int
     ids: torch.Tensor
-    done: torch.cuda.Event
+    done: torch.cuda.Event | None
 
 
 class Blocks:
@@ -691,8 +695,7 @@ class Blocks:
         self.decoder, self.batch, self.steps = decoder, batch, decoder.kernels.MAX_STEPS
         self.how = torch.tensor([sampling.temperature, sampling.top_k, sampling.top_p], dtype=torch.float64)
         self.columns: list[Any] = []  # the texts in the order of the device's rows
-        self.step: Any = None
-        self.next: _Block | None = None
+        self.next: _Launched | None = None
         self.finished, self.is_steady = 0.0, False
 
     @torch.inference_mode()
@@ -710,7 +713,8 @@ class Blocks:
         if current is None:
             raise AssertionError("a text that goes on has room for a byte")
         self.next, self.is_steady = self._launch(rows, current), not new
-        current.done.synchronize()
+        if current.done is not None:
+            current.done.synchronize()
         now = time.perf_counter()
         if reads is not None and is_steady:
             reads.count(cache, 0, now - self.finished, current.n)
@@ -722,29 +726,27 @@ class Blocks:
 
     def _arrange(self, rows: list[Any], new: list[Any]) -> None:
         """Has the device's rows be these texts, of which `new` begin where the batch has them."""
-        cache, n = self.batch.cache, len(rows)
-        if rows == self.columns and not new:
+        cache, n, device = self.batch.cache, len(rows), self.decoder.model.head.weight.device
+        if rows == self.columns and not new and self.decoder.user is self:
             return
-        before = self.step
-        self.step, self.graph = self.decoder.recorded(n)
-        places = {row: i for i, row in enumerate(self.columns)}
-        index = torch.tensor([places.get(row, 0) for row in rows]).to(self.step.tokens.device)
-        kept = None if before is None else (before.tokens[index], before.positions[index])
+        places = {row: i for i, row in enumerate(self.columns) if row not in new}
+        starts = torch.tensor([[text[-1] for text in self.batch.texts], cache.lengths]).to(device)
+        if places:  # the others go on from where the device has them, which Python does not know yet
+            index = torch.tensor([places.get(row, 0) for row in rows]).to(device)
+            is_new = torch.tensor([row not in places for row in rows]).to(device)
+            starts = starts.where(is_new, self.state[:, index])
+        self.step, self.replay = self.decoder.recorded(n)
         self.step.place(cache, list(range(n)), cache.lengths)
-        if kept is not None:
-            self.step.tokens[:n], self.step.positions[:n] = kept
-        if fresh := [i for i, row in enumerate(rows) if row in new or row not in places]:
-            starts = [[self.batch.texts[i][-1] for i in fresh], [cache.lengths[i] for i in fresh], fresh]
-            tokens, positions, at = torch.tensor(starts).to(self.step.tokens.device)
-            self.step.tokens[at], self.step.positions[at] = tokens, positions
+        self.step.tokens[:n], self.step.positions[:n] = starts
         self.step.sampling.copy_(self.how)
-        self.columns = list(rows)
+        self.columns, self.state, self.decoder.user = list(rows), starts, self
 
-    def _launch(self, rows: list[Any], before: _Block | None) -> _Block | None:
+    def _launch(self, rows: list[Any], before: _Launched | None) -> _Launched | None:
         """Launches as many steps as no row has too few bytes of context for; None if no text needs any."""
-        ahead = {} if before is None else dict.fromkeys(before.rows, before.n)
+        ahead: dict[Any, int] = {} if before is None else dict.fromkeys(before.rows, before.n)
         needed = max(row.left - ahead.get(row, 0) for row in rows)
-        room = min(self.batch.room(i) - ahead.get(row, 0) for i, row in enumerate(rows))
+        context = self.batch.model.args.max_seq_len + 1  # a text's context starts elsewhere after as many bytes
+        room = min(context - len(self.batch.context(i)) - ahead.get(row, 0) for i, row in enumerate(rows))
         if (n := min(needed, room, self.steps)) <= 0:
             return None
         if rows[0].generator is not None:
@@ -752,12 +754,15 @@ class Blocks:
             self.step.uniforms[:n, : len(rows)] = torch.stack(numbers, dim=1)
         self.step.counts.zero_()
         for _ in range(n):
-            self.graph.replay()
-        ids = torch.empty(n, len(rows), dtype=torch.int32, pin_memory=True)
+            self.replay()
+        is_gpu = self.step.on_gpu
+        ids = torch.empty(n, len(rows), dtype=torch.int32, pin_memory=is_gpu)
         ids.copy_(self.step.chosen[:n, : len(rows)], non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return _Block(list(rows), n, ids, done)
+        self.state = torch.stack([self.step.tokens[: len(rows)], self.step.positions[: len(rows)]])
+        done = torch.cuda.Event() if is_gpu else None
+        if done is not None:
+            done.record()
+        return _Launched(list(rows), n, ids, done)
 
 
 # --- CUDA graphs of the modules ---------------------------------------------------------------------------------------
@@ -911,7 +916,7 @@ class MemoryReads:
             self.sizes.append((scale * (total - routed), scale * routed))
 
     def count(self, cache: KVCache, n_drafted: int, seconds: float, n_steps: int = 1) -> None:
-        """Counts steps that took so long: `n_drafted` calls of the modules, and one of the model for all drafts, each."""
+        """Counts steps that took so long: each `n_drafted` calls of modules, and one of the model for all drafts."""
         args, n_rows = self.args, len(cache.lengths)
         calls = [(0, n_rows * (1 + n_drafted)), *((min(i + 1, args.n_mtp_layers), n_rows) for i in range(n_drafted))]
         for stack, n_positions in calls:

@@ -255,10 +255,6 @@ class Batch:
         text = self.texts[row]
         return text[context_start(len(text), self.model.args.max_seq_len) :]
 
-    def room(self, row: int) -> int:
-        """Returns how many bytes a row can get, each by a step, before its context starts elsewhere."""
-        return self.model.args.max_seq_len + 1 - len(self.context(row))
-
     def append(self, row: int, ids: Sequence[int]) -> None:
         """Appends bytes to a row, which becomes stale when its context starts elsewhere from now on."""
         text, context = self.texts[row], self.model.args.max_seq_len
@@ -479,8 +475,6 @@ class Row:
         """Takes the next bytes, up to where the text ends, and returns those that certainly belong to it."""
         certain = b""
         for i in ids:
-            if i < 0:
-                raise GenerationError(NOT_A_NUMBER)
             self.left, self.n_taken = self.left - 1, self.n_taken + 1
             self._pending += b"" if i == EOS_ID else bytes([i])
             is_stopped = bool(self._stop) and self._pending.endswith(self._stop)
@@ -557,7 +551,10 @@ def _advance(
     """
     if blocks is not None:
         with decode.step_settings(attn_impl, math.inf):
-            return blocks.advance(rows, partial(fill_stale, batch, drafter), tally.reads), [None] * len(rows)
+            new = blocks.advance(rows, partial(fill_stale, batch, drafter), tally.reads)
+        if any(-1 in ids for ids in new):
+            raise GenerationError(NOT_A_NUMBER)
+        return new, [None] * len(rows)
     generators, limits = [row.generator for row in rows], drafter.limits([row.wanted_drafts for row in rows])
     only_decodes, start = not batch.stale, time.perf_counter()
     n_multiplied = batch.n_active * len(rows) * (1 + batch.n_drafts) if only_decodes else math.inf

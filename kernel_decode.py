@@ -37,8 +37,12 @@ MAX_VOCAB = 1024  # whose bytes are compared in pairs, if top-k or top-p is on
 MAX_EXPERTS = 512  # likewise
 MAX_CONTEXT = 1 << 20  # whose rotary angles are kept
 MAX_STEPS = 32  # of a block
-POSITIONS = (1, 16, 64)  # numbers of positions that there are steps for
-PROGRAMS, TILE = 528, 32  # of a product with one position: about so many programs, so many blocks of 128 numbers each
+POSITIONS = (1, 4, 16, 64)  # numbers of positions that there are steps for
+PROGRAMS, TILE, WARPS = (
+    528,
+    32,
+    4,
+)  # of a product with one position: about so many programs, so many blocks of 128 numbers each
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -324,98 +328,71 @@ def _down_one_kernel(
 
 
 @triton.jit
-def _rotate(even, odd, cos_ptr, sin_ptr, position, R: tl.constexpr, HALF: tl.constexpr, CONTEXT: tl.constexpr):
-    """`apply_rotary_emb`: pairs (HALF,) rotated by the angles of a position; those past the context are discarded."""
+def _rotated(x_ptr, cos_ptr, sin_ptr, position, R: tl.constexpr, HALF: tl.constexpr, CONTEXT: tl.constexpr):
+    """`apply_rotary_emb`: the pairs of x (R,) rotated by the angles of a position; past the context they are discarded."""
     i = tl.arange(0, HALF)
+    inside = i < R // 2
     at = tl.minimum(position, CONTEXT - 1) * (R // 2) + i
-    cos = tl.load(cos_ptr + at, mask=i < R // 2, other=0.0)
-    sin = tl.load(sin_ptr + at, mask=i < R // 2, other=0.0)
+    cos, sin = tl.load(cos_ptr + at, mask=inside, other=0.0), tl.load(sin_ptr + at, mask=inside, other=0.0)
+    even, odd = tl.load(x_ptr + 2 * i, mask=inside, other=0.0), tl.load(x_ptr + 2 * i + 1, mask=inside, other=0.0)
     return even * cos - odd * sin, odd * cos + even * sin
 
 
 @triton.jit(do_not_specialize=["layer"])
 def _queries_kernel(
-    a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr,
-    caches_ptr, capacity_ptr, q_ptr, layer, TYPE: tl.constexpr, H: tl.constexpr, RANK: tl.constexpr,
+    a_ptr, q_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr,
+    out_ptr, layer, TYPE: tl.constexpr, Q_STRIDE: tl.constexpr, A_STRIDE: tl.constexpr, H: tl.constexpr,
     NOPE: tl.constexpr, R: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CONTEXT: tl.constexpr, SCALE: tl.constexpr,
-    EPS: tl.constexpr, PDL: tl.constexpr, NP: tl.constexpr, HALF: tl.constexpr, CP: tl.constexpr, RANK_P: tl.constexpr,
-    BC: tl.constexpr, C_EACH: tl.constexpr, KB: tl.constexpr,
+    EPS: tl.constexpr, PDL: tl.constexpr, NP: tl.constexpr, HALF: tl.constexpr, CP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """`MLA._queries` and W_kᵀ q of `_attend_absorbed`, and kv_norm, the rotary key and `KVCache.update`.
+    """The rotary queries of `MLA._queries`, W_kᵀ q of `_attend_absorbed`, kv_norm, the rotary key, `KVCache.update`.
 
-    Reads a (N, q_lora_rank or H·(NOPE + R), then C + R), the output of the projections. Program (h, n, i) computes the
-    query of head h at position n in the latent space, C_EACH of its C numbers; it is scaled for powers of two. Program
-    (H, n, 0) writes the latent and the rotary key to the KV cache. wq_b of a head is read for each position, mostly
-    from L2: bound by memory for few positions.
+    Reads q (N, H·(NOPE + R)), and what wkv_a gave, the last C + R columns of a (N, A_STRIDE). Program (h, n, i) writes
+    BC of the C numbers that the query of head h has in the latent space at position n, times SCALE, and the first one
+    the R rotated ones behind them: (N, H, C + R). Program (H, n, 0) writes the latent and the rotary key to the KV
+    cache. W_k of a head is read for each position, mostly from L2: bound by memory for few positions.
     """
     h, n, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    QUERIES: tl.constexpr = RANK if RANK > 0 else H * (NOPE + R)
     half = tl.arange(0, HALF)
     is_pair = half < R // 2
-    x_ptr = a_ptr + n * (QUERIES + C + R)
+    position = tl.load(positions_ptr + n).to(tl.int32)
     if h < H:
-        d = tl.arange(0, NP)
-        is_nope = d < NOPE
-        first = h * (NOPE + R)
-        key_rows = h * (NOPE + V) + d
-        c = part * C_EACH + tl.arange(0, BC)
-        w_k = tl.load(
-            wkv_b_ptr + key_rows[:, None] * C + c[None, :], mask=is_nope[:, None] & (c < C)[None, :], other=0.0
-        )
-        if RANK > 0:
-            acc, few = tl.zeros((NP, KB, BLOCK), tl.float32), tl.zeros((HALF, KB, BLOCK), tl.float32)
-            evens = first + NOPE + 2 * half
-            w = _tile(wq_b_ptr, first + d, is_nope, 0, RANK, KB)
-            _wait(PDL)
-            r = _inverse_rms(x_ptr, RANK, RANK_P, EPS)
-            q = _total(_accumulate(acc, w, wq_b_ptr, sq_ptr, first + d, is_nope, x_ptr, q_norm_ptr, r, RANK, KB))
-            w = _tile(wq_b_ptr, evens, is_pair, 0, RANK, KB)
-            even = _total(_accumulate(few, w, wq_b_ptr, sq_ptr, evens, is_pair, x_ptr, q_norm_ptr, r, RANK, KB))
-            w = _tile(wq_b_ptr, evens + 1, is_pair, 0, RANK, KB)
-            odd = _total(_accumulate(few, w, wq_b_ptr, sq_ptr, evens + 1, is_pair, x_ptr, q_norm_ptr, r, RANK, KB))
-        else:
-            _wait(PDL)
-            q = tl.load(x_ptr + first + d, mask=is_nope, other=0.0)
-            even = tl.load(x_ptr + first + NOPE + 2 * half, mask=is_pair, other=0.0)
-            odd = tl.load(x_ptr + first + NOPE + 2 * half + 1, mask=is_pair, other=0.0)
-        q_ptr += (n * H + h) * (C + R)
-        q *= SCALE
-        for start in range(part * C_EACH, part * C_EACH + C_EACH, BC):
-            c = start + tl.arange(0, BC)
-            mask = is_nope[:, None] & (c < C)[None, :]
-            if C_EACH > BC:
-                w_k = tl.load(wkv_b_ptr + key_rows[:, None] * C + c[None, :], mask=mask, other=0.0)
-            key = w_k.to(tl.float32)
-            if skv_ptr is not None:
-                at = (key_rows // BLOCK)[:, None] * ((C + BLOCK - 1) // BLOCK) + (c // BLOCK)[None, :]
-                key *= tl.load(skv_ptr + at, mask=mask, other=0.0)
-            tl.store(q_ptr + c, tl.sum(q[:, None] * key, axis=0), mask=c < C)
-        if part == 0:
-            position = tl.load(positions_ptr + n).to(tl.int32)
-            even, odd = _rotate(even * SCALE, odd * SCALE, cos_ptr, sin_ptr, position, R, HALF, CONTEXT)
-            tl.store(q_ptr + C + half, even, mask=is_pair)
-            tl.store(q_ptr + C + R // 2 + half, odd, mask=is_pair)
-    else:
+        d, c = tl.arange(0, NP), part * BC + tl.arange(0, BC)
+        rows = h * (NOPE + V) + d
+        mask = (d < NOPE)[:, None] & (c < C)[None, :]
+        key = tl.load(wkv_b_ptr + rows[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        if skv_ptr is not None:
+            at = (rows // BLOCK)[:, None] * ((C + BLOCK - 1) // BLOCK) + (c // BLOCK)[None, :]
+            key *= tl.load(skv_ptr + at, mask=mask, other=0.0)
+        q_ptr += n * Q_STRIDE + h * (NOPE + R)
+        out_ptr += (n * H + h) * (C + R)
         _wait(PDL)
-        row, position = tl.load(rows_ptr + n).to(tl.int32), tl.load(positions_ptr + n).to(tl.int32)
-        capacity = tl.load(capacity_ptr)
-        x_ptr += QUERIES
+        q = tl.load(q_ptr + d, mask=d < NOPE, other=0.0) * SCALE
+        tl.store(out_ptr + c, tl.sum(q[:, None] * key, axis=0), mask=c < C)
+        if part == 0:
+            even, odd = _rotated(q_ptr + NOPE, cos_ptr, sin_ptr, position, R, HALF, CONTEXT)
+            tl.store(out_ptr + C + half, even * SCALE, mask=is_pair)
+            tl.store(out_ptr + C + R // 2 + half, odd * SCALE, mask=is_pair)
+    else:
+        row, capacity, c = tl.load(rows_ptr + n), tl.load(capacity_ptr), tl.arange(0, CP)
+        cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(TYPE)) + (row * capacity + position) * (C + R)
+        g = tl.load(kv_norm_ptr + c, mask=c < C, other=0.0)
+        a_ptr += n * A_STRIDE + A_STRIDE - C - R
+        _wait(PDL)
         if (row >= 0) & (position < capacity) & (part == 0):
-            cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(TYPE)) + (row * capacity + position) * (C + R)
-            c = tl.arange(0, CP)
-            g = tl.load(kv_norm_ptr + c, mask=c < C, other=0.0)
-            latent = tl.load(x_ptr + c, mask=c < C, other=0.0) * g * _inverse_rms(x_ptr, C, CP, EPS)
+            latent = tl.load(a_ptr + c, mask=c < C, other=0.0) * g * _inverse_rms(a_ptr, C, CP, EPS)
             tl.store(cache_ptr + c, latent.to(TYPE), mask=c < C)
-            even = tl.load(x_ptr + C + 2 * half, mask=is_pair, other=0.0)
-            odd = tl.load(x_ptr + C + 2 * half + 1, mask=is_pair, other=0.0)
-            even, odd = _rotate(even, odd, cos_ptr, sin_ptr, position, R, HALF, CONTEXT)
+            even, odd = _rotated(a_ptr + C, cos_ptr, sin_ptr, position, R, HALF, CONTEXT)
             tl.store(cache_ptr + C + half, even.to(TYPE), mask=is_pair)
             tl.store(cache_ptr + C + R // 2 + half, odd.to(TYPE), mask=is_pair)
 
 
 @triton.jit
 def _length(positions_ptr, rows_ptr, capacity_ptr, n):
-    """How many positions of the KV cache position n of the step attends to: none where it is no row's."""
+    """How many positions of the KV cache position n of the step attends to: none where it is no row's.
+
+    Positions, rows and caches change between steps only: they are read before `_wait`.
+    """
     end = tl.minimum(tl.load(positions_ptr + n) + 1, tl.load(capacity_ptr)).to(tl.int32)
     return tl.where(tl.load(rows_ptr + n) >= 0, end, 0)
 
@@ -436,16 +413,14 @@ def _attend_kernel(
     split, n = tl.program_id(0), tl.program_id(1)
     h = tl.program_id(2) * 16 + tl.arange(0, 16)
     is_head = h < H
-    _wait(PDL)
     length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
+    row, capacity, cache = tl.load(rows_ptr + n), tl.load(capacity_ptr), tl.load(caches_ptr + layer)
     each = tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT
     start = split * each
     end = tl.minimum(start + each, length)
+    _wait(PDL)
     if start < length:
-        row, capacity = tl.load(rows_ptr + n), tl.load(capacity_ptr)
-        cache_ptr = tl.multiple_of(tl.load(caches_ptr + layer).to(tl.pointer_type(CACHE)), 16) + row * capacity * (
-            C + R
-        )
+        cache_ptr = tl.multiple_of(cache.to(tl.pointer_type(CACHE)), 16) + row * capacity * (C + R)
         c, p = tl.arange(0, CP), tl.arange(0, RP)
         q_ptr += n * (H * (C + R))
         mask = is_head[:, None] & (c < C)[None, :]
@@ -488,10 +463,10 @@ def _values_kernel(
     rows = h * (NOPE + V) + NOPE + v
     mask = (v < V)[:, None] & (c < C)[None, :]
     w_v = tl.load(wkv_b_ptr + rows[:, None] * C + c[None, :], mask=mask, other=0.0)
-    _wait(PDL)
     length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
     each = tl.maximum(tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT, 1)
     n_parts = tl.cdiv(length, each)
+    _wait(PDL)
     s, first = tl.arange(0, SPLITS_P), (n * H + h) * SPLITS
     best = tl.max(tl.load(sums_ptr + first + s, mask=s < n_parts, other=float("-inf")), axis=0)
     best = tl.where(n_parts > 0, best, 0.0)  # where it is no row's, the output is 0
@@ -517,21 +492,21 @@ def _values_kernel(
 
 @triton.jit
 def _norm_kernel(
-    x_ptr, parts_ptr, g_ptr, out_ptr, N: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
-    PDL: tl.constexpr, DP: tl.constexpr,
+    x_ptr, parts_ptr, g_ptr, out_ptr, N: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
+    PARTS: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """`RMSNorm.add`: adds the parts of an update (PARTS, N, D) to the residual stream x (N, D), and norms it.
+    """`RMSNorm.add`: adds the parts of an update (PARTS, N, D) to the residual stream x, and norms it.
 
-    Program n takes a row. Reads each part once, writes x and its norm, in the dtype of `out`. Bound by memory.
+    Program n takes a row, of D numbers, STRIDE apart. Reads each part once, writes x and its norm (N, D), in its dtype. Bound by memory.
     """
     n, d = tl.program_id(0), tl.arange(0, DP)
     g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     _wait(PDL)
-    x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0)
+    x = tl.load(x_ptr + n * STRIDE + d, mask=d < D, other=0.0)
     for i in range(PARTS):
         x += tl.load(parts_ptr + (i * N + n) * D + d, mask=d < D, other=0.0)
     if PARTS > 0:
-        tl.store(x_ptr + n * D + d, x, mask=d < D)
+        tl.store(x_ptr + n * STRIDE + d, x, mask=d < D)
     y = x * tl.rsqrt(tl.sum(x * x) / D + EPS) * g
     tl.store(out_ptr + n * D + d, y.to(out_ptr.dtype.element_ty), mask=d < D)
 
@@ -792,7 +767,7 @@ def _power(n: int, least: int = 1) -> int:
 
 
 class Step:
-    """The buffers of a step of up to N positions, 1, 16 or 64, and what launches its kernels, which a graph records.
+    """The buffers of a step of up to N positions, one of POSITIONS, and what launches its kernels, which a graph records.
 
     What it reads besides weights is `tokens`, `positions` in the KV cache, `rows` of it (-1: no position), `caches`,
     the addresses of its layers, and `capacity`. Weights and these buffers must stay where they are.
@@ -819,7 +794,6 @@ class Step:
             raise ValueError(f"more than {MAX_EXPERTS} experts")
         if args.max_seq_len > MAX_CONTEXT:
             raise ValueError(f"a context of more than {MAX_CONTEXT:,} positions")
-        self.queries = args.q_lora_rank or args.n_heads * self.attn.qk_head_dim
         self.shared = args.n_shared_experts * args.moe_inter_dim
         self.on_gpu = device.type == "cuda"
         self.pdl = self.on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -828,31 +802,40 @@ class Step:
         # so many parts of the positions that programs fill a GPU, whatever the lengths are
         self.span = 32
         heads = -(-args.n_heads // 16)
-        self.splits = max(1, min(-(-args.max_seq_len // self.span), 128 // (n * heads)))
-        empty = partial(torch.zeros, device=device)
-        floats, own = partial(empty, dtype=torch.float32), partial(empty, dtype=self.dtype)
-        layers = args.n_layers + args.n_mtp_layers
+        self.splits = min(-(-args.max_seq_len // self.span), max(128 // (n * heads), 4))
+        layers, empty = args.n_layers + args.n_mtp_layers, partial(torch.zeros, device=device)
         self.inputs = empty(2 * n + layers + 1, dtype=torch.int64)
         self.positions, self.rows, self.caches, self.capacity = self.inputs.split([n, n, layers, 1])
         self.rows.fill_(-1)
+        self._allocate(device)
         self.tokens, self.counts = empty(n, dtype=torch.int64), empty(n, dtype=torch.int32)
-        self.x, self.normed = floats(n, args.dim), own(n, args.dim)
-        latent, self.n_parts = args.kv_lora_rank + args.qk_rope_head_dim, 1 if n == 1 else 4
-        self.a, self.q = floats(n, self.queries + latent), floats(n, args.n_heads, latent)
-        self.parts = floats(n, args.n_heads, self.splits, args.kv_lora_rank)
-        self.sums = floats(n, args.n_heads, self.splits)
-        own_or_float = floats if n == 1 else own
+        self.sampling = empty(3, dtype=torch.float64)
+        self.uniforms = empty(MAX_STEPS, n, dtype=torch.float64)
+        self.chosen = empty(MAX_STEPS, n, dtype=torch.int32)
+        self.cos, self.sin = (table.contiguous() for table in model.rope_tables(args.max_seq_len))
+
+    def _allocate(self, device: torch.device) -> None:
+        """What one kernel writes and the next ones read."""
+        args, latent = self.args, self.args.kv_lora_rank + self.args.qk_rope_head_dim
+        n = self.height = self.n if self.n == 1 else max(self.n, 16)  # the least that tensor cores multiply
+        floats = partial(torch.zeros, device=device, dtype=torch.float32)
+        own = partial(torch.zeros, device=device, dtype=self.dtype)
+        own_or_float, self.n_parts = (floats, 1) if n == 1 else (own, 4)
+        queries = args.n_heads * self.attn.qk_head_dim
+        self.a, self.q_normed = floats(n, (args.q_lora_rank or queries) + latent), own(n, args.q_lora_rank)
+        self.queries, self.q = floats(n, queries) if args.q_lora_rank else self.a, floats(n, args.n_heads, latent)
+        self.parts, self.sums = (
+            floats(n, args.n_heads, self.splits, args.kv_lora_rank),
+            floats(n, args.n_heads, self.splits),
+        )
         self.values = own_or_float(n, args.n_heads * args.v_head_dim)
         routed = args.n_activated_experts if n == 1 else args.n_routed_experts
         self.h = own_or_float(n, max(args.inter_dim, routed * args.moe_inter_dim + self.shared))
         self.router_logits, self.shares = floats(args.n_routed_experts + 1), floats(n, args.n_routed_experts + 1)
-        self.experts, self.weights = empty(routed + 1, dtype=torch.int32), floats(routed + 1)
-        self.updates = floats(self.n_parts, n, args.dim)
+        self.experts, self.weights = floats(routed + 1).int(), floats(routed + 1)
+        self.x, self.normed, self.updates = floats(n, args.dim), own(n, args.dim), floats(self.n_parts, n, args.dim)
         self.joined, self.before, self.states = own(n, 2 * args.dim), own(n, args.dim), own(n, args.dim)
-        self.logits, self.sampling = floats(n, args.vocab_size), empty(3, dtype=torch.float64)
-        self.uniforms = empty(MAX_STEPS, n, dtype=torch.float64)
-        self.chosen = empty(MAX_STEPS, n, dtype=torch.int32)
-        self.cos, self.sin = (table.contiguous() for table in model.rope_tables(args.max_seq_len))
+        self.logits = floats(n, args.vocab_size)
 
     def place(self, cache: KVCache, rows: list[int], positions: list[int]) -> None:
         """Sets the row of a cache, and the position there, of each of up to N positions."""
@@ -864,16 +847,19 @@ class Step:
     def run(self) -> None:
         """Launches the main layers for `tokens`, and the choice of the byte that is the next token."""
         args = self.args
-        self._launch(
-            _embed_kernel, (self.n,), self.tokens, self.model.embed.weight, self.x, args.dim, DP=_power(args.dim)
-        )
+        buffers = self.tokens, self.model.embed.weight, self.x
+        self._launch(_embed_kernel, (self.n,), *buffers, args.dim, DP=_power(args.dim))
         for i, layer in enumerate(self.model.layers):
             self._block(i, layer, 0 if i == 0 else self.n_parts)
         self._end(self.model.norm)
         if args.vocab_size <= MAX_VOCAB:
-            buffers = self.logits, self.sampling, self.uniforms, self.counts, self.chosen, self.tokens, self.positions
-            shape = self.n, args.vocab_size
-            self._launch(_choose_kernel, (self.n,), *buffers, *shape, VP=_power(args.vocab_size), num_warps=8)
+            self.choose()
+
+    def choose(self) -> None:
+        """Launches the choice of a byte by the logits, which is the next token."""
+        what = self.logits, self.sampling, self.uniforms, self.counts, self.chosen, self.tokens, self.positions
+        size = self.args.vocab_size
+        self._launch(_choose_kernel, (self.n,), *what, self.n, size, VP=_power(size), num_warps=8)
 
     def run_mtp(self, depth: int) -> None:
         """Launches MTP module `depth` for `tokens` and the states `before`."""
@@ -907,24 +893,18 @@ class Step:
         """Rows and blocks of columns that a program of a product with one position takes."""
         blocks = _power(-(-width // 128))
         rows = min(max(_power(-(-height // PROGRAMS)), 1), 8)
-        return {"R": rows, "KB": min(blocks, max(TILE // (rows * matrices), 1))}
+        return {"R": rows, "KB": min(blocks, max(TILE // (rows * matrices), 1)), "num_warps": WARPS}
 
-    def _norm(self, norm: RMSNorm, out: torch.Tensor, n_parts: int) -> None:
-        """Adds so many updates to the residual stream, and norms it."""
-        buffers = self.x, self.updates, self._weight(norm), out
-        self._launch(
-            _norm_kernel, (self.n,), *buffers, self.n, self.args.dim, n_parts, norm.eps, DP=_power(self.args.dim)
-        )
+    def _norm(self, norm: RMSNorm, x: torch.Tensor, out: torch.Tensor, n_parts: int = 0) -> None:
+        """Adds so many updates to the residual stream, or none to another x, and norms it."""
+        size = len(norm.weight)
+        shape = self.height, size, x.shape[-1], n_parts, norm.eps
+        self._launch(_norm_kernel, (self.n,), x, self.updates, self._weight(norm), out, *shape, DP=_power(size))
 
     def _project(
-        self,
-        x: torch.Tensor,
-        norm: RMSNorm | None,
-        out: torch.Tensor,
-        a: Matrix,
-        b: Matrix | None = None,
+        self, x: torch.Tensor, norm: RMSNorm | None, out: torch.Tensor, a: Matrix, b: Matrix | None = None,
         add: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`_project_kernel` or `_matmul_kernel`; for several positions x is normed, and `add` writes updates."""
         width, heights = a.w.shape[-1], [a.height, 0 if b is None else b.height]
         second = (None, None) if b is None else b
@@ -943,22 +923,27 @@ class Step:
 
     def _tiles(self, height: int, splits: int) -> dict[str, Any]:
         """Rows of a matrix and columns that a program of a product with several positions takes."""
-        rows = 64 if height * splits >= 64 * 132 else 32 if height * splits >= 32 * 132 else 16
+        rows = 64 if height * splits >= 64 * PROGRAMS else 32 if height * splits >= 16 * PROGRAMS else 16
         columns = 64 if self.dtype == torch.float32 else 128
-        return {"N": max(self.n, 16), "BN": rows, "BK": columns, "PRECISION": self.precision}
+        return {"N": self.height, "BN": rows, "BK": columns, "PRECISION": self.precision}
 
     def _block(self, index: int, block: Block, n_parts: int) -> None:
         """Launches a block; the updates of the one before, so many, are not added yet."""
         attn, first = block.attn, self.x
         if self.n > 1:
             first = self.normed
-            self._norm(block.attn_norm, first, n_parts)
+            self._norm(block.attn_norm, self.x, first, n_parts)
         wq = attn.wq_a if attn.q_lora_rank else attn.wq
         self._project(first, block.attn_norm, self.a, self._matrix(wq), self._matrix(attn.wkv_a))
+        if attn.q_lora_rank:
+            if self.n > 1:
+                self._norm(attn.q_norm, self.a, self.q_normed)
+            x = self.a if self.n == 1 else self.q_normed
+            self._project(x, attn.q_norm, self.queries, self._matrix(attn.wq_b))
         self._attend(index, block)
         self._project(self.values, None, self.x, self._matrix(attn.wo), add=True)
         if self.n > 1:
-            self._norm(block.ffn_norm, self.normed, self.n_parts)
+            self._norm(block.ffn_norm, self.x, self.normed, self.n_parts)
             self._experts(block)
         else:
             self._experts_of_one(block)
@@ -967,25 +952,21 @@ class Step:
         args, attn = self.args, block.attn
         heads, rank, rope, nope = args.n_heads, args.kv_lora_rank, args.qk_rope_head_dim, args.qk_nope_head_dim
         n, cp, half = self.n, _power(rank), _power(rope // 2)
-        wq_b = self._matrix(attn.wq_b) if attn.q_lora_rank else (None, None)
-        q_norm = self._weight(attn.q_norm) if attn.q_lora_rank else None
         wkv_b, where = self._matrix(attn.wkv_b), (self.positions, self.rows, self.caches, self.capacity)
-        np = _power(max(nope, 1))
-        width = min(cp, max(8192 // np, 16))
-        each = cp if attn.q_lora_rank else width
-        scale = attn.softmax_scale * math.log2(math.e)
+        rows = _power(max(nope, 1))
+        columns, scale = min(cp, max(8192 // rows, 16)), attn.softmax_scale * math.log2(math.e)
         self._launch(
-            _queries_kernel, (heads + 1, n, cp // each), self.a, q_norm, *wq_b, *wkv_b, self._weight(attn.kv_norm),
-            self.cos, self.sin, *where, self.q, index, TYPES[self.cache_dtype], heads, args.q_lora_rank, nope, rope,
-            args.v_head_dim, rank, args.max_seq_len, scale, LATENT_NORM_EPS, NP=np, HALF=half, CP=cp,
-            RANK_P=_power(max(args.q_lora_rank, 1)), BC=width, C_EACH=each, KB=max(min(64 // np, 2), 1),
+            _queries_kernel, (heads + 1, n, cp // columns), self.a, self.queries, *wkv_b, self._weight(attn.kv_norm),
+            self.cos, self.sin, *where, self.q, index, TYPES[self.cache_dtype], self.queries.shape[-1],
+            self.a.shape[-1], heads, nope, rope, args.v_head_dim, rank, args.max_seq_len, scale, LATENT_NORM_EPS,
+            NP=rows, HALF=half, CP=cp, BC=columns,
         )  # fmt: skip
         self._launch(
             _attend_kernel, (self.splits, n, -(-heads // 16)), self.q, *where, self.parts, self.sums, index,
             TYPES[self.dtype], TYPES[self.cache_dtype], heads, rank, rope, self.splits, CP=max(cp, 16),
             RP=_power(rope, 16), BT=self.span, PRECISION=self.precision,
         )  # fmt: skip
-        rows = min(max(4096 // cp, 4), _power(args.v_head_dim))
+        rows = min(max((4096 if n == 1 else 16384) // cp, 4), _power(args.v_head_dim))
         self._launch(
             _values_kernel, (heads, n, -(-args.v_head_dim // rows)), self.parts, self.sums, self.positions, self.rows,
             self.capacity, *wkv_b, self.values, heads, nope, args.v_head_dim, rank, self.splits, self.span, CP=cp,
@@ -997,11 +978,8 @@ class Step:
         args, groups = self.args, self.args.n_expert_groups
         constants = {"E": args.n_routed_experts, "GROUPS": groups, "LIMITED": args.n_limited_groups}
         constants |= {"TOPK": args.n_activated_experts, "SOFTMAX": args.score_func == "softmax"}
-        constants |= {
-            "ROUTE_SCALE": args.route_scale,
-            "GP": _power(groups),
-            "EP": _power(args.n_routed_experts // groups),
-        }
+        constants |= {"ROUTE_SCALE": args.route_scale, "GP": _power(groups)}
+        constants["EP"] = _power(args.n_routed_experts // groups)
         return constants, None if moe.gate.bias is None else self._float(moe.gate.bias)
 
     def _stacks(self, block: Block) -> tuple[MoE | None, list[Any], list[Any], int, int]:
@@ -1059,5 +1037,5 @@ class Step:
 
     def _end(self, norm: RMSNorm) -> None:
         """The last norm, whose output the head and MTP modules read, and the head."""
-        self._norm(norm, self.states, self.n_parts if self.n > 1 else 0)
+        self._norm(norm, self.x, self.states, self.n_parts if self.n > 1 else 0)
         self._project(self.states, None, self.logits, self._matrix(self.model.head))
