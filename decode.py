@@ -695,6 +695,7 @@ class Blocks:
         self.decoder, self.batch, self.steps = decoder, batch, decoder.kernels.MAX_STEPS
         self.how = torch.tensor([sampling.temperature, sampling.top_k, sampling.top_p], dtype=torch.float64)
         self.columns: list[Any] = []  # the texts in the order of the device's rows
+        self.state = torch.empty(2, 0, dtype=torch.int64)  # their next tokens and positions
         self.next: _Launched | None = None
         self.finished, self.is_steady = 0.0, False
 

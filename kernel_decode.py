@@ -1,24 +1,24 @@
 """The kernels that decode on a CUDA GPU, in Triton: a step of up to 64 positions through all layers, by latents.
 
 A step for one position reads each active weight once and computes little, so two things cost time: bytes, and the start
-of kernels, each of which waits for the one before. There are 7 or 8 kernels a layer:
+of kernels, each of which waits for the one before. There are 7 to 9 kernels a layer:
 
-    attn_norm, wq_a and wkv_a (or wq)  →  q_norm, wq_b, W_k, kv_norm, rotary angles, KV cache  →  attention, divided over
-    positions  →  its combination and W_v  →  wo  →  ffn_norm, router and the shared experts' (or the dense MLP's) w1 and
-    w3  →  the choice of experts, and their w1 and w3  →  w2 of all
+    attn_norm, wq_a and wkv_a → q_norm and wq_b → W_k, kv_norm, rotary angles and KV cache → attention, divided over
+    positions → its combination and W_v → wo → ffn_norm, router, w1 and w3 of the shared experts (or of the dense MLP) →
+    the choice of experts, and their w1 and w3 → w2 of all
 
 For one position, a product with a matrix is bound by memory: a program takes a few rows, and multiplies in float32. On
-Hopper, programs start and load their first weights while the kernel before still runs ("programmatic dependent launch");
-`_wait` stands before what depends on that. For 2 to 64 positions, tensor cores multiply, and programs of one more kernel
-norm each row. Experts are then divided among programs, not positions: each reads its weights once, for all rows, and
-those that nobody chose are skipped.
+Hopper, programs start and load their first weights while the kernel before still runs (programmatic dependent launch);
+`_wait` stands before what depends on that. For more positions, tensor cores multiply, and one more kernel norms each
+row. Experts are then divided among programs, not positions: each reads its weights once, for all rows, and those that
+nobody chose are skipped.
 
 Nothing in a launch depends on data: positions, rows and addresses of KV caches are read on the device, so that a whole
 step with the choice of the byte is one CUDA graph. The residual stream and all sums are in float32; what tensor cores
 multiply is in the model's dtype. Weights are read as they are stored, FP8 ones with a scale per block of 128×128.
 
 In shapes: N positions of the step (each of its own row, or several of one), H heads, C `kv_lora_rank`,
-R `qk_rope_head_dim`, E experts, K chosen ones, I `moe_inter_dim`.
+R `qk_rope_head_dim`, E experts, K columns of a matrix, INTER hidden width.
 """
 
 import math
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import triton
 import triton.language as tl
+from triton.language import constexpr
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from model import LATENT_NORM_EPS, MLP, Block, KVCache, Linear, MoE, MTPModule, RMSNorm, Transformer
@@ -36,18 +37,15 @@ BLOCK = tl.constexpr(128)  # columns of FP8 weights that share a scale, and rows
 MAX_VOCAB = 1024  # whose bytes are compared in pairs, if top-k or top-p is on
 MAX_EXPERTS = 512  # likewise
 MAX_CONTEXT = 1 << 20  # whose rotary angles are kept
+SPAN = 32  # positions that attention reads at a time
 MAX_STEPS = 32  # of a block
 POSITIONS = (1, 4, 16, 64)  # numbers of positions that there are steps for
-PROGRAMS, TILE, WARPS = (
-    528,
-    32,
-    4,
-)  # of a product with one position: about so many programs, so many blocks of 128 numbers each
+PROGRAMS, TILE, WARPS = 528, 32, 4  # of a product with one position, the tile in blocks of 128 numbers
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def _wait(PDL: tl.constexpr):
+def _wait(PDL: constexpr):
     """Lets the next kernel start, and waits until the one before has written everything."""
     if PDL:
         gdc_launch_dependents()
@@ -58,20 +56,20 @@ def _wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def _columns(block, KB: tl.constexpr):
+def _columns(block, KB: constexpr):
     """Numbers of KB·128 columns from 128·block on, (KB, 128)."""
     return (block + tl.arange(0, KB))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
-def _vector(x_ptr, block, K: tl.constexpr, KB: tl.constexpr):
+def _vector(x_ptr, block, K: constexpr, KB: constexpr):
     """KB·128 numbers of a vector (K,) from 128·block on, as float32 (KB, 128)."""
     k = _columns(block, KB)
     return tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _tile(w_ptr, rows, inside, block, K: tl.constexpr, KB: tl.constexpr):
+def _tile(w_ptr, rows, inside, block, K: constexpr, KB: constexpr):
     """Some rows (r,) of a matrix (·, K), where they are inside, and columns from 128·block on: (r, KB, 128)."""
     k = _columns(block, KB)
     mask = inside[:, None, None] & (k < K)[None, :, :]
@@ -79,11 +77,11 @@ def _tile(w_ptr, rows, inside, block, K: tl.constexpr, KB: tl.constexpr):
 
 
 @triton.jit
-def _dense(w, s_ptr, rows, inside, block, K: tl.constexpr, KB: tl.constexpr):
+def _dense(w, s_ptr, rows, inside, block, K: constexpr, KB: constexpr):
     """A tile as float32, scaled where it is in FP8."""
     w = w.to(tl.float32)
     if s_ptr is not None:
-        BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+        BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
         b = block + tl.arange(0, KB)
         mask = inside[:, None] & (b < BLOCKS)[None, :]
         s = tl.load(s_ptr + (rows // BLOCK)[:, None] * BLOCKS + b[None, :], mask=mask, other=0.0)
@@ -92,12 +90,12 @@ def _dense(w, s_ptr, rows, inside, block, K: tl.constexpr, KB: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(acc, w, w_ptr, s_ptr, rows, inside, x_ptr, g_ptr, factor, K: tl.constexpr, KB: tl.constexpr):
+def _accumulate(acc, w, w_ptr, s_ptr, rows, inside, x_ptr, g_ptr, factor, K: constexpr, KB: constexpr):
     """Adds rows of a matrix times `factor · x · g`, not summed over columns yet: (r, KB, 128).
 
     `w` is the first tile; the next one is loaded while one is multiplied.
     """
-    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
     for block in range(0, BLOCKS, KB):
         following = w
         if BLOCKS > KB:
@@ -112,12 +110,11 @@ def _accumulate(acc, w, w_ptr, s_ptr, rows, inside, x_ptr, g_ptr, factor, K: tl.
 
 @triton.jit
 def _total(acc):
-    """Sums over columns: (r, KB, 128) to (r,)."""
-    return tl.sum(tl.sum(acc, axis=2), axis=1)
+    return tl.sum(tl.sum(acc, axis=2), axis=1)  # over columns: (r, KB, 128) to (r,)
 
 
 @triton.jit
-def _inverse_rms(x_ptr, K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr):
+def _inverse_rms(x_ptr, K: constexpr, KP: constexpr, EPS: constexpr):
     """What RMSNorm multiplies a vector (K,) with, apart from its weights; KP is a power of two."""
     k = tl.arange(0, KP)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
@@ -126,12 +123,12 @@ def _inverse_rms(x_ptr, K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _project_rows(
-    x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, tile, O: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr,
-    ADD: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, KB: tl.constexpr,
+    x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, tile, HEIGHT: constexpr, K: constexpr, KP: constexpr, EPS: constexpr, ADD:
+    constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """Rows tile·R to tile·R + R of `W x`, or of `W norm(x)` where there are a norm's weights g."""
     rows = tile * R + tl.arange(0, R)
-    inside = rows < O
+    inside = rows < HEIGHT
     w = _tile(w_ptr, rows, inside, 0, K, KB)
     _wait(PDL)
     acc = tl.zeros((R, KB, BLOCK), tl.float32)
@@ -145,8 +142,8 @@ def _project_rows(
 
 @triton.jit
 def _project_kernel(
-    x_ptr, g_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: tl.constexpr, OB: tl.constexpr, K: tl.constexpr,
-    KP: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, KB: tl.constexpr,
+    x_ptr, g_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, KP: constexpr, EPS:
+    constexpr, ADD: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """`project` of one or two matrices, A (OA, K) and B (OB, K), and the RMSNorm before it; for one position.
 
@@ -154,7 +151,7 @@ def _project_kernel(
     takes R rows. Reads the matrices once, the vector x (K,) in each program (from L2). Bound by memory.
     """
     tile = tl.program_id(0)
-    TILES: tl.constexpr = (OA + R - 1) // R
+    TILES: constexpr = (OA + R - 1) // R
     if b_ptr is None:
         _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile, OA, K, KP, EPS, ADD, PDL, R, KB)
     else:
@@ -165,7 +162,7 @@ def _project_kernel(
 
 
 @triton.jit
-def _activate(gate, ACT: tl.constexpr):
+def _activate(gate, ACT: constexpr):
     """`model.ACTIVATIONS`."""
     if ACT == "silu":
         return gate * tl.sigmoid(gate)
@@ -177,13 +174,13 @@ def _activate(gate, ACT: tl.constexpr):
 
 @triton.jit
 def _gate_up_rows(
-    x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, I: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    EPS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, KB: tl.constexpr,
+    x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER: constexpr, K: constexpr, KP: constexpr, EPS:
+    constexpr, ACT: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """Numbers tile·R to tile·R + R of `act(w1 h) * w3 h`, h = norm(x)."""
-    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
     rows = tile * R + tl.arange(0, R)
-    inside = rows < I
+    inside = rows < INTER
     w1, w3 = _tile(w1_ptr, rows, inside, 0, K, KB), _tile(w3_ptr, rows, inside, 0, K, KB)
     _wait(PDL)
     gate, up = tl.zeros((R, KB, BLOCK), tl.float32), tl.zeros((R, KB, BLOCK), tl.float32)
@@ -202,38 +199,38 @@ def _gate_up_rows(
 
 @triton.jit
 def _gate_up_one_kernel(
-    x_ptr, g_ptr, gate_ptr, logits_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, E: tl.constexpr, I: tl.constexpr,
-    K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr,
-    KB: tl.constexpr,
+    x_ptr, g_ptr, gate_ptr, logits_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, E: constexpr, INTER: constexpr, K:
+    constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """ffn_norm with w1, w3 and activation of an `MLP` (dense or shared experts), and `Gate`'s logits, for one position.
 
     The first programs take R rows of the router's weights (E, K) each, if there is one, the others R rows of both w1
-    and w3 (I, K). Writes the logits (E,) and `act(w1 h) * w3 h` (I,). Bound by memory.
+    and w3 (INTER, K). Writes the logits (E,) and `act(w1 h) * w3 h` (INTER,). Bound by memory.
     """
     tile = tl.program_id(0)
-    TILES: tl.constexpr = (E + R - 1) // R
+    TILES: constexpr = (E + R - 1) // R
     if tile < TILES:
         _project_rows(x_ptr, g_ptr, gate_ptr, None, logits_ptr, tile, E, K, KP, EPS, False, PDL, R, KB)
     else:
-        _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile - TILES, I, K, KP, EPS, ACT, PDL, R, KB)
+        tile -= TILES
+        _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER, K, KP, EPS, ACT, PDL, R, KB)
 
 
 @triton.jit
 def _experts_up_one_kernel(
-    x_ptr, g_ptr, logits_ptr, bias_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, chosen_ptr, weights_ptr,
-    E: tl.constexpr, GROUPS: tl.constexpr, LIMITED: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
-    ROUTE_SCALE: tl.constexpr, GP: tl.constexpr, EP: tl.constexpr, I: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    EPS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, KB: tl.constexpr,
+    x_ptr, g_ptr, logits_ptr, bias_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, chosen_ptr, weights_ptr, E: constexpr,
+    GROUPS: constexpr, LIMITED: constexpr, TOPK: constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, GP: constexpr,
+    EP: constexpr, INTER: constexpr, K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, PDL: constexpr, R:
+    constexpr, KB: constexpr,
 ):  # fmt: skip
     """The rest of `Gate.forward`, and w1, w3 and activation of the chosen `Experts`, for one position.
 
-    Program (i, j) finds the expert at rank j, and takes R rows of its w1 and w3 (I, K). Writes h (K chosen, I), and
+    Program (i, j) finds the expert at rank j, and takes R rows of its w1 and w3 (INTER, K). Writes h (TOPK, INTER), and
     in the first programs, the experts' numbers and weights. Reads the chosen experts' weights only. Bound by memory.
     """
     tile, slot = tl.program_id(0), tl.program_id(1)
     _wait(PDL)
-    PER: tl.constexpr = E // GROUPS
+    PER: constexpr = E // GROUPS
     number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
     inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
     logits = tl.load(logits_ptr + number, mask=inside, other=0.0)
@@ -246,20 +243,20 @@ def _experts_up_one_kernel(
             weight /= tl.sum(tl.where(rank < TOPK, scores, 0.0)) + 1e-20
         tl.store(chosen_ptr + slot, expert)
         tl.store(weights_ptr + slot, weight * ROUTE_SCALE)
-    ROWS: tl.constexpr = (I + BLOCK - 1) // BLOCK
-    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    ROWS: constexpr = (INTER + BLOCK - 1) // BLOCK
+    BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
     if s1_ptr is not None:
         s1_ptr += expert * ROWS * BLOCKS
         s3_ptr += expert * ROWS * BLOCKS
-    start = expert.to(tl.int64) * (I * K)
-    w1_ptr, w3_ptr, h_ptr = w1_ptr + start, w3_ptr + start, h_ptr + slot * I
-    _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, I, K, KP, EPS, ACT, False, R, KB)
+    start = expert.to(tl.int64) * (INTER * K)
+    w1_ptr, w3_ptr, h_ptr = w1_ptr + start, w3_ptr + start, h_ptr + slot * INTER
+    _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER, K, KP, EPS, ACT, False, R, KB)
 
 
 @triton.jit
 def _route(
-    logits, bias_ptr, inside, number, LIMITED: tl.constexpr, GROUPS: tl.constexpr, SOFTMAX: tl.constexpr,
-    GP: tl.constexpr, EP: tl.constexpr,
+    logits, bias_ptr, inside, number, LIMITED: constexpr, GROUPS: constexpr, SOFTMAX: constexpr, GP: constexpr, EP:
+    constexpr,
 ):  # fmt: skip
     """`Gate.route` of one position: scores and ranks (GP·EP,) from logits (GP, EP), one row a group of experts.
 
@@ -286,7 +283,7 @@ def _route(
 
 
 @triton.jit
-def _ranks(values, n: tl.constexpr):
+def _ranks(values, n: constexpr):
     """How many others are before each of n numbers, in falling order; of equal ones, the first comes first."""
     i = tl.arange(0, n)
     equal = (values[None, :] == values[:, None]) & (i[None, :] < i[:, None])
@@ -295,13 +292,13 @@ def _ranks(values, n: tl.constexpr):
 
 @triton.jit
 def _down_one_kernel(
-    h_ptr, chosen_ptr, weights_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, x_ptr, D: tl.constexpr, I: tl.constexpr,
-    TOPK: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, R: tl.constexpr, KB: tl.constexpr,
+    h_ptr, chosen_ptr, weights_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, x_ptr, D: constexpr, INTER: constexpr, TOPK:
+    constexpr, SHARED: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """w2 of the chosen `Experts`, `combine`, the shared experts or dense MLP, and `Block`'s residual sum, one position.
 
-    Program i adds R numbers of the result to x (D,). Reads h, (K chosen · I + SHARED,), and w2 (E, D, I) of the chosen
-    experts, and (D, SHARED) of the others. Bound by memory.
+    Program i adds R numbers of the result to x (D,). Reads h, (TOPK · INTER + SHARED,), and w2 (E, D, INTER) of the
+    chosen experts, and (D, SHARED) of the others. Bound by memory.
     """
     rows = tl.program_id(0) * R + tl.arange(0, R)
     inside = rows < D
@@ -309,27 +306,25 @@ def _down_one_kernel(
     if SHARED > 0:
         w = _tile(shared_ptr, rows, inside, 0, SHARED, KB)
         _wait(PDL)
-        acc = _accumulate(acc, w, shared_ptr, ss_ptr, rows, inside, h_ptr + TOPK * I, None, 1.0, SHARED, KB)
+        acc = _accumulate(acc, w, shared_ptr, ss_ptr, rows, inside, h_ptr + TOPK * INTER, None, 1.0, SHARED, KB)
     else:
         _wait(PDL)
     for slot in range(TOPK):
         expert, weight = tl.load(chosen_ptr + slot), tl.load(weights_ptr + slot)
-        expert_ptr = w2_ptr + expert.to(tl.int64) * (D * I)
-        scale_ptr = s2_ptr
+        w_ptr, scale_ptr, x = w2_ptr + expert.to(tl.int64) * (D * INTER), s2_ptr, h_ptr + slot * INTER
         if s2_ptr is not None:
-            scale_ptr = s2_ptr + expert * (((D + BLOCK - 1) // BLOCK) * ((I + BLOCK - 1) // BLOCK))
-        first = _tile(expert_ptr, rows, inside, 0, I, KB)
-        acc = _accumulate(acc, first, expert_ptr, scale_ptr, rows, inside, h_ptr + slot * I, None, weight, I, KB)
-    x = tl.load(x_ptr + rows, mask=inside, other=0.0)
-    tl.store(x_ptr + rows, x + _total(acc), mask=inside)
+            scale_ptr = s2_ptr + expert * (((D + BLOCK - 1) // BLOCK) * ((INTER + BLOCK - 1) // BLOCK))
+        first = _tile(w_ptr, rows, inside, 0, INTER, KB)
+        acc = _accumulate(acc, first, w_ptr, scale_ptr, rows, inside, x, None, weight, INTER, KB)
+    tl.store(x_ptr + rows, tl.load(x_ptr + rows, mask=inside, other=0.0) + _total(acc), mask=inside)
 
 
 # --- Attention by latents, for any number of positions --------------------------------------------------------------
 
 
 @triton.jit
-def _rotated(x_ptr, cos_ptr, sin_ptr, position, R: tl.constexpr, HALF: tl.constexpr, CONTEXT: tl.constexpr):
-    """`apply_rotary_emb`: the pairs of x (R,) rotated by the angles of a position; past the context they are discarded."""
+def _rotated(x_ptr, cos_ptr, sin_ptr, position, R: constexpr, HALF: constexpr, CONTEXT: constexpr):
+    """`apply_rotary_emb`: the pairs of x (R,) rotated by the angles of a position (past the context: discarded)."""
     i = tl.arange(0, HALF)
     inside = i < R // 2
     at = tl.minimum(position, CONTEXT - 1) * (R // 2) + i
@@ -341,9 +336,9 @@ def _rotated(x_ptr, cos_ptr, sin_ptr, position, R: tl.constexpr, HALF: tl.conste
 @triton.jit(do_not_specialize=["layer"])
 def _queries_kernel(
     a_ptr, q_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr,
-    out_ptr, layer, TYPE: tl.constexpr, Q_STRIDE: tl.constexpr, A_STRIDE: tl.constexpr, H: tl.constexpr,
-    NOPE: tl.constexpr, R: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CONTEXT: tl.constexpr, SCALE: tl.constexpr,
-    EPS: tl.constexpr, PDL: tl.constexpr, NP: tl.constexpr, HALF: tl.constexpr, CP: tl.constexpr, BC: tl.constexpr,
+    out_ptr, layer, TYPE: constexpr, Q_STRIDE: constexpr, A_STRIDE: constexpr, H: constexpr, NOPE: constexpr, R:
+    constexpr, V: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, EPS: constexpr, PDL: constexpr, NP:
+    constexpr, HALF: constexpr, CP: constexpr, BC: constexpr,
 ):  # fmt: skip
     """The rotary queries of `MLA._queries`, W_kᵀ q of `_attend_absorbed`, kv_norm, the rotary key, `KVCache.update`.
 
@@ -399,16 +394,15 @@ def _length(positions_ptr, rows_ptr, capacity_ptr, n):
 
 @triton.jit(do_not_specialize=["layer"])
 def _attend_kernel(
-    q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, layer,
-    TYPE: tl.constexpr, CACHE: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
-    PDL: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, layer, TYPE: constexpr, CACHE:
+    constexpr, H: constexpr, C: constexpr, R: constexpr, SPLITS: constexpr, PDL: constexpr, CP: constexpr, RP:
+    constexpr, BT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """The scores, softmax and sums of latents of `MLA._attend_absorbed`, over a part of the positions.
 
-    Program (s, n, i) takes 16 heads, and of the positions that n attends to, as many as one of SPLITS parts has, BT at a
-    time. Reads q (N, H, C + R) and the KV cache, (row, capacity, C + R), once for 16 heads. Writes the means
-    of latents, float32 (N, H, SPLITS, C), and the logarithms to base 2 of the sums of powers (N, H, SPLITS). Bound by
-    memory.
+    Program (s, n, i) takes 16 heads, and one of SPLITS parts of the positions that n attends to, BT at a time. Reads
+    q (N, H, C + R) and the KV cache, (row, capacity, C + R), once for 16 heads. Writes the means of latents, float32
+    (N, H, SPLITS, C), and the logarithms to base 2 of the sums of powers (N, H, SPLITS). Bound by memory.
     """
     split, n = tl.program_id(0), tl.program_id(1)
     h = tl.program_id(2) * 16 + tl.arange(0, 16)
@@ -449,14 +443,14 @@ def _attend_kernel(
 
 @triton.jit
 def _values_kernel(
-    parts_ptr, sums_ptr, positions_ptr, rows_ptr, capacity_ptr, wkv_b_ptr, skv_ptr, out_ptr, H: tl.constexpr,
-    NOPE: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,
-    CP: tl.constexpr, SPLITS_P: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+    parts_ptr, sums_ptr, positions_ptr, rows_ptr, capacity_ptr, wkv_b_ptr, skv_ptr, out_ptr, H: constexpr, NOPE:
+    constexpr, V: constexpr, C: constexpr, SPLITS: constexpr, BT: constexpr, PDL: constexpr, CP: constexpr, SPLITS_P:
+    constexpr, BS: constexpr, BV: constexpr,
 ):  # fmt: skip
     """Combines the parts of `_attend_kernel`, and the product with W_v of `MLA._attend_absorbed`.
 
-    Program (h, n, i) computes BV numbers of the output (N, H, V) of head h at position n; reads the parts in use, and BV
-    rows of the head's W_v (V, C), for each position, mostly from L2. Bound by memory for few positions.
+    Program (h, n, i) computes BV numbers of the output (N, H, V) of head h at position n. Reads the parts in use, and
+    BV rows of the head's W_v (V, C), for each position, mostly from L2: bound by memory for few positions.
     """
     h, n = tl.program_id(0), tl.program_id(1)
     v, c = tl.program_id(2) * BV + tl.arange(0, BV), tl.arange(0, CP)
@@ -492,12 +486,13 @@ def _values_kernel(
 
 @triton.jit
 def _norm_kernel(
-    x_ptr, parts_ptr, g_ptr, out_ptr, N: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
-    PARTS: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr, DP: tl.constexpr,
+    x_ptr, parts_ptr, g_ptr, out_ptr, N: constexpr, D: constexpr, STRIDE: constexpr, PARTS: constexpr, EPS: constexpr,
+    PDL: constexpr, DP: constexpr,
 ):  # fmt: skip
     """`RMSNorm.add`: adds the parts of an update (PARTS, N, D) to the residual stream x, and norms it.
 
-    Program n takes a row, of D numbers, STRIDE apart. Reads each part once, writes x and its norm (N, D), in its dtype. Bound by memory.
+    Program n takes a row of D numbers; rows of x are STRIDE apart. Reads each part once, writes x and its norm (N, D),
+    in the dtype of that. Bound by memory.
     """
     n, d = tl.program_id(0), tl.arange(0, DP)
     g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -513,8 +508,8 @@ def _norm_kernel(
 
 @triton.jit
 def _multiply(
-    acc, x_ptr, w_ptr, s_ptr, row, n_rows, begin, end, STRIDE: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    acc, x_ptr, w_ptr, s_ptr, row, n_rows, begin, end, STRIDE: constexpr, K: constexpr, N: constexpr, BN: constexpr, BK:
+    constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Adds x Wᵀ to acc (N, BN): x (N, ·) with rows STRIDE apart, BN rows of W (n_rows, K), columns begin to end."""
     n, o = tl.arange(0, N), row + tl.arange(0, BN)
@@ -532,7 +527,7 @@ def _multiply(
 
 
 @triton.jit
-def _store_rows(acc, out_ptr, row, n_rows, STRIDE: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
+def _store_rows(acc, out_ptr, row, n_rows, STRIDE: constexpr, N: constexpr, BN: constexpr):
     """Stores (N, BN) from column `row` on."""
     n, o = tl.arange(0, N), row + tl.arange(0, BN)
     values = acc.to(out_ptr.dtype.element_ty)
@@ -541,18 +536,17 @@ def _store_rows(acc, out_ptr, row, n_rows, STRIDE: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def _matmul_kernel(
-    x_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: tl.constexpr, OB: tl.constexpr, K: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, SPLITS: constexpr, PDL:
+    constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """`project` of one or two matrices, A (OA, K) and B (OB, K), for N positions: x (N, K) to (SPLITS, N, OA + OB).
 
-    Program (i, s) takes BN rows of a matrix and one of SPLITS parts of its columns, whose products the next kernel adds.
-    Reads the matrices once, x once a program. Bound by memory up to some 200 positions.
+    Program (i, s) takes BN rows of a matrix, and one of SPLITS parts of its columns; the next kernel adds these. Reads
+    the matrices once, x once a program. Bound by memory up to some 200 positions.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
-    TILES: tl.constexpr = (OA + BN - 1) // BN
-    EACH: tl.constexpr = ((K + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
+    TILES: constexpr = (OA + BN - 1) // BN
+    EACH: constexpr = ((K + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
     _wait(PDL)
     begin = split * EACH
     end = tl.minimum(begin + EACH, K)
@@ -573,9 +567,9 @@ def _matmul_kernel(
 
 @triton.jit
 def _route_kernel(
-    x_ptr, gate_ptr, bias_ptr, rows_ptr, shares_ptr, E: tl.constexpr, GROUPS: tl.constexpr, LIMITED: tl.constexpr,
-    TOPK: tl.constexpr, SOFTMAX: tl.constexpr, ROUTE_SCALE: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
-    GP: tl.constexpr, EP: tl.constexpr, BK: tl.constexpr,
+    x_ptr, gate_ptr, bias_ptr, rows_ptr, shares_ptr, E: constexpr, GROUPS: constexpr, LIMITED: constexpr, TOPK:
+    constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, K: constexpr, PDL: constexpr, GP: constexpr, EP: constexpr,
+    BK: constexpr,
 ):  # fmt: skip
     """`Gate.forward` for several positions: the weight of each expert at each, (N, E), 0 of those not chosen.
 
@@ -583,7 +577,7 @@ def _route_kernel(
     each position, from L2. Bound by latency.
     """
     n = tl.program_id(0)
-    PER: tl.constexpr = E // GROUPS
+    PER: constexpr = E // GROUPS
     number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
     inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
     _wait(PDL)
@@ -605,18 +599,18 @@ def _route_kernel(
 
 @triton.jit
 def _gate_up_kernel(
-    x_ptr, shares_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr,
-    E: tl.constexpr, I: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
-    N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, shares_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr, E: constexpr,
+    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, PDL: constexpr, N: constexpr, BN: constexpr, BK:
+    constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """w1, w3 and activation of the `Experts`, and of the shared experts or the dense `MLP`, for N positions.
 
     A program takes BN rows of w1 and w3 of one expert that some position has chosen, for all positions, or of the
-    others. Writes h (N, E·I + SHARED), times the weight of the choice: 0 where a position has not chosen an expert.
+    others. Writes h (N, E·INTER + SHARED), times the weight of the choice: 0 where a position has not chosen an expert.
     Experts nobody chose are left out here and in `_down_kernel`. Bound by memory up to some 200 positions.
     """
     tile = tl.program_id(0)
-    TILES: tl.constexpr = (I + BN - 1) // BN
+    TILES: constexpr = (INTER + BN - 1) // BN
     n = tl.arange(0, N)
     gate, up = tl.zeros((N, BN), tl.float32), tl.zeros((N, BN), tl.float32)
     _wait(PDL)
@@ -624,49 +618,48 @@ def _gate_up_kernel(
         expert, row = tile // TILES, tile % TILES * BN
         shares = tl.load(shares_ptr + n * E + expert)
         if tl.sum((shares != 0).to(tl.int32)) > 0:
-            start = expert.to(tl.int64) * (I * K)
+            start = expert.to(tl.int64) * (INTER * K)
             if s1_ptr is not None:
-                s1_ptr += expert * ((I + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
-                s3_ptr += expert * ((I + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
-            gate = _multiply(gate, x_ptr, w1_ptr + start, s1_ptr, row, I, 0, K, K, K, N, BN, BK, PRECISION)
-            up = _multiply(up, x_ptr, w3_ptr + start, s3_ptr, row, I, 0, K, K, K, N, BN, BK, PRECISION)
+                s1_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
+                s3_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
+            gate = _multiply(gate, x_ptr, w1_ptr + start, s1_ptr, row, INTER, 0, K, K, K, N, BN, BK, PRECISION)
+            up = _multiply(up, x_ptr, w3_ptr + start, s3_ptr, row, INTER, 0, K, K, K, N, BN, BK, PRECISION)
             h = _activate(gate, ACT) * up * shares[:, None]
-            _store_rows(h, h_ptr + expert * I, row, I, E * I + SHARED, N, BN)
+            _store_rows(h, h_ptr + expert * INTER, row, INTER, E * INTER + SHARED, N, BN)
     else:
         row = (tile - E * TILES) * BN
         gate = _multiply(gate, x_ptr, shared1_ptr, ss1_ptr, row, SHARED, 0, K, K, K, N, BN, BK, PRECISION)
         up = _multiply(up, x_ptr, shared3_ptr, ss3_ptr, row, SHARED, 0, K, K, K, N, BN, BK, PRECISION)
-        _store_rows(_activate(gate, ACT) * up, h_ptr + E * I, row, SHARED, E * I + SHARED, N, BN)
+        _store_rows(_activate(gate, ACT) * up, h_ptr + E * INTER, row, SHARED, E * INTER + SHARED, N, BN)
 
 
 @triton.jit
 def _down_kernel(
-    h_ptr, shares_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, out_ptr, E: tl.constexpr, I: tl.constexpr,
-    SHARED: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
+    h_ptr, shares_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, out_ptr, E: constexpr, INTER: constexpr, SHARED: constexpr,
+    D: constexpr, SPLITS: constexpr, PDL: constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """w2 of the `Experts` and of the shared experts or the dense `MLP`, for N positions: (SPLITS, N, D), to be added.
 
     Program (i, s) takes BN numbers of the result, every SPLITS-th expert from s on, if some position has chosen it, and
-    one of SPLITS parts of the others. The choice's weights are in h (N, E·I + SHARED). Bound by memory.
+    one of SPLITS parts of the others. The choice's weights are in h (N, E·INTER + SHARED). Bound by memory.
     """
     row, split = tl.program_id(0) * BN, tl.program_id(1)
-    EACH: tl.constexpr = ((SHARED + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
-    WIDTH: tl.constexpr = E * I + SHARED
+    EACH: constexpr = ((SHARED + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
+    WIDTH: constexpr = E * INTER + SHARED
     n = tl.arange(0, N)
     _wait(PDL)
     acc = tl.zeros((N, BN), tl.float32)
     for expert in range(split, E, SPLITS):
         if tl.sum((tl.load(shares_ptr + n * E + expert) != 0).to(tl.int32)) > 0:
-            expert_ptr = w2_ptr + tl.cast(expert, tl.int64) * (D * I)
+            expert_ptr = w2_ptr + tl.cast(expert, tl.int64) * (D * INTER)
             scale_ptr = s2_ptr
             if s2_ptr is not None:
-                scale_ptr = s2_ptr + expert * ((D + BLOCK - 1) // BLOCK * ((I + BLOCK - 1) // BLOCK))
-            h = h_ptr + expert * I
-            acc = _multiply(acc, h, expert_ptr, scale_ptr, row, D, 0, I, WIDTH, I, N, BN, BK, PRECISION)
+                scale_ptr = s2_ptr + expert * ((D + BLOCK - 1) // BLOCK * ((INTER + BLOCK - 1) // BLOCK))
+            h = h_ptr + expert * INTER
+            acc = _multiply(acc, h, expert_ptr, scale_ptr, row, D, 0, INTER, WIDTH, INTER, N, BN, BK, PRECISION)
     if SHARED > 0:
         begin = split * EACH
-        end, h = tl.minimum(begin + EACH, SHARED), h_ptr + E * I
+        end, h = tl.minimum(begin + EACH, SHARED), h_ptr + E * INTER
         acc = _multiply(acc, h, shared_ptr, ss_ptr, row, D, begin, end, WIDTH, SHARED, N, BN, BK, PRECISION)
     _store_rows(acc, out_ptr + split * (N * D), row, D, D, N, BN)
 
@@ -675,7 +668,7 @@ def _down_kernel(
 
 
 @triton.jit
-def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: tl.constexpr, PDL: tl.constexpr, DP: tl.constexpr):
+def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: constexpr, PDL: constexpr, DP: constexpr):
     """`Transformer.embed`: program n copies the embedding (D,) of a token to the residual stream, in float32."""
     n, d = tl.program_id(0), tl.arange(0, DP)
     _wait(PDL)
@@ -685,28 +678,9 @@ def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: tl.constexpr, PDL: tl.constexpr, 
 
 
 @triton.jit
-def _join_kernel(
-    tokens_ptr, embed_ptr, enorm_ptr, before_ptr, hnorm_ptr, out_ptr, D: tl.constexpr, EPS: tl.constexpr,
-    PDL: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """What `MTPModule.eh_proj` reads: program n norms the embedding of a token, and the state before it, (N, 2·D)."""
-    n, d = tl.program_id(0), tl.arange(0, DP)
-    _wait(PDL)
-    out_ptr += n * (2 * D)
-    embed_ptr += tl.load(tokens_ptr + n) * D
-    before_ptr += n * D
-    e = tl.load(embed_ptr + d, mask=d < D, other=0.0).to(tl.float32) * _inverse_rms(embed_ptr, D, DP, EPS)
-    h = tl.load(before_ptr + d, mask=d < D, other=0.0).to(tl.float32) * _inverse_rms(before_ptr, D, DP, EPS)
-    e *= tl.load(enorm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    h *= tl.load(hnorm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + d, e.to(out_ptr.dtype.element_ty), mask=d < D)
-    tl.store(out_ptr + D + d, h.to(out_ptr.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
 def _choose_kernel(
-    logits_ptr, sampling_ptr, uniforms_ptr, counts_ptr, chosen_ptr, tokens_ptr, positions_ptr, N: tl.constexpr,
-    V: tl.constexpr, PDL: tl.constexpr, VP: tl.constexpr,
+    logits_ptr, sampling_ptr, uniforms_ptr, counts_ptr, chosen_ptr, tokens_ptr, positions_ptr, N: constexpr, V:
+    constexpr, PDL: constexpr, VP: constexpr,
 ):  # fmt: skip
     """`distribution`, `_truncate` and `draw` of generate.py, for a byte of each row; what is chosen is read next.
 
@@ -732,9 +706,11 @@ def _choose_kernel(
             keys = probs.to(tl.int64, bitcast=True) // VP * VP + (VP - 1 - v)
             ranked = tl.sort(tl.where(v < V, keys, -1), descending=True)
             kept = tl.where(ranked < 0, 0, ranked // VP * VP).to(tl.float64, bitcast=True)
-            kept = tl.where((v < top_k) | (top_k == 0), kept, 0.0)
+            most = tl.where(top_k > 0, top_k, V).to(tl.int32)
+            kept = tl.where(v < most, kept, 0.0)
             kept /= tl.sum(kept)
-            is_kept = (kept > 0) & ((v == 0) | (tl.cumsum(kept, axis=0) - kept < top_p) | (top_p >= 1))
+            before = tl.where(v == 0, -1.0, tl.cumsum(kept, axis=0) - kept)  # the first one is always needed
+            is_kept = (kept > 0) & (before < tl.where(top_p < 1, top_p, 2.0))
             last = tl.min(tl.where(is_kept, ranked, 0x7FFFFFFFFFFFFFFF), axis=0)
             probs = tl.where(keys >= last, probs, 0.0)
         cumulative = tl.cumsum(probs, axis=0)
@@ -755,11 +731,6 @@ class Matrix(NamedTuple):
     w: torch.Tensor
     s: torch.Tensor | None = None
 
-    @property
-    def height(self) -> int:
-        """Rows of the matrix, or of each one of a stack."""
-        return self.w.shape[-2]
-
 
 def _power(n: int, least: int = 1) -> int:
     """The next power of two."""
@@ -767,7 +738,7 @@ def _power(n: int, least: int = 1) -> int:
 
 
 class Step:
-    """The buffers of a step of up to N positions, one of POSITIONS, and what launches its kernels, which a graph records.
+    """The buffers of a step of up to N positions, one of POSITIONS, and what launches its kernels.
 
     What it reads besides weights is `tokens`, `positions` in the KV cache, `rows` of it (-1: no position), `caches`,
     the addresses of its layers, and `capacity`. Weights and these buffers must stay where they are.
@@ -790,27 +761,22 @@ class Step:
         args, device, self.dtype = model.args, model.head.weight.device, model.compute_dtype
         self.cache_dtype = model.cache_dtype or self.dtype
         self.attn = cast(Block, model.layers[0]).attn
-        if args.n_routed_experts > MAX_EXPERTS:
-            raise ValueError(f"more than {MAX_EXPERTS} experts")
-        if args.max_seq_len > MAX_CONTEXT:
-            raise ValueError(f"a context of more than {MAX_CONTEXT:,} positions")
+        if args.n_routed_experts > MAX_EXPERTS or args.max_seq_len > MAX_CONTEXT:
+            raise ValueError(f"more than {MAX_EXPERTS} experts or {MAX_CONTEXT:,} positions")
         self.shared = args.n_shared_experts * args.moe_inter_dim
         self.on_gpu = device.type == "cuda"
         self.pdl = self.on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
         self.precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
-        self.kept: dict[RMSNorm | torch.Tensor, torch.Tensor] = {}
+        self.kept: dict[torch.Tensor, torch.Tensor] = {}
         # so many parts of the positions that programs fill a GPU, whatever the lengths are
-        self.span = 32
-        heads = -(-args.n_heads // 16)
-        self.splits = min(-(-args.max_seq_len // self.span), max(128 // (n * heads), 4))
+        self.splits = min(-(-args.max_seq_len // SPAN), max(128 // (n * -(-args.n_heads // 16)), 4))
         layers, empty = args.n_layers + args.n_mtp_layers, partial(torch.zeros, device=device)
         self.inputs = empty(2 * n + layers + 1, dtype=torch.int64)
         self.positions, self.rows, self.caches, self.capacity = self.inputs.split([n, n, layers, 1])
         self.rows.fill_(-1)
         self._allocate(device)
         self.tokens, self.counts = empty(n, dtype=torch.int64), empty(n, dtype=torch.int32)
-        self.sampling = empty(3, dtype=torch.float64)
-        self.uniforms = empty(MAX_STEPS, n, dtype=torch.float64)
+        self.sampling, self.uniforms = (empty(*shape, dtype=torch.float64) for shape in ((3,), (MAX_STEPS, n)))
         self.chosen = empty(MAX_STEPS, n, dtype=torch.int32)
         self.cos, self.sin = (table.contiguous() for table in model.rope_tables(args.max_seq_len))
 
@@ -824,10 +790,8 @@ class Step:
         queries = args.n_heads * self.attn.qk_head_dim
         self.a, self.q_normed = floats(n, (args.q_lora_rank or queries) + latent), own(n, args.q_lora_rank)
         self.queries, self.q = floats(n, queries) if args.q_lora_rank else self.a, floats(n, args.n_heads, latent)
-        self.parts, self.sums = (
-            floats(n, args.n_heads, self.splits, args.kv_lora_rank),
-            floats(n, args.n_heads, self.splits),
-        )
+        parts = n, args.n_heads, self.splits
+        self.parts, self.sums = floats(*parts, args.kv_lora_rank), floats(*parts)
         self.values = own_or_float(n, args.n_heads * args.v_head_dim)
         routed = args.n_activated_experts if n == 1 else args.n_routed_experts
         self.h = own_or_float(n, max(args.inter_dim, routed * args.moe_inter_dim + self.shared))
@@ -864,16 +828,14 @@ class Step:
     def run_mtp(self, depth: int) -> None:
         """Launches MTP module `depth` for `tokens` and the states `before`."""
         args, module = self.args, cast(MTPModule, self.model.mtp[depth])
-        norms = self._weight(module.enorm), self.before, self._weight(module.hnorm)
-        buffers = self.tokens, self.model.embed.weight, *norms, self.joined
-        self._launch(_join_kernel, (self.n,), *buffers, args.dim, module.enorm.eps, DP=_power(args.dim))
+        embedded = self.model.embed(self.tokens).to(self.dtype)
+        torch.cat([module.enorm(embedded), module.hnorm(self.before[: self.n])], dim=-1, out=self.joined[: self.n])
         self._project(self.joined, None, self.x, self._matrix(module.eh_proj))
         self._block(args.n_layers + depth, module.block, 0)
         self._end(module.norm)
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
-        options = {"launch_pdl": True} if self.pdl else {}
-        kernel[grid](*args, **constants, PDL=self.pdl, num_warps=num_warps, **options)
+        kernel[grid](*args, **constants, PDL=self.pdl, num_warps=num_warps, launch_pdl=self.pdl)
 
     def _matrix(self, layer: Linear) -> Matrix:
         if not layer.weight.is_contiguous():
@@ -886,10 +848,7 @@ class Step:
             self.kept[tensor] = tensor.detach().float().contiguous()
         return self.kept[tensor]
 
-    def _weight(self, norm: RMSNorm) -> torch.Tensor:
-        return self._float(norm.weight)
-
-    def _rows(self, height: int, width: int, matrices: int = 1) -> dict[str, int]:
+    def _rows(self, height: int, width: int, matrices: int = 1) -> dict[str, Any]:
         """Rows and blocks of columns that a program of a product with one position takes."""
         blocks = _power(-(-width // 128))
         rows = min(max(_power(-(-height // PROGRAMS)), 1), 8)
@@ -899,19 +858,19 @@ class Step:
         """Adds so many updates to the residual stream, or none to another x, and norms it."""
         size = len(norm.weight)
         shape = self.height, size, x.shape[-1], n_parts, norm.eps
-        self._launch(_norm_kernel, (self.n,), x, self.updates, self._weight(norm), out, *shape, DP=_power(size))
+        self._launch(_norm_kernel, (self.n,), x, self.updates, self._float(norm.weight), out, *shape, DP=_power(size))
 
     def _project(
         self, x: torch.Tensor, norm: RMSNorm | None, out: torch.Tensor, a: Matrix, b: Matrix | None = None,
         add: bool = False,
     ) -> None:  # fmt: skip
         """`_project_kernel` or `_matmul_kernel`; for several positions x is normed, and `add` writes updates."""
-        width, heights = a.w.shape[-1], [a.height, 0 if b is None else b.height]
+        width, heights = a.w.shape[-1], [a.w.shape[-2], 0 if b is None else b.w.shape[-2]]
         second = (None, None) if b is None else b
         if self.n == 1:
             tiles = self._rows(sum(heights), width)
             grid = sum(-(-height // tiles["R"]) for height in heights)
-            weight, eps = (None, 0.0) if norm is None else (self._weight(norm), norm.eps)
+            weight, eps = (None, 0.0) if norm is None else (self._float(norm.weight), norm.eps)
             buffers = x, weight, *a, *second, out
             self._launch(_project_kernel, (grid,), *buffers, *heights, width, _power(width), eps, add, **tiles)
         else:
@@ -951,35 +910,35 @@ class Step:
     def _attend(self, index: int, block: Block) -> None:
         args, attn = self.args, block.attn
         heads, rank, rope, nope = args.n_heads, args.kv_lora_rank, args.qk_rope_head_dim, args.qk_nope_head_dim
-        n, cp, half = self.n, _power(rank), _power(rope // 2)
+        n, cp, norm = self.n, _power(rank), self._float(attn.kv_norm.weight)
         wkv_b, where = self._matrix(attn.wkv_b), (self.positions, self.rows, self.caches, self.capacity)
         rows = _power(max(nope, 1))
         columns, scale = min(cp, max(8192 // rows, 16)), attn.softmax_scale * math.log2(math.e)
         self._launch(
-            _queries_kernel, (heads + 1, n, cp // columns), self.a, self.queries, *wkv_b, self._weight(attn.kv_norm),
-            self.cos, self.sin, *where, self.q, index, TYPES[self.cache_dtype], self.queries.shape[-1],
-            self.a.shape[-1], heads, nope, rope, args.v_head_dim, rank, args.max_seq_len, scale, LATENT_NORM_EPS,
-            NP=rows, HALF=half, CP=cp, BC=columns,
+            _queries_kernel, (heads + 1, n, cp // columns), self.a, self.queries, *wkv_b, norm, self.cos, self.sin,
+            *where, self.q, index, TYPES[self.cache_dtype], self.queries.shape[-1], self.a.shape[-1], heads, nope,
+            rope, args.v_head_dim, rank, args.max_seq_len, scale, LATENT_NORM_EPS, NP=rows, HALF=_power(rope // 2),
+            CP=cp, BC=columns,
         )  # fmt: skip
         self._launch(
             _attend_kernel, (self.splits, n, -(-heads // 16)), self.q, *where, self.parts, self.sums, index,
             TYPES[self.dtype], TYPES[self.cache_dtype], heads, rank, rope, self.splits, CP=max(cp, 16),
-            RP=_power(rope, 16), BT=self.span, PRECISION=self.precision,
+            RP=_power(rope, 16), BT=SPAN, PRECISION=self.precision,
         )  # fmt: skip
         rows = min(max((4096 if n == 1 else 16384) // cp, 4), _power(args.v_head_dim))
         self._launch(
             _values_kernel, (heads, n, -(-args.v_head_dim // rows)), self.parts, self.sums, self.positions, self.rows,
-            self.capacity, *wkv_b, self.values, heads, nope, args.v_head_dim, rank, self.splits, self.span, CP=cp,
+            self.capacity, *wkv_b, self.values, heads, nope, args.v_head_dim, rank, self.splits, SPAN, CP=cp,
             SPLITS_P=_power(self.splits), BS=min(_power(self.splits), max(4096 // cp, 1)), BV=rows,
         )  # fmt: skip
 
     def _router(self, moe: MoE) -> tuple[dict[str, Any], torch.Tensor | None]:
         """Constants of the router, and its bias."""
         args, groups = self.args, self.args.n_expert_groups
-        constants = {"E": args.n_routed_experts, "GROUPS": groups, "LIMITED": args.n_limited_groups}
+        constants: dict[str, Any] = {"E": args.n_routed_experts, "GROUPS": groups, "LIMITED": args.n_limited_groups}
         constants |= {"TOPK": args.n_activated_experts, "SOFTMAX": args.score_func == "softmax"}
-        constants |= {"ROUTE_SCALE": args.route_scale, "GP": _power(groups)}
-        constants["EP"] = _power(args.n_routed_experts // groups)
+        constants |= {"EP": _power(args.n_routed_experts // groups), "GP": _power(groups)}
+        constants["ROUTE_SCALE"] = args.route_scale
         return constants, None if moe.gate.bias is None else self._float(moe.gate.bias)
 
     def _stacks(self, block: Block) -> tuple[MoE | None, list[Any], list[Any], int, int]:
@@ -994,24 +953,29 @@ class Step:
     def _experts_of_one(self, block: Block) -> None:
         """The feed-forward layer for one position, with its norm and the residual sum."""
         args, (moe, routed, other, width, other_width) = self.args, self._stacks(block)
-        norm = self.x, self._weight(block.ffn_norm)
-        shape = {"K": args.dim, "KP": _power(args.dim), "EPS": block.ffn_norm.eps, "ACT": args.hidden_act}
+        norm = self.x, self._float(block.ffn_norm.weight)
+        shape: dict[str, Any] = {
+            "K": args.dim,
+            "KP": _power(args.dim),
+            "EPS": block.ffn_norm.eps,
+            "ACT": args.hidden_act,
+        }
         n_chosen, h = args.n_activated_experts if moe else 0, self.h[0]
         n_experts = args.n_routed_experts if moe else 0
         gate = self.logits if moe is None else moe.gate.weight
         tiles = self._rows(max(other_width, 1), args.dim, 2)
-        grid = -(-n_experts // tiles["R"]) + -(-other_width // tiles["R"])
-        buffers = *norm, gate, self.router_logits, *other[0], *other[1], h[n_chosen * width :]
-        self._launch(_gate_up_one_kernel, (grid,), *buffers, E=n_experts, I=other_width, **shape, **tiles)
+        grid: tuple[int, ...] = (-(-n_experts // tiles["R"]) + -(-other_width // tiles["R"]),)
+        buffers: tuple[Any, ...] = *norm, gate, self.router_logits, *other[0], *other[1], h[n_chosen * width :]
+        self._launch(_gate_up_one_kernel, grid, *buffers, E=n_experts, INTER=other_width, **shape, **tiles)
         if moe is not None:
             constants, bias = self._router(moe)
             tiles = self._rows(n_chosen * width, args.dim, 2)
             buffers = *norm, self.router_logits, bias, *routed[0], *routed[1], h, self.experts, self.weights
             grid = -(-width // tiles["R"]), n_chosen
-            self._launch(_experts_up_one_kernel, grid, *buffers, I=width, **constants, **shape, **tiles)
+            self._launch(_experts_up_one_kernel, grid, *buffers, INTER=width, **constants, **shape, **tiles)
         tiles = self._rows(args.dim, max(width, other_width))
         buffers = h, self.experts, self.weights, *routed[2], *other[2], self.x
-        shape = {"D": args.dim, "I": width, "TOPK": n_chosen, "SHARED": other_width}
+        shape = {"D": args.dim, "INTER": width, "TOPK": n_chosen, "SHARED": other_width}
         self._launch(_down_one_kernel, (-(-args.dim // tiles["R"]),), *buffers, **shape, **tiles)
 
     def _experts(self, block: Block) -> None:
@@ -1026,7 +990,7 @@ class Step:
         tiles = self._tiles(n_experts * width + other_width, 1)
         grid = n_experts * -(-width // tiles["BN"]) + -(-other_width // tiles["BN"])
         weights = *routed[0], *routed[1], *other[0], *other[1]
-        shape = {"E": n_experts, "I": width, "SHARED": other_width}
+        shape = {"E": n_experts, "INTER": width, "SHARED": other_width}
         self._launch(
             _gate_up_kernel, (grid,), self.normed, self.shares, *weights, self.h, K=args.dim, ACT=args.hidden_act,
             **shape, **tiles,

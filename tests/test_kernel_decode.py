@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
@@ -39,7 +39,8 @@ runs = pytest.mark.skipif(not (DEVICE.type == "cuda" or INTERPRETED), reason="no
 on_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
 )
-few = settings(max_examples=4, deadline=None, derandomize=True, database=None)
+phases = [phase for phase in Phase if phase not in (Phase.explain, Phase.shrink)]  # minutes in the interpreter
+draws = settings(deadline=None, derandomize=True, database=None, phases=phases)
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,7 @@ def test_a_step_is_that_of_the_modules(changes: dict[str, Any], lengths: list[in
 
 
 @runs
-@few
+@settings(draws, max_examples=4)
 @given(
     st.sampled_from([8, 24, 40]), st.integers(1, 20), st.integers(1, 5), st.sampled_from([1, 4, 6, 18]),
     st.integers(1, 17), st.booleans(),
@@ -156,7 +157,7 @@ def choose(step: Step, sampling: Sampling, logits: torch.Tensor, numbers: torch.
 
 
 @runs
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(draws, max_examples=25)
 @given(
     st.sampled_from([0.0, 1e-3, 0.8, 3.0]), st.sampled_from([0, 1, 5, 255, 300]), st.sampled_from([1e-9, 0.3, 0.95, 1.0]),
     st.sampled_from([0.0, 0.5, 4.0]), st.integers(0, 99),
@@ -243,7 +244,7 @@ def texts(model: Transformer, prompts: list[bytes], sampling: Sampling, num_samp
     return results
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(draws, max_examples=20)
 @given(
     st.lists(st.binary(max_size=24), min_size=1, max_size=9), st.integers(1, 5), st.sampled_from([0.0, 1.0]),
     st.integers(1, 40), st.sampled_from([b"", b"a", b"\xff\x01"]), st.integers(1, 7), st.integers(1, 2),
