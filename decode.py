@@ -35,9 +35,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_float, c_int32, c_void_p
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from itertools import product
@@ -72,11 +72,12 @@ Dtypes = tuple[torch.dtype, torch.dtype | None]  # of activations and of KV cach
 EXACT: Dtypes = torch.float32, None
 
 MIN_LENGTH = 64  # that attention of a recorded call goes over
+# Positions of one call while prompts are read, all rows together: what bounds the memory that long prompts take.
+PREFILL_POSITIONS = 4096
 REPEATS = 4  # calls of a kind before it is recorded, which takes as long as some calls
 MAX_GRAPHS = 64  # kept at a time, each with memory of its own
 
 ONE_THREAD = 1 << 22  # numbers that a step of decoding multiplies, up to which one thread does it
-MBU_STEPS = 100  # of decoding, for which it is worth 0.1 s to measure the memory's bandwidth
 
 
 def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
@@ -637,13 +638,15 @@ class KernelDecoder:
         """Returns the buffers for n positions or more, and what runs MTP module `depth`, or -1: the main model."""
         n = next(most for most in self.kernels.POSITIONS if most >= n)
         if n not in self.steps:
-            self.steps[n] = self.kernels.Step(self.model, n)
+            with torch.inference_mode(False):  # its buffers are written in other calls, too
+                self.steps[n] = self.kernels.Step(self.model, n)
         step = self.steps[n]
         if (n, depth) not in self.replays:
             launch = step.run if depth < 0 else partial(step.run_mtp, depth)
             self.replays[n, depth] = _recorded(launch, step) if step.on_gpu else launch
         return step, self.replays[n, depth]
 
+    @torch.no_grad()
     def _run(self, depth: int, tokens: torch.Tensor, cache: KVCache, *before: torch.Tensor) -> Outputs:
         """Runs MTP module `depth`, or -1: the main model."""
         (bsz, seq_len), n = tokens.shape, tokens.numel()
@@ -700,10 +703,11 @@ class Blocks:
         self.finished, self.is_steady = 0.0, False
 
     @torch.inference_mode()
-    def advance(self, rows: list[Any], fill: Callable[[], None], reads: "MemoryReads | None") -> list[list[int]]:
+    def advance(self, rows: list[Any], fill: Callable[[], None], reads: Any) -> list[list[int]]:
         """Returns the next bytes of each of the `generate.Row`s, or none of one that has just come.
 
-        `fill` fills the cache of the batch's stale rows. `reads` counts the steps if there was nothing else to do.
+        `fill` fills the cache of the batch's stale rows. `reads`, a metrics.MemoryReads, counts steps where there was
+        nothing else to do.
         """
         new, cache = [rows[i] for i in self.batch.stale], self.batch.cache
         if new:
@@ -875,7 +879,35 @@ def blocks(model: Transformer, batch: Any, sampling: Any, attn_impl: str) -> Blo
     return Blocks(decoder, batch, sampling) if has_room and batch.n_drafts == 0 else None
 
 
-# --- A step: its settings, its speed, and what memory allows -------------------------------------------------------
+# --- Prompts and steps ------------------------------------------------------------------------------------------------
+
+
+def prefill(
+    model: Transformer, texts: Sequence[bytes | bytearray], cache: KVCache, hidden: torch.Tensor | None = None
+) -> None:
+    """Forwards texts, apart from the last byte of each, into the rows of a cache, a bounded number of positions a time.
+
+    Shorter rows are padded on the right, after what that could disturb. `hidden`, what MTP modules read at the last
+    positions (see `Drafter`), is filled too; without it, no modules run.
+    """
+    depth, ring = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[2])
+    longest = max(map(len, texts))
+    ids = torch.zeros(len(texts), longest + depth, dtype=torch.int64)  # a module reads that many bytes ahead
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(list(text), dtype=torch.int64)
+    ids = ids.to(model.head.weight.device)
+    cache.lengths = [0] * len(texts)
+    chunk = max(PREFILL_POSITIONS // len(texts), 1)
+    for start in range(0, longest - 1, chunk):
+        end = min(start + chunk, longest - 1)
+        h, _ = model.forward_with_hidden(ids[:, start:end], cache)
+        for k in range(depth):
+            for row, text in enumerate(texts):
+                if last := range(max(start, len(text) - 1 - ring), min(end, len(text) - 1)):
+                    hidden[k, row, [i % ring for i in last]] = h[row, last.start - start : last.stop - start]
+            h, _ = model.mtp_forward(k, h, ids[:, start + 1 + k : end + 1 + k], cache)
+        cache.lengths = [end] * len(texts)
+    cache.lengths = [len(text) - 1 for text in texts]
 
 
 @contextlib.contextmanager
@@ -890,107 +922,6 @@ def step_settings(attn_impl: Any, n_multiplied: float) -> Iterator[None]:
     finally:
         model_module.attn_impl = before
         torch.set_num_threads(threads)
-
-
-class MemoryReads:
-    """Counts what decoding has to read from memory: the weights of each step, and the KV cache.
-
-    Of the routed experts, a call for n positions reads those that it chooses; counted are as many as n positions reach
-    that are routed evenly and independently. Of the embedding, it reads a row for each, which is not counted.
-
-    Attributes:
-        sizes: Bytes of this process's weights, of the main layers and then of each MTP module, as pairs: what every
-            call reads, the head included, and all routed experts.
-        steps: The counted steps.
-        seconds: How long they took.
-        bytes: What they had to read.
-    """
-
-    def __init__(self, model: Transformer):
-        self.args, self.steps, self.seconds, self.bytes = model.args, 0, 0.0, 0.0
-        self.sizes: list[tuple[float, float]] = []
-        copies = getattr(model.decoder, "kept", []) if fp8_ops.gemm_impl == "bf16" else []  # perhaps of another width
-        scale = sum(tensor.nbytes for tensor in copies) / _stored_bytes(model) if copies else 1.0
-        for modules in ([*model.layers, model.norm, model.head], *([module, model.head] for module in model.mtp)):
-            stacks = [m for module in modules for m in module.modules() if isinstance(m, Experts)]
-            total, routed = sum(map(_stored_bytes, modules)), sum(map(_stored_bytes, stacks))
-            self.sizes.append((scale * (total - routed), scale * routed))
-
-    def count(self, cache: KVCache, n_drafted: int, seconds: float, n_steps: int = 1) -> None:
-        """Counts steps that took so long: each `n_drafted` calls of modules, and one of the model for all drafts."""
-        args, n_rows = self.args, len(cache.lengths)
-        calls = [(0, n_rows * (1 + n_drafted)), *((min(i + 1, args.n_mtp_layers), n_rows) for i in range(n_drafted))]
-        for stack, n_positions in calls:
-            always, routed = self.sizes[stack]
-            unused = (1 - args.n_activated_experts / max(args.n_routed_experts, 1)) ** n_positions
-            layers = cache.layers[: args.n_layers] if stack == 0 else [cache.layers[args.n_layers + stack - 1]]
-            cached = sum(tensor.nbytes for layer in layers for tensor in layer)
-            read = always + routed * (1 - unused) + cached * sum(cache.lengths) / (n_rows * cache.capacity)
-            self.bytes += n_steps * read
-        self.steps += n_steps
-        self.seconds += seconds
-
-    def mbu(self, device: torch.device) -> str:
-        """Describes the achieved share of the memory's bandwidth; empty after too few steps to measure that for."""
-        if self.steps < MBU_STEPS or not (bandwidth := read_bandwidth(device)):
-            return ""
-        return f"MBU {self.bytes / max(self.seconds, 1e-9) / bandwidth:.0%} of {bandwidth / 1e9:,.1f} GB/s"
-
-
-@dataclass
-class Tally:
-    """Counts bytes drafted for rows that could take them, those accepted, bytes written, and the time it took.
-
-    `reads` counts what the steps that did nothing but decode had to read from memory.
-    """
-
-    drafted: int = 0
-    accepted: int = 0
-    written: int = 0
-    seconds: float = 0.0
-    reads: MemoryReads | None = None
-
-    def measure(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-        """Passes on what `generate` yields, and counts the bytes and the time."""
-        start = time.perf_counter()
-        try:
-            for row, piece in pieces:
-                self.written += len(piece)
-                yield row, piece
-        finally:
-            self.seconds += time.perf_counter() - start
-
-    def __str__(self) -> str:
-        text = f"{self.written:,} bytes in {self.seconds:.1f} s: {self.written / max(self.seconds, 1e-9):,.1f} bytes/s"
-        if not self.drafted:
-            return text
-        return f"{text}, {self.accepted / self.drafted:.0%} of {self.drafted:,} drafts accepted"
-
-
-def _stored_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's weights; of those that FP8 products read quantised, of these copies."""
-    total = sum(tensor.nbytes for tensor in module.state_dict().values())
-    for layer in module.modules():
-        if fp8_ops.gemm_impl == "fp8" and isinstance(layer, Linear) and layer.weight_q is not None:
-            quantized = layer.quantized()
-            total += quantized.q.nbytes + quantized.s.nbytes - layer.weight.nbytes
-    return total
-
-
-def read_bandwidth(device: torch.device) -> float | None:
-    """Measures how many bytes a second this device reads from memory, in about 0.1 s; None where there is no room."""
-    # more than caches hold; on a GPU several passes at a time, to which waiting adds little
-    n_bytes, n_passes = (1 << 30, 4) if device.type == "cuda" else (1 << 27, 1)
-    try:
-        numbers = torch.ones(n_bytes // 4, device=device)
-    except (MemoryError, RuntimeError):
-        return None
-    seconds = []
-    for _ in range(8):  # other programs may disturb some
-        start = time.perf_counter()
-        torch.stack([numbers.sum() for _ in range(n_passes)]).tolist()  # waits for all
-        seconds.append(time.perf_counter() - start)
-    return n_bytes * n_passes / min(seconds)
 
 
 if __name__ == "__main__":  # what `_try_in_child` starts

@@ -59,13 +59,11 @@ import parallel
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
 from byte_tokenizer import decode as decode_text
 from convert import load_model
-from decode import Tally
-from model import ConfigError, KVCache, ModelArgs, Transformer
+from metrics import MemoryReads, Tally
+from model import ConfigError, ModelArgs, Transformer
 from parallel import ParallelContext, is_rank_zero
 from safetensors_io import CheckpointError, read_regular
 
-# Positions of one call while prompts are read, all rows together: what bounds the memory that long prompts take.
-PREFILL_POSITIONS = 4096
 MAX_PROMPT_BYTES = 1 << 28  # of a file of prompts, and of a line that is piped in
 MAX_DRAFTS = 256
 MAX_TEXTS = 10**7  # of one call, which are listed
@@ -381,14 +379,14 @@ def fill_stale(batch: Batch, drafter: Drafter) -> None:
         for row, context in contexts.items():
             lengths[row] = max(len(context) - 1 - k, 0)
     if len(contexts) == len(batch.texts):
-        return prefill(model, [contexts[row] for row in range(len(contexts))], cache, drafter.hidden)
+        return decode.prefill(model, [contexts[row] for row in range(len(contexts))], cache, drafter.hidden)
     rows = sorted(contexts, key=lambda row: len(contexts[row]))
     while rows:  # into a small cache first, as many as one call can read
         longest = len(contexts[rows[-1]])
-        n = max(PREFILL_POSITIONS // longest, 1)
+        n = max(decode.PREFILL_POSITIONS // longest, 1)
         group, rows = rows[-n:], rows[:-n]
         filled, hidden = model.new_cache(len(group), longest), drafter.hidden[:, group]
-        prefill(model, [contexts[row] for row in group], filled, hidden)
+        decode.prefill(model, [contexts[row] for row in group], filled, hidden)
         drafter.hidden[:, group] = hidden
         for layer, others in zip(cache.layers, filled.layers, strict=True):
             for tensor, other in zip(layer, others, strict=True):
@@ -423,34 +421,6 @@ def step(
     batch.cache.lengths = [length + 1 + n for length, n in zip(batch.cache.lengths, n_accepted, strict=True)]
     accepted = [row[:n] for row, n in zip(drafts, n_accepted, strict=True)]
     return accepted, np.stack([after for _, after in verdicts]), logits
-
-
-def prefill(
-    model: Transformer, texts: Sequence[bytes | bytearray], cache: KVCache, hidden: torch.Tensor | None = None
-) -> None:
-    """Forwards texts, apart from the last byte of each, into the rows of a cache, a bounded number of positions a time.
-
-    Shorter rows are padded on the right, after what that could disturb. `hidden`, what MTP modules read at the last
-    positions (see `Drafter`), is filled too; without it, no modules run.
-    """
-    depth, ring = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[2])
-    longest = max(map(len, texts))
-    ids = torch.zeros(len(texts), longest + depth, dtype=torch.int64)  # a module reads that many bytes ahead
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(list(text), dtype=torch.int64)
-    ids = ids.to(model.head.weight.device)
-    cache.lengths = [0] * len(texts)
-    chunk = max(PREFILL_POSITIONS // len(texts), 1)
-    for start in range(0, longest - 1, chunk):
-        end = min(start + chunk, longest - 1)
-        h, _ = model.forward_with_hidden(ids[:, start:end], cache)
-        for k in range(depth):
-            for row, text in enumerate(texts):
-                if last := range(max(start, len(text) - 1 - ring), min(end, len(text) - 1)):
-                    hidden[k, row, [i % ring for i in last]] = h[row, last.start - start : last.stop - start]
-            h, _ = model.mtp_forward(k, h, ids[:, start + 1 + k : end + 1 + k], cache)
-        cache.lengths = [end] * len(texts)
-    cache.lengths = [len(text) - 1 for text in texts]
 
 
 class Row:
@@ -657,8 +627,8 @@ def prompt_logprobs(model: Transformer, prompt: bytes) -> list[float | None]:
     start = context_start(len(prompt), model.args.max_seq_len)
     context, nats = prompt[start:], []
     cache = model.new_cache(1, len(context))
-    for first in range(0, len(context) - 1, PREFILL_POSITIONS):
-        last = min(first + PREFILL_POSITIONS, len(context) - 1)
+    for first in range(0, len(context) - 1, decode.PREFILL_POSITIONS):
+        last = min(first + decode.PREFILL_POSITIONS, len(context) - 1)
         nats += log_probabilities(model(context[first:last], cache), context[first + 1 : last + 1])
     return [None] * (start + 1) + nats
 
@@ -920,7 +890,7 @@ def run(argv: Sequence[str] | None) -> None:
             model = load(arguments, ctx)
             speculate = choose_speculate(model.args, arguments.speculate, len(prompts))
         model.args.max_batch_size = arguments.max_batch_size or model.args.max_batch_size
-        reads = decode.MemoryReads(model)
+        reads = MemoryReads(model)
         tally = Tally(reads=reads)
         given = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
         sampling = Sampling(**given | {"seed": seed, "speculate": speculate})

@@ -39,6 +39,7 @@ import convert  # noqa: E402
 import decode  # noqa: E402
 import fp8_ops  # noqa: E402
 import generate  # noqa: E402
+import metrics  # noqa: E402
 import model as model_module  # noqa: E402
 import parallel  # noqa: E402
 from checkpoint import save_model  # noqa: E402
@@ -211,7 +212,7 @@ def forward(model: Transformer, text: bytes) -> None:
 def bench_prefill(options: argparse.Namespace, folder: Path) -> None:
     """Reading a prompt against the forward pass of training."""
     models, text = by_weights(options, folder, config_of("bytegpt")), bytes(range(65, 129)) * 16
-    read = [lambda m=m: generate.prefill(m, [text + b"."], m.new_cache(1, 1024)) for m in models.values()]
+    read = [lambda m=m: decode.prefill(m, [text + b"."], m.new_cache(1, 1024)) for m in models.values()]
     with torch.inference_mode():
         *times, other = seconds(options.repeat, *read, partial(forward, models["bf16"], text))
     rows: list[tuple[object, ...]] = [
@@ -348,7 +349,7 @@ def bench_gpu(options: argparse.Namespace, folder: Path) -> None:
             model = gpu_model(config_of(name, max_batch_size=64), width)
             same = same_bytes(model)
             for n_texts, temperature in ((1, 0.0), (1, 0.8), (64, 0.0), (64, 0.8)):
-                tally = Tally(reads=decode.MemoryReads(model))
+                tally = Tally(reads=metrics.MemoryReads(model))
                 sampling = Sampling(temperature, max_new_tokens=options.bytes)
                 start = time.perf_counter()
                 n = sum(map(len, write(model, prompts(n_texts), sampling, tally)))
@@ -365,11 +366,11 @@ def bench_gpu(options: argparse.Namespace, folder: Path) -> None:
             step.place(cache, [0], [length])
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(decode.MBU_STEPS // 4):
+            for _ in range(metrics.MBU_STEPS // 4):
                 replay()
             torch.cuda.synchronize()
             took = time.perf_counter() - start
-        times.append(took / (decode.MBU_STEPS // 4) * 1e6)
+        times.append(took / (metrics.MBU_STEPS // 4) * 1e6)
     print_table(("us after 64", "us after 16,384", "ratio"), (*times, times[1] / times[0]))
 
 
