@@ -116,7 +116,7 @@ class Script:
 
     def __init__(self, scripts: dict[bytes, bytes], batch_size: int = 4):
         self.args = SimpleNamespace(max_seq_len=10**6, max_batch_size=batch_size, n_mtp_layers=0, dim=1, kv_lora_rank=0)
-        self.compute_dtype, self.absorbs = torch.float32, False
+        self.compute_dtype, self.absorbs, self.decoder = torch.float32, False, None
         self.head = SimpleNamespace(weight=torch.zeros(1))
         self.scripts = scripts  # by the first byte of the prompt, which is one byte
 
