@@ -369,14 +369,14 @@ def _queries_kernel(
             tl.store(out_ptr + C + half, even * SCALE, mask=is_pair)
             tl.store(out_ptr + C + R // 2 + half, odd * SCALE, mask=is_pair)
     else:
-        row, capacity, c = tl.load(rows_ptr + n), tl.load(capacity_ptr), tl.arange(0, CP)
+        row, capacity, i = tl.load(rows_ptr + n), tl.load(capacity_ptr), tl.arange(0, CP)
         cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(TYPE)) + (row * capacity + position) * (C + R)
-        g = tl.load(kv_norm_ptr + c, mask=c < C, other=0.0)
+        g = tl.load(kv_norm_ptr + i, mask=i < C, other=0.0)
         a_ptr += n * A_STRIDE + A_STRIDE - C - R
         _wait(PDL)
         if (row >= 0) & (position < capacity) & (part == 0):
-            latent = tl.load(a_ptr + c, mask=c < C, other=0.0) * g * _inverse_rms(a_ptr, C, CP, EPS)
-            tl.store(cache_ptr + c, latent.to(TYPE), mask=c < C)
+            latent = tl.load(a_ptr + i, mask=i < C, other=0.0) * g * _inverse_rms(a_ptr, C, CP, EPS)
+            tl.store(cache_ptr + i, latent.to(TYPE), mask=i < C)
             even, odd = _rotated(a_ptr + C, cos_ptr, sin_ptr, position, R, HALF, CONTEXT)
             tl.store(cache_ptr + C + half, even.to(TYPE), mask=is_pair)
             tl.store(cache_ptr + C + R // 2 + half, odd.to(TYPE), mask=is_pair)
