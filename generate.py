@@ -782,11 +782,12 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     if (size := model.args.vocab_size) != VOCAB_SIZE:
         raise GenerationError(f"{arguments.ckpt_path}: vocab_size is {size}; a model of bytes has {VOCAB_SIZE}")
     stored = any(layer.scale is not None for layer in model.fp8_layers())
-    multiplies = stored and multiplies_fp8 and not decode.KernelDecoder.suits(model)  # whose kernels read FP8
-    fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if multiplies else "bf16")
+    quantizes = stored and multiplies_fp8 and not decode.KernelDecoder.suits(model)  # which reads FP8 weights itself
+    fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if quantizes else "bf16")
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)
+    model.args.max_batch_size = arguments.max_batch_size or model.args.max_batch_size
     if warning := decode.attach(model, keep_attn_impl=arguments.attn_impl is not None):
         command.warn("generate.py", warning)
     model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)  # with what was found
@@ -820,7 +821,9 @@ def build_parser() -> command.Parser:
     add("--top-k", type=integer(0), metavar="K", help="the K likeliest bytes; 0: all")
     add("--top-p", type=real(0, 1, open_low=True), metavar="P", help="the fewest bytes that reach P; 1: all")
     add("--seed", type=integer(0, 2**64 - 1), metavar="N", help="for the same text again; default: a new one each time")
-    drafts = "bytes drafted at a time by MTP modules, for speed; default: one each, or 1 for several texts; 0: none"
+    drafts = (
+        "bytes drafted at a time by MTP modules, for speed; default: none on a GPU, else one each, or 1 for several"
+    )
     add("--speculate", type=integer(0, MAX_DRAFTS), metavar="N", help=drafts)
     add("--stop", type=stop_string, metavar="STRING", help="ends a text; not printed")
     add("--num-samples", type=integer(1, 10**6), metavar="N", help="texts for each prompt; default: 1")
@@ -831,7 +834,7 @@ def build_parser() -> command.Parser:
     most = "texts at a time, as many as the KV cache has room for; default: max_batch_size of the model's config"
     add("--max-batch-size", type=integer(1, 1 << 20), metavar="N", help=most)
     add("--attn-impl", choices=("naive", "absorb"), help="default: absorb where there is a latent")
-    gemm = "default: fp8 for weights stored in FP8 where the hardware multiplies them, else bf16"
+    gemm = "default: bf16; fp8 for weights stored in FP8 that the hardware multiplies and no kernel of decoding reads"
     add("--gemm-impl", choices=("bf16", "fp8"), help=gemm)
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
@@ -888,8 +891,10 @@ def run(argv: Sequence[str] | None) -> None:
         seed = int(ctx.broadcast_bytes(lambda: str(seed).encode()))
         with ctx.collective_section():
             model = load(arguments, ctx)
-            speculate = choose_speculate(model.args, arguments.speculate, len(prompts))
-        model.args.max_batch_size = arguments.max_batch_size or model.args.max_batch_size
+            # steps without drafts need no Python between them, where kernels choose the bytes
+            wanted = 0 if isinstance(model.decoder, decode.KernelDecoder) else None
+            wanted = wanted if arguments.speculate is None else arguments.speculate
+            speculate = choose_speculate(model.args, wanted, len(prompts))
         reads = MemoryReads(model)
         tally = Tally(reads=reads)
         given = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}

@@ -34,9 +34,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from model import LATENT_NORM_EPS, MLP, Block, KVCache, Linear, MoE, MTPModule, RMSNorm, Transformer
 
 BLOCK = tl.constexpr(128)  # columns of FP8 weights that share a scale, and rows
-MAX_VOCAB = 1024  # whose bytes are compared in pairs, if top-k or top-p is on
-MAX_EXPERTS = 512  # likewise
-MAX_CONTEXT = 1 << 20  # whose rotary angles are kept
+# bytes that a program sorts, experts that it compares in pairs, positions whose rotary angles are kept
+MAX_VOCAB, MAX_EXPERTS, MAX_CONTEXT = 1024, 512, 1 << 20
 SPAN = 32  # positions that attention reads at a time
 MAX_STEPS = 32  # of a block
 POSITIONS = (1, 4, 16, 64)  # numbers of positions that there are steps for
@@ -744,8 +743,7 @@ class Step:
     the addresses of its layers, and `capacity`. Weights and these buffers must stay where they are.
 
     Attributes:
-        states: What `Transformer.forward_with_hidden` returns first, (N, dim).
-        logits: What it returns second, float32 (N, vocab_size).
+        states, logits: What `Transformer.forward_with_hidden` returns, (N, dim) and float32 (N, vocab_size).
         before: The states that an MTP module reads, (N, dim).
         sampling: Temperature, top-k and top-p, float64 (3,).
         uniforms: For each step of a block, a uniform number a row, float64 (MAX_STEPS, N).
@@ -758,13 +756,11 @@ class Step:
 
     def __init__(self, model: Transformer, n: int):
         self.model, self.args, self.n = model, model.args, n
-        args, device, self.dtype = model.args, model.head.weight.device, model.compute_dtype
-        self.cache_dtype = model.cache_dtype or self.dtype
-        self.attn = cast(Block, model.layers[0]).attn
+        args, device, self.attn = model.args, model.head.weight.device, cast(Block, model.layers[0]).attn
+        self.dtype, self.cache_dtype = model.compute_dtype, model.cache_dtype or model.compute_dtype
         if args.n_routed_experts > MAX_EXPERTS or args.max_seq_len > MAX_CONTEXT:
             raise ValueError(f"more than {MAX_EXPERTS} experts or {MAX_CONTEXT:,} positions")
-        self.shared = args.n_shared_experts * args.moe_inter_dim
-        self.on_gpu = device.type == "cuda"
+        self.shared, self.on_gpu = args.n_shared_experts * args.moe_inter_dim, device.type == "cuda"
         self.pdl = self.on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
         self.precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
         self.kept: dict[torch.Tensor, torch.Tensor] = {}
@@ -890,8 +886,7 @@ class Step:
         """Launches a block; the updates of the one before, so many, are not added yet."""
         attn, first = block.attn, self.x
         if self.n > 1:
-            first = self.normed
-            self._norm(block.attn_norm, self.x, first, n_parts)
+            self._norm(block.attn_norm, self.x, first := self.normed, n_parts)
         wq = attn.wq_a if attn.q_lora_rank else attn.wq
         self._project(first, block.attn_norm, self.a, self._matrix(wq), self._matrix(attn.wkv_a))
         if attn.q_lora_rank:
@@ -960,9 +955,8 @@ class Step:
             "EPS": block.ffn_norm.eps,
             "ACT": args.hidden_act,
         }
-        n_chosen, h = args.n_activated_experts if moe else 0, self.h[0]
-        n_experts = args.n_routed_experts if moe else 0
-        gate = self.logits if moe is None else moe.gate.weight
+        n_chosen, n_experts = (args.n_activated_experts, args.n_routed_experts) if moe else (0, 0)
+        gate, h = self.logits if moe is None else moe.gate.weight, self.h[0]
         tiles = self._rows(max(other_width, 1), args.dim, 2)
         grid: tuple[int, ...] = (-(-n_experts // tiles["R"]) + -(-other_width // tiles["R"]),)
         buffers: tuple[Any, ...] = *norm, gate, self.router_logits, *other[0], *other[1], h[n_chosen * width :]

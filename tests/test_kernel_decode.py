@@ -290,6 +290,32 @@ def test_uniform_numbers_of_a_block_are_those_of_steps() -> None:
     assert np.array_equal(torch.rand(50, generator=other, dtype=torch.float64).numpy(), expected)
 
 
+@on_gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("max_batch_size", [1, 3, 20])
+def test_texts_are_those_of_the_modules(temperature: float, max_batch_size: int) -> None:
+    """In float32, where few bytes are near ties."""
+    model = random_model(max_batch_size=max_batch_size, n_mtp_layers=0, q_lora_rank=12, max_seq_len=64)
+    model.head.weight[[0, 97, 255]] += 0.5
+    prompts = [bytes(range(65, 65 + n)) for n in range(0, 75, 3)]
+    sampling = Sampling(temperature, top_k=200, top_p=0.99, max_new_tokens=50, seed=3)
+    expected = texts(model, prompts, sampling)
+    assert decode.attach(model) is None and isinstance(model.decoder, decode.KernelDecoder)
+    results = texts(model, prompts, sampling)
+    assert sum(a == b for a, b in zip(results, expected, strict=True)) >= len(prompts) - 1
+
+
+@on_gpu
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_a_model_in_bfloat16_is_attached(is_fp8: bool) -> None:
+    model = random_model(dim=256, n_layers=4, inter_dim=256, moe_inter_dim=128, max_seq_len=64).bfloat16()
+    model.compute_dtype = torch.bfloat16
+    for layer in model.fp8_layers() if is_fp8 else []:
+        layer.weight.data, layer.scale = fp8_ops.weight_quant(layer.weight)
+    assert decode.attach(model) is None and isinstance(model.decoder, decode.KernelDecoder)
+    assert len(texts(model, [b"a"] * 70, Sampling(1.0, max_new_tokens=20))) == 70
+
+
 # --- Compilation, without a GPU ---------------------------------------------------------------------------------------
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have

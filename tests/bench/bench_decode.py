@@ -11,8 +11,8 @@ loss          of the next byte, by weights and KV caches of each width: --ckpt-p
 attach        comparing a decoder with the modules when it is attached, in milliseconds (configs/nano.json, small.json)
 speculation   drafting so many bytes at a time by the MTP modules, against not: the checkpoint of --ckpt-path continues
               beginnings of lines of Python, or else nano.json with a module, after --minutes on the standard library
-gpu           on a GPU, random models of --config: bytes/s and MBU of one and of 64 texts, greedy and sampled, by weights
-              in bfloat16 and FP8; how many greedy bytes are those of the modules; and a byte after 16,384 others
+gpu           on a GPU, random models of --config: bytes/s and MBU of one and of 64 texts, by weights in bfloat16 and
+              FP8; how many greedy texts are those of the modules; and a byte after 16,384 others (configs/small.json)
 """
 
 import argparse
@@ -308,7 +308,7 @@ def write_all(model: Transformer, groups: list[list[bytes]], sampling: Sampling,
 
 
 def gpu_model(args: ModelArgs, width: str) -> Transformer:
-    """A random model in bfloat16 on a GPU that never ends a text, with its decoder; the linear layers' weights in `width`."""
+    """A random model on a GPU that never ends a text, with its decoder; linear layers' weights are in `width`."""
     with torch.device("cuda"):
         model = Transformer(args, torch.bfloat16, init=False).eval().requires_grad_(False)
     torch.manual_seed(0)
