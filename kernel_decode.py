@@ -122,8 +122,8 @@ def _inverse_rms(x_ptr, K: constexpr, KP: constexpr, EPS: constexpr):
 
 @triton.jit
 def _project_rows(
-    x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, tile, HEIGHT: constexpr, K: constexpr, KP: constexpr, EPS: constexpr, ADD:
-    constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
+    x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, tile, HEIGHT: constexpr, K: constexpr, KP: constexpr, EPS: constexpr,
+    ADD: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """Rows tile·R to tile·R + R of `W x`, or of `W norm(x)` where there are a norm's weights g."""
     rows = tile * R + tl.arange(0, R)
@@ -141,8 +141,8 @@ def _project_rows(
 
 @triton.jit
 def _project_kernel(
-    x_ptr, g_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, KP: constexpr, EPS:
-    constexpr, ADD: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
+    x_ptr, g_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, KP: constexpr,
+    EPS: constexpr, ADD: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """`project` of one or two matrices, A (OA, K) and B (OB, K), and the RMSNorm before it; for one position.
 
@@ -173,8 +173,8 @@ def _activate(gate, ACT: constexpr):
 
 @triton.jit
 def _gate_up_rows(
-    x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER: constexpr, K: constexpr, KP: constexpr, EPS:
-    constexpr, ACT: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
+    x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER: constexpr, K: constexpr, KP: constexpr,
+    EPS: constexpr, ACT: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """Numbers tile·R to tile·R + R of `act(w1 h) * w3 h`, h = norm(x)."""
     BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
@@ -198,8 +198,8 @@ def _gate_up_rows(
 
 @triton.jit
 def _gate_up_one_kernel(
-    x_ptr, g_ptr, gate_ptr, logits_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, E: constexpr, INTER: constexpr, K:
-    constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
+    x_ptr, g_ptr, gate_ptr, logits_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, E: constexpr, INTER: constexpr,
+    K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """ffn_norm with w1, w3 and activation of an `MLP` (dense or shared experts), and `Gate`'s logits, for one position.
 
@@ -219,8 +219,8 @@ def _gate_up_one_kernel(
 def _experts_up_one_kernel(
     x_ptr, g_ptr, logits_ptr, bias_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, chosen_ptr, weights_ptr, E: constexpr,
     GROUPS: constexpr, LIMITED: constexpr, TOPK: constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, GP: constexpr,
-    EP: constexpr, INTER: constexpr, K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, PDL: constexpr, R:
-    constexpr, KB: constexpr,
+    EP: constexpr, INTER: constexpr, K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, PDL: constexpr,
+    R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """The rest of `Gate.forward`, and w1, w3 and activation of the chosen `Experts`, for one position.
 
@@ -254,8 +254,8 @@ def _experts_up_one_kernel(
 
 @triton.jit
 def _route(
-    logits, bias_ptr, inside, number, LIMITED: constexpr, GROUPS: constexpr, SOFTMAX: constexpr, GP: constexpr, EP:
-    constexpr,
+    logits, bias_ptr, inside, number, LIMITED: constexpr, GROUPS: constexpr, SOFTMAX: constexpr, GP: constexpr,
+    EP: constexpr,
 ):  # fmt: skip
     """`Gate.route` of one position: scores and ranks (GP·EP,) from logits (GP, EP), one row a group of experts.
 
@@ -291,8 +291,8 @@ def _ranks(values, n: constexpr):
 
 @triton.jit
 def _down_one_kernel(
-    h_ptr, chosen_ptr, weights_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, x_ptr, D: constexpr, INTER: constexpr, TOPK:
-    constexpr, SHARED: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
+    h_ptr, chosen_ptr, weights_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, x_ptr, D: constexpr, INTER: constexpr,
+    TOPK: constexpr, SHARED: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """w2 of the chosen `Experts`, `combine`, the shared experts or dense MLP, and `Block`'s residual sum, one position.
 
@@ -335,9 +335,9 @@ def _rotated(x_ptr, cos_ptr, sin_ptr, position, R: constexpr, HALF: constexpr, C
 @triton.jit(do_not_specialize=["layer"])
 def _queries_kernel(
     a_ptr, q_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr,
-    out_ptr, layer, TYPE: constexpr, Q_STRIDE: constexpr, A_STRIDE: constexpr, H: constexpr, NOPE: constexpr, R:
-    constexpr, V: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, EPS: constexpr, PDL: constexpr, NP:
-    constexpr, HALF: constexpr, CP: constexpr, BC: constexpr,
+    out_ptr, layer, TYPE: constexpr, Q_STRIDE: constexpr, A_STRIDE: constexpr, H: constexpr, NOPE: constexpr,
+    R: constexpr, V: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, EPS: constexpr, PDL: constexpr,
+    NP: constexpr, HALF: constexpr, CP: constexpr, BC: constexpr,
 ):  # fmt: skip
     """The rotary queries of `MLA._queries`, W_kᵀ q of `_attend_absorbed`, kv_norm, the rotary key, `KVCache.update`.
 
@@ -355,9 +355,9 @@ def _queries_kernel(
         rows = h * (NOPE + V) + d
         mask = (d < NOPE)[:, None] & (c < C)[None, :]
         key = tl.load(wkv_b_ptr + rows[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        if skv_ptr is not None:
-            at = (rows // BLOCK)[:, None] * ((C + BLOCK - 1) // BLOCK) + (c // BLOCK)[None, :]
-            key *= tl.load(skv_ptr + at, mask=mask, other=0.0)
+        if skv_ptr is not None:  # BC columns are of one block
+            at = rows // BLOCK * ((C + BLOCK - 1) // BLOCK) + part * BC // BLOCK
+            key *= tl.load(skv_ptr + at, mask=d < NOPE, other=0.0)[:, None]
         q_ptr += n * Q_STRIDE + h * (NOPE + R)
         out_ptr += (n * H + h) * (C + R)
         _wait(PDL)
@@ -393,9 +393,9 @@ def _length(positions_ptr, rows_ptr, capacity_ptr, n):
 
 @triton.jit(do_not_specialize=["layer"])
 def _attend_kernel(
-    q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, layer, TYPE: constexpr, CACHE:
-    constexpr, H: constexpr, C: constexpr, R: constexpr, SPLITS: constexpr, PDL: constexpr, CP: constexpr, RP:
-    constexpr, BT: constexpr, PRECISION: constexpr,
+    q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, layer, TYPE: constexpr,
+    CACHE: constexpr, H: constexpr, C: constexpr, R: constexpr, SPLITS: constexpr, PDL: constexpr, CP: constexpr,
+    RP: constexpr, BT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """The scores, softmax and sums of latents of `MLA._attend_absorbed`, over a part of the positions.
 
@@ -442,20 +442,18 @@ def _attend_kernel(
 
 @triton.jit
 def _values_kernel(
-    parts_ptr, sums_ptr, positions_ptr, rows_ptr, capacity_ptr, wkv_b_ptr, skv_ptr, out_ptr, H: constexpr, NOPE:
-    constexpr, V: constexpr, C: constexpr, SPLITS: constexpr, BT: constexpr, PDL: constexpr, CP: constexpr, SPLITS_P:
-    constexpr, BS: constexpr, BV: constexpr,
+    parts_ptr, sums_ptr, positions_ptr, rows_ptr, capacity_ptr, wkv_b_ptr, skv_ptr, out_ptr, H: constexpr,
+    NOPE: constexpr, V: constexpr, C: constexpr, SPLITS: constexpr, BT: constexpr, PDL: constexpr, KB: constexpr,
+    SPLITS_P: constexpr, BS: constexpr, BV: constexpr,
 ):  # fmt: skip
     """Combines the parts of `_attend_kernel`, and the product with W_v of `MLA._attend_absorbed`.
 
     Program (h, n, i) computes BV numbers of the output (N, H, V) of head h at position n. Reads the parts in use, and
     BV rows of the head's W_v (V, C), for each position, mostly from L2: bound by memory for few positions.
     """
-    h, n = tl.program_id(0), tl.program_id(1)
-    v, c = tl.program_id(2) * BV + tl.arange(0, BV), tl.arange(0, CP)
-    rows = h * (NOPE + V) + NOPE + v
-    mask = (v < V)[:, None] & (c < C)[None, :]
-    w_v = tl.load(wkv_b_ptr + rows[:, None] * C + c[None, :], mask=mask, other=0.0)
+    h, n, v = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV + tl.arange(0, BV)
+    rows, inside, c = h * (NOPE + V) + NOPE + v, v < V, _columns(0, KB)[None, :, :]
+    w_v = _dense(_tile(wkv_b_ptr, rows, inside, 0, C, KB), skv_ptr, rows, inside, 0, C, KB)
     length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
     each = tl.maximum(tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT, 1)
     n_parts = tl.cdiv(length, each)
@@ -463,21 +461,17 @@ def _values_kernel(
     s, first = tl.arange(0, SPLITS_P), (n * H + h) * SPLITS
     best = tl.max(tl.load(sums_ptr + first + s, mask=s < n_parts, other=float("-inf")), axis=0)
     best = tl.where(n_parts > 0, best, 0.0)  # where it is no row's, the output is 0
-    total, acc = tl.zeros((BS,), tl.float32), tl.zeros((BS, CP), tl.float32)
+    total, acc = tl.zeros((BS,), tl.float32), tl.zeros((BS, KB, BLOCK), tl.float32)
     for start in range(0, n_parts, BS):
         i = start + tl.arange(0, BS)
         share = tl.exp2(tl.load(sums_ptr + first + i, mask=i < n_parts, other=float("-inf")) - best)
-        is_used = (i < n_parts)[:, None] & (c < C)[None, :]
-        part = tl.load(parts_ptr + (first + i)[:, None] * C + c[None, :], mask=is_used, other=0.0)
+        is_used = (i < n_parts)[:, None, None] & (c < C)
+        part = tl.load(parts_ptr + (first + i)[:, None, None] * C + c, mask=is_used, other=0.0)
         total += share
-        acc += part * share[:, None]
+        acc += part * share[:, None, None]
     latent = tl.sum(acc, axis=0) / tl.where(n_parts > 0, tl.sum(total), 1.0)
-    w = w_v.to(tl.float32)
-    if skv_ptr is not None:
-        at = (rows // BLOCK)[:, None] * ((C + BLOCK - 1) // BLOCK) + (c // BLOCK)[None, :]
-        w *= tl.load(skv_ptr + at, mask=mask, other=0.0)
-    y = tl.sum(w * latent[None, :], axis=1)
-    tl.store(out_ptr + (n * H + h) * V + v, y.to(out_ptr.dtype.element_ty), mask=v < V)
+    y = _total(w_v * latent[None, :, :])
+    tl.store(out_ptr + (n * H + h) * V + v, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 # --- Products with several positions --------------------------------------------------------------------------------
@@ -507,8 +501,8 @@ def _norm_kernel(
 
 @triton.jit
 def _multiply(
-    acc, x_ptr, w_ptr, s_ptr, row, n_rows, begin, end, STRIDE: constexpr, K: constexpr, N: constexpr, BN: constexpr, BK:
-    constexpr, PRECISION: constexpr,
+    acc, x_ptr, w_ptr, s_ptr, row, n_rows, begin, end, STRIDE: constexpr, K: constexpr, N: constexpr, BN: constexpr,
+    BK: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Adds x Wᵀ to acc (N, BN): x (N, ·) with rows STRIDE apart, BN rows of W (n_rows, K), columns begin to end."""
     n, o = tl.arange(0, N), row + tl.arange(0, BN)
@@ -535,8 +529,8 @@ def _store_rows(acc, out_ptr, row, n_rows, STRIDE: constexpr, N: constexpr, BN: 
 
 @triton.jit
 def _matmul_kernel(
-    x_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, SPLITS: constexpr, PDL:
-    constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
+    x_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, SPLITS: constexpr,
+    PDL: constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """`project` of one or two matrices, A (OA, K) and B (OB, K), for N positions: x (N, K) to (SPLITS, N, OA + OB).
 
@@ -566,9 +560,9 @@ def _matmul_kernel(
 
 @triton.jit
 def _route_kernel(
-    x_ptr, gate_ptr, bias_ptr, rows_ptr, shares_ptr, E: constexpr, GROUPS: constexpr, LIMITED: constexpr, TOPK:
-    constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, K: constexpr, PDL: constexpr, GP: constexpr, EP: constexpr,
-    BK: constexpr,
+    x_ptr, gate_ptr, bias_ptr, rows_ptr, shares_ptr, E: constexpr, GROUPS: constexpr, LIMITED: constexpr,
+    TOPK: constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, K: constexpr, PDL: constexpr, GP: constexpr,
+    EP: constexpr, BK: constexpr,
 ):  # fmt: skip
     """`Gate.forward` for several positions: the weight of each expert at each, (N, E), 0 of those not chosen.
 
@@ -599,8 +593,8 @@ def _route_kernel(
 @triton.jit
 def _gate_up_kernel(
     x_ptr, shares_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr, E: constexpr,
-    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, PDL: constexpr, N: constexpr, BN: constexpr, BK:
-    constexpr, PRECISION: constexpr,
+    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, PDL: constexpr, N: constexpr, BN: constexpr,
+    BK: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """w1, w3 and activation of the `Experts`, and of the shared experts or the dense `MLP`, for N positions.
 
@@ -678,8 +672,8 @@ def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: constexpr, PDL: constexpr, DP: co
 
 @triton.jit
 def _choose_kernel(
-    logits_ptr, sampling_ptr, uniforms_ptr, counts_ptr, chosen_ptr, tokens_ptr, positions_ptr, N: constexpr, V:
-    constexpr, PDL: constexpr, VP: constexpr,
+    logits_ptr, sampling_ptr, uniforms_ptr, counts_ptr, chosen_ptr, tokens_ptr, positions_ptr, N: constexpr,
+    V: constexpr, PDL: constexpr, VP: constexpr,
 ):  # fmt: skip
     """`distribution`, `_truncate` and `draw` of generate.py, for a byte of each row; what is chosen is read next.
 
@@ -908,7 +902,7 @@ class Step:
         n, cp, norm = self.n, _power(rank), self._float(attn.kv_norm.weight)
         wkv_b, where = self._matrix(attn.wkv_b), (self.positions, self.rows, self.caches, self.capacity)
         rows = _power(max(nope, 1))
-        columns, scale = min(cp, max(8192 // rows, 16)), attn.softmax_scale * math.log2(math.e)
+        columns, scale = min(cp, max(8192 // rows, 16), 128), attn.softmax_scale * math.log2(math.e)
         self._launch(
             _queries_kernel, (heads + 1, n, cp // columns), self.a, self.queries, *wkv_b, norm, self.cos, self.sin,
             *where, self.q, index, TYPES[self.cache_dtype], self.queries.shape[-1], self.a.shape[-1], heads, nope,
@@ -920,11 +914,12 @@ class Step:
             TYPES[self.dtype], TYPES[self.cache_dtype], heads, rank, rope, self.splits, CP=max(cp, 16),
             RP=_power(rope, 16), BT=SPAN, PRECISION=self.precision,
         )  # fmt: skip
-        rows = min(max((4096 if n == 1 else 16384) // cp, 4), _power(args.v_head_dim))
+        blocks = _power(-(-rank // 128))
+        rows = min(max((32 if n == 1 else 128) // blocks, 4), _power(args.v_head_dim))
         self._launch(
             _values_kernel, (heads, n, -(-args.v_head_dim // rows)), self.parts, self.sums, self.positions, self.rows,
-            self.capacity, *wkv_b, self.values, heads, nope, args.v_head_dim, rank, self.splits, SPAN, CP=cp,
-            SPLITS_P=_power(self.splits), BS=min(_power(self.splits), max(4096 // cp, 1)), BV=rows,
+            self.capacity, *wkv_b, self.values, heads, nope, args.v_head_dim, rank, self.splits, SPAN,
+            KB=blocks, SPLITS_P=_power(self.splits), BS=min(_power(self.splits), max(32 // blocks, 1)), BV=rows,
         )  # fmt: skip
 
     def _router(self, moe: MoE) -> tuple[dict[str, Any], torch.Tensor | None]:
