@@ -146,7 +146,7 @@ def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
                 if all(probe.checked(decoder) is not None for probe in probes[1:]):
                     model.decoder = probes[0].checked(decoder)
                 if isinstance(model.decoder, KernelDecoder):
-                    model.decoder.prepare(model.args.max_batch_size)
+                    model.decoder.prepare()
                 if isinstance(model.decoder, GraphDecoder):
                     model.decoder.reset()  # what was recorded holds memory
             except Exception as error:  # whatever a changed model makes of it, the modules still decode
@@ -626,13 +626,13 @@ class KernelDecoder:
         return self._run(depth, tokens, cache, h)
 
     @torch.inference_mode()
-    def prepare(self, n_rows: int) -> None:
-        """Records all calls of one position each of up to `n_rows` rows."""
-        for n in self.kernels.POSITIONS:
-            for depth in range(-1, len(self.model.mtp)):
-                self.recorded(n, depth)
-            if n >= n_rows:
-                break
+    def prepare(self) -> None:
+        """Records all calls, and decodes a few bytes: what fails on this machine, fails here."""
+        for n, depth in product(self.kernels.POSITIONS, range(-1, len(self.model.mtp))):
+            self.recorded(n, depth)
+        if self.model.args.vocab_size <= self.kernels.MAX_VOCAB:
+            trial = _Trial(self.model)
+            Blocks(self, trial, trial).advance([trial], lambda: None, None)
 
     def recorded(self, n: int, depth: int = -1) -> tuple[Any, Callable[[], None]]:
         """Returns the buffers for n positions or more, and what runs MTP module `depth`, or -1: the main model."""
@@ -695,7 +695,9 @@ class Blocks:
     """
 
     def __init__(self, decoder: KernelDecoder, batch: Any, sampling: Any):
-        self.decoder, self.batch, self.steps = decoder, batch, decoder.kernels.MAX_STEPS
+        self.decoder, self.batch = decoder, batch
+        # a text that ends among others leaves its row idle for a block or two
+        self.steps = max(decoder.kernels.MAX_STEPS // (1 if len(batch.texts) == 1 else 2), 1)
         self.how = torch.tensor([sampling.temperature, sampling.top_k, sampling.top_p], dtype=torch.float64)
         self.columns: list[Any] = []  # the texts in the order of the device's rows
         self.state = torch.empty(2, 0, dtype=torch.int64)  # their next tokens and positions
@@ -768,6 +770,19 @@ class Blocks:
         if done is not None:
             done.record()
         return _Launched(list(rows), n, ids, done)
+
+
+class _Trial:
+    """As much of generate.py's `Batch`, of the `Row` in it and of the `Sampling` as `Blocks` reads."""
+
+    temperature, top_k, top_p = 1.0, 2, 0.5
+
+    def __init__(self, model: Transformer):
+        self.model, self.texts, self.stale, self.cache = model, [b"\0"], [0], model.new_cache(1, 2)
+        self.left, self.generator = 2, torch.Generator()
+
+    def context(self, row: int) -> bytes:
+        return self.texts[row]
 
 
 # --- CUDA graphs of the modules ---------------------------------------------------------------------------------------

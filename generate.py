@@ -787,7 +787,6 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)
-    model.args.max_batch_size = arguments.max_batch_size or model.args.max_batch_size
     if warning := decode.attach(model, keep_attn_impl=arguments.attn_impl is not None):
         command.warn("generate.py", warning)
     model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)  # with what was found
@@ -895,6 +894,7 @@ def run(argv: Sequence[str] | None) -> None:
             wanted = 0 if isinstance(model.decoder, decode.KernelDecoder) else None
             wanted = wanted if arguments.speculate is None else arguments.speculate
             speculate = choose_speculate(model.args, wanted, len(prompts))
+        model.args.max_batch_size = arguments.max_batch_size or model.args.max_batch_size
         reads = MemoryReads(model)
         tally = Tally(reads=reads)
         given = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}

@@ -277,6 +277,16 @@ def test_two_texts_take_turns() -> None:
     assert all(text.startswith(result) and result for text, result in zip(alone, results, strict=True))
 
 
+def test_preparing_decodes_a_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = by_blocks(random_model(n_mtp_layers=0).cpu(), 4)
+    model.decoder.prepare()
+    assert sorted(model.decoder.steps) == [1, 4, 16, 64] and model.decoder.steps[1].chosen[1, 0] > 0
+    assert len(texts(model, [b"a"], Sampling(1.0, max_new_tokens=9))[0]) == 9
+    monkeypatch.setattr(ByModules, "run", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        by_blocks(model, 4).decoder.prepare()
+
+
 def test_a_model_whose_output_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     model = by_blocks(random_model(n_mtp_layers=0).cpu(), 3)
     monkeypatch.setattr(ByModules, "run", lambda self: self.chosen.fill_(-1))
