@@ -7,11 +7,9 @@ of kernels, each of which waits for the one before. There are 7 to 9 kernels a l
     positions → its combination and W_v → wo → ffn_norm, router, w1 and w3 of the shared experts (or of the dense MLP) →
     the choice of experts, and their w1 and w3 → w2 of all
 
-For one position, a product with a matrix is bound by memory: a program takes a few rows, and multiplies in float32. On
-Hopper, programs start and load their first weights while the kernel before still runs (programmatic dependent launch);
-`_wait` stands before what depends on that. For more positions, tensor cores multiply, and one more kernel norms each
-row. Experts are then divided among programs, not positions: each reads its weights once, for all rows, and those that
-nobody chose are skipped.
+For one position, a product with a matrix is bound by memory: a program takes a few rows, and multiplies in float32. For
+more positions, tensor cores multiply, and one more kernel norms each row. Experts are then divided among programs, not
+positions: each reads its weights once, for all rows, and those that nobody chose are skipped.
 
 Nothing in a launch depends on data: positions, rows and addresses of KV caches are read on the device, so that a whole
 step with the choice of the byte is one CUDA graph. The residual stream and all sums are in float32; what tensor cores
@@ -29,7 +27,6 @@ import torch
 import triton
 import triton.language as tl
 from triton.language import constexpr
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from model import LATENT_NORM_EPS, MLP, Block, KVCache, Linear, MoE, MTPModule, RMSNorm, Transformer
 
@@ -41,14 +38,6 @@ MAX_STEPS = 32  # of a block
 POSITIONS = (1, 4, 16, 64)  # numbers of positions that there are steps for
 PROGRAMS, TILE, WARPS = 528, 32, 4  # of a product with one position, the tile in blocks of 128 numbers
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _wait(PDL: constexpr):
-    """Lets the next kernel start, and waits until the one before has written everything."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
 
 
 # --- Products with one position -------------------------------------------------------------------------------------
@@ -123,13 +112,12 @@ def _inverse_rms(x_ptr, K: constexpr, KP: constexpr, EPS: constexpr):
 @triton.jit
 def _project_rows(
     x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, tile, HEIGHT: constexpr, K: constexpr, KP: constexpr, EPS: constexpr,
-    ADD: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
+    ADD: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """Rows tile·R to tile·R + R of `W x`, or of `W norm(x)` where there are a norm's weights g."""
     rows = tile * R + tl.arange(0, R)
     inside = rows < HEIGHT
     w = _tile(w_ptr, rows, inside, 0, K, KB)
-    _wait(PDL)
     acc = tl.zeros((R, KB, BLOCK), tl.float32)
     y = _total(_accumulate(acc, w, w_ptr, s_ptr, rows, inside, x_ptr, g_ptr, 1.0, K, KB))
     if g_ptr is not None:
@@ -142,7 +130,7 @@ def _project_rows(
 @triton.jit
 def _project_kernel(
     x_ptr, g_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, KP: constexpr,
-    EPS: constexpr, ADD: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
+    EPS: constexpr, ADD: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """`project` of one or two matrices, A (OA, K) and B (OB, K), and the RMSNorm before it; for one position.
 
@@ -152,12 +140,12 @@ def _project_kernel(
     tile = tl.program_id(0)
     TILES: constexpr = (OA + R - 1) // R
     if b_ptr is None:
-        _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile, OA, K, KP, EPS, ADD, PDL, R, KB)
+        _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile, OA, K, KP, EPS, ADD, R, KB)
     else:
         if tile < TILES:
-            _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile, OA, K, KP, EPS, ADD, PDL, R, KB)
+            _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile, OA, K, KP, EPS, ADD, R, KB)
         else:
-            _project_rows(x_ptr, g_ptr, b_ptr, sb_ptr, out_ptr + OA, tile - TILES, OB, K, KP, EPS, ADD, PDL, R, KB)
+            _project_rows(x_ptr, g_ptr, b_ptr, sb_ptr, out_ptr + OA, tile - TILES, OB, K, KP, EPS, ADD, R, KB)
 
 
 @triton.jit
@@ -174,14 +162,13 @@ def _activate(gate, ACT: constexpr):
 @triton.jit
 def _gate_up_rows(
     x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER: constexpr, K: constexpr, KP: constexpr,
-    EPS: constexpr, ACT: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
+    EPS: constexpr, ACT: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """Numbers tile·R to tile·R + R of `act(w1 h) * w3 h`, h = norm(x)."""
     BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
     rows = tile * R + tl.arange(0, R)
     inside = rows < INTER
     w1, w3 = _tile(w1_ptr, rows, inside, 0, K, KB), _tile(w3_ptr, rows, inside, 0, K, KB)
-    _wait(PDL)
     gate, up = tl.zeros((R, KB, BLOCK), tl.float32), tl.zeros((R, KB, BLOCK), tl.float32)
     for block in range(0, BLOCKS, KB):
         next1, next3 = w1, w3
@@ -199,7 +186,7 @@ def _gate_up_rows(
 @triton.jit
 def _gate_up_one_kernel(
     x_ptr, g_ptr, gate_ptr, logits_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, E: constexpr, INTER: constexpr,
-    K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
+    K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """ffn_norm with w1, w3 and activation of an `MLP` (dense or shared experts), and `Gate`'s logits, for one position.
 
@@ -209,18 +196,18 @@ def _gate_up_one_kernel(
     tile = tl.program_id(0)
     TILES: constexpr = (E + R - 1) // R
     if tile < TILES:
-        _project_rows(x_ptr, g_ptr, gate_ptr, None, logits_ptr, tile, E, K, KP, EPS, False, PDL, R, KB)
+        _project_rows(x_ptr, g_ptr, gate_ptr, None, logits_ptr, tile, E, K, KP, EPS, False, R, KB)
     else:
         tile -= TILES
-        _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER, K, KP, EPS, ACT, PDL, R, KB)
+        _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER, K, KP, EPS, ACT, R, KB)
 
 
 @triton.jit
 def _experts_up_one_kernel(
     x_ptr, g_ptr, logits_ptr, bias_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, chosen_ptr, weights_ptr, E: constexpr,
     GROUPS: constexpr, LIMITED: constexpr, TOPK: constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, GP: constexpr,
-    EP: constexpr, INTER: constexpr, K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, PDL: constexpr,
-    R: constexpr, KB: constexpr,
+    EP: constexpr, INTER: constexpr, K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, R: constexpr,
+    KB: constexpr,
 ):  # fmt: skip
     """The rest of `Gate.forward`, and w1, w3 and activation of the chosen `Experts`, for one position.
 
@@ -228,7 +215,6 @@ def _experts_up_one_kernel(
     in the first programs, the experts' numbers and weights. Reads the chosen experts' weights only. Bound by memory.
     """
     tile, slot = tl.program_id(0), tl.program_id(1)
-    _wait(PDL)
     PER: constexpr = E // GROUPS
     number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
     inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
@@ -249,7 +235,7 @@ def _experts_up_one_kernel(
         s3_ptr += expert * ROWS * BLOCKS
     start = expert.to(tl.int64) * (INTER * K)
     w1_ptr, w3_ptr, h_ptr = w1_ptr + start, w3_ptr + start, h_ptr + slot * INTER
-    _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER, K, KP, EPS, ACT, False, R, KB)
+    _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER, K, KP, EPS, ACT, R, KB)
 
 
 @triton.jit
@@ -292,7 +278,7 @@ def _ranks(values, n: constexpr):
 @triton.jit
 def _down_one_kernel(
     h_ptr, chosen_ptr, weights_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, x_ptr, D: constexpr, INTER: constexpr,
-    TOPK: constexpr, SHARED: constexpr, PDL: constexpr, R: constexpr, KB: constexpr,
+    TOPK: constexpr, SHARED: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
     """w2 of the chosen `Experts`, `combine`, the shared experts or dense MLP, and `Block`'s residual sum, one position.
 
@@ -304,10 +290,7 @@ def _down_one_kernel(
     acc = tl.zeros((R, KB, BLOCK), tl.float32)
     if SHARED > 0:
         w = _tile(shared_ptr, rows, inside, 0, SHARED, KB)
-        _wait(PDL)
         acc = _accumulate(acc, w, shared_ptr, ss_ptr, rows, inside, h_ptr + TOPK * INTER, None, 1.0, SHARED, KB)
-    else:
-        _wait(PDL)
     for slot in range(TOPK):
         expert, weight = tl.load(chosen_ptr + slot), tl.load(weights_ptr + slot)
         w_ptr, scale_ptr, x = w2_ptr + expert.to(tl.int64) * (D * INTER), s2_ptr, h_ptr + slot * INTER
@@ -336,8 +319,8 @@ def _rotated(x_ptr, cos_ptr, sin_ptr, position, R: constexpr, HALF: constexpr, C
 def _queries_kernel(
     a_ptr, q_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr,
     out_ptr, layer, TYPE: constexpr, Q_STRIDE: constexpr, A_STRIDE: constexpr, H: constexpr, NOPE: constexpr,
-    R: constexpr, V: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, EPS: constexpr, PDL: constexpr,
-    NP: constexpr, HALF: constexpr, CP: constexpr, BC: constexpr,
+    R: constexpr, V: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, EPS: constexpr, NP: constexpr,
+    HALF: constexpr, CP: constexpr, BC: constexpr,
 ):  # fmt: skip
     """The rotary queries of `MLA._queries`, W_kᵀ q of `_attend_absorbed`, kv_norm, the rotary key, `KVCache.update`.
 
@@ -360,7 +343,6 @@ def _queries_kernel(
             key *= tl.load(skv_ptr + at, mask=d < NOPE, other=0.0)[:, None]
         q_ptr += n * Q_STRIDE + h * (NOPE + R)
         out_ptr += (n * H + h) * (C + R)
-        _wait(PDL)
         q = tl.load(q_ptr + d, mask=d < NOPE, other=0.0) * SCALE
         tl.store(out_ptr + c, tl.sum(q[:, None] * key, axis=0), mask=c < C)
         if part == 0:
@@ -372,7 +354,6 @@ def _queries_kernel(
         cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(TYPE)) + (row * capacity + position) * (C + R)
         g = tl.load(kv_norm_ptr + i, mask=i < C, other=0.0)
         a_ptr += n * A_STRIDE + A_STRIDE - C - R
-        _wait(PDL)
         if (row >= 0) & (position < capacity) & (part == 0):
             latent = tl.load(a_ptr + i, mask=i < C, other=0.0) * g * _inverse_rms(a_ptr, C, CP, EPS)
             tl.store(cache_ptr + i, latent.to(TYPE), mask=i < C)
@@ -383,10 +364,7 @@ def _queries_kernel(
 
 @triton.jit
 def _length(positions_ptr, rows_ptr, capacity_ptr, n):
-    """How many positions of the KV cache position n of the step attends to: none where it is no row's.
-
-    Positions, rows and caches change between steps only: they are read before `_wait`.
-    """
+    """How many positions of the KV cache position n of the step attends to: none where it is no row's."""
     end = tl.minimum(tl.load(positions_ptr + n) + 1, tl.load(capacity_ptr)).to(tl.int32)
     return tl.where(tl.load(rows_ptr + n) >= 0, end, 0)
 
@@ -394,8 +372,8 @@ def _length(positions_ptr, rows_ptr, capacity_ptr, n):
 @triton.jit(do_not_specialize=["layer"])
 def _attend_kernel(
     q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, layer, TYPE: constexpr,
-    CACHE: constexpr, H: constexpr, C: constexpr, R: constexpr, SPLITS: constexpr, PDL: constexpr, CP: constexpr,
-    RP: constexpr, BT: constexpr, PRECISION: constexpr,
+    CACHE: constexpr, H: constexpr, C: constexpr, R: constexpr, SPLITS: constexpr, CP: constexpr, RP: constexpr,
+    BT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """The scores, softmax and sums of latents of `MLA._attend_absorbed`, over a part of the positions.
 
@@ -411,7 +389,6 @@ def _attend_kernel(
     each = tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT
     start = split * each
     end = tl.minimum(start + each, length)
-    _wait(PDL)
     if start < length:
         cache_ptr = tl.multiple_of(cache.to(tl.pointer_type(CACHE)), 16) + row * capacity * (C + R)
         c, p = tl.arange(0, CP), tl.arange(0, RP)
@@ -443,8 +420,8 @@ def _attend_kernel(
 @triton.jit
 def _values_kernel(
     parts_ptr, sums_ptr, positions_ptr, rows_ptr, capacity_ptr, wkv_b_ptr, skv_ptr, out_ptr, H: constexpr,
-    NOPE: constexpr, V: constexpr, C: constexpr, SPLITS: constexpr, BT: constexpr, PDL: constexpr, KB: constexpr,
-    SPLITS_P: constexpr, BS: constexpr, BV: constexpr,
+    NOPE: constexpr, V: constexpr, C: constexpr, SPLITS: constexpr, BT: constexpr, KB: constexpr, SPLITS_P: constexpr,
+    BS: constexpr, BV: constexpr,
 ):  # fmt: skip
     """Combines the parts of `_attend_kernel`, and the product with W_v of `MLA._attend_absorbed`.
 
@@ -457,7 +434,6 @@ def _values_kernel(
     length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
     each = tl.maximum(tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT, 1)
     n_parts = tl.cdiv(length, each)
-    _wait(PDL)
     s, first = tl.arange(0, SPLITS_P), (n * H + h) * SPLITS
     best = tl.max(tl.load(sums_ptr + first + s, mask=s < n_parts, other=float("-inf")), axis=0)
     best = tl.where(n_parts > 0, best, 0.0)  # where it is no row's, the output is 0
@@ -480,7 +456,7 @@ def _values_kernel(
 @triton.jit
 def _norm_kernel(
     x_ptr, parts_ptr, g_ptr, out_ptr, N: constexpr, D: constexpr, STRIDE: constexpr, PARTS: constexpr, EPS: constexpr,
-    PDL: constexpr, DP: constexpr,
+    DP: constexpr,
 ):  # fmt: skip
     """`RMSNorm.add`: adds the parts of an update (PARTS, N, D) to the residual stream x, and norms it.
 
@@ -489,7 +465,6 @@ def _norm_kernel(
     """
     n, d = tl.program_id(0), tl.arange(0, DP)
     g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    _wait(PDL)
     x = tl.load(x_ptr + n * STRIDE + d, mask=d < D, other=0.0)
     for i in range(PARTS):
         x += tl.load(parts_ptr + (i * N + n) * D + d, mask=d < D, other=0.0)
@@ -530,7 +505,7 @@ def _store_rows(acc, out_ptr, row, n_rows, STRIDE: constexpr, N: constexpr, BN: 
 @triton.jit
 def _matmul_kernel(
     x_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, SPLITS: constexpr,
-    PDL: constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
+    N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """`project` of one or two matrices, A (OA, K) and B (OB, K), for N positions: x (N, K) to (SPLITS, N, OA + OB).
 
@@ -540,7 +515,6 @@ def _matmul_kernel(
     tile, split = tl.program_id(0), tl.program_id(1)
     TILES: constexpr = (OA + BN - 1) // BN
     EACH: constexpr = ((K + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
-    _wait(PDL)
     begin = split * EACH
     end = tl.minimum(begin + EACH, K)
     out_ptr += split * (N * (OA + OB))
@@ -561,8 +535,8 @@ def _matmul_kernel(
 @triton.jit
 def _route_kernel(
     x_ptr, gate_ptr, bias_ptr, rows_ptr, shares_ptr, E: constexpr, GROUPS: constexpr, LIMITED: constexpr,
-    TOPK: constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, K: constexpr, PDL: constexpr, GP: constexpr,
-    EP: constexpr, BK: constexpr,
+    TOPK: constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, K: constexpr, GP: constexpr, EP: constexpr,
+    BK: constexpr,
 ):  # fmt: skip
     """`Gate.forward` for several positions: the weight of each expert at each, (N, E), 0 of those not chosen.
 
@@ -573,7 +547,6 @@ def _route_kernel(
     PER: constexpr = E // GROUPS
     number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
     inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
-    _wait(PDL)
     acc = tl.zeros((GP, EP, BK), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
@@ -593,8 +566,8 @@ def _route_kernel(
 @triton.jit
 def _gate_up_kernel(
     x_ptr, shares_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr, E: constexpr,
-    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, PDL: constexpr, N: constexpr, BN: constexpr,
-    BK: constexpr, PRECISION: constexpr,
+    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, N: constexpr, BN: constexpr, BK: constexpr,
+    PRECISION: constexpr,
 ):  # fmt: skip
     """w1, w3 and activation of the `Experts`, and of the shared experts or the dense `MLP`, for N positions.
 
@@ -606,7 +579,6 @@ def _gate_up_kernel(
     TILES: constexpr = (INTER + BN - 1) // BN
     n = tl.arange(0, N)
     gate, up = tl.zeros((N, BN), tl.float32), tl.zeros((N, BN), tl.float32)
-    _wait(PDL)
     if tile < E * TILES:
         expert, row = tile // TILES, tile % TILES * BN
         shares = tl.load(shares_ptr + n * E + expert)
@@ -629,7 +601,7 @@ def _gate_up_kernel(
 @triton.jit
 def _down_kernel(
     h_ptr, shares_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, out_ptr, E: constexpr, INTER: constexpr, SHARED: constexpr,
-    D: constexpr, SPLITS: constexpr, PDL: constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
+    D: constexpr, SPLITS: constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """w2 of the `Experts` and of the shared experts or the dense `MLP`, for N positions: (SPLITS, N, D), to be added.
 
@@ -640,7 +612,6 @@ def _down_kernel(
     EACH: constexpr = ((SHARED + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
     WIDTH: constexpr = E * INTER + SHARED
     n = tl.arange(0, N)
-    _wait(PDL)
     acc = tl.zeros((N, BN), tl.float32)
     for expert in range(split, E, SPLITS):
         if tl.sum((tl.load(shares_ptr + n * E + expert) != 0).to(tl.int32)) > 0:
@@ -661,10 +632,9 @@ def _down_kernel(
 
 
 @triton.jit
-def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: constexpr, PDL: constexpr, DP: constexpr):
+def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: constexpr, DP: constexpr):
     """`Transformer.embed`: program n copies the embedding (D,) of a token to the residual stream, in float32."""
     n, d = tl.program_id(0), tl.arange(0, DP)
-    _wait(PDL)
     token = tl.load(tokens_ptr + n)
     row = tl.load(w_ptr + token * D + d, mask=d < D, other=0.0)
     tl.store(x_ptr + n * D + d, row.to(tl.float32), mask=d < D)
@@ -673,7 +643,7 @@ def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: constexpr, PDL: constexpr, DP: co
 @triton.jit
 def _choose_kernel(
     logits_ptr, sampling_ptr, uniforms_ptr, counts_ptr, chosen_ptr, tokens_ptr, positions_ptr, N: constexpr,
-    V: constexpr, PDL: constexpr, VP: constexpr,
+    V: constexpr, VP: constexpr,
 ):  # fmt: skip
     """`distribution`, `_truncate` and `draw` of generate.py, for a byte of each row; what is chosen is read next.
 
@@ -682,7 +652,6 @@ def _choose_kernel(
     goes to the same place of `chosen`, and to `tokens`; the position advances. Computes in float64, bound by latency.
     """
     n, v = tl.program_id(0), tl.arange(0, VP)
-    _wait(PDL)
     logits = tl.load(logits_ptr + n * V + v, mask=v < V, other=float("-inf"))
     n_bad = tl.sum((logits != logits).to(tl.int32))
     logits = tl.where(logits == logits, logits, float("-inf"))
@@ -755,7 +724,6 @@ class Step:
         if args.n_routed_experts > MAX_EXPERTS or args.max_seq_len > MAX_CONTEXT:
             raise ValueError(f"more than {MAX_EXPERTS} experts or {MAX_CONTEXT:,} positions")
         self.shared, self.on_gpu = args.n_shared_experts * args.moe_inter_dim, device.type == "cuda"
-        self.pdl = self.on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
         self.precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
         self.kept: dict[torch.Tensor, torch.Tensor] = {}
         # so many parts of the positions that programs fill a GPU, whatever the lengths are
@@ -825,7 +793,7 @@ class Step:
         self._end(module.norm)
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
-        kernel[grid](*args, **constants, PDL=self.pdl, num_warps=num_warps, launch_pdl=self.pdl)
+        kernel[grid](*args, **constants, num_warps=num_warps)
 
     def _matrix(self, layer: Linear) -> Matrix:
         if not layer.weight.is_contiguous():

@@ -358,7 +358,6 @@ def compile_steps(arch: int) -> list[dict[str, Any]]:
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         binary = launch(self, *args, grid=grid, warmup=True, **kwargs)
         row = {"kernel": self.fn.__name__, "shared": binary.metadata.shared, "cubin": len(binary.asm["cubin"])}
-        row["waits"] = "griddepcontrol.wait" in binary.asm["ptx"]
         row["multiplies"] = bool(re.search(r"wgmma|mma\.sync|tcgen05\.mma", binary.asm["ptx"]))
         compiled.append(row)
         return binary
@@ -372,9 +371,7 @@ def compile_steps(arch: int) -> list[dict[str, Any]]:
             if n == 64:
                 for layer in model.fp8_layers():
                     layer.store_fp8()
-            step = Step(model, n)
-            step.pdl = arch >= 90
-            step.run()
+            Step(model, n).run()
     finally:
         JITFunction.run = launch
     return compiled
@@ -394,7 +391,6 @@ def test_compiles(tmp_path: Path) -> None:
         assert arch != "90" or {row["kernel"] for row in compiled} == names
         for row in compiled:
             assert row["cubin"] > 0 and row["shared"] <= SHARED_MEMORY[int(arch)], row
-            assert row["waits"] == (int(arch) >= 90)
             if row["kernel"] in ("_attend_kernel", "_matmul_kernel", "_gate_up_kernel", "_down_kernel"):
                 assert row["multiplies"]
 
