@@ -78,7 +78,7 @@ def outputs(target: Any, model: Transformer, cache: KVCache, tokens: torch.Tenso
     """What the main model and its MTP modules give, and then the cache."""
     results = [*target.forward_with_hidden(tokens, cache)]
     for depth in range(len(model.mtp)):
-        results += target.mtp_forward(depth, results[0], (tokens * 7 + depth) % 256, cache)
+        results += target.mtp_forward(depth, results[0], (tokens * 7 + depth) % 64, cache)
     return results + [layer[0] for layer in cache.layers]
 
 
@@ -89,7 +89,7 @@ def check(model: Transformer, lengths: list[int], width: int, tolerance: float =
     other = filled(model, lengths)
     for layer, source in zip(other.layers, cache.layers, strict=True):
         layer[0].copy_(source[0])
-    tokens = torch.randint(256, (len(lengths), width), device=DEVICE)
+    tokens = torch.randint(64, (len(lengths), width), device=DEVICE)
     with torch.inference_mode():
         expected = outputs(model, model, cache, tokens)
         results = outputs(decode.KernelDecoder(model), model, other, tokens)
@@ -108,11 +108,11 @@ def check(model: Transformer, lengths: list[int], width: int, tolerance: float =
     ],
 )
 def test_a_step_is_that_of_the_modules(changes: dict[str, Any], lengths: list[int], width: int) -> None:
-    check(random_model(**changes), lengths, width)
+    check(random_model(n_layers=2, vocab_size=64, **changes), lengths, width)
 
 
 @runs
-@settings(draws, max_examples=4)
+@settings(draws, max_examples=3)
 @given(
     st.sampled_from([8, 24, 40]), st.integers(1, 20), st.integers(1, 5), st.sampled_from([1, 4, 6, 18]),
     st.integers(1, 17), st.booleans(),
@@ -127,7 +127,7 @@ def test_odd_sizes(dim: int, inter_dim: int, n_heads: int, rank: int, v_head_dim
 @pytest.mark.parametrize("lengths", [[6], [6, 3]])
 def test_fp8_weights_are_read_as_they_are(lengths: list[int]) -> None:
     changes = {"dim": 144, "inter_dim": 130, "moe_inter_dim": 140, "q_lora_rank": 136, "kv_lora_rank": 136}
-    model = random_model(**changes, n_layers=2, n_mtp_layers=0, v_head_dim=66)
+    model = random_model(**changes, n_layers=2, n_mtp_layers=0, v_head_dim=66, vocab_size=64)
     for layer in model.fp8_layers():
         layer.weight.data, layer.scale = fp8_ops.weight_quant(layer.weight)
     check(model, lengths, 1, 5e-6)
@@ -160,7 +160,7 @@ def choose(step: Step, sampling: Sampling, logits: torch.Tensor, numbers: torch.
 
 
 @runs
-@settings(draws, max_examples=12)
+@settings(draws, max_examples=8)
 @given(
     st.sampled_from([0.0, 1e-3, 0.8, 3.0]), st.sampled_from([0, 1, 5, 255, 300]),
     st.sampled_from([1e-9, 0.3, 0.95, 1.0]), st.sampled_from([0.0, 0.5, 4.0]), st.integers(0, 99),
@@ -247,7 +247,7 @@ def texts(model: Transformer, prompts: list[bytes], sampling: Sampling, num_samp
     return results
 
 
-@settings(draws, max_examples=15)
+@settings(draws, max_examples=10)
 @given(
     st.lists(st.binary(max_size=24), min_size=1, max_size=9), st.integers(1, 5), st.sampled_from([0.0, 1.0]),
     st.integers(1, 40), st.sampled_from([b"", b"a", b"\xff\x01"]), st.integers(1, 7), st.integers(1, 2),
@@ -298,6 +298,21 @@ def test_uniform_numbers_of_a_block_are_those_of_steps() -> None:
     one, other = (generate.row_generator(7, 3) for _ in range(2))
     expected = [generate.uniform(one) for _ in range(50)]
     assert np.array_equal(torch.rand(50, generator=other, dtype=torch.float64).numpy(), expected)
+
+
+@runs
+@pytest.mark.slow
+def test_a_changed_model_is_not_decoded_by_unchanged_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode.KernelDecoder, "suits", lambda model: True)
+    model = random_model(n_layers=2, n_mtp_layers=0)
+    assert decode.attach(model) is None and isinstance(model.decoder, decode.KernelDecoder)
+    expected = texts(model, [b"a"], Sampling(1.0, max_new_tokens=3))
+    model.decoder = None
+    assert texts(model, [b"a"], Sampling(1.0, max_new_tokens=3)) == expected
+    forward = model_module.MLP.forward
+    monkeypatch.setattr(model_module.MLP, "forward", lambda self, *given: 1.01 * forward(self, *given))
+    assert "kernel_decode.py does not fit this model.py" in str(decode.attach(model))
+    assert not isinstance(model.decoder, decode.KernelDecoder)
 
 
 @on_gpu
