@@ -134,6 +134,24 @@ def test_fp8_weights_are_read_as_they_are(lengths: list[int]) -> None:
 
 
 @runs
+@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_experts_are_those_of_the_router(score_func: str, groups: int) -> None:
+    shape = {"n_routed_experts": 12, "n_expert_groups": groups, "n_limited_groups": min(groups, 2)}
+    model = random_model(**shape, n_activated_experts=3, n_layers=2, score_func=score_func, route_scale=1.5)
+    step, moe = Step(model, 64), model.layers[1].ffn
+    step.normed.copy_(torch.randn(64, model.args.dim))
+    step.rows[:60] = 0
+    constants, bias = step._router(moe)
+    buffers = step.normed, moe.gate.weight, bias, step.rows, step.shares
+    step._launch(kernel_decode._route_kernel, (64,), *buffers, **constants, K=model.args.dim, BK=16)
+    weights, indices, _ = moe.gate(step.normed)
+    expected = torch.zeros(64, 12, device=DEVICE).scatter_(1, indices, weights)
+    expected[60:] = 0  # no row's
+    assert torch.allclose(step.shares.flatten()[: 64 * 12].view(64, 12), expected, atol=1e-6)
+
+
+@runs
 def test_long_contexts_are_divided() -> None:
     model = random_model(max_seq_len=200, n_layers=1, n_mtp_layers=0)
     check(model, [150], 1)
