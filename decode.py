@@ -1,4 +1,4 @@
-"""Fast decoding: calls of a few positions by C on a CPU, by CUDA graphs on a GPU.
+"""Fast decoding: calls of a few positions by C on a CPU, by kernels and CUDA graphs on a GPU.
 
 When a byte is decoded, each weight is read for two operations. The modules of model.py then take several times as long
 as memory needs: Python stands between torch's many small products.
@@ -8,9 +8,14 @@ machine, and kept in the user's cache folder. Weights stay where they are, in fl
 holds those in float32 without loss: then half as much is read. The structures below are those of decode.c, field by
 field.
 
-`GraphDecoder` records the modules' kernels with all their arguments and replays them by one command. Addresses, shapes
-and numbers known to Python are part of a recording. So positions are a tensor instead of slices, and attention goes
-over a length that changes seldom, the next power of two, with what is not there yet masked.
+`KernelDecoder` launches the kernels of kernel_decode.py, a few a layer, which read positions and addresses of caches on
+the device and choose the byte there. So a step is one CUDA graph, recorded when the model is loaded, and `Blocks` has
+the device do many steps while Python looks at those before.
+
+`GraphDecoder` is for models that those kernels do not have. It records the modules' kernels with all their arguments,
+and replays them by one command. Addresses, shapes and numbers known to Python are part of a recording. So positions are
+a tensor instead of slices, and attention goes over a length that changes seldom, the next power of two, with what is
+not there yet masked.
 
 decode.c is a second implementation of the model, and even the modules have several: attention with and without a cache,
 naive and absorbed. `attach` compares them, so that whoever changes one does not get another model's text.
@@ -30,10 +35,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_float, c_int32, c_void_p
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, cached_property, partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -79,11 +85,12 @@ Dtypes = tuple[torch.dtype, torch.dtype | None]  # of activations and of KV cach
 EXACT: Dtypes = torch.float32, None
 
 MIN_LENGTH = 64  # that attention of a recorded call goes over
+# Positions of one call while prompts are read, all rows together: what bounds the memory that long prompts take.
+PREFILL_POSITIONS = 4096
 REPEATS = 4  # calls of a kind before it is recorded, which takes as long as some calls
 MAX_GRAPHS = 64  # kept at a time, each with memory of its own
 
 ONE_THREAD = 1 << 22  # numbers that a step of decoding multiplies, up to which one thread does it
-MBU_STEPS = 100  # of decoding, for which it is worth 0.1 s to measure the memory's bandwidth
 
 
 def attach(model: Transformer, keep_attn_impl: bool = False) -> str | None:
@@ -141,8 +148,9 @@ def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
     warnings = []
     if impl != impls[0]:
         warnings = ["absorbed attention differs from training's in this model.py, so decoding is naive, slower"]
-    for decoder in (GraphDecoder, CDecoder):
-        if fp8_ops.gemm_impl == "bf16" and impl in decoder.attn_impls and decoder.suits(model):
+    kinds = (KernelDecoder, GraphDecoder, CDecoder) if fp8_ops.gemm_impl == "bf16" else ()
+    for decoder in kinds:
+        if model.decoder is None and impl in decoder.attn_impls and decoder.suits(model):
             if decoder is CDecoder and library() is None:
                 warnings += ["no C compiler that works, so decoding is slower; install one, or name it in CC"]
                 continue
@@ -150,9 +158,12 @@ def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
             try:
                 if all(probe.checked(decoder) is not None for probe in probes[1:]):
                     model.decoder = probes[0].checked(decoder)
+                if isinstance(model.decoder, KernelDecoder):
+                    model.decoder.prepare()
                 if isinstance(model.decoder, GraphDecoder):
                     model.decoder.reset()  # what was recorded holds memory
             except Exception as error:  # whatever a changed model makes of it, the modules still decode
+                model.decoder = None
                 reason = command.shorten(str(error) or type(error).__name__)
             if model.decoder is None:
                 warnings += [f"{decoder.source} does not fit this model.py ({reason}), so the modules decode, slower"]
@@ -601,7 +612,210 @@ class CDecoder:
         out.index_bias = self._floats(indexer.k_norm.bias, size)
 
 
-# --- CUDA graphs on a GPU ---------------------------------------------------------------------------------------------
+# --- Kernels on a GPU -------------------------------------------------------------------------------------------------
+
+
+class KernelDecoder:
+    """A model's layers, head and MTP modules for up to 64 positions at a time, by the kernels of kernel_decode.py.
+
+    There is a CUDA graph for each number of positions that there are buffers for. The model's weights must stay where
+    they are.
+
+    Raises:
+        ValueError: kernel_decode.py has no such model.
+    """
+
+    attn_impls = ("absorb",)
+    source = "kernel_decode.py"
+
+    @staticmethod
+    def suits(model: Transformer) -> bool:
+        """Whether the kernels have all that a model needs: it is unsharded, has a latent, and is on a CUDA GPU."""
+        device, args = model.head.weight.device, model.args
+        if device.type != "cuda" or not model.is_unsharded() or not find_spec("triton"):
+            return False
+        is_fp8 = any(layer.scale is not None for layer in model.fp8_layers())
+        least = (8, 9) if is_fp8 else (8, 0)
+        has_all = args.hidden_act in ACTIVATIONS and not getattr(args, "index_topk", 0) and args.kv_lora_rank > 0
+        return has_all and torch.cuda.get_device_capability(device) >= least
+
+    def __init__(self, model: Transformer):
+        import kernel_decode  # where there is a GPU, there is Triton
+
+        self.model, self.kernels = model, kernel_decode
+        self.steps: dict[int, kernel_decode.Step] = {}
+        self.replays: dict[tuple[int, int], Callable[[], None]] = {}
+        self.user: Blocks | None = None  # whose texts the buffers have
+
+    def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> Outputs:
+        """As `Transformer.forward_with_hidden`."""
+        return self._run(-1, tokens, cache)
+
+    def mtp_forward(self, depth: int, h: torch.Tensor, tokens: torch.Tensor, cache: KVCache) -> Outputs:
+        """As `Transformer.mtp_forward`."""
+        return self._run(depth, tokens, cache, h)
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Records all calls, and decodes a few bytes: what fails on this machine, fails here."""
+        for n, depth in product(self.kernels.POSITIONS, range(-1, len(self.model.mtp))):
+            self.recorded(n, depth)
+        if self.model.args.vocab_size <= self.kernels.MAX_VOCAB:
+            trial = _Trial(self.model)
+            Blocks(self, trial, trial).advance([trial], lambda: None, None)
+
+    def recorded(self, n: int, depth: int = -1) -> tuple[Any, Callable[[], None]]:
+        """Returns the buffers for n positions or more, and what runs MTP module `depth`, or -1: the main model."""
+        n = next(most for most in self.kernels.POSITIONS if most >= n)
+        if n not in self.steps:
+            with torch.inference_mode(False):  # its buffers are written in other calls, too
+                self.steps[n] = self.kernels.Step(self.model, n)
+        step = self.steps[n]
+        if (n, depth) not in self.replays:
+            launch = step.run if depth < 0 else partial(step.run_mtp, depth)
+            self.replays[n, depth] = _recorded(launch, step) if step.on_gpu else launch
+        return step, self.replays[n, depth]
+
+    @torch.no_grad()
+    def _run(self, depth: int, tokens: torch.Tensor, cache: KVCache, *before: torch.Tensor) -> Outputs:
+        """Runs MTP module `depth`, or -1: the main model."""
+        (bsz, seq_len), n = tokens.shape, tokens.numel()
+        step, replay = self.recorded(n, depth)
+        rows = [row for row in range(bsz) for _ in range(seq_len)]
+        self.user = None
+        step.place(cache, rows, [length + i for length in cache.lengths for i in range(seq_len)])
+        step.tokens[:n] = tokens.flatten()
+        for states in before:
+            step.before[:n] = states.flatten(0, 1)
+        replay()
+        # the next replay writes there
+        return step.states[:n].unflatten(0, tokens.shape).clone(), step.logits[:n].unflatten(0, tokens.shape).clone()
+
+
+def _recorded(launch: Callable[[], None], step: Any) -> Callable[[], None]:
+    """Returns what replays the launches of a step's kernels as one CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    step.counts.zero_()
+    launch()  # which compiles the kernels
+    with torch.cuda.graph(graph):
+        launch()
+    return graph.replay
+
+
+class _Launched(NamedTuple):
+    """Steps that have been launched: so many bytes of each row, in columns, once `done`."""
+
+    rows: list[Any]
+    n: int
+    ids: torch.Tensor
+    done: torch.cuda.Event | None
+
+
+class Blocks:
+    """Decodes the bytes of a `generate.Batch` on the device, up to MAX_STEPS steps at a time.
+
+    While a block is awaited, the next one is launched. So a text's end is seen late, and what follows it is cut off;
+    a text that comes in its place begins with the block after. Uniform numbers are drawn by each text's generator as
+    in steps one by one.
+
+    Args:
+        decoder: The model's.
+        batch: What is decoded; its cache is read and written.
+        sampling: A `generate.Sampling`.
+    """
+
+    def __init__(self, decoder: KernelDecoder, batch: Any, sampling: Any):
+        self.decoder, self.batch = decoder, batch
+        # a text that ends among others leaves its row idle for a block or two
+        self.steps = max(decoder.kernels.MAX_STEPS // (1 if len(batch.texts) == 1 else 2), 1)
+        self.how = torch.tensor([sampling.temperature, sampling.top_k, sampling.top_p], dtype=torch.float64)
+        self.columns: list[Any] = []  # the texts in the order of the device's rows
+        self.state = torch.empty(2, 0, dtype=torch.int64)  # their next tokens and positions
+        self.next: _Launched | None = None
+        self.finished, self.is_steady = 0.0, False
+
+    @torch.inference_mode()
+    def advance(self, rows: list[Any], fill: Callable[[], None], reads: Any) -> list[list[int]]:
+        """Returns the next bytes of each of the `generate.Row`s, or none of one that has just come.
+
+        `fill` fills the cache of the batch's stale rows. `reads`, a metrics.MemoryReads, counts steps where there was
+        nothing else to do.
+        """
+        new, cache = [rows[i] for i in self.batch.stale], self.batch.cache
+        if new:
+            fill()
+        self._arrange(rows, new)
+        is_steady, current = self.is_steady and not new and self.next is not None, self.next
+        current = self._launch(rows, None) if current is None else current
+        if current is None:
+            raise AssertionError("a text that goes on has room for a byte")
+        self.next, self.is_steady = self._launch(rows, current), not new
+        if current.done is not None:
+            current.done.synchronize()
+        now = time.perf_counter()
+        if reads is not None and is_steady:
+            reads.count(cache, 0, now - self.finished, current.n)
+        self.finished = now
+        columns = dict(zip(current.rows, current.ids.T.tolist(), strict=False))
+        ids = [columns.get(row, []) for row in rows]
+        cache.lengths = [length + len(more) for length, more in zip(cache.lengths, ids, strict=True)]
+        return ids
+
+    def _arrange(self, rows: list[Any], new: list[Any]) -> None:
+        """Has the device's rows be these texts, of which `new` begin where the batch has them."""
+        cache, n, device = self.batch.cache, len(rows), self.decoder.model.head.weight.device
+        if rows == self.columns and not new and self.decoder.user is self:
+            return
+        places = {row: i for i, row in enumerate(self.columns) if row not in new}
+        starts = torch.tensor([[text[-1] for text in self.batch.texts], cache.lengths]).to(device)
+        if places:  # the others go on from where the device has them, which Python does not know yet
+            index = torch.tensor([places.get(row, 0) for row in rows]).to(device)
+            is_new = torch.tensor([row not in places for row in rows]).to(device)
+            starts = starts.where(is_new, self.state[:, index])
+        self.step, self.replay = self.decoder.recorded(n)
+        self.step.place(cache, list(range(n)), cache.lengths)
+        self.step.tokens[:n], self.step.positions[:n] = starts
+        self.step.sampling.copy_(self.how)
+        self.columns, self.state, self.decoder.user = list(rows), starts, self
+
+    def _launch(self, rows: list[Any], before: _Launched | None) -> _Launched | None:
+        """Launches as many steps as no row has too few bytes of context for; None if no text needs any."""
+        ahead: dict[Any, int] = {} if before is None else dict.fromkeys(before.rows, before.n)
+        needed = max(row.left - ahead.get(row, 0) for row in rows)
+        context = self.batch.model.args.max_seq_len + 1  # a text's context starts elsewhere after as many bytes
+        room = min(context - len(self.batch.context(i)) - ahead.get(row, 0) for i, row in enumerate(rows))
+        if (n := min(needed, room, self.steps)) <= 0:
+            return None
+        if rows[0].generator is not None:
+            numbers = [torch.rand(n, generator=row.generator, dtype=torch.float64) for row in rows]
+            self.step.uniforms[:n, : len(rows)] = torch.stack(numbers, dim=1)
+        self.step.counts.zero_()
+        for _ in range(n):
+            self.replay()
+        is_gpu = self.step.on_gpu
+        ids = torch.empty(n, len(rows), dtype=torch.int32, pin_memory=is_gpu)
+        ids.copy_(self.step.chosen[:n, : len(rows)], non_blocking=True)
+        self.state = torch.stack([self.step.tokens[: len(rows)], self.step.positions[: len(rows)]])
+        done = torch.cuda.Event() if is_gpu else None
+        if done is not None:
+            done.record()
+        return _Launched(list(rows), n, ids, done)
+
+
+class _Trial:
+    """As much of generate.py's `Batch`, of the `Row` in it and of the `Sampling` as `Blocks` reads."""
+
+    temperature, top_k, top_p = 1.0, 2, 0.5
+
+    def __init__(self, model: Transformer):
+        self.model, self.texts, self.stale, self.cache = model, [b"\0"], [0], model.new_cache(1, 2)
+        self.left, self.generator = 2, torch.Generator()
+
+    def context(self, row: int) -> bytes:
+        return self.texts[row]
+
+
+# --- CUDA graphs of the modules ---------------------------------------------------------------------------------------
 
 
 class _Graph(NamedTuple):
@@ -703,7 +917,44 @@ class GraphDecoder:
         return h, model.head(h).float()
 
 
-# --- A step: its settings, its speed, and what memory allows -------------------------------------------------------
+def blocks(model: Transformer, batch: Any, sampling: Any, attn_impl: str) -> Blocks | None:
+    """Returns what decodes a batch many steps at a time, if the model's decoder can, and no bytes are drafted."""
+    decoder, n_rows = model.decoder, len(batch.texts)
+    if not isinstance(decoder, KernelDecoder) or fp8_ops.gemm_impl != "bf16" or attn_impl not in decoder.attn_impls:
+        return None
+    has_room = n_rows <= model_module.FEW_POSITIONS and model.args.vocab_size <= decoder.kernels.MAX_VOCAB
+    return Blocks(decoder, batch, sampling) if has_room and batch.n_drafts == 0 else None
+
+
+# --- Prompts and steps ------------------------------------------------------------------------------------------------
+
+
+def prefill(
+    model: Transformer, texts: Sequence[bytes | bytearray], cache: KVCache, hidden: torch.Tensor | None = None
+) -> None:
+    """Forwards texts, apart from the last byte of each, into the rows of a cache, a bounded number of positions a time.
+
+    Shorter rows are padded on the right, after what that could disturb. `hidden`, what MTP modules read at the last
+    positions (see `Drafter`), is filled too; without it, no modules run.
+    """
+    depth, ring = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[2])
+    longest = max(map(len, texts))
+    ids = torch.zeros(len(texts), longest + depth, dtype=torch.int64)  # a module reads that many bytes ahead
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(list(text), dtype=torch.int64)
+    ids = ids.to(model.head.weight.device)
+    cache.lengths = [0] * len(texts)
+    chunk = max(PREFILL_POSITIONS // len(texts), 1)
+    for start in range(0, longest - 1, chunk):
+        end = min(start + chunk, longest - 1)
+        h, _ = model.forward_with_hidden(ids[:, start:end], cache)
+        for k in range(depth):
+            for row, text in enumerate(texts):
+                if last := range(max(start, len(text) - 1 - ring), min(end, len(text) - 1)):
+                    hidden[k, row, [i % ring for i in last]] = h[row, last.start - start : last.stop - start]
+            h, _ = model.mtp_forward(k, h, ids[:, start + 1 + k : end + 1 + k], cache)
+        cache.lengths = [end] * len(texts)
+    cache.lengths = [len(text) - 1 for text in texts]
 
 
 @contextlib.contextmanager
@@ -718,106 +969,6 @@ def step_settings(attn_impl: Any, n_multiplied: float) -> Iterator[None]:
     finally:
         model_module.attn_impl = before
         torch.set_num_threads(threads)
-
-
-class MemoryReads:
-    """Counts what decoding has to read from memory: the weights of each step, and the KV cache.
-
-    Of the routed experts, a call for n positions reads those that it chooses; counted are as many as n positions reach
-    that are routed evenly and independently. Of the embedding, it reads a row for each, which is not counted.
-
-    Attributes:
-        sizes: Bytes of this process's weights, of the main layers and then of each MTP module, as pairs: what every
-            call reads, the head included, and all routed experts.
-        steps: The counted steps.
-        seconds: How long they took.
-        bytes: What they had to read.
-    """
-
-    def __init__(self, model: Transformer):
-        self.args, self.steps, self.seconds, self.bytes = model.args, 0, 0.0, 0.0
-        self.sizes: list[tuple[float, float]] = []
-        copies = getattr(model.decoder, "kept", []) if fp8_ops.gemm_impl == "bf16" else []  # perhaps of another width
-        scale = sum(tensor.nbytes for tensor in copies) / _stored_bytes(model) if copies else 1.0
-        for modules in ([*model.layers, model.norm, model.head], *([module, model.head] for module in model.mtp)):
-            stacks = [m for module in modules for m in module.modules() if isinstance(m, Experts)]
-            total, routed = sum(map(_stored_bytes, modules)), sum(map(_stored_bytes, stacks))
-            self.sizes.append((scale * (total - routed), scale * routed))
-
-    def count(self, cache: KVCache, n_drafted: int, seconds: float) -> None:
-        """Counts a step that took so long: `n_drafted` calls of the modules, and one of the model for all drafts."""
-        args, n_rows = self.args, len(cache.lengths)
-        calls = [(0, n_rows * (1 + n_drafted)), *((min(i + 1, args.n_mtp_layers), n_rows) for i in range(n_drafted))]
-        for stack, n_positions in calls:
-            always, routed = self.sizes[stack]
-            unused = (1 - args.n_activated_experts / max(args.n_routed_experts, 1)) ** n_positions
-            layers = cache.layers[: args.n_layers] if stack == 0 else [cache.layers[args.n_layers + stack - 1]]
-            cached = sum(tensor.nbytes for layer in layers for tensor in layer)
-            self.bytes += always + routed * (1 - unused) + cached * sum(cache.lengths) / (n_rows * cache.capacity)
-        self.steps += 1
-        self.seconds += seconds
-
-    def mbu(self, device: torch.device) -> str:
-        """Describes the achieved share of the memory's bandwidth; empty after too few steps to measure that for."""
-        if self.steps < MBU_STEPS or not (bandwidth := read_bandwidth(device)):
-            return ""
-        return f"MBU {self.bytes / max(self.seconds, 1e-9) / bandwidth:.0%} of {bandwidth / 1e9:,.1f} GB/s"
-
-
-@dataclass
-class Tally:
-    """Counts bytes drafted for rows that could take them, those accepted, bytes written, and the time it took.
-
-    `reads` counts what the steps that did nothing but decode had to read from memory.
-    """
-
-    drafted: int = 0
-    accepted: int = 0
-    written: int = 0
-    seconds: float = 0.0
-    reads: MemoryReads | None = None
-
-    def measure(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-        """Passes on what `generate` yields, and counts the bytes and the time."""
-        start = time.perf_counter()
-        try:
-            for row, piece in pieces:
-                self.written += len(piece)
-                yield row, piece
-        finally:
-            self.seconds += time.perf_counter() - start
-
-    def __str__(self) -> str:
-        text = f"{self.written:,} bytes in {self.seconds:.1f} s: {self.written / max(self.seconds, 1e-9):,.1f} bytes/s"
-        if not self.drafted:
-            return text
-        return f"{text}, {self.accepted / self.drafted:.0%} of {self.drafted:,} drafts accepted"
-
-
-def _stored_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's weights; of those that FP8 products read quantised, of these copies."""
-    total = sum(tensor.nbytes for tensor in module.state_dict().values())
-    for layer in module.modules():
-        if fp8_ops.gemm_impl == "fp8" and isinstance(layer, Linear) and layer.weight_q is not None:
-            quantized = layer.quantized()
-            total += quantized.q.nbytes + quantized.s.nbytes - layer.weight.nbytes
-    return total
-
-
-def read_bandwidth(device: torch.device) -> float | None:
-    """Measures how many bytes a second this device reads from memory, in about 0.1 s; None where there is no room."""
-    # more than caches hold; on a GPU several passes at a time, to which waiting adds little
-    n_bytes, n_passes = (1 << 30, 4) if device.type == "cuda" else (1 << 27, 1)
-    try:
-        numbers = torch.ones(n_bytes // 4, device=device)
-    except (MemoryError, RuntimeError):
-        return None
-    seconds = []
-    for _ in range(8):  # other programs may disturb some
-        start = time.perf_counter()
-        torch.stack([numbers.sum() for _ in range(n_passes)]).tolist()  # waits for all
-        seconds.append(time.perf_counter() - start)
-    return n_bytes * n_passes / min(seconds)
 
 
 if __name__ == "__main__":  # what `_try_in_child` starts

@@ -59,17 +59,16 @@ import parallel
 from byte_tokenizer import EOS_ID, VOCAB_SIZE, StreamDecoder, encode, visible
 from byte_tokenizer import decode as decode_text
 from convert import load_model
-from decode import Tally
-from model import ConfigError, KVCache, ModelArgs, Transformer
+from metrics import MemoryReads, Tally
+from model import ConfigError, ModelArgs, Transformer
 from parallel import ParallelContext, is_rank_zero
 from safetensors_io import CheckpointError, read_regular
 
-# Positions of one call while prompts are read, all rows together: what bounds the memory that long prompts take.
-PREFILL_POSITIONS = 4096
 MAX_PROMPT_BYTES = 1 << 28  # of a file of prompts, and of a line that is piped in
 MAX_DRAFTS = 256
 MAX_TEXTS = 10**7  # of one call, which are listed
 LOCAL_FLAGS = ("ckpt_path", "input_file", "seed")  # in which processes may differ; the seed is the first one's
+NOT_A_NUMBER = "the model's output is not a number: its weights are damaged or its training diverged"
 EPILOG = """\
 output:
   The prompt and what follows it go to standard output, the speed to standard error. A text ends at byte 0, before the
@@ -164,7 +163,7 @@ def _below_best(logits: torch.Tensor) -> np.ndarray:
     numbers = logits.detach().cpu().double().numpy()  # for so few, torch takes longer to begin than to compute
     best = numbers.max(axis=-1, keepdims=True)
     if not np.isfinite(best).all():
-        raise GenerationError("the model's output is not a number: its weights are damaged or its training diverged")
+        raise GenerationError(NOT_A_NUMBER)
     return numbers - best
 
 
@@ -380,14 +379,14 @@ def fill_stale(batch: Batch, drafter: Drafter) -> None:
         for row, context in contexts.items():
             lengths[row] = max(len(context) - 1 - k, 0)
     if len(contexts) == len(batch.texts):
-        return prefill(model, [contexts[row] for row in range(len(contexts))], cache, drafter.hidden)
+        return decode.prefill(model, [contexts[row] for row in range(len(contexts))], cache, drafter.hidden)
     rows = sorted(contexts, key=lambda row: len(contexts[row]))
     while rows:  # into a small cache first, as many as one call can read
         longest = len(contexts[rows[-1]])
-        n = max(PREFILL_POSITIONS // longest, 1)
+        n = max(decode.PREFILL_POSITIONS // longest, 1)
         group, rows = rows[-n:], rows[:-n]
         filled, hidden = model.new_cache(len(group), longest), drafter.hidden[:, group]
-        prefill(model, [contexts[row] for row in group], filled, hidden)
+        decode.prefill(model, [contexts[row] for row in group], filled, hidden)
         drafter.hidden[:, group] = hidden
         for layer, others in zip(cache.layers, filled.layers, strict=True):
             for tensor, other in zip(layer, others, strict=True):
@@ -422,34 +421,6 @@ def step(
     batch.cache.lengths = [length + 1 + n for length, n in zip(batch.cache.lengths, n_accepted, strict=True)]
     accepted = [row[:n] for row, n in zip(drafts, n_accepted, strict=True)]
     return accepted, np.stack([after for _, after in verdicts]), logits
-
-
-def prefill(
-    model: Transformer, texts: Sequence[bytes | bytearray], cache: KVCache, hidden: torch.Tensor | None = None
-) -> None:
-    """Forwards texts, apart from the last byte of each, into the rows of a cache, a bounded number of positions a time.
-
-    Shorter rows are padded on the right, after what that could disturb. `hidden`, what MTP modules read at the last
-    positions (see `Drafter`), is filled too; without it, no modules run.
-    """
-    depth, ring = (0, 0) if hidden is None else (hidden.shape[0], hidden.shape[2])
-    longest = max(map(len, texts))
-    ids = torch.zeros(len(texts), longest + depth, dtype=torch.int64)  # a module reads that many bytes ahead
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(list(text), dtype=torch.int64)
-    ids = ids.to(model.head.weight.device)
-    cache.lengths = [0] * len(texts)
-    chunk = max(PREFILL_POSITIONS // len(texts), 1)
-    for start in range(0, longest - 1, chunk):
-        end = min(start + chunk, longest - 1)
-        h, _ = model.forward_with_hidden(ids[:, start:end], cache)
-        for k in range(depth):
-            for row, text in enumerate(texts):
-                if last := range(max(start, len(text) - 1 - ring), min(end, len(text) - 1)):
-                    hidden[k, row, [i % ring for i in last]] = h[row, last.start - start : last.stop - start]
-            h, _ = model.mtp_forward(k, h, ids[:, start + 1 + k : end + 1 + k], cache)
-        cache.lengths = [end] * len(texts)
-    cache.lengths = [len(text) - 1 for text in texts]
 
 
 class Row:
@@ -514,10 +485,11 @@ def generate(
     with decode.step_settings(attn_impl, math.inf):  # the cache is made for one way of attention
         batch = Batch(model, texts, sampling)
     drafter = Drafter(batch)
+    blocks = decode.blocks(model, batch, sampling, attn_impl) if logprobs is None else None
     waiting = (Row(number, sampling, num_samples) for number in range(len(texts)))
     rows = list(itertools.islice(waiting, len(batch.texts)))
     while rows:
-        new, logits = _advance(batch, drafter, sampling, rows, tally, attn_impl)
+        new, logits = _advance(batch, drafter, sampling, rows, tally, attn_impl, blocks)
         for row, ids, row_logits in zip(rows, new, logits, strict=True):
             if logprobs is not None:
                 nats = log_probabilities(row_logits[: len(ids)], ids)
@@ -526,23 +498,33 @@ def generate(
                 yield row.number, piece
             if row.ended:
                 yield row.number, b""
-        rows = [next(waiting, row) if row.ended else row for row in rows]
+        before, rows = rows, [next(waiting, row) if row.ended else row for row in rows]
         going = [i for i, row in enumerate(rows) if not row.ended]
         if 0 < len(going) < len(rows):
             batch.keep(going)
             drafter.keep(going)
-        rows, new = [rows[i] for i in going], [new[i] for i in going]
-        for i, row in enumerate(rows):
-            if row.n_taken:
-                batch.append(i, new[i])
+        for i, old in enumerate(going):
+            if rows[old] is before[old]:
+                batch.append(i, new[old])
             else:  # it has just come
-                batch.restart(i, texts[row.number])
+                batch.restart(i, texts[rows[old].number])
+        rows = [rows[i] for i in going]
 
 
 def _advance(
-    batch: Batch, drafter: Drafter, sampling: Sampling, rows: Sequence[Row], tally: Tally, attn_impl: str
-) -> tuple[list[list[int]], torch.Tensor]:
-    """Draws the next bytes of each row, at least one; returns them and their logits, (B, n or more, V)."""
+    batch: Batch, drafter: Drafter, sampling: Sampling, rows: list[Row], tally: Tally, attn_impl: str,
+    blocks: decode.Blocks | None,
+) -> tuple[list[list[int]], Sequence[torch.Tensor | None] | torch.Tensor]:  # fmt: skip
+    """Draws the next bytes of each row, at least one; returns them and their logits, (B, n or more, V).
+
+    `blocks` has none of a row that has just come, and no logits.
+    """
+    if blocks is not None:
+        with decode.step_settings(attn_impl, math.inf):
+            new = blocks.advance(rows, partial(fill_stale, batch, drafter), tally.reads)
+        if any(-1 in ids for ids in new):
+            raise GenerationError(NOT_A_NUMBER)
+        return new, [None] * len(rows)
     generators, limits = [row.generator for row in rows], drafter.limits([row.wanted_drafts for row in rows])
     only_decodes, start = not batch.stale, time.perf_counter()
     n_multiplied = batch.n_active * len(rows) * (1 + batch.n_drafts) if only_decodes else math.inf
@@ -645,8 +627,8 @@ def prompt_logprobs(model: Transformer, prompt: bytes) -> list[float | None]:
     start = context_start(len(prompt), model.args.max_seq_len)
     context, nats = prompt[start:], []
     cache = model.new_cache(1, len(context))
-    for first in range(0, len(context) - 1, PREFILL_POSITIONS):
-        last = min(first + PREFILL_POSITIONS, len(context) - 1)
+    for first in range(0, len(context) - 1, decode.PREFILL_POSITIONS):
+        last = min(first + decode.PREFILL_POSITIONS, len(context) - 1)
         nats += log_probabilities(model(context[first:last], cache), context[first + 1 : last + 1])
     return [None] * (start + 1) + nats
 
@@ -800,7 +782,8 @@ def load(arguments: argparse.Namespace, ctx: ParallelContext) -> Transformer:
     if (size := model.args.vocab_size) != VOCAB_SIZE:
         raise GenerationError(f"{arguments.ckpt_path}: vocab_size is {size}; a model of bytes has {VOCAB_SIZE}")
     stored = any(layer.scale is not None for layer in model.fp8_layers())
-    fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if stored and multiplies_fp8 else "bf16")
+    quantizes = stored and multiplies_fp8 and not decode.KernelDecoder.suits(model)  # which reads FP8 weights itself
+    fp8_ops.gemm_impl = arguments.gemm_impl or ("fp8" if quantizes else "bf16")
     if fp8_ops.gemm_impl == "fp8" and not stored:
         model.quantize_weights()
     model_module.attn_impl = choose_attn_impl(model, arguments.attn_impl)
@@ -837,7 +820,9 @@ def build_parser() -> command.Parser:
     add("--top-k", type=integer(0), metavar="K", help="the K likeliest bytes; 0: all")
     add("--top-p", type=real(0, 1, open_low=True), metavar="P", help="the fewest bytes that reach P; 1: all")
     add("--seed", type=integer(0, 2**64 - 1), metavar="N", help="for the same text again; default: a new one each time")
-    drafts = "bytes drafted at a time by MTP modules, for speed; default: one each, or 1 for several texts; 0: none"
+    drafts = (
+        "bytes drafted at a time by MTP modules, for speed; default: none on a GPU, else one each, or 1 for several"
+    )
     add("--speculate", type=integer(0, MAX_DRAFTS), metavar="N", help=drafts)
     add("--stop", type=stop_string, metavar="STRING", help="ends a text; not printed")
     add("--num-samples", type=integer(1, 10**6), metavar="N", help="texts for each prompt; default: 1")
@@ -848,7 +833,7 @@ def build_parser() -> command.Parser:
     most = "texts at a time, as many as the KV cache has room for; default: max_batch_size of the model's config"
     add("--max-batch-size", type=integer(1, 1 << 20), metavar="N", help=most)
     add("--attn-impl", choices=("naive", "absorb"), help="default: absorb where there is a latent")
-    gemm = "default: fp8 for weights stored in FP8 where the hardware multiplies them, else bf16"
+    gemm = "default: bf16; fp8 for weights stored in FP8 that the hardware multiplies and no kernel of decoding reads"
     add("--gemm-impl", choices=("bf16", "fp8"), help=gemm)
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: auto")
@@ -905,9 +890,12 @@ def run(argv: Sequence[str] | None) -> None:
         seed = int(ctx.broadcast_bytes(lambda: str(seed).encode()))
         with ctx.collective_section():
             model = load(arguments, ctx)
-            speculate = choose_speculate(model.args, arguments.speculate, len(prompts))
+            # steps without drafts need no Python between them, where kernels choose the bytes
+            wanted = 0 if isinstance(model.decoder, decode.KernelDecoder) else None
+            wanted = wanted if arguments.speculate is None else arguments.speculate
+            speculate = choose_speculate(model.args, wanted, len(prompts))
         model.args.max_batch_size = arguments.max_batch_size or model.args.max_batch_size
-        reads = decode.MemoryReads(model)
+        reads = MemoryReads(model)
         tally = Tally(reads=reads)
         given = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
         sampling = Sampling(**given | {"seed": seed, "speculate": speculate})

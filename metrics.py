@@ -36,7 +36,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BufferedReader, FileIO
@@ -56,7 +56,7 @@ from byte_tokenizer import EOS_ID, StreamDecoder
 from checkpoint import Run
 from data.prepare import DataError
 from data.sampler import Corpus, EvaluationBatches, read_batch
-from model import Transformer
+from model import Experts, KVCache, Linear, Transformer
 from parallel import CollectiveError, ParallelContext
 from safetensors_io import inside, open_append, open_regular, reporting, temporary_path, write_json
 
@@ -677,3 +677,109 @@ def costliest(events: Any, n_steps: int, is_cuda: bool) -> str:
         calls = f"{count / n_steps:.4g}"
         lines.append(f"{us / 1000 / n_steps:9.3f} {us / total:6.1%} {calls:>10}  {command.shorten(name, 60)}")
     return "\n".join([*lines, f"{total / 1000 / n_steps:9.3f} {1:6.0%} {'':>10}  all"])
+
+
+# --- Decoding ---------------------------------------------------------------------------------------------------------
+
+MBU_STEPS = 100  # of decoding, for which it is worth 0.1 s to measure the memory's bandwidth
+
+
+class MemoryReads:
+    """Counts what decoding has to read from memory: the weights of each step, and the KV cache.
+
+    Of the routed experts, a call for n positions reads those that it chooses; counted are as many as n positions reach
+    that are routed evenly and independently. Of the embedding, it reads a row for each, which is not counted.
+
+    Attributes:
+        sizes: Bytes of this process's weights, of the main layers and then of each MTP module, as pairs: what every
+            call reads, the head included, and all routed experts.
+        steps: The counted steps.
+        seconds: How long they took.
+        bytes: What they had to read.
+    """
+
+    def __init__(self, model: Transformer):
+        self.args, self.steps, self.seconds, self.bytes = model.args, 0, 0.0, 0.0
+        self.sizes: list[tuple[float, float]] = []
+        copies = getattr(model.decoder, "kept", []) if fp8_ops.gemm_impl == "bf16" else []  # perhaps of another width
+        scale = sum(tensor.nbytes for tensor in copies) / _stored_bytes(model) if copies else 1.0
+        for modules in ([*model.layers, model.norm, model.head], *([module, model.head] for module in model.mtp)):
+            stacks = [m for module in modules for m in module.modules() if isinstance(m, Experts)]
+            total, routed = sum(map(_stored_bytes, modules)), sum(map(_stored_bytes, stacks))
+            self.sizes.append((scale * (total - routed), scale * routed))
+
+    def count(self, cache: KVCache, n_drafted: int, seconds: float, n_steps: int = 1) -> None:
+        """Counts steps that took so long: each `n_drafted` calls of modules, and one of the model for all drafts."""
+        args, n_rows = self.args, len(cache.lengths)
+        calls = [(0, n_rows * (1 + n_drafted)), *((min(i + 1, args.n_mtp_layers), n_rows) for i in range(n_drafted))]
+        for stack, n_positions in calls:
+            always, routed = self.sizes[stack]
+            unused = (1 - args.n_activated_experts / max(args.n_routed_experts, 1)) ** n_positions
+            layers = cache.layers[: args.n_layers] if stack == 0 else [cache.layers[args.n_layers + stack - 1]]
+            cached = sum(tensor.nbytes for layer in layers for tensor in layer)
+            read = always + routed * (1 - unused) + cached * sum(cache.lengths) / (n_rows * cache.capacity)
+            self.bytes += n_steps * read
+        self.steps += n_steps
+        self.seconds += seconds
+
+    def mbu(self, device: torch.device) -> str:
+        """Describes the achieved share of the memory's bandwidth; empty after too few steps to measure that for."""
+        if self.steps < MBU_STEPS or not (bandwidth := read_bandwidth(device)):
+            return ""
+        return f"MBU {self.bytes / max(self.seconds, 1e-9) / bandwidth:.0%} of {bandwidth / 1e9:,.1f} GB/s"
+
+
+@dataclass
+class Tally:
+    """Counts bytes drafted for rows that could take them, those accepted, bytes written, and the time it took.
+
+    `reads` counts what the steps that did nothing but decode had to read from memory.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    written: int = 0
+    seconds: float = 0.0
+    reads: MemoryReads | None = None
+
+    def measure(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """Passes on what `generate` yields, and counts the bytes and the time."""
+        start = time.perf_counter()
+        try:
+            for row, piece in pieces:
+                self.written += len(piece)
+                yield row, piece
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def __str__(self) -> str:
+        text = f"{self.written:,} bytes in {self.seconds:.1f} s: {self.written / max(self.seconds, 1e-9):,.1f} bytes/s"
+        if not self.drafted:
+            return text
+        return f"{text}, {self.accepted / self.drafted:.0%} of {self.drafted:,} drafts accepted"
+
+
+def _stored_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's weights; of those that FP8 products read quantised, of these copies."""
+    total = sum(tensor.nbytes for tensor in module.state_dict().values())
+    for layer in module.modules():
+        if fp8_ops.gemm_impl == "fp8" and isinstance(layer, Linear) and layer.weight_q is not None:
+            quantized = layer.quantized()
+            total += quantized.q.nbytes + quantized.s.nbytes - layer.weight.nbytes
+    return total
+
+
+def read_bandwidth(device: torch.device) -> float | None:
+    """Measures how many bytes a second this device reads from memory, in about 0.1 s; None where there is no room."""
+    # more than caches hold; on a GPU several passes at a time, to which waiting adds little
+    n_bytes, n_passes = (1 << 30, 4) if device.type == "cuda" else (1 << 27, 1)
+    try:
+        numbers = torch.ones(n_bytes // 4, device=device)
+    except (MemoryError, RuntimeError):
+        return None
+    seconds = []
+    for _ in range(8):  # other programs may disturb some
+        start = time.perf_counter()
+        torch.stack([numbers.sum() for _ in range(n_passes)]).tolist()  # waits for all
+        seconds.append(time.perf_counter() - start)
+    return n_bytes * n_passes / min(seconds)

@@ -32,6 +32,7 @@ import command
 import decode
 import fp8_ops
 import generate
+import metrics
 import model as model_module
 from generate import (
     Batch,
@@ -115,7 +116,7 @@ class Script:
 
     def __init__(self, scripts: dict[bytes, bytes], batch_size: int = 4):
         self.args = SimpleNamespace(max_seq_len=10**6, max_batch_size=batch_size, n_mtp_layers=0, dim=1, kv_lora_rank=0)
-        self.compute_dtype, self.absorbs = torch.float32, False
+        self.compute_dtype, self.absorbs, self.decoder = torch.float32, False, None
         self.head = SimpleNamespace(weight=torch.zeros(1))
         self.scripts = scripts  # by the first byte of the prompt, which is one byte
 
@@ -273,7 +274,7 @@ def test_rows_of_one_prompt_differ_and_seeds_repeat(models: dict[str, Transforme
 def test_long_prompts_are_read_in_chunks(
     models: dict[str, Transformer], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "PREFILL_POSITIONS", chunk)
+    monkeypatch.setattr(decode, "PREFILL_POSITIONS", chunk)
     assert collect(models["latent"], PROMPTS[:3], GREEDY) == [by_hand(models["latent"], p, GREEDY) for p in PROMPTS[:3]]
 
 
@@ -291,7 +292,7 @@ def test_the_cache_and_the_positions_of_a_call_are_bounded() -> None:
     sampling = Sampling(max_new_tokens=5)
     batch = Batch(model, [b"a" * 9_000, b"a"], sampling)
     generate.step(batch, Drafter(batch), sampling, [None, None], [0, 0])
-    assert max(widths) <= generate.PREFILL_POSITIONS
+    assert max(widths) <= decode.PREFILL_POSITIONS
     assert batch.cache.layers[0][0].shape == (2, 9_005)
     assert batch.cache.lengths == [9_000, 1]
 
@@ -373,7 +374,7 @@ def test_the_cache_has_the_rows_of_a_batch_and_no_more(models: dict[str, Transfo
     with pytest.MonkeyPatch.context() as patch:
         new_cache = model.new_cache
         patch.setattr(model, "new_cache", lambda *given: caches.append(given[:2]) or new_cache(*given))
-        patch.setattr(generate, "PREFILL_POSITIONS", 20)
+        patch.setattr(decode, "PREFILL_POSITIONS", 20)
         collect(model, PROMPTS * 3, replace(GREEDY, stop=b"a"))
     (first, *others) = caches
     assert first == (3, CONTEXT) and others
@@ -850,28 +851,28 @@ def test_the_bytes_to_read_are_those_of_the_tensors_that_are_used(dtype: torch.d
         expected = of(("layers.", "norm.", "head."), n_rows * (1 + n_drafted)) + sum(kept[i] for i in range(3))
         for module in [0, 1, 1][:n_drafted]:  # the last module goes on
             expected += of((f"mtp.{module}.", "head."), n_rows) + kept[3 + module]
-        reads = decode.MemoryReads(model)
+        reads = metrics.MemoryReads(model)
         reads.count(cache, n_drafted, 0.5)
         assert reads.bytes == pytest.approx(expected, rel=1e-12)
-    dense = decode.MemoryReads(tiny(n_routed_experts=0, kv_lora_rank=0))
+    dense = metrics.MemoryReads(tiny(n_routed_experts=0, kv_lora_rank=0))
     assert all(routed == 0 for _, routed in dense.sizes)
 
 
 def test_weights_that_decoding_has_in_another_width_count_as_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    (always, routed), _ = decode.MemoryReads(model).sizes
+    (always, routed), _ = metrics.MemoryReads(model).sizes
     model.quantize_weights()
-    assert decode.MemoryReads(model).sizes[0] == (always, routed)
+    assert metrics.MemoryReads(model).sizes[0] == (always, routed)
     with monkeypatch.context() as patch:
         patch.setattr(fp8_ops, "gemm_impl", "fp8")
-        quantized = decode.MemoryReads(model).sizes[0]
+        quantized = metrics.MemoryReads(model).sizes[0]
     model = tiny()
     if model.decoder is None:
         pytest.skip("no C compiler")
     for p in model.parameters():
         p.copy_(p.bfloat16())
     with_decoder(model)  # which keeps what bfloat16 holds as that
-    narrow = decode.MemoryReads(model).sizes[0]
+    narrow = metrics.MemoryReads(model).sizes[0]
     assert quantized[1] == pytest.approx(routed / 4, rel=0.1) and quantized[0] < always
     assert narrow[1] == pytest.approx(routed / 2, rel=0.1) and narrow[0] == pytest.approx(always / 2, rel=0.1)
 
@@ -879,13 +880,13 @@ def test_weights_that_decoding_has_in_another_width_count_as_they_are_read(monke
 def test_decoding_steps_are_counted_and_their_mbu_is_printed(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "read_bandwidth", lambda device: 10e9)
+    monkeypatch.setattr(metrics, "read_bandwidth", lambda device: 10e9)
     counts = []
-    count = decode.MemoryReads.count
-    monkeypatch.setattr(decode.MemoryReads, "count", lambda self, *given: counts.append(self) or count(self, *given))
+    count = metrics.MemoryReads.count
+    monkeypatch.setattr(metrics.MemoryReads, "count", lambda self, *given: counts.append(self) or count(self, *given))
     flags = flags_for(folder, "parrot", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "9")
     for most, told in [(100, False), (1, True)]:
-        monkeypatch.setattr(decode, "MBU_STEPS", most)
+        monkeypatch.setattr(metrics, "MBU_STEPS", most)
         counts.clear()
         assert generate.main([*flags, "--speculate", "0"]) == 0
         assert len(counts) == 8  # the first byte comes with the prompt
@@ -894,10 +895,10 @@ def test_decoding_steps_are_counted_and_their_mbu_is_printed(
 
 def test_bandwidth_is_that_of_the_fastest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.accumulate([0, 3, 1, 2, 1, 4] + 10 * [1, 5])  # the second pass takes two seconds
-    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    assert decode.read_bandwidth(torch.device("cpu")) == 2**27 / 2
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert metrics.read_bandwidth(torch.device("cpu")) == 2**27 / 2
     monkeypatch.setattr(torch, "ones", lambda *_, **__: failing())
-    assert decode.read_bandwidth(torch.device("cpu")) is None
+    assert metrics.read_bandwidth(torch.device("cpu")) is None
 
 
 def failing() -> None:

@@ -11,7 +11,8 @@ loss          of the next byte, by weights and KV caches of each width: --ckpt-p
 attach        comparing a decoder with the modules when it is attached, in milliseconds (configs/nano.json, small.json)
 speculation   drafting so many bytes at a time by the MTP modules, against not: the checkpoint of --ckpt-path continues
               beginnings of lines of Python, or else nano.json with a module, after --minutes on the standard library
-graphs        on a GPU, calls that were recorded against launching their kernels one by one (configs/small.json)
+gpu           on a GPU, random models of --config: bytes/s and MBU of one and of 64 texts, by weights in bfloat16 and
+              FP8; how many greedy texts are those of the modules; and a byte after 16,384 others (configs/small.json)
 """
 
 import argparse
@@ -36,7 +37,9 @@ sys.path[:0] = [str(ROOT)]
 
 import convert  # noqa: E402
 import decode  # noqa: E402
+import fp8_ops  # noqa: E402
 import generate  # noqa: E402
+import metrics  # noqa: E402
 import model as model_module  # noqa: E402
 import parallel  # noqa: E402
 from checkpoint import save_model  # noqa: E402
@@ -209,7 +212,7 @@ def forward(model: Transformer, text: bytes) -> None:
 def bench_prefill(options: argparse.Namespace, folder: Path) -> None:
     """Reading a prompt against the forward pass of training."""
     models, text = by_weights(options, folder, config_of("bytegpt")), bytes(range(65, 129)) * 16
-    read = [lambda m=m: generate.prefill(m, [text + b"."], m.new_cache(1, 1024)) for m in models.values()]
+    read = [lambda m=m: decode.prefill(m, [text + b"."], m.new_cache(1, 1024)) for m in models.values()]
     with torch.inference_mode():
         *times, other = seconds(options.repeat, *read, partial(forward, models["bf16"], text))
     rows: list[tuple[object, ...]] = [
@@ -304,26 +307,71 @@ def write_all(model: Transformer, groups: list[list[bytes]], sampling: Sampling,
     return sum(len(text) for group in groups for text in write(model, group, sampling, tally))
 
 
-def bench_graphs(options: argparse.Namespace, folder: Path) -> None:
-    """On a GPU, with recorded calls against without."""
-    if not torch.cuda.is_available():
-        print("no GPU on which calls can be recorded\n")
-        return
-    model = random_model(config_of("small")).to("cuda", torch.bfloat16)
-    model.compute_dtype = torch.bfloat16
+def gpu_model(args: ModelArgs, width: str) -> Transformer:
+    """A random model on a GPU that never ends a text, with its decoder; linear layers' weights are in `width`."""
+    with torch.device("cuda"):
+        model = Transformer(args, torch.bfloat16, init=False).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        p.data = torch.ones_like(p) if p.ndim == 1 else torch.randn_like(p) * p.shape[-1] ** -0.5
+        if p.ndim > 1 and "gate" not in name:
+            p.data = p.data.bfloat16()
+    model.head.weight *= 4
+    model.head.weight[0] = 0
+    for layer in model.fp8_layers() if width == "fp8" else []:
+        layer.weight.data, layer.scale = fp8_ops.weight_quant(layer.weight)
+    start = time.perf_counter()
     attached(model)
-    rows: list[tuple[object, ...]] = [("texts", "bytes/s", "kernel by kernel", "ratio")]
-    for n_rows in (1, 8):
-        sampling, recorder = Sampling(0, max_new_tokens=256), decode.GraphDecoder(model)
+    print(f"{width}: attached {type(model.decoder).__name__} in {time.perf_counter() - start:.1f} s", flush=True)
+    return model
 
-        def decode_by(decoder: decode.GraphDecoder | None, n_rows: int = n_rows, sampling: Sampling = sampling) -> None:
-            model.decoder = decoder
-            write(model, prompts(n_rows), sampling)
 
-        times = seconds(options.repeat, partial(decode_by, recorder), partial(decode_by, None))
-        one, other = (n_rows * sampling.max_new_tokens / t for t in times)
-        rows.append((n_rows, f"{one:.0f}", f"{other:.0f}", one / other))
+def same_bytes(model: Transformer) -> str:
+    """How many of 64 greedy texts the modules continue by the same 16 bytes."""
+    starts = [bytes([65 + i % 60, 60 + i // 2]) * 20 for i in range(64)]
+    sampling = Sampling(0, max_new_tokens=16)
+    ours, decoder, model.decoder = write(model, starts, sampling), model.decoder, None
+    theirs, model.decoder = write(model, starts, sampling), decoder
+    return f"{sum(a == b for a, b in zip(ours, theirs, strict=True))} of 64"
+
+
+def bench_gpu(options: argparse.Namespace, folder: Path) -> None:
+    """What a GPU's decoder writes in a second."""
+    if not torch.cuda.is_available():
+        print("no GPU\n")
+        return
+    print(torch.cuda.get_device_name(), flush=True)
+    rows: list[tuple[object, ...]] = [
+        ("config", "weights", "texts", "choice", "bytes/s", "MBU", "texts as the modules'")
+    ]
+    for name in options.config:
+        for width in ("bf16", "fp8"):
+            model = gpu_model(config_of(name, max_batch_size=64), width)
+            same = same_bytes(model)
+            for n_texts, temperature in ((1, 0.0), (1, 0.8), (64, 0.0), (64, 0.8)):
+                tally = Tally(reads=metrics.MemoryReads(model))
+                sampling = Sampling(temperature, max_new_tokens=options.bytes)
+                start = time.perf_counter()
+                n = sum(map(len, write(model, prompts(n_texts), sampling, tally)))
+                speed, mbu = n / (time.perf_counter() - start), tally.reads.mbu(torch.device("cuda"))
+                how = "sampled" if temperature else "greedy"
+                rows.append((name, width, n_texts, how, f"{speed:.0f}", mbu, same))
+            del model
     print_table(*rows)
+    model = gpu_model(config_of("small", max_seq_len=16384 + 64, original_seq_len=16384 + 64), "bf16")
+    step, replay = model.decoder.recorded(1)
+    cache, times = model.new_cache(1, 16384 + 64), []
+    for length in (64, 16384):
+        for _ in range(2):
+            step.place(cache, [0], [length])
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(metrics.MBU_STEPS // 4):
+                replay()
+            torch.cuda.synchronize()
+            took = time.perf_counter() - start
+        times.append(took / (metrics.MBU_STEPS // 4) * 1e6)
+    print_table(("us after 64", "us after 16,384", "ratio"), (*times, times[1] / times[0]))
 
 
 BENCHES = {
@@ -334,7 +382,7 @@ BENCHES = {
     "loss": bench_loss,
     "attach": bench_attach,
     "speculation": bench_speculation,
-    "graphs": bench_graphs,
+    "gpu": bench_gpu,
 }
 
 
@@ -343,6 +391,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="which (default: all)")
     parser.add_argument("--ckpt-path", type=Path, help="what train.py saved; for drafts, with MTP modules")
+    parser.add_argument("--config", nargs="+", default=["small", "base", "large"], help="whose shapes a GPU decodes")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training where there is none (default: 3)")
     parser.add_argument("--bytes", type=int, default=64, help="to write at a time (default: 64)")
     parser.add_argument("--repeat", type=int, default=5, help="turns, of which the median counts (default: 5)")
