@@ -695,46 +695,48 @@ INLINE void score(const Step *s, const void *cache, int kind, int i) {
     int heads = s->s->index_heads, size = s->s->index_dim, length = s->c->positions[i] + 1;
     int start = first_of(length, s->t, s->threads), end = first_of(length, s->t + 1, s->threads);
     const float *q = s->index_q + (long)i * heads * size, *weights = s->index_weights + (long)i * heads;
-    for (int t = start; t < end; t++) {
-        const char *key = entry_of(s, cache, i / s->c->n_each, t, size);
+    const char *key = entry_of(s, cache, i / s->c->n_each, start, size);
+    long bytes = size * size_of(kind);
+    for (int t = start; t < end; t++, key += bytes) {
         quad total = {};
-        for (long j = 0; j < size * size_of(kind); j += 64) __builtin_prefetch(key + 32 * size * size_of(kind) + j);
+        for (long j = 0; j < bytes; j += 64) __builtin_prefetch(key + 32 * bytes + j);
         for (int h = 0; h < heads; h += 4) {
             vec sums[4] = {};
+            quad factor;
             const float *of[4];
-            int j, d = 0;
-            for (j = 0; j < 4; j++) of[j] = q + (h + j < heads ? h + j : h) * size;
-            for (; d + LANES <= size; d += LANES)
-                for (j = 0; j < 4; j++) sums[j] += load(key, d, kind) * *(const vec *)(of[j] + d);
+            int d = 0;
+            for (int j = 0; j < 4; j++) of[j] = q + (h + j < heads ? h + j : h) * size;
+            for (int j = 0; j < 4; j++) factor[j] = h + j < heads ? weights[h + j] : 0;
+            for (; d + LANES <= size; d += LANES) {
+                vec numbers = load(key, d, kind);
+                for (int j = 0; j < 4; j++) sums[j] += numbers * *(const vec *)(of[j] + d);
+            }
             quad four = sum_lanes_of_4(sums[0], sums[1], sums[2], sums[3]);
             for (; d < size; d++)
-                for (j = 0; j < 4; j++) four[j] += load_one(key, d, kind) * of[j][d];
-            for (j = 0; j < 4 && h + j < heads; j++) total[j] += (four[j] > 0 ? four[j] : 0) * weights[h + j];
+                for (int j = 0; j < 4; j++) four[j] += load_one(key, d, kind) * of[j][d];
+            total += (quad)((four > 0) & (__typeof__(four > 0))four) * factor; /* no loop: it would go through memory */
         }
         s->index_scores[(long)i * s->longest + t] = (total[0] + total[1]) + (total[2] + total[3]);
     }
 }
 
-/* The number with these bits, in an order of them that is the numbers' own. */
-INLINE float number_of(uint32_t ordered) {
-    union { uint32_t bits; float value; } u = {ordered >> 31 ? ordered ^ 1u << 31 : ~ordered};
-    return u.value;
-}
-
-/* Indexer.choose for position i: the best scores, of equal ones the last. The least is found between the infinities. */
+/* Indexer.choose for position i: the best scores, of equal ones the last. Their least is found by bisection, between
+   minus infinity and plus, of its bits in an order that is the numbers' own. */
 static void choose(const Step *s, int i) {
     const float *scores = s->index_scores + (long)i * s->longest;
     int length = s->c->positions[i] + 1, left = s->s->index_topk, *selected = s->selected + (long)i * left;
     uint32_t low = 0x007fffffu, high = 0xff800001u;
+    union { uint32_t bits; float value; } u;
+#define NUMBER(ordered) (u.bits = (ordered) >> 31 ? (ordered) ^ 1u << 31 : ~(ordered), u.value)
     for (int count = 0; high - low > 1 && count != left;) {
         uint32_t middle = low + (high - low) / 2;
-        float least = number_of(middle);
+        float least = NUMBER(middle);
         count = 0;
         for (int t = 0; t < length; t++) count += scores[t] >= least;
         if (count >= left) low = middle;
         else high = middle;
     }
-    float least = number_of(low);
+    float least = NUMBER(low);
     for (int t = 0; t < length; t++) left -= scores[t] > least;
     for (int t = length - 1; t >= 0; t--) /* what is no number is chosen where all else is */
         if (scores[t] > least || (!(scores[t] < least) && left-- > 0)) *selected++ = t;
@@ -967,10 +969,9 @@ static float *allocate(float **from, long count) {
 int run(const Shape *a, const Stack *stack, const Call *c) {
     long n = (long)c->n_rows * c->n_each, width = a->rank + a->rope, q_rank = 1, units = 1, h_width = 2L * a->dim;
     int longest = 1;
-    for (long i = 0; i < n; i++) {
+    for (long i = 0; i < n; i++) longest = largest(longest, c->positions[i] + 1);
+    for (long i = 0; i < n; i++)
         if (c->tokens[i] < 0 || c->tokens[i] >= a->vocab) return 2;
-        longest = c->positions[i] >= longest ? c->positions[i] + 1 : longest;
-    }
     for (int i = 0; i < stack->n_blocks; i++) {
         const Block *b = stack->blocks + i;
         if (b->wq_a.data) q_rank = largest(q_rank, b->wq_b.n_in);

@@ -848,8 +848,6 @@ class GraphDecoder:
         return not stacks or (grouped and all(n % 8 == 0 for w in stacks for n in w.shape[1:]))
 
     def __init__(self, model: Transformer):
-        if model.args.index_topk:
-            raise ValueError("it records no sparse attention, index_topk")
         self.model = model
         self.calls: Counter[tuple[object, ...]] = Counter()
         self.graphs: dict[tuple[object, ...], _Graph] = {}

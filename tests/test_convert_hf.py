@@ -70,6 +70,11 @@ def test_logits_of_transformers(tmp_path_factory: pytest.TempPathFactory, kind: 
         fixed |= {"n_layers": 2, "n_dense_layers": data.draw(st.integers(0, 1))}
     if kind == "Ernie4_5ForCausalLM":  # heads of one width, which times n_heads need not be dim
         fixed |= dict.fromkeys(("qk_rope_head_dim", "v_head_dim"), data.draw(st.sampled_from([2, 4, 8, 32])))
+    if kind == "DeepseekV32ForCausalLM":
+        fixed |= {
+            "index_topk": data.draw(st.integers(1, 14)),
+            "index_head_dim": data.draw(st.sampled_from([8, 16, 21])),
+        }
     tmp = tmp_path_factory.mktemp("hf")
     model = tiny(**data.draw(divisible(**fixed)))
     save_model(model, tmp / "a")

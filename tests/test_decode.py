@@ -1066,10 +1066,15 @@ needs_gpu = pytest.mark.skipif(
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.integers(0, 150), min_size=1, max_size=4), st.integers(1, 5), st.sampled_from(["naive", "absorb"]))
-def test_recorded_calls_equal_the_modules(lengths: list[int], width: int, impl: str) -> None:
+@given(
+    st.lists(st.integers(0, 150), min_size=1, max_size=4),
+    st.integers(1, 5),
+    st.sampled_from(["naive", "absorb"]),
+    st.sampled_from([{}, {"q_lora_rank": 24, "index_n_heads": 8, "index_head_dim": 16, "index_topk": 40}]),
+)
+def test_recorded_calls_equal_the_modules(lengths: list[int], width: int, impl: str, indexed: dict[str, int]) -> None:
     model_module.attn_impl = impl
-    model = make(**GRAPHED)
+    model = make(**GRAPHED | indexed)
     tokens = torch.randint(1, 256, (2, len(lengths), width), generator=torch.Generator().manual_seed(2))
     results = []
     for decoder in (None, decode.GraphDecoder(model)):

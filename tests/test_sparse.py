@@ -323,11 +323,6 @@ def test_a_score_that_is_no_number_chooses_within_the_cache() -> None:
         assert net(tokens(1, 1), cache).shape == (1, 1, 256)
 
 
-def test_graphs_leave_such_models_to_the_modules() -> None:
-    with pytest.raises(ValueError, match="sparse attention"):
-        decode.GraphDecoder(tiny(**SPARSE))
-
-
 FP8 = {"dim": 128, "q_lora_rank": 128, "kv_lora_rank": 124, "index_head_dim": 128}
 FP8 |= {"moe_layer_freq": 1, "index_n_heads": 8, "index_topk": 4}  # no weight with a ragged block after a whole one
 
