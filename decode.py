@@ -149,6 +149,8 @@ def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
     if impl != impls[0]:
         warnings = ["absorbed attention differs from training's in this model.py, so decoding is naive, slower"]
     kinds = (KernelDecoder, GraphDecoder, CDecoder) if fp8_ops.gemm_impl == "bf16" else ()
+    if kinds and impl in KernelDecoder.attn_impls and KernelDecoder.has_all(model) and KernelDecoder.lacks(model):
+        warnings += [f"{KernelDecoder.lacks(model)}, so decoding is slower"]
     for decoder in kinds:
         if model.decoder is None and impl in decoder.attn_impls and decoder.suits(model):
             if decoder is CDecoder and library() is None:
@@ -630,14 +632,24 @@ class KernelDecoder:
 
     @staticmethod
     def suits(model: Transformer) -> bool:
+        """Whether the kernels have all that a model needs, and run on its GPU."""
+        return KernelDecoder.has_all(model) and KernelDecoder.lacks(model) is None
+
+    @staticmethod
+    def has_all(model: Transformer) -> bool:
         """Whether the kernels have all that a model needs: it is unsharded, has a latent, and is on a CUDA GPU."""
-        device, args = model.head.weight.device, model.args
-        if device.type != "cuda" or not model.is_unsharded() or not find_spec("triton"):
-            return False
-        is_fp8 = any(layer.scale is not None for layer in model.fp8_layers())
-        least = (8, 9) if is_fp8 else (8, 0)
-        has_all = args.hidden_act in ACTIVATIONS and not getattr(args, "index_topk", 0) and args.kv_lora_rank > 0
-        return has_all and torch.cuda.get_device_capability(device) >= least
+        args, is_cuda = model.args, model.head.weight.device.type == "cuda"
+        has_layers = args.hidden_act in ACTIVATIONS and not args.index_topk and args.kv_lora_rank > 0
+        return is_cuda and has_layers and model.is_unsharded()
+
+    @staticmethod
+    def lacks(model: Transformer) -> str | None:
+        """Describes what the kernels need that the model's GPU does not have; None if they run there."""
+        least = (8, 9) if any(layer.scale is not None for layer in model.fp8_layers()) else (8, 0)
+        found = torch.cuda.get_device_capability(model.head.weight.device)
+        if found < least:
+            return "this GPU has compute capability {}.{}, and kernel_decode.py needs {}.{}".format(*found, *least)
+        return None if find_spec("triton") else "kernel_decode.py needs Triton, which is not installed"
 
     def __init__(self, model: Transformer):
         import kernel_decode  # where there is a GPU, there is Triton
@@ -645,7 +657,7 @@ class KernelDecoder:
         self.model, self.kernels = model, kernel_decode
         self.steps: dict[int, kernel_decode.Step] = {}
         self.replays: dict[tuple[int, int], Callable[[], None]] = {}
-        self.user: Blocks | None = None  # whose texts the buffers have
+        self.user: object = None  # the `Blocks.key` of those whose texts the buffers have
 
     def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """As `Transformer.forward_with_hidden`."""
@@ -657,12 +669,20 @@ class KernelDecoder:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Records all calls, and decodes a few bytes: what fails on this machine, fails here."""
+        """Records all calls, and decodes a few bytes: what fails on this machine, fails here.
+
+        Raises:
+            ValueError: The byte that is chosen is not the likeliest, to which top-k restricts it.
+        """
         for n, depth in product(self.kernels.POSITIONS, range(-1, len(self.model.mtp))):
             self.recorded(n, depth)
         if self.model.args.vocab_size <= self.kernels.MAX_VOCAB:
-            trial = _Trial(self.model)
-            Blocks(self, trial, trial).advance([trial], lambda: None, None)
+            with step_settings("absorb", float("inf")):
+                trial = _Trial(self.model)
+            chosen = Blocks(self, trial, trial).advance([trial], lambda: None, None)[0][-1]
+            logits = self.steps[1].logits[0]
+            if chosen >= 0 and logits[chosen] < logits.max():  # -1: the model's output is no number
+                raise ValueError("its choice of a byte is not the likeliest")
 
     def recorded(self, n: int, depth: int = -1) -> tuple[Any, Callable[[], None]]:
         """Returns the buffers for n positions or more, and what runs MTP module `depth`, or -1: the main model."""
@@ -696,6 +716,7 @@ def _recorded(launch: Callable[[], None], step: Any) -> Callable[[], None]:
     """Returns what replays the launches of a step's kernels as one CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     step.counts.zero_()
+    step.rows.fill_(-1)  # the launch must not write to a cache of earlier calls, which may be gone
     launch()  # which compiles the kernels
     with torch.cuda.graph(graph):
         launch()
@@ -725,10 +746,11 @@ class Blocks:
     """
 
     def __init__(self, decoder: KernelDecoder, batch: Any, sampling: Any):
-        self.decoder, self.batch = decoder, batch
+        self.decoder, self.batch, self.key = decoder, batch, object()
         # a text that ends among others leaves its row idle for a block or two
         self.steps = max(decoder.kernels.MAX_STEPS // (1 if len(batch.texts) == 1 else 2), 1)
-        self.how = torch.tensor([sampling.temperature, sampling.top_k, sampling.top_p], dtype=torch.float64)
+        top_k = min(sampling.top_k, batch.model.args.vocab_size)  # the device counts in int32
+        self.how = torch.tensor([sampling.temperature, top_k, sampling.top_p], dtype=torch.float64)
         self.columns: list[Any] = []  # the texts in the order of the device's rows
         self.state = torch.empty(2, 0, dtype=torch.int64)  # their next tokens and positions
         self.next: _Launched | None = None
@@ -764,7 +786,7 @@ class Blocks:
     def _arrange(self, rows: list[Any], new: list[Any]) -> None:
         """Has the device's rows be these texts, of which `new` begin where the batch has them."""
         cache, n, device = self.batch.cache, len(rows), self.decoder.model.head.weight.device
-        if rows == self.columns and not new and self.decoder.user is self:
+        if rows == self.columns and not new and self.decoder.user is self.key:
             return
         places = {row: i for i, row in enumerate(self.columns) if row not in new}
         starts = torch.tensor([[text[-1] for text in self.batch.texts], cache.lengths]).to(device)
@@ -776,7 +798,7 @@ class Blocks:
         self.step.place(cache, list(range(n)), cache.lengths)
         self.step.tokens[:n], self.step.positions[:n] = starts
         self.step.sampling.copy_(self.how)
-        self.columns, self.state, self.decoder.user = list(rows), starts, self
+        self.columns, self.state, self.decoder.user = list(rows), starts, self.key
 
     def _launch(self, rows: list[Any], before: _Launched | None) -> _Launched | None:
         """Launches as many steps as no row has too few bytes of context for; None if no text needs any."""
@@ -805,7 +827,7 @@ class Blocks:
 class _Trial:
     """As much of generate.py's `Batch`, of the `Row` in it and of the `Sampling` as `Blocks` reads."""
 
-    temperature, top_k, top_p = 1.0, 2, 0.5
+    temperature, top_k, top_p = 1.0, 1, 0.5
 
     def __init__(self, model: Transformer):
         self.model, self.texts, self.stale, self.cache = model, [b"\0"], [0], model.new_cache(1, 2)

@@ -660,7 +660,7 @@ def _choose_kernel(
     temperature, at = tl.load(sampling_ptr), tl.load(counts_ptr + n)
     byte = tl.argmax(logits, axis=0).to(tl.int32)
     if temperature > 0:
-        probs = tl.exp((logits - best).to(tl.float64) / temperature)
+        probs = tl.exp((logits.to(tl.float64) - best.to(tl.float64)) / temperature)
         probs /= tl.sum(probs)
         top_k, top_p = tl.load(sampling_ptr + 1), tl.load(sampling_ptr + 2)
         if ((top_k > 0) & (top_k < V)) | (top_p < 1):

@@ -5,11 +5,13 @@ schedules steps on the device is tested with the modules in the kernels' place. 
 the interpreter: this file, run as a script.
 """
 
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -217,7 +219,7 @@ class ByModules(Step):
         # a text that has ended may outgrow the cache; what comes of that is discarded
         self.cache.lengths = self.positions[:n].clamp(max=self.cache.capacity - 1).tolist()
         _, logits = by_modules(self.model, self.tokens[:n, None], self.cache)
-        self.cache.lengths = before
+        self.cache.lengths, self.logits[:n] = before, logits[:, 0]
         temperature, top_k, top_p = self.sampling.tolist()
         at = int(self.counts[0])
         ids = probabilities(logits[:, 0], Sampling(temperature, int(top_k), top_p), self.uniforms[at, :n])
@@ -303,6 +305,74 @@ def test_preparing_decodes_a_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ByModules, "run", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         by_blocks(model, 4).decoder.prepare()
+
+
+def test_preparing_notices_a_wrong_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "probabilities", lambda logits, *_: logits.argmin(-1).tolist())
+    with pytest.raises(ValueError, match="not the likeliest"):
+        by_blocks(random_model(n_mtp_layers=0).cpu(), 4).decoder.prepare()
+
+
+def test_preparing_writes_to_a_cache_of_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever attention is set: kernels know no other cache, and would write past the end of one."""
+    model, widths, place = by_blocks(random_model(n_mtp_layers=0).cpu(), 4), [], ByModules.place
+
+    def record(self: Step, cache: KVCache, *where: Any) -> None:
+        widths.append(cache.layers[0][0].shape[2:])
+        place(self, cache, *where)
+
+    monkeypatch.setattr(ByModules, "place", record)
+    model_module.attn_impl = "naive"
+    try:
+        monkeypatch.setattr(ByModules, "run", lambda self: None)
+        model.decoder.prepare()
+    finally:
+        model_module.attn_impl = "absorb"
+    assert widths == [(model.args.kv_lora_rank + model.args.qk_rope_head_dim,)]
+
+
+def test_top_k_of_any_size() -> None:
+    model = by_blocks(random_model(n_mtp_layers=0).cpu(), 4)
+    wide, none = (Sampling(1.0, top_k=k, top_p=0.5, max_new_tokens=9) for k in (10**400, 0))
+    assert texts(model, [b"a"], wide) == texts(model, [b"a"], none)
+
+
+def test_what_is_done_is_not_kept() -> None:
+    """A decoder holds no text's cache after its end."""
+    model = by_blocks(random_model(n_mtp_layers=0).cpu(), 4)
+    batch = generate.Batch(model, [b"a"], Sampling(0))
+    blocks = decode.Blocks(model.decoder, batch, Sampling(0))
+    row = generate.Row(0, Sampling(0))
+    blocks.advance([row], lambda: generate.fill_stale(batch, generate.Drafter(batch)), None)
+    held = weakref.ref(blocks)
+    assert model.decoder.user is blocks.key
+    del blocks
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.parametrize(
+    ("found", "has_triton", "is_fp8", "reason"),
+    [
+        ((7, 5), True, False, "compute capability 7.5, and kernel_decode.py needs 8.0"),
+        ((8, 6), True, True, "compute capability 8.6, and kernel_decode.py needs 8.9"),
+        ((9, 0), False, True, "needs Triton"),
+        ((8, 0), True, False, None),
+    ],
+)
+def test_a_gpu_without_the_kernels(
+    found: tuple[int, int], has_triton: bool, is_fp8: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(n_layers=1, n_mtp_layers=0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
+    monkeypatch.setattr(decode, "find_spec", lambda name: has_triton)
+    monkeypatch.setattr(decode.KernelDecoder, "has_all", lambda model: True)
+    monkeypatch.setattr(decode.CDecoder, "suits", lambda model: False)
+    monkeypatch.setattr(decode.KernelDecoder, "__init__", lambda self, model: 1 / 0)  # is not reached
+    for layer in model.fp8_layers() if is_fp8 else []:
+        layer.store_fp8()
+    warning = decode.attach(model)
+    assert model.decoder is None and (reason or "division by zero") in str(warning)
 
 
 def test_a_model_whose_output_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
