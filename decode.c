@@ -193,14 +193,10 @@ INLINE float load_one(const void *data, long i, int kind) {
 }
 
 static void store_one(void *data, long i, int kind, float value) {
-    if (kind == FP32) {
-        ((float *)data)[i] = value;
-        return;
-    }
     union { float value; uint32_t bits; } u = {value};
-    /* to nearest, ties to even; what is not a number stays so */
-    uint32_t bits = u.bits + 0x7fff + (u.bits >> 16 & 1);
-    ((uint16_t *)data)[i] = (value != value ? u.bits | 0x400000 : bits) >> 16;
+    uint32_t bits = u.bits + 0x7fff + (u.bits >> 16 & 1); /* to nearest, ties to even */
+    if (kind == FP32) ((float *)data)[i] = value;
+    else ((uint16_t *)data)[i] = (value != value ? u.bits | 0x400000 : bits) >> 16; /* no number stays none */
 }
 
 INLINE quad sum_quads(vec a) { /* four partial sums */
@@ -390,31 +386,25 @@ static void matmul_fp8(Matrix w, int from, int to, Rows x, Rows y, int n, int ad
         for (int r = 0; r < n; r++) scale_row(row_of(x, r), scales, w.n_in, w.kind, scaled + (long)r * w.n_in);
         Rows by_blocks = {scaled, w.n_in};
 #ifdef FP8_IN_PAIRS
-        if (w.kind == FP8_PAIRS) {
-            matmul_kind(w, FP8_PAIRS, o, end, by_blocks, y, n, adds);
-            continue;
-        }
+        if (w.kind == FP8_PAIRS) matmul_kind(w, FP8_PAIRS, o, end, by_blocks, y, n, adds);
+        else
 #endif
-        matmul_kind(w, FP8, o, end, by_blocks, y, n, adds);
+            matmul_kind(w, FP8, o, end, by_blocks, y, n, adds);
     }
 }
 
 /* `scratch` is room for n rows of x: in bfloat16, which PAIRS need, or scaled for FP8. */
 static void matmul(Matrix w, int from, int to, Rows x, Rows y, int n, int adds, float *scratch) {
     if (from == to) return; /* nothing of it is this thread's */
-    if (w.scales) {
-        matmul_fp8(w, from, to, x, y, n, adds, scratch);
-        return;
-    }
+    if (w.scales) matmul_fp8(w, from, to, x, y, n, adds, scratch);
 #ifdef __AVX512BF16__
-    if (w.kind == PAIRS) {
+    else if (w.kind == PAIRS) {
         int stride = (w.n_in + 1) / 2; /* float32 numbers that are as long as a row */
         for (int r = 0; r < n; r++) narrow_row(row_of(x, r), w.n_in, scratch + (long)r * stride);
         matmul_kind(w, PAIRS, from, to, (Rows){scratch, stride}, y, n, adds);
-        return;
     }
 #endif
-    if (w.kind == FP32) matmul_kind(w, FP32, from, to, x, y, n, adds);
+    else if (w.kind == FP32) matmul_kind(w, FP32, from, to, x, y, n, adds);
     else matmul_kind(w, BF16, from, to, x, y, n, adds);
 }
 
@@ -432,15 +422,13 @@ static void normalize(Norm norm, const float *x, float *y) {
 /* --- The layers ------------------------------------------------------------------------------------------------- */
 
 /* How many threads have arrived, how often all had, and whether one was ever awaited for long. */
-typedef struct {
-    int arrived, turn, is_late;
-} Barrier;
+typedef struct { int arrived, turn, is_late; } Barrier;
 
 /* What the threads share; `h` and what follows is each thread's own. */
 typedef struct {
     const Shape *s;
     const Call *c;
-    int n, t, threads, longest; /* positions of the longest row */
+    int n, t, threads, longest, is_sparse; /* positions of the longest row; whether one attends to some of them */
     Barrier *barrier;
     float *x;              /* (N, dim), the residual stream */
     float *q_a, *q, *kv;   /* (N, q rank), (N, H, nope + R), (N, C + R) */
@@ -516,19 +504,6 @@ static void write_kv(const Step *s, const Block *b, void *cache, int i) {
     for (int h = 0; h < a->heads; h++) {
         long head = (long)i * a->heads + h;
         rotate(s, s->q + head * (a->nope + a->rope) + a->nope, 2, position, s->queries + head * width + a->rank);
-    }
-}
-
-/* The two bmm of MLA._attend_absorbed: a matrix for each head, `each` outputs a head; x and y are (N, H, strides). */
-static void linear_heads(
-    const Step *s, Matrix w, int each, float *x, long x_stride, float *y, long y_stride, int from, int to) {
-    int heads = s->s->heads;
-    while (from < to) {
-        int head = from / each, end = (head + 1) * each < to ? (head + 1) * each : to;
-        Rows in = {x + head * x_stride, heads * x_stride};
-        Rows out = {y + head * y_stride + from - head * each, heads * y_stride};
-        matmul(w, from, end, in, out, s->n, 0, s->scratch);
-        from = end;
     }
 }
 
@@ -610,8 +585,7 @@ static void accumulate_values(const void *cache, int kind, int width, int rank, 
     if (kind == PAIRS && rank % (2 * LANES) == 0) {
         for (int q = 0; q < n; q++) narrow_row(p + q * BLOCK, BLOCK, p + q * BLOCK);
         accumulate_kind(cache, PAIRS, width, rank, count, p, o, n);
-        return;
-    }
+    } else
 #endif
     if (kind == FP32) accumulate_kind(cache, FP32, width, rank, count, p, o, n);
     else accumulate_kind(cache, BF16, width, rank, count, p, o, n);
@@ -687,7 +661,7 @@ static void write_index(const Step *s, const Block *b, void *cache, int i) {
     char *entry = entry_of(s, cache, i / s->c->n_each, position, size);
     for (int j = 0; j < size; j++) store_one(entry, j, s->c->kind, k[j]);
     float *q = s->index_q + (long)i * s->s->index_heads * size;
-    for (int h = 0; h < s->s->index_heads; h++, q += size) rotate(s, q, 1, position, q);
+    for (int h = 0; h < s->s->index_heads && s->is_sparse; h++, q += size) rotate(s, q, 1, position, q);
 }
 
 /* index_scores of this thread's keys for position i: each is multiplied by four heads, or copies of one, at a time. */
@@ -760,16 +734,29 @@ static void merge_partials(const Step *s, long i, float *mean) {
     for (int j = 0; j < rank; j++) mean[j] /= sum;
 }
 
+/* The two bmm of MLA._attend_absorbed: this thread's outputs of a matrix for each head, `each` outputs a head. x and y
+   are (N, H, strides); where x is nothing, the matrices multiply the means of the latents. */
+static void linear_heads(const Step *s, Matrix w, int each, float *x, long x_stride, float *y, long y_stride) {
+    int heads = s->s->heads, to = first_of(heads * each, s->t + 1, s->threads);
+    for (int from = first_of(heads * each, s->t, s->threads), end; from < to; from = end) {
+        int head = from / each;
+        end = (head + 1) * each < to ? (head + 1) * each : to;
+        for (int i = 0; i < s->n && !x; i++) merge_partials(s, (long)i * heads + head, s->h + (long)i * w.n_in);
+        Rows in = x ? (Rows){x + head * x_stride, heads * x_stride} : (Rows){s->h, w.n_in};
+        Rows out = {y + head * y_stride + from - head * each, heads * y_stride};
+        matmul(w, from, end, in, out, s->n, 0, s->scratch);
+    }
+}
+
 /* Block.forward's first line: MLA.forward under "absorb", added to the residual stream. */
 static void attention(const Step *s, const Block *b, void *cache, void *index_cache) {
     const Shape *a = s->s;
     int n = s->n, t = s->t, threads = s->threads, rank = a->rank, heads = a->heads;
-    int is_sparse = a->index_topk && s->longest > a->index_topk;
     float *h = s->h;
     for (int i = 0; i < n; i++) normalize(b->attn_norm, s->x + (long)i * a->dim, h + (long)i * a->dim);
     linear(s, b->wkv_a, rank + a->rope, h, s->kv, 0);
     if (index_cache) linear(s, b->index_k, a->index_dim, h, s->index_k, 0);
-    if (is_sparse) linear(s, b->index_weights, a->index_heads, h, s->index_weights, 0);
+    if (s->is_sparse) linear(s, b->index_weights, a->index_heads, h, s->index_weights, 0);
     if (b->wq_a.data) {
         int q_rank = b->wq_b.n_in;
         linear(s, b->wq_a, q_rank, s->h, s->q_a, 0);
@@ -777,34 +764,27 @@ static void attention(const Step *s, const Block *b, void *cache, void *index_ca
         for (int i = 0; i < n; i++) normalize(b->q_norm, s->q_a + (long)i * q_rank, h + (long)i * q_rank);
     }
     linear(s, b->wq_b, heads * (a->nope + a->rope), h, s->q, 0);
-    if (is_sparse) linear(s, b->index_q, a->index_heads * a->index_dim, h, s->index_q, 0);
+    if (s->is_sparse) linear(s, b->index_q, a->index_heads * a->index_dim, h, s->index_q, 0);
     wait_for_all(s);
     for (int i = t; i < n; i += threads) {
         write_kv(s, b, cache, i);
         if (index_cache) write_index(s, b, index_cache, i);
     }
-    linear_heads(s, b->w_k, rank, s->q, a->nope + a->rope, s->queries, rank + a->rope,
-                 first_of(heads * rank, t, threads), first_of(heads * rank, t + 1, threads));
+    linear_heads(s, b->w_k, rank, s->q, a->nope + a->rope, s->queries, rank + a->rope);
     wait_for_all(s);
-    for (int i = 0; i < n && is_sparse; i++)
+    for (int i = 0; i < n && s->is_sparse; i++)
         if (s->c->kind == FP32) score(s, index_cache, FP32, i);
         else score(s, index_cache, BF16, i);
-    if (is_sparse) wait_for_all(s);
-    for (int i = t; i < n && is_sparse; i += threads)
+    if (s->is_sparse) wait_for_all(s);
+    for (int i = t; i < n && s->is_sparse; i += threads)
         if (s->c->positions[i] >= a->index_topk) choose(s, i);
-    if (is_sparse) wait_for_all(s);
-    for (int i = 0, each = is_sparse ? 1 : s->c->n_each; i < n; i += each) {
-        int chooses = is_sparse && s->c->positions[i] >= a->index_topk;
+    if (s->is_sparse) wait_for_all(s);
+    for (int i = 0, each = s->is_sparse ? 1 : s->c->n_each; i < n; i += each) {
+        int chooses = s->is_sparse && s->c->positions[i] >= a->index_topk;
         attend(s, cache, i, each, chooses ? s->selected + (long)i * a->index_topk : 0);
     }
     wait_for_all(s);
-    int from = first_of(heads * a->v, t, threads), to = first_of(heads * a->v, t + 1, threads);
-    while (from < to) { /* head by head */
-        int head = from / a->v, end = (head + 1) * a->v < to ? (head + 1) * a->v : to;
-        for (int i = 0; i < n; i++) merge_partials(s, (long)i * heads + head, s->h + (long)i * rank);
-        matmul(b->w_v, from, end, (Rows){s->h, rank}, (Rows){s->values + from, heads * a->v}, n, 0, s->scratch);
-        from = end;
-    }
+    linear_heads(s, b->w_v, a->v, 0, 0, s->values, a->v);
     wait_for_all(s);
     linear(s, b->wo, a->dim, s->values, s->x, 1);
     wait_for_all(s);
@@ -888,21 +868,16 @@ static void route(const Shape *a, const float *scores, const float *bias, float 
 /* Block.forward's second line: MLP.forward or MoE.forward, added to the residual stream. */
 static void feed_forward(const Step *s, const Block *b) {
     const Shape *a = s->s;
-    int n = s->n, t = s->t, threads = s->threads, k = a->n_activated, n_experts = a->n_experts;
-    int from = first_of(a->dim, t, threads), to = first_of(a->dim, t + 1, threads);
+    int n = s->n, n_experts = b->experts.width ? a->n_experts : 0, k = n_experts ? a->n_activated : 0;
+    int from = first_of(a->dim, s->t, s->threads), to = first_of(a->dim, s->t + 1, s->threads);
     Rows out = {s->x + from, a->dim};
     for (int i = 0; i < n; i++) normalize(b->ffn_norm, s->x + (long)i * a->dim, s->h + (long)i * a->dim);
     if (b->mlp.width) mlp_hidden(s, &b->mlp, 0, 0, 0, s->gate, s->up, n);
-    if (b->experts.width) linear(s, b->gate, n_experts, s->h, s->scores, 0);
+    if (n_experts) linear(s, b->gate, n_experts, s->h, s->scores, 0);
     wait_for_all(s);
-    if (!b->experts.width) {
-        matmul(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->scratch);
-        wait_for_all(s);
-        return;
-    }
     int *experts = s->chosen, *position = experts + n * k, *ends = position + n * k, *flags = ends + n_experts + 1;
     float *weights = s->probs, *sorted = weights + n * k + n_experts, *choice = sorted + n * k;
-    for (int i = 0; i < n; i++) /* weights has room for a row of scores */
+    for (int i = 0; i < n && n_experts; i++) /* weights has room for a row of scores */
         route(a, s->scores + (long)i * n_experts, b->gate_bias, choice, flags, flags + n_experts, experts + i * k,
                weights + i * k);
     memset(ends, 0, (n_experts + 1) * sizeof *ends);
@@ -918,7 +893,7 @@ static void feed_forward(const Step *s, const Block *b) {
         if (ends[e] > start)
             mlp_hidden(s, &b->experts, e, position + start, sorted + start, s->gate + base + start * width,
                    s->up + base + start * width, ends[e] - start);
-    wait_for_all(s);
+    if (n_experts) wait_for_all(s);
     if (b->mlp.width) matmul(b->mlp.w2, from, to, (Rows){s->gate, b->mlp.width}, out, n, 1, s->scratch);
     for (int e = 0, start = 0; e < n_experts; start = ends[e++]) {
         out.index = position + start;
@@ -937,8 +912,7 @@ static void run_thread(const Step *s, const Stack *stack) {
     if (stack->eh_proj.data || s->t == 0)
         for (int i = 0; i < n; i++) {
             float *x = embedded + (long)i * stride;
-            for (int j = 0; j < dim; j++)
-                x[j] = load_one(stack->embed.data, c->tokens[i] * dim + j, stack->embed.kind);
+            for (int j = 0; j < dim; j++) x[j] = load_one(stack->embed.data, c->tokens[i] * dim + j, stack->embed.kind);
             if (stack->eh_proj.data) {
                 normalize(stack->enorm, x, x);
                 normalize(stack->hnorm, c->before + (long)i * dim, x + dim);
@@ -968,10 +942,11 @@ static float *allocate(float **from, long count) {
    there is not enough memory, 2 for a token out of range. */
 int run(const Shape *a, const Stack *stack, const Call *c) {
     long n = (long)c->n_rows * c->n_each, width = a->rank + a->rope, q_rank = 1, units = 1, h_width = 2L * a->dim;
-    int longest = 1;
-    for (long i = 0; i < n; i++) longest = largest(longest, c->positions[i] + 1);
-    for (long i = 0; i < n; i++)
+    long longest = 1;
+    for (long i = 0; i < n; i++) {
         if (c->tokens[i] < 0 || c->tokens[i] >= a->vocab) return 2;
+        longest = largest(longest, c->positions[i] + 1);
+    }
     for (int i = 0; i < stack->n_blocks; i++) {
         const Block *b = stack->blocks + i;
         if (b->wq_a.data) q_rank = largest(q_rank, b->wq_b.n_in);
@@ -980,25 +955,27 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
     h_width = largest(largest(h_width, width), q_rank);
     long widest = largest(largest(h_width, units), largest((long)a->heads * a->v, a->nope)); /* of a product's rows */
     long scratch = largest(n * widest, c->n_each * a->heads * ((width + 1) / 2));
-    long index_q = (long)a->index_heads * a->index_dim, scored = a->index_topk && longest > a->index_topk ? n : 0;
-    long heads = a->heads, shared[] = {n * a->dim, n * q_rank, n * heads * (a->nope + a->rope), n * width,
-        n * heads * width, c->threads * n * heads * (a->rank + 2), n * heads * a->v, n * a->n_experts,
-        n * units, n * units, n * index_q, n * a->index_dim, n * a->index_heads, scored * longest,
-        scored * a->index_topk};
-    int n_shared = sizeof shared / sizeof *shared, gathered = scored ? BLOCK * (int)width : 0;
+    long scored = a->index_topk && longest > a->index_topk ? n : 0;
+    long heads = a->heads, gathered = scored ? BLOCK * width : 0;
     long probs = largest(c->n_each * heads * BLOCK, 2 * n * a->n_activated + 2L * a->n_experts);
     long chosen = 2 * n * a->n_activated + 2L * a->n_experts + 1 + a->n_groups;
+    Barrier barrier = {0, 0, 0};
+    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1, .longest = (int)longest, .is_sparse = scored > 0,
+        .barrier = &barrier};
+    struct { float **at; long count; } shared[] = {
+        {&step.x, n * a->dim}, {&step.q_a, n * q_rank}, {&step.q, n * heads * (a->nope + a->rope)},
+        {&step.kv, n * width}, {&step.queries, n * heads * width}, {&step.values, n * heads * a->v},
+        {&step.partials, c->threads * n * heads * (a->rank + 2)}, {&step.scores, n * a->n_experts},
+        {&step.gate, n * units}, {&step.up, n * units}, {&step.index_q, n * a->index_heads * a->index_dim},
+        {&step.index_k, n * a->index_dim}, {&step.index_weights, n * a->index_heads},
+        {&step.index_scores, scored * longest}, {(float **)&step.selected, scored * a->index_topk}};
+    int n_shared = sizeof shared / sizeof *shared;
     long count = 16 * 20, each = (n * h_width + probs + scratch + gathered + chosen + 96) / 16 * 16; /* lines */
-    for (int i = 0; i < n_shared; i++) count += shared[i];
+    for (int i = 0; i < n_shared; i++) count += shared[i].count;
     float *arena = malloc((count + each * c->threads) * sizeof *arena);
     float *rest = (float *)(((uintptr_t)arena + 63) / 64 * 64);
     if (!arena) return 1;
-    Barrier barrier = {0, 0, 0};
-    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1, .longest = longest, .barrier = &barrier};
-    float **fields[] = {&step.x, &step.q_a, &step.q, &step.kv, &step.queries, &step.partials, &step.values,
-        &step.scores, &step.gate, &step.up, &step.index_q, &step.index_k, &step.index_weights, &step.index_scores,
-        (float **)&step.selected};
-    for (int i = 0; i < n_shared; i++) *fields[i] = allocate(&rest, shared[i]);
+    for (int i = 0; i < n_shared; i++) *shared[i].at = allocate(&rest, shared[i].count);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(c->threads)
 #endif

@@ -669,7 +669,7 @@ class KernelDecoder:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Records all calls, and decodes a few bytes: what fails on this machine, fails here.
+        """Records all calls, and decodes a few bytes, so that a fault of this machine shows here.
 
         Raises:
             ValueError: The byte that is chosen is not the likeliest, to which top-k restricts it.
@@ -685,7 +685,7 @@ class KernelDecoder:
                 raise ValueError("its choice of a byte is not the likeliest")
 
     def recorded(self, n: int, depth: int = -1) -> tuple[Any, Callable[[], None]]:
-        """Returns the buffers for n positions or more, and what runs MTP module `depth`, or -1: the main model."""
+        """Returns the buffers for n positions, and a function that runs MTP module `depth` there, or -1: the main model."""
         n = next(most for most in self.kernels.POSITIONS if most >= n)
         if n not in self.steps:
             with torch.inference_mode(False):  # its buffers are written in other calls, too
@@ -713,7 +713,7 @@ class KernelDecoder:
 
 
 def _recorded(launch: Callable[[], None], step: Any) -> Callable[[], None]:
-    """Returns what replays the launches of a step's kernels as one CUDA graph."""
+    """Returns a function that replays the launches of a step's kernels as one CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     step.counts.zero_()
     step.rows.fill_(-1)  # the launch must not write to a cache of earlier calls, which may be gone
@@ -735,9 +735,9 @@ class _Launched(NamedTuple):
 class Blocks:
     """Decodes the bytes of a `generate.Batch` on the device, up to MAX_STEPS steps at a time.
 
-    While a block is awaited, the next one is launched. So a text's end is seen late, and what follows it is cut off;
-    a text that comes in its place begins with the block after. Uniform numbers are drawn by each text's generator as
-    in steps one by one.
+    While a block is awaited, the next one is launched. So a text's end is seen late, and the bytes after it are cut
+    off; a text that comes in its place begins with the block after. Uniform numbers are drawn by each text's generator
+    as in steps one by one.
 
     Args:
         decoder: The model's.
@@ -778,7 +778,7 @@ class Blocks:
         if reads is not None and is_steady:
             reads.count(cache, 0, now - self.finished, current.n)
         self.finished = now
-        columns = dict(zip(current.rows, current.ids.T.tolist(), strict=False))
+        columns = dict(zip(current.rows, current.ids.T.tolist(), strict=True))
         ids = [columns.get(row, []) for row in rows]
         cache.lengths = [length + len(more) for length, more in zip(cache.lengths, ids, strict=True)]
         return ids
@@ -938,7 +938,7 @@ class GraphDecoder:
 
 
 def blocks(model: Transformer, batch: Any, sampling: Any, attn_impl: str) -> Blocks | None:
-    """Returns what decodes a batch many steps at a time, if the model's decoder can, and no bytes are drafted."""
+    """Returns the `Blocks` of a batch, if the model's decoder has the kernels, and no bytes are drafted."""
     decoder, n_rows = model.decoder, len(batch.texts)
     if not isinstance(decoder, KernelDecoder) or fp8_ops.gemm_impl != "bf16" or attn_impl not in decoder.attn_impls:
         return None

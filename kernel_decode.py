@@ -9,11 +9,12 @@ of kernels, each of which waits for the one before. There are 7 to 9 kernels a l
 
 For one position, a product with a matrix is bound by memory: a program takes a few rows, and multiplies in float32. For
 more positions, tensor cores multiply, and one more kernel norms each row. Experts are then divided among programs, not
-positions: each reads its weights once, for all rows, and those that nobody chose are skipped.
+positions: each reads its weights once, for all rows, and experts that no position chose are skipped.
 
 Nothing in a launch depends on data: positions, rows and addresses of KV caches are read on the device, so that a whole
-step with the choice of the byte is one CUDA graph. The residual stream and all sums are in float32; what tensor cores
-multiply is in the model's dtype. Weights are read as they are stored, FP8 ones with a scale per block of 128×128.
+step with the choice of the byte is one CUDA graph. The residual stream and all sums are in float32; the factors of
+products by tensor cores are in the model's dtype. Weights are read as they are stored, FP8 ones with a scale per block
+of 128×128.
 
 In shapes: N positions of the step (each of its own row, or several of one), H heads, C `kv_lora_rank`,
 R `qk_rope_head_dim`, E experts, K columns of a matrix, INTER hidden width.
@@ -103,7 +104,7 @@ def _total(acc):
 
 @triton.jit
 def _inverse_rms(x_ptr, K: constexpr, KP: constexpr, EPS: constexpr):
-    """What RMSNorm multiplies a vector (K,) with, apart from its weights; KP is a power of two."""
+    """The factor of RMSNorm for a vector (K,), apart from its weights; KP is a power of two."""
     k = tl.arange(0, KP)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     return tl.rsqrt(tl.sum(x * x) / K + EPS)
@@ -324,10 +325,10 @@ def _queries_kernel(
 ):  # fmt: skip
     """The rotary queries of `MLA._queries`, W_kᵀ q of `_attend_absorbed`, kv_norm, the rotary key, `KVCache.update`.
 
-    Reads q (N, H·(NOPE + R)), and what wkv_a gave, the last C + R columns of a (N, A_STRIDE). Program (h, n, i) writes
-    BC of the C numbers that the query of head h has in the latent space at position n, times SCALE, and the first one
-    the R rotated ones behind them: (N, H, C + R). Program (H, n, 0) writes the latent and the rotary key to the KV
-    cache. W_k of a head is read for each position, mostly from L2: bound by memory for few positions.
+    Reads q (N, H·(NOPE + R)), and the output of wkv_a, the last C + R columns of a (N, A_STRIDE). Program (h, n, i)
+    writes BC of the C numbers that the query of head h has in the latent space at position n, times SCALE, and the
+    first one the R rotated ones behind them: (N, H, C + R). Program (H, n, 0) writes the latent and the rotary key to
+    the KV cache. W_k of a head is read for each position, mostly from L2: bound by memory for few positions.
     """
     h, n, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     half = tl.arange(0, HALF)
@@ -573,7 +574,7 @@ def _gate_up_kernel(
 
     A program takes BN rows of w1 and w3 of one expert that some position has chosen, for all positions, or of the
     others. Writes h (N, E·INTER + SHARED), times the weight of the choice: 0 where a position has not chosen an expert.
-    Experts nobody chose are left out here and in `_down_kernel`. Bound by memory up to some 200 positions.
+    Experts that no position chose are left out here and in `_down_kernel`. Bound by memory up to some 200 positions.
     """
     tile = tl.program_id(0)
     TILES: constexpr = (INTER + BN - 1) // BN
@@ -645,7 +646,7 @@ def _choose_kernel(
     logits_ptr, sampling_ptr, uniforms_ptr, counts_ptr, chosen_ptr, tokens_ptr, positions_ptr, N: constexpr,
     V: constexpr, VP: constexpr,
 ):  # fmt: skip
-    """`distribution`, `_truncate` and `draw` of generate.py, for a byte of each row; what is chosen is read next.
+    """`distribution`, `_truncate` and `draw` of generate.py, for a byte of each row, which the next step reads.
 
     Program n takes row n of the logits, float32 (N, V). `sampling` has temperature, top-k and top-p, float64. Number
     counts[n] of the row's uniform numbers (steps, N) is used; the byte, or -1 if the model's output is not a number,
@@ -700,13 +701,13 @@ def _power(n: int, least: int = 1) -> int:
 
 
 class Step:
-    """The buffers of a step of up to N positions, one of POSITIONS, and what launches its kernels.
+    """The buffers of a step of up to N positions, one of POSITIONS, and the launches of its kernels.
 
-    What it reads besides weights is `tokens`, `positions` in the KV cache, `rows` of it (-1: no position), `caches`,
-    the addresses of its layers, and `capacity`. Weights and these buffers must stay where they are.
+    Besides weights, it reads `tokens`, `positions` in the KV cache, `rows` of it (-1: no position), `caches`, the
+    addresses of its layers, and `capacity`. Weights and these buffers must stay where they are.
 
     Attributes:
-        states, logits: What `Transformer.forward_with_hidden` returns, (N, dim) and float32 (N, vocab_size).
+        states, logits: The outputs of `Transformer.forward_with_hidden`, (N, dim) and float32 (N, vocab_size).
         before: The states that an MTP module reads, (N, dim).
         sampling: Temperature, top-k and top-p, float64 (3,).
         uniforms: For each step of a block, a uniform number a row, float64 (MAX_STEPS, N).
@@ -739,7 +740,7 @@ class Step:
         self.cos, self.sin = (table.contiguous() for table in model.rope_tables(args.max_seq_len))
 
     def _allocate(self, device: torch.device) -> None:
-        """What one kernel writes and the next ones read."""
+        """Makes the buffers that one kernel writes and the next ones read."""
         args, latent = self.args, self.args.kv_lora_rank + self.args.qk_rope_head_dim
         n = self.height = self.n if self.n == 1 else max(self.n, 16)  # the least that tensor cores multiply
         floats = partial(torch.zeros, device=device, dtype=torch.float32)
