@@ -5,6 +5,7 @@ schedules steps on the device is tested with the modules in the kernels' place. 
 the interpreter: this file, run as a script.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -329,6 +330,16 @@ def test_preparing_writes_to_a_cache_of_latents(monkeypatch: pytest.MonkeyPatch)
     finally:
         model_module.attn_impl = "absorb"
     assert widths == [(model.args.kv_lora_rank + model.args.qk_rope_head_dim,)]
+
+
+def test_recording_writes_to_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of earlier calls may be gone."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    step, seen = ByModules(random_model(n_layers=1, n_mtp_layers=0).cpu(), 4), []
+    step.rows.fill_(0)
+    decode._recorded(lambda: seen.append(step.rows.tolist()), step)
+    assert seen == [[-1] * 4] * 2
 
 
 def test_top_k_of_any_size() -> None:
