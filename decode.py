@@ -685,7 +685,7 @@ class KernelDecoder:
                 raise ValueError("its choice of a byte is not the likeliest")
 
     def recorded(self, n: int, depth: int = -1) -> tuple[Any, Callable[[], None]]:
-        """Returns the buffers for n positions, and a function that runs MTP module `depth` (-1: the main model) there."""
+        """Returns the buffers for n positions, and a function that runs MTP module `depth`, or -1: the main model."""
         n = next(most for most in self.kernels.POSITIONS if most >= n)
         if n not in self.steps:
             with torch.inference_mode(False):  # its buffers are written in other calls, too
