@@ -214,7 +214,8 @@ class _Probe:
         width = min(n, 5)
         # calls by what is before each row: one alone, at either place; a prompt; rows, most of which look back far
         rows = [int((n - width) * share) for share in (1, 0.95, 0.4)]
-        self.calls = [[([n - 1], 1), ([max(n - 2, 0)], 1)], [([0], width)], [(rows, 1)], [(rows, width)]]
+        many = rows * (4 if device.type == "cuda" else 1)  # there, each of kernel_decode.POSITIONS has its own kernels
+        self.calls = [[([n - 1], 1), ([max(n - 2, 0)], 1)], [([0], width)], [(rows, 1)], [(many, width)]]
         self.impl: Literal["naive", "absorb"] = "naive"
         self.exact: list[torch.Tensor] = []  # training's outputs in float32
         self.exact = self._train(EXACT)
