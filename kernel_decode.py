@@ -729,14 +729,14 @@ class Step:
         self.kept: dict[torch.Tensor, torch.Tensor] = {}
         # so many parts of the positions that programs fill a GPU, whatever the lengths are
         self.splits = min(-(-args.max_seq_len // SPAN), max(128 // (n * -(-args.n_heads // 16)), 4))
-        layers, empty = args.n_layers + args.n_mtp_layers, partial(torch.zeros, device=device)
-        self.inputs = empty(2 * n + layers + 1, dtype=torch.int64)
+        layers, zeros = args.n_layers + args.n_mtp_layers, partial(torch.zeros, device=device)
+        self.inputs = zeros(2 * n + layers + 1, dtype=torch.int64)
         self.positions, self.rows, self.caches, self.capacity = self.inputs.split([n, n, layers, 1])
         self.rows.fill_(-1)
         self._allocate(device)
-        self.tokens, self.counts = empty(n, dtype=torch.int64), empty(n, dtype=torch.int32)
-        self.sampling, self.uniforms = (empty(*shape, dtype=torch.float64) for shape in ((3,), (MAX_STEPS, n)))
-        self.chosen = empty(MAX_STEPS, n, dtype=torch.int32)
+        self.tokens, self.counts = zeros(n, dtype=torch.int64), zeros(n, dtype=torch.int32)
+        self.sampling, self.uniforms = (zeros(*shape, dtype=torch.float64) for shape in ((3,), (MAX_STEPS, n)))
+        self.chosen = zeros(MAX_STEPS, n, dtype=torch.int32)
         self.cos, self.sin = (table.contiguous() for table in model.rope_tables(args.max_seq_len))
 
     def _allocate(self, device: torch.device) -> None:
@@ -903,22 +903,20 @@ class Step:
     def _stacks(self, block: Block) -> tuple[MoE | None, list[Any], list[Any], int, int]:
         """w1, w3 and w2 of the experts, then of the shared ones or the dense MLP, with both hidden widths."""
         ffn, none = block.ffn, [Matrix(self.logits)] * 3  # of which no program reads anything
-        matrices = lambda mlp: [self._matrix(layer) for layer in (mlp.w1, mlp.w3, mlp.w2)]  # noqa: E731
         if not isinstance(ffn, MoE):
-            return None, none, matrices(cast(MLP, ffn)), 0, self.args.inter_dim
-        shared = none if ffn.shared_experts is None else matrices(ffn.shared_experts)
-        return ffn, matrices(ffn.experts), shared, self.args.moe_inter_dim, self.shared
+            return None, none, self._matrices(cast(MLP, ffn)), 0, self.args.inter_dim
+        shared = none if ffn.shared_experts is None else self._matrices(ffn.shared_experts)
+        return ffn, self._matrices(ffn.experts), shared, self.args.moe_inter_dim, self.shared
+
+    def _matrices(self, mlp: MLP) -> list[Matrix]:
+        return [self._matrix(layer) for layer in (mlp.w1, mlp.w3, mlp.w2)]
 
     def _experts_of_one(self, block: Block) -> None:
         """The feed-forward layer for one position, with its norm and the residual sum."""
         args, (moe, routed, other, width, other_width) = self.args, self._stacks(block)
         norm = self.x, self._float(block.ffn_norm.weight)
-        shape: dict[str, Any] = {
-            "K": args.dim,
-            "KP": _power(args.dim),
-            "EPS": block.ffn_norm.eps,
-            "ACT": args.hidden_act,
-        }
+        shape: dict[str, Any] = {"K": args.dim, "KP": _power(args.dim), "EPS": block.ffn_norm.eps}
+        shape["ACT"] = args.hidden_act
         n_chosen, n_experts = (args.n_activated_experts, args.n_routed_experts) if moe else (0, 0)
         gate, h = self.logits if moe is None else moe.gate.weight, self.h[0]
         tiles = self._rows(max(other_width, 1), args.dim, 2)
