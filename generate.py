@@ -442,9 +442,14 @@ class Row:
         return self.left - 1 if self.n_taken else 0
 
     def take(self, ids: Sequence[int]) -> bytes:
-        """Takes the next bytes, up to where the text ends, and returns those that certainly belong to it."""
+        """Takes the next bytes, up to where the text ends, and returns those that certainly belong to it.
+
+        -1 stands for a byte where the model's output was no number, which raises a GenerationError.
+        """
         certain = b""
         for i in ids:
+            if i < 0:
+                raise GenerationError(NOT_A_NUMBER)
             self.left, self.n_taken = self.left - 1, self.n_taken + 1
             self._pending += b"" if i == EOS_ID else bytes([i])
             is_stopped = bool(self._stop) and self._pending.endswith(self._stop)
@@ -521,10 +526,7 @@ def _advance(
     """
     if blocks is not None:
         with decode.step_settings(attn_impl, math.inf):
-            new = blocks.advance(rows, partial(fill_stale, batch, drafter), tally.reads)
-        if any(-1 in ids for ids in new):
-            raise GenerationError(NOT_A_NUMBER)
-        return new, [None] * len(rows)
+            return blocks.advance(rows, partial(fill_stale, batch, drafter), tally.reads), [None] * len(rows)
     generators, limits = [row.generator for row in rows], drafter.limits([row.wanted_drafts for row in rows])
     only_decodes, start = not batch.stale, time.perf_counter()
     n_multiplied = batch.n_active * len(rows) * (1 + batch.n_drafts) if only_decodes else math.inf

@@ -393,6 +393,14 @@ def test_a_model_whose_output_is_no_number(monkeypatch: pytest.MonkeyPatch) -> N
         texts(model, [b"a"], Sampling(0))
 
 
+def test_what_follows_a_text_does_not_matter() -> None:
+    """A block goes on after the end, where the model's output may be no number."""
+    row = generate.Row(0, Sampling())
+    assert row.take([65, 0, -1]) == b"A" and row.ended
+    with pytest.raises(generate.GenerationError, match="not a number"):
+        generate.Row(0, Sampling()).take([65, -1])
+
+
 def test_uniform_numbers_of_a_block_are_those_of_steps() -> None:
     one, other = (generate.row_generator(7, 3) for _ in range(2))
     expected = [generate.uniform(one) for _ in range(50)]
