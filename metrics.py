@@ -71,7 +71,7 @@ MAX_LINE_BYTES = 1 << 24
 N_WORST = 5  # sequences of a file that are reported
 MEASURING_S = 0.05  # how long a product of each size is repeated
 FIRST_LOG_S, LONGEST_LOG_S = 10.0, 300.0  # between lines of a log without a terminal: each takes twice the last
-WARM_UP_STEPS = 3  # before a profile: they compile, and allocate memory
+WARM_UP_STEPS = 4  # before a profile: they compile, allocate memory, and are recorded as a CUDA graph
 N_COSTLIEST = 10  # operations of a profile that are printed
 
 
@@ -288,11 +288,9 @@ class Meter:
 
     def add(self, seconds: float, n_bytes: int, flops: float) -> None:
         """Counts a step: its duration, bytes, and floating-point operations."""
-        self._seconds, self._n_bytes, self._flops = (
-            self._seconds + seconds,
-            self._n_bytes + n_bytes,
-            self._flops + flops,
-        )
+        self._seconds += seconds
+        self._n_bytes += n_bytes
+        self._flops += flops
 
     def add_load(self, load: torch.Tensor) -> None:
         """Counts the load of the experts (MoE layers, experts) in a step."""
@@ -628,7 +626,6 @@ class Profile(AbstractContextManager):
             if self.is_cuda:
                 activities.append(ProfilerActivity.CUDA)
                 torch.cuda.synchronize()  # kernels of earlier steps do not count
-            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler writes lines to stderr
             self._profiler = profile(activities=activities)
             self._profiler.start()
 

@@ -288,8 +288,9 @@ class TrainingStep:
 
     A graph repeats what was recorded, on the same memory: numbers that Python computes stay as they were then, so the
     learning rates are tensors. Each length of sequences, and each stage of training an indexer, has its own recording,
-    after a few steps as usual, in which kernels are compiled and the optimizers' state is allocated. The device alone
-    knows of a loss that is not finite: whoever reads the figures must end the run, before anything is saved.
+    after a few steps as usual, in which kernels are compiled and the optimizers' state is allocated. With `replays`, a
+    step is taken even if its losses or gradient are not finite, which only the figures show: the caller must end the
+    run when it reads them, before anything is saved.
 
     Args:
         ctx, model, optimizers: Of this process.
@@ -335,7 +336,7 @@ class TrainingStep:
     def __call__(self, batches: torch.Tensor) -> Figures:
         """Takes a step on sequences with the byte after them, uint8 (batches, B, S + 1): their mean gradient.
 
-        Without a graph, the step was not taken if its losses or norm are not finite.
+        Without `replays`, the step was not taken if its losses or norm are not finite.
         """
         return Figures(self._launch(batches), self._load_shape)
 

@@ -659,9 +659,10 @@ def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
 def parallelize(
     ctx: ParallelContext, model: Transformer, compiles: bool
 ) -> Callable[[torch.Tensor, torch.Tensor], Losses]:
-    """Connects the data-parallel ranks, by DDP or FSDP, and compiles; returns the function that computes the loss.
+    """Connects the data-parallel ranks and compiles; returns the function that computes the loss.
 
-    FSDP shards the model further, which is this rank's shard.
+    FSDP shards the model further, which is this rank's shard. Without it, gradients are averaged as soon as they are
+    complete.
     """
     if ctx.fsdp:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -687,7 +688,7 @@ def parallelize(
 def _average_gradient(ctx: ParallelContext, p: nn.Parameter) -> None:
     """Begins to average a gradient that is complete, while the backward pass goes on; see `finish_gradients`."""
     if ctx.averages_gradients:
-        if not p.grad.is_cuda:  # gloo can but sum
+        if not p.grad.is_cuda:  # gloo cannot average
             p.grad.div_(ctx.dp_size)
         op = dist.ReduceOp.AVG if p.grad.is_cuda else dist.ReduceOp.SUM
         ctx.averaging.append(dist.all_reduce(p.grad, op, group=ctx.dp_group, async_op=True))

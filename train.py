@@ -388,9 +388,8 @@ class Trainer:
         load_optimizer_tensors(self.model, self.optimizers, read, self.ctx)
         self.quantize_weights()
         if state["gate_balance"] is not None:
-            self.training_step.balance.state.copy_(
-                torch.tensor(state["gate_balance"]).view_as(self.training_step.balance.state)
-            )
+            balance = self.training_step.balance.state
+            balance.copy_(torch.tensor(state["gate_balance"]).view_as(balance))
         for name in KEPT:
             setattr(self, name, state[name])
         self.clock.earlier_s, self.clock.startup_s = state["elapsed_s"], state["startup_s"]
@@ -423,7 +422,7 @@ class Trainer:
         """Takes one step; returns `figures`. A DataError has changed nothing.
 
         A step as a CUDA graph is at work when this returns, and the figures are those of the step before. Raises a
-        NotFinite where a loss or a gradient is not finite; without a graph, the step was not taken.
+        NotFinite where a loss or a gradient is not finite, after which the run must end: see `TrainingStep`.
         """
         flags, progress = self.flags, optim.stretch(progress, self.stretch_from, self.stretch_to)
         self.model.dense_attention = progress < flags.index_warmup
@@ -654,6 +653,10 @@ def train_steps(trainer: Trainer) -> None:
             if is_first and clock.seconds is not None:
                 trainer.measure_closing()
             evaluates, saves = ctx.broadcast(*due.after(trainer.step, flags.eval_interval, flags.save_interval))
+            if evaluates or saves:
+                began = clock.now()
+                trainer.finish_steps()
+                meter.add(clock.now() - began, 0, 0.0)  # what was left of a step that was counted as launched
             if evaluates:
                 trainer.evaluate_and_save()
             elif saves:

@@ -481,7 +481,7 @@ def trace(run: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def test_a_profile_changes_no_loss(small_flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Steps 4 and 5 of 7 are traced: each has as many products as the other, and losses are those without it."""
+    """Steps 5 and 6 of 7 are traced: each has as many products as the other, and losses are those without it."""
     assert train.main([*small_flags, "--steps", "7", "--profile", "2"]) == 0
     printed, err = capfd.readouterr()
     assert "profiler" not in err
@@ -491,8 +491,8 @@ def test_a_profile_changes_no_loss(small_flags: list[str], tmp_path: Path, capfd
     assert losses[0] == losses[1] and len(losses[0]) == 8
     name, traced = trace(tmp_path / "profiled")
     assert (
-        name == "profile-00000004.json.gz"
-        and f"profile of 2 steps from step 4, in {tmp_path / 'run' / name}" in printed
+        name == "profile-00000005.json.gz"
+        and f"profile of 2 steps from step 5, in {tmp_path / 'run' / name}" in printed
     )
     products = sum(event.get("name") == "aten::mm" for event in traced)
     (row,) = re.findall(r"^ +[\d.]+ +[\d.]+% +([\d.]+)  aten::mm$", printed, re.MULTILINE)
@@ -501,7 +501,7 @@ def test_a_profile_changes_no_loss(small_flags: list[str], tmp_path: Path, capfd
     assert len(re.findall(r"^ +[\d.]+ +[\d.]+% +[\d.]+  \S+", printed, re.MULTILINE)) == 10
 
 
-@pytest.mark.parametrize(("n_steps", "n_traced"), [(3, 0), (5, 2)])
+@pytest.mark.parametrize(("n_steps", "n_traced"), [(4, 0), (6, 2)])
 def test_a_run_too_short_for_its_profile(
     small_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], n_steps: int, n_traced: int
 ) -> None:
@@ -509,9 +509,9 @@ def test_a_run_too_short_for_its_profile(
     assert train.main([*small_flags, "--steps", str(n_steps), "--profile", "5"]) == 0
     printed = capsys.readouterr()
     if n_traced == 0:
-        assert "--profile needs more than 3 steps" in printed.err and not list((tmp_path / "run").glob("profile*"))
+        assert "--profile needs more than 4 steps" in printed.err and not list((tmp_path / "run").glob("profile*"))
     else:
-        assert f"profile of {n_traced} step{'s' if n_traced > 1 else ''} from step 4" in printed.out
+        assert f"profile of {n_traced} step{'s' if n_traced > 1 else ''} from step 5" in printed.out
         assert trace(tmp_path / "run")[1] and "--profile" not in printed.err
 
 
@@ -529,7 +529,7 @@ def test_an_error_ends_a_profile(small_flags: list[str], tmp_path: Path, monkeyp
         assert train.main([*small_flags, "--steps", "7", "--profile", "2"]) == 1
     assert not list((tmp_path / "run").glob("*profile*"))
     assert train.main([*small_flags, "--steps", "9", "--profile", "2", "--resume", "--override", "steps"]) == 0
-    assert trace(tmp_path / "run")[0] == "profile-00000008.json.gz"
+    assert trace(tmp_path / "run")[0] == "profile-00000009.json.gz"
 
 
 def test_a_trace_that_cannot_be_written(
@@ -546,7 +546,7 @@ def test_a_trace_that_cannot_be_written(
     monkeypatch.setattr(Path, "replace", full)
     assert train.main([*small_flags, "--steps", "7", "--profile", "2"]) == 2
     error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "profile-00000004.json.gz: No space left" in error
+    assert error.count("\n") == 1 and "profile-00000005.json.gz: No space left" in error
     assert not list((tmp_path / "run").glob("*profile*"))
 
 
@@ -573,11 +573,11 @@ def test_the_costliest_operations() -> None:
 def test_one_of_several_processes_reports(small_flags: list[str], tmp_path: Path) -> None:
     """A trace, event files and a log, each of the first process alone."""
     command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    flags = [*small_flags, "--steps", "5", "--fsdp", "--tensorboard", "--profile", "2"]
+    flags = [*small_flags, "--steps", "6", "--fsdp", "--tensorboard", "--profile", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     script = Path(train.__file__)
     done = subprocess.run([*command_line, str(script), *flags], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("profile of 2 steps from step 4") == 1 and trace(tmp_path / "run")[1]
+    assert done.stdout.count("profile of 2 steps from step 5") == 1 and trace(tmp_path / "run")[1]
     assert_same_events(tmp_path / "run")
     assert len(os.listdir(tmp_path / "run" / "tensorboard")) == 1

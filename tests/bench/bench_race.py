@@ -48,7 +48,7 @@ TRIAL = 60  # iterations that measure nanoGPT's start-up and step
 def timed(command: list[str], folder: Path) -> tuple[float, str]:
     """Runs a command in a folder; returns its seconds and stdout. Its stderr is shown where it fails."""
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as cache:  # nobody finds kernels that another run has compiled
+    with tempfile.TemporaryDirectory() as cache:  # no run finds kernels that another has compiled
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     if done.returncode:
