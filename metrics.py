@@ -17,7 +17,7 @@ Fields of a line of `metrics.jsonl`; figures of speed and load are of the steps 
     grad_norm          of all gradients, before they are clipped
     bytes_per_s        speed
     mfu                model FLOP utilisation: share of the measured peak; null where that comes out above 1
-    data_wait          share of the time in which training waited for data, in the first process
+    data_wait          share of the time in which the first process read data; a GPU may have been at work meanwhile
     peak_memory_bytes  the most memory so far: of the GPU by tensors, elsewhere of the process
     expert_load        of each MoE layer, each expert: tokens routed to it, relative to the layer's mean
     max_load           the largest of them

@@ -124,7 +124,7 @@ def _measure(args: ModelArgs, flags: Any, dtype: torch.dtype, n_states: NStates,
 
 @contextmanager
 def _kernels(flags: Any) -> Iterator[None]:
-    """Within it, tensors on the meta device save what those on a GPU do, unless the plan is for another device."""
+    """Within it, tensors on the meta device save what those on a GPU do by kernels: not with torch.compile."""
     if flags.device not in (None, "cuda") or flags.compile or find_spec("triton") is None:
         yield
         return

@@ -1777,6 +1777,15 @@ def test_a_sample_ends_when_the_time_does(here: Here, monkeypatch: pytest.Monkey
     assert 0.97 * 60 <= clock.now <= 60
 
 
+def test_speed_counts_the_wait_for_a_step_before_an_evaluation(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a wait takes a second: one in each step, one before the line, and one before an evaluation."""
+    Turned(monkeypatch).takes(Trainer, "finish_steps", lambda n: 1.0)
+    assert main(here.flags("--steps", 8, "--log-interval", 4, "--eval-interval", 3)) == 0
+    rows = [json.loads(line) for line in (here.run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "bytes_per_s" in row]
+    assert [row["bytes"] / (i + 1) / row["bytes_per_s"] for i, row in enumerate(rows)] == pytest.approx([6.0, 6.0])
+
+
 @pytest.mark.parametrize("sample_bytes", [0, 16])
 def test_kernels_that_are_compiled_first_are_no_measure(
     here: Here, monkeypatch: pytest.MonkeyPatch, sample_bytes: int

@@ -30,7 +30,7 @@ from parallel import ParallelContext, destroy, keep_freed_memory  # noqa: E402
 WARM_UP = 3  # steps
 LAYOUTS = {
     "one process": (1, []),
-    "two, DDP": (2, []),
+    "two, data-parallel": (2, []),
     "two, `--fsdp`": (2, ["--fsdp"]),
     "two, `--model-parallel 2`": (2, ["--model-parallel", "2"]),
 }
