@@ -367,7 +367,7 @@ class TrainingStep:
             self.replays = False
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            reason = str(error).partition("\n")[0]
+            reason = str(error.__context__ or error).partition("\n")[0]  # why recording then could not end either
             command.warn("train.py", f"the step cannot be a CUDA graph ({shorten(reason)}), which is faster; going on")
 
     def _run(self, batches: torch.Tensor) -> torch.Tensor:
