@@ -64,6 +64,13 @@ def multiplies_fp8(device: torch.device) -> bool:
     return _capability(device) >= (8, 9)
 
 
+def grouped_products_wait(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `linear` and FP8's products wait for a GPU to send the sizes of groups, which no CUDA graph can."""
+    if gemm_impl == "fp8":
+        return not multiplies_fp8(device)
+    return dtype != torch.bfloat16 or _capability(device)[0] not in (9, 10)  # those of torch's own kernel
+
+
 def kernels(x: torch.Tensor) -> Any:
     """The module `kernel_fused` where its kernels take tensors such as `x`: on a GPU, outside of torch.compile.
 

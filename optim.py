@@ -400,5 +400,8 @@ class TrainingStep:
 
 
 def can_replay(ctx: ParallelContext, model: Transformer) -> bool:
-    """Whether a step can be a CUDA graph: on one GPU that has kernels of Muon."""
-    return ctx.world_size == 1 and fp8_ops.kernels(next(model.parameters())) is not None
+    """Whether a step can be a CUDA graph: on one GPU that has kernels of Muon, and of grouped products for experts."""
+    weight = next(model.parameters())
+    if ctx.world_size > 1 or fp8_ops.kernels(weight) is None:
+        return False
+    return not model.gates() or not fp8_ops.grouped_products_wait(weight.device, model.compute_dtype)

@@ -482,6 +482,7 @@ def trace(run: Path) -> tuple[str, list[dict[str, Any]]]:
 
 def test_a_profile_changes_no_loss(small_flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Steps 5 and 6 of 7 are traced: each has as many products as the other, and losses are those without it."""
+    assert metrics.WARM_UP_STEPS > optim.LAUNCHED_STEPS  # else the first one would be recorded while it is traced
     assert train.main([*small_flags, "--steps", "7", "--profile", "2"]) == 0
     printed, err = capfd.readouterr()
     assert "profiler" not in err

@@ -12,7 +12,8 @@ from torch import nn
 
 import fp8_ops
 from model import ModelArgs, Transformer
-from optim import GateBalance, Muon, freeze, make_optimizers, orthogonalize
+from optim import GateBalance, Muon, can_replay, freeze, make_optimizers, orthogonalize
+from parallel import ParallelContext
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (1, 5), (40, 3)]
 
@@ -158,6 +159,32 @@ def test_parameter_groups(dim: int) -> None:
             expected = ("Muon", 0.01, 0.1)
         assert found.pop(p) == expected, name
     assert not found
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "gemm_impl", "experts", "dense"),
+    [
+        ((9, 0), torch.bfloat16, "bf16", True, True),
+        ((9, 0), torch.float32, "bf16", False, True),
+        ((8, 0), torch.bfloat16, "bf16", False, True),
+        ((12, 0), torch.bfloat16, "bf16", False, True),
+        ((8, 9), torch.float32, "fp8", True, True),
+        ((8, 0), torch.bfloat16, "fp8", False, True),
+        ((7, 5), torch.float32, "bf16", False, False),
+    ],
+)
+def test_steps_that_wait_are_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, gemm_impl: str,
+    experts: bool, dense: bool,
+) -> None:  # fmt: skip
+    """Where products of the experts' rows wait for their numbers, or Muon has no kernels."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fp8_ops, "meta_capability", capability)
+    monkeypatch.setattr(fp8_ops, "gemm_impl", gemm_impl)
+    for changes, expected in (({}, experts), ({"n_routed_experts": 0, "n_mtp_layers": 0}, dense)):
+        with torch.device("meta"):
+            model = Transformer(tiny(**changes).args, dtype)
+        assert can_replay(ParallelContext(), model) == expected
 
 
 # --- The balance of the experts ----------------------------------------------------------------------------------
