@@ -573,7 +573,7 @@ def load_run(
     ctx = ctx or ParallelContext()
     checkpoint = open_native(run, "last")
     folder, ours, theirs = checkpoint.folder, model.args.to_dict(), checkpoint.args.to_dict()
-    for key in ours:
+    for key in ["index_topk", *ours]:  # without indexers, their sizes say nothing
         if ours[key] != theirs[key] and key not in ("dtype", "max_batch_size"):
             remedy = "resume with the config it began with, or choose another --save-path"
             raise CheckpointError(f"{folder} was trained with {key} = {theirs[key]}, not {ours[key]}; {remedy}")
