@@ -737,6 +737,8 @@ def build_model(
     model.gradient_checkpointing = flags.gradient_checkpointing
     with ctx.collective_section():
         optim.freeze(model, flags.freeze or [])
+        if flags.index_warmup and not any(".indexer." in name for name in optim.trainable(model)):
+            raise ConfigError("--freeze leaves no indexer for --index-warmup to train; narrow its patterns")
     loss: Any = model.loss
     if ctx.fsdp or not flags.eval_only:
         loss = parallel.parallelize(ctx, model, flags.compile)

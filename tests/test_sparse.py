@@ -452,6 +452,12 @@ def test_stages_are_settings_of_a_run(sparse: Here, capsys: pytest.CaptureFixtur
         assert error.value.code == 2 and "--index-warmup" in capsys.readouterr().err
 
 
+def test_frozen_indexers_have_nothing_to_warm_up(sparse: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(sparse.flags("--steps", 2, "--index-warmup", 0.5, "--freeze", "*.indexer.*", save=False)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--freeze leaves no indexer" in err
+
+
 def test_indexers_can_be_left_behind(sparse: Here, capsys: pytest.CaptureFixture[str]) -> None:
     """A dense model can begin with a sparse one's weights; another `index_topk` is free, other indexers are not."""
     assert main(sparse.flags("--steps", 2)) == 0
