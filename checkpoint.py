@@ -130,9 +130,13 @@ class Checkpoint:
         """Whether any weight is stored in FP8."""
         return any(source.dtype == E4M3 for source in self.tensors.values())
 
+    def lacks_indexers(self, args: ModelArgs) -> bool:
+        """Whether a model of `args` has indexers, and the checkpoint none."""
+        return args.index_topk > 0 and self.args.index_topk == 0
+
     def has_all_of(self, args: ModelArgs) -> bool:
         """Whether it has all weights of a model that `check_same_model` accepts; else some must be drawn."""
-        return args.n_mtp_layers <= self.args.n_mtp_layers and bool(self.args.index_topk or not args.index_topk)
+        return args.n_mtp_layers <= self.args.n_mtp_layers and not self.lacks_indexers(args)
 
     def origin(self, path: str | os.PathLike) -> dict[str, Any]:
         """Returns what the state of a run that begins with it records, ready for JSON; it was opened by `path`."""

@@ -149,8 +149,9 @@ def _choose(model: Transformer, keep_attn_impl: bool) -> str | None:
     if impl != impls[0]:
         warnings = ["absorbed attention differs from training's in this model.py, so decoding is naive, slower"]
     kinds = (KernelDecoder, GraphDecoder, CDecoder) if fp8_ops.gemm_impl == "bf16" else ()
-    if kinds and impl in KernelDecoder.attn_impls and KernelDecoder.has_all(model) and KernelDecoder.lacks(model):
-        warnings += [f"{KernelDecoder.lacks(model)}, so decoding is slower"]
+    has_kernels = bool(kinds) and impl in KernelDecoder.attn_impls and KernelDecoder.has_all(model)
+    if has_kernels and (lack := KernelDecoder.lacks(model)):
+        warnings += [f"{lack}, so decoding is slower"]
     for decoder in kinds:
         if model.decoder is None and impl in decoder.attn_impls and decoder.suits(model):
             if decoder is CDecoder and library() is None:
@@ -653,7 +654,7 @@ class KernelDecoder:
         return None if find_spec("triton") else "kernel_decode.py needs Triton, which is not installed"
 
     def __init__(self, model: Transformer):
-        import kernel_decode  # where there is a GPU, there is Triton
+        import kernel_decode  # which needs Triton: see `lacks`
 
         self.model, self.kernels = model, kernel_decode
         self.steps: dict[int, kernel_decode.Step] = {}

@@ -708,7 +708,7 @@ def open_initial(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> C
     with ctx.collective_section():
         initial = open_checkpoint(flags.init_from)
         initial.check_same_model(shape)
-        if flags.eval_only and shape.index_topk > 0 == initial.args.index_topk:
+        if flags.eval_only and initial.lacks_indexers(shape):
             raise ConfigError(f"{flags.init_from} has no indexers to evaluate: set index_topk to 0, or omit --config")
         crc32 = initial.fingerprint()
     ctx.require_equal({"in the weights of --init-from a CRC-32": crc32})
@@ -716,7 +716,7 @@ def open_initial(flags: TrainFlags, shape: ModelArgs, ctx: ParallelContext) -> C
     if ours != theirs and not flags.eval_only:
         names = ", ".join(f"mtp.{k}" for k in range(min(ours, theirs), max(ours, theirs)))
         say(f"{names}: {'not taken from' if ours < theirs else 'drawn anew, as it is not in'} {flags.init_from}")
-    if shape.index_topk > 0 == initial.args.index_topk:
+    if initial.lacks_indexers(shape):
         say(f"indexers: drawn anew, as they are not in {flags.init_from}")
     return initial
 

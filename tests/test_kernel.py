@@ -1153,34 +1153,43 @@ class DryDriver:
         return 0
 
 
-def compile_all(arch: int) -> list[dict[str, Any]]:
-    """Calls the functions of `kernel.py` with kernels that are compiled, as for these arguments, but not launched."""
+@contextmanager
+def compiling(arch: int, describe: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Within it, kernels are compiled for a GPU, as for their arguments, but not launched.
+
+    Yields the list of what was compiled, each with what `describe` finds in its PTX and its launch's options.
+    """
     compiled: list[dict[str, Any]] = []
     launch = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         binary = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        ptx = binary.asm["ptx"]
-        compiled.append(
-            {
-                "kernel": self.fn.__name__,
-                "block_m": kwargs.get("BLOCK_M"),
-                "target": re.findall(r"^\.target (\w+)", ptx, re.M),
-                "multiplies": sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]*", ptx))),
-                "casts": sorted(set(re.findall(r"cvt\.\S*e4m3\S*", ptx))),
-                "casts_of_two_stores": casts_of_two_stores(ptx),
-                "shared": binary.metadata.shared,
-                "cubin": len(binary.asm["cubin"]),
-            }
-        )
+        row = {"kernel": self.fn.__name__, "shared": binary.metadata.shared, "cubin": len(binary.asm["cubin"])}
+        compiled.append(row | describe(binary.asm["ptx"], kwargs))
         return binary
-
-    def fp8(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=E4M3)
 
     triton.runtime.driver.set_active(DryDriver(arch))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
+        yield compiled
+
+
+def compile_all(arch: int) -> list[dict[str, Any]]:
+    """Calls the functions of `kernel.py` with kernels that are compiled but not launched."""
+
+    def describe(ptx: str, options: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "block_m": options.get("BLOCK_M"),
+            "target": re.findall(r"^\.target (\w+)", ptx, re.M),
+            "multiplies": sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]*", ptx))),
+            "casts": sorted(set(re.findall(r"cvt\.\S*e4m3\S*", ptx))),
+            "casts_of_two_stores": casts_of_two_stores(ptx),
+        }
+
+    def fp8(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=E4M3)
+
+    with compiling(arch, describe) as compiled, pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "_hopper_sms", lambda device: 132)
         x, offsets = torch.empty(256, 384, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int32)
         kernel.act_quant(x, None)

@@ -26,9 +26,8 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton")
 
 from conftest import randomise, tiny  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from test_kernel import compiling  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
 
 import decode  # noqa: E402
 import fp8_ops  # noqa: E402
@@ -456,37 +455,13 @@ SHAPE = {"dim": 256, "inter_dim": 256, "moe_inter_dim": 128, "n_layers": 2, "n_m
 SHAPE |= {"kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64, "n_heads": 16}
 
 
-class DryDriver:
-    """As much of a GPU's driver as it takes to compile for it."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compile_steps(arch: int) -> list[dict[str, Any]]:
     """Compiles the kernels of steps of one position and of many, with FP8 weights where there is such a type."""
-    compiled: list[dict[str, Any]] = []
-    launch = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        binary = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        row = {"kernel": self.fn.__name__, "shared": binary.metadata.shared, "cubin": len(binary.asm["cubin"])}
-        row["multiplies"] = bool(re.search(r"wgmma|mma\.sync|tcgen05\.mma", binary.asm["ptx"]))
-        compiled.append(row)
-        return binary
+    def describe(ptx: str, _options: dict[str, Any]) -> dict[str, Any]:
+        return {"multiplies": bool(re.search(r"wgmma|mma\.sync|tcgen05\.mma", ptx))}
 
-    triton.runtime.driver.set_active(DryDriver(arch))
-    JITFunction.run = compile_only
-    try:
+    with compiling(arch, describe) as compiled:
         model = tiny(**SHAPE).bfloat16().requires_grad_(False)
         model.compute_dtype = torch.bfloat16
         for n in COMPILED[arch]:
@@ -494,8 +469,6 @@ def compile_steps(arch: int) -> list[dict[str, Any]]:
                 for layer in model.fp8_layers():
                     layer.store_fp8()
             Step(model, n).run()
-    finally:
-        JITFunction.run = launch
     return compiled
 
 

@@ -3,7 +3,6 @@
 That logits and texts are those of transformers, test_convert_hf.py shows.
 """
 
-import contextlib
 import json
 import math
 import random
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_parallel import CONFIG, RANK_FLAGS, Runs, launch
-from test_train import Crash, Here, assert_same_run, checkpoint, here, lines, unchanged_process  # noqa: F401
+from test_train import Here, assert_resumes, checkpoint, here, lines, unchanged_process  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +30,7 @@ import train
 from checkpoint import read_config, save_model
 from model import MLA, ConfigError, ModelArgs, Positions, Transformer
 from parallel import ParallelContext, sharded_dim
-from train import Trainer, main
+from train import main
 
 SPARSE = {"q_lora_rank": 8, "index_n_heads": 4, "index_head_dim": 6, "index_topk": 4}
 INDEXER = {"wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight"}
@@ -421,22 +420,7 @@ def test_the_indexer_learns_where_attention_goes(sparse: Here) -> None:
 def test_resume_in_either_stage(sparse: Here, monkeypatch: pytest.MonkeyPatch, optimizer: str, gemm_impl: str) -> None:
     flags = ["--steps", 6, "--save-interval", 1, "--optimizer", optimizer, "--gemm-impl", gemm_impl]
     flags += ["--index-warmup", 0.4, "--indexer-only", "--accumulation", 2, "--gradient-checkpointing"]
-    assert main(sparse.flags(*flags)) == 0
-    whole, train_step = sparse.run, Trainer.train_step
-    for stop_at in (1, 4):
-        sparse.run = sparse.path / f"stopped-at-{stop_at}"
-
-        def step(self: Trainer, progress: float, stop_at: int = stop_at) -> dict[str, Any]:
-            if self.step == stop_at:
-                raise Crash
-            return train_step(self, progress)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "train_step", step)
-            with contextlib.suppress(Crash):
-                main(sparse.flags(*flags))
-        assert main(sparse.flags(*flags, "--resume")) == 0
-        assert_same_run(sparse.run, whole, 6)
+    assert_resumes(sparse, monkeypatch, flags, 6, (1, 4))
 
 
 def test_stages_are_settings_of_a_run(sparse: Here, capsys: pytest.CaptureFixture[str]) -> None:

@@ -720,9 +720,16 @@ def test_a_run_folder_that_is_moved(
 def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optimizer: str, gemm_impl: str) -> None:
     flags = ["--steps", 4, "--eval-interval", 2, "--save-interval", 1, "--optimizer", optimizer, "--accumulation", 2]
     flags += ["--gemm-impl", gemm_impl, "--short-seq-len", 16]
+    assert_resumes(here, monkeypatch, flags, 4, (0, 1, 3))
+
+
+def assert_resumes(
+    here: Here, monkeypatch: pytest.MonkeyPatch, flags: list[object], n_steps: int, stops: tuple[int, ...]
+) -> None:
+    """A run of `n_steps` is the same to the bit if it crashes after any number of `stops` and is resumed."""
     assert main(here.flags(*flags)) == 0
     whole, train_step = here.run, Trainer.train_step
-    for stop_at in (0, 1, 3):
+    for stop_at in stops:
         here.run = here.path / f"stopped-at-{stop_at}"
 
         def step(self: Trainer, progress: float, stop_at: int = stop_at) -> dict[str, Any]:
@@ -735,7 +742,7 @@ def test_resume_at_every_step(here: Here, monkeypatch: pytest.MonkeyPatch, optim
             with contextlib.suppress(Crash):
                 main(here.flags(*flags))
         assert main(here.flags(*flags, "--resume")) == 0
-        assert_same_run(here.run, whole, 4)
+        assert_same_run(here.run, whole, n_steps)
 
 
 def test_resumed_run_can_be_made_longer(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
