@@ -660,6 +660,8 @@ class KernelDecoder:
         self.steps: dict[int, kernel_decode.Step] = {}
         self.replays: dict[tuple[int, int], Callable[[], None]] = {}
         self.user: object = None  # the `Blocks.key` of those whose texts the buffers have
+        if model.head.weight.is_cuda:
+            kernel_decode.compile_ahead(model)
 
     def forward_with_hidden(self, tokens: torch.Tensor, cache: KVCache) -> Outputs:
         """As `Transformer.forward_with_hidden`."""

@@ -27,7 +27,8 @@ dequantised operands in float32. `gemm_impl` chooses what linear layers do.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, wraps
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -43,10 +44,21 @@ E4M3_MAX = 448.0
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # so that a scale's reciprocal is finite; all-zero blocks get this one
 SCALE_FORMATS = (None, "ue8m0")
 QUERY_BLOCK = 256  # of `blockwise_attention`: larger blocks compute more masked scores
-meta_capability = 0, 0  # compute capability of the devices that plan.py has tensors on `meta` stand for
+meta_capability = 0, 0  # compute capability of the device that tensors on `meta` stand for: see `meta_tensors_of`
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
+@contextmanager
+def meta_tensors_of(device_capability: tuple[int, int]) -> Iterator[None]:
+    """Within it, tensors on the meta device stand for those of a GPU of this compute capability."""
+    global meta_capability
+    meta_capability = device_capability
+    try:
+        yield
+    finally:
+        meta_capability = 0, 0
+
+
+def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a device that runs Triton kernels; (0, 0) for others."""
     return meta_capability if device.type == "meta" else _device_capability(device)
 
@@ -61,14 +73,14 @@ def _device_capability(device: torch.device) -> tuple[int, int]:
 
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether a device has FP8 tensor cores that kernel.py can use."""
-    return _capability(device) >= (8, 9)
+    return capability(device) >= (8, 9)
 
 
 def grouped_products_wait(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `linear` and FP8's products wait for a GPU to send the sizes of groups, which no CUDA graph can."""
     if gemm_impl == "fp8":
         return not multiplies_fp8(device)
-    return dtype != torch.bfloat16 or _capability(device)[0] not in (9, 10)  # those of torch's own kernel
+    return dtype != torch.bfloat16 or capability(device)[0] not in (9, 10)  # those of torch's own kernel
 
 
 def kernels(x: torch.Tensor) -> Any:
@@ -78,7 +90,7 @@ def kernels(x: torch.Tensor) -> Any:
     """
     if x.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling():
         return None
-    if _capability(x.device) < (8, 0):
+    if capability(x.device) < (8, 0):
         return None
     import kernel_fused
 
@@ -109,7 +121,9 @@ def _operator(function: Callable) -> Callable:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return operator(*args, **kwargs)
+        # Of tensors on the meta device, torch would take the fake implementation, and no kernel would be met.
+        is_direct = meta_capability >= (8, 9) and not name.startswith("grouped")
+        return (function if is_direct else operator)(*args, **kwargs)
 
     return call
 

@@ -20,9 +20,10 @@ cores idle. Large products on Hopper run one in Gluon, the layer below Triton, w
 some scale, others multiply.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
-from triton.runtime.jit import KernelInterface
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction, KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK = tl.constexpr(128)
@@ -813,9 +815,16 @@ def _hopper_kernel(
     )  # fmt: skip
 
 
-@cache
+_meta_sms = 0  # of the Hopper GPU that tensors on the meta device stand for: see `compiling_ahead`
+
+
 def _hopper_sms(device: torch.device) -> int:
     """How many SMs a Hopper GPU has; 0 for other devices."""
+    return _meta_sms if device.type == "meta" else _sms_of_hopper(device)
+
+
+@cache
+def _sms_of_hopper(device: torch.device) -> int:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -876,11 +885,47 @@ def _launch_hopper(
 
 
 @contextmanager
-def no_launches() -> Iterator[None]:
-    """Within it kernels do nothing, those of `kernel_fused` too: tensors without memory only have shapes."""
+def no_launches(instead: Callable[..., None] = lambda *_args, **_options: None) -> Iterator[None]:
+    """Within it kernels do nothing, those of `kernel_fused` too: tensors without memory only have shapes.
+
+    `instead` is called with the kernel, and with all that a launch would have been given but the grid.
+    """
     launch = KernelInterface.__getitem__
-    KernelInterface.__getitem__ = lambda _kernel, _grid: lambda *_args, **_options: None
+    KernelInterface.__getitem__ = lambda kernel, _grid: partial(instead, kernel)
     try:
         yield
     finally:
         KernelInterface.__getitem__ = launch
+
+
+@contextmanager
+def compiling_ahead(device: torch.device) -> Iterator[None]:
+    """Within it kernels are compiled for `device`, the current GPU, in parallel threads, and not launched.
+
+    Else each is compiled by its first launch, one after the other. At the end all threads are awaited. What a kernel is
+    compiled for are the dtypes and the alignment of tensors, which those on the meta device have too, and integers
+    where they are 1 or multiples of 16. What fails to compile, or is not met because of an exception, is left to the
+    first launch.
+    """
+    global _meta_sms
+    pool, kernels = ThreadPoolExecutor(), set[Any]()
+
+    def submit(kernel: Any, *args: Any, **options: Any) -> None:
+        if isinstance(kernel, Autotuner):
+            for config in kernel.configs:
+                config.pre_hook(dict(zip(kernel.arg_names, args, strict=False)) | config.all_kwargs())
+                submit(kernel.fn, *args, **options, **config.all_kwargs())
+        else:
+            kernels.update([kernel] if isinstance(kernel, JITFunction) else [])
+            kernel.warmup(*args, grid=None, **options)
+
+    _meta_sms = _hopper_sms(device)
+    try:
+        with suppress(Exception), triton.AsyncCompileMode(pool, ignore_errors=True), no_launches(submit):
+            yield
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _meta_sms = 0
+        for compiled in [caches[0] for kernel in kernels for caches in kernel.device_caches.values()]:
+            for key in [key for key, value in compiled.items() if getattr(value, "kernel", value) is None]:
+                del compiled[key]  # a failure, which Triton 3.6 would keep

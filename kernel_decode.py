@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
+from kernel import compiling_ahead
 from model import LATENT_NORM_EPS, MLP, Block, KVCache, Linear, MoE, MTPModule, RMSNorm, Transformer
 
 BLOCK = tl.constexpr(128)  # columns of FP8 weights that share a scale, and rows
@@ -959,3 +960,13 @@ class Step:
         """The last norm, whose output the head and MTP modules read, and the head."""
         self._norm(norm, self.x, self.states, self.n_parts if self.n > 1 else 0)
         self._project(self.states, None, self.logits, self._matrix(self.model.head))
+
+
+@torch.no_grad()
+def compile_ahead(model: Transformer) -> None:
+    """Compiles the kernels of all steps of a model on a GPU, in parallel."""
+    with compiling_ahead(model.head.weight.device):
+        for step in [Step(model, n) for n in POSITIONS]:
+            step.run()
+            for depth in range(len(model.mtp)):
+                step.run_mtp(depth)

@@ -9,6 +9,7 @@ biases, which no gradient trains, are moved at its end.
 import fnmatch
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -315,6 +316,47 @@ class TrainingStep:
             for group in self._groups():
                 group["lr"] = torch.tensor(group["lr"], device=ctx.device)
                 group["capturable"] = True  # of AdamW: its step count stays on the device
+
+    def compile_ahead(self, n_bytes: int, *lengths: int) -> None:
+        """Compiles the kernels of steps, evaluations and samples in parallel: else each would wait for the one before.
+
+        Batches of this process have `n_bytes`, in sequences of the `lengths`, the first of which evaluations have too.
+        One process of a machine compiles, and the others find it in Triton's cache.
+        """
+        weight = self.model.head.weight
+        for is_turn in (True, False) if fp8_ops.kernels(weight) else ():
+            if is_turn == command.is_local_rank_zero():
+                import kernel
+
+                capability = fp8_ops.capability(weight.device)
+                with kernel.compiling_ahead(weight.device), fp8_ops.meta_tensors_of(capability), torch.device("meta"):
+                    self._run_on_meta(n_bytes, lengths)
+            self.ctx.all_reduce_max(0)
+
+    def _run_on_meta(self, n_bytes: int, lengths: tuple[int, ...]) -> None:
+        """Does what steps, evaluations and samples do with a copy of the model, of which there are shapes alone."""
+        ctx = ParallelContext("meta", self.ctx.mp_size, self.ctx.mp_rank, self.ctx.mp_size)  # it does not communicate
+        model, learns = parallel.build(ctx, self.model.args, self.model.compute_dtype).train(), trainable(self.model)
+        model.gradient_checkpointing = self.model.gradient_checkpointing
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in learns)
+        parallel.quantize_weights(ctx, model)
+        matrices = [p for name, p in trainable(model).items() if is_hidden_matrix(name, p)]
+        kinds = {type(block.ffn): block for block in model.layers}
+        model.layers = nn.ModuleList([model.layers[0], *kinds.values()])  # the first, whose input may be frozen
+
+        def batch(size: int, length: int) -> list[torch.Tensor]:
+            return [torch.zeros(size // length, length, dtype=torch.int64)] * 2
+
+        stages = {False, model.args.index_topk > 0}  # of training an indexer
+        for length, model.dense_attention in product(set(lengths), stages):
+            model.loss(*batch(n_bytes, length)).total.backward()
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                Muon(matrices, 0.0, dtype=optimizer.dtype).step()
+        with torch.no_grad():
+            model.eval().next_byte_loss(*batch(4 * n_bytes, lengths[0]))
+            model(batch(1, 1)[0], model.new_cache(1, 2))
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]

@@ -130,12 +130,8 @@ def _kernels(flags: Any) -> Iterator[None]:
         return
     import kernel
 
-    with kernel.no_launches():
-        fp8_ops.meta_capability = 9, 0
-        try:
-            yield
-        finally:
-            fp8_ops.meta_capability = 0, 0
+    with kernel.no_launches(), fp8_ops.meta_tensors_of((9, 0)):
+        yield
 
 
 def _local_numel(ctx: ParallelContext, p: nn.Parameter) -> int:

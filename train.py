@@ -361,7 +361,7 @@ class Trainer:
         self.training_step = optim.TrainingStep(*step_args)
         self.launched: deque[tuple[int, dict[str, float], optim.Figures]] = deque()  # steps whose figures are to come
         self.figures: dict[str, Any] = {}  # metrics of the last step that is known to be finite
-        self.quantize_weights()
+        parallel.quantize_weights(self.ctx, self.model)
         sizes, weights = data.sizes if isinstance(data, JoinedCorpus) else [len(data)], flags.data_weights
         self.sampler = MixtureSampler(sizes, self.context, flags.seed, weights)
         self.short_sampler = MixtureSampler(sizes, flags.short_seq_len or self.context, flags.seed, weights)
@@ -386,7 +386,7 @@ class Trainer:
         checkpoint.check_origin(run, state["origin"], self.flags.init_from)
         changed = checkpoint.check_settings(run, state["settings"], self.settings, self.flags.override or [])
         load_optimizer_tensors(self.model, self.optimizers, read, self.ctx)
-        self.quantize_weights()
+        parallel.quantize_weights(self.ctx, self.model)
         if state["gate_balance"] is not None:
             balance = self.training_step.balance.state
             balance.copy_(torch.tensor(state["gate_balance"]).view_as(balance))
@@ -413,10 +413,6 @@ class Trainer:
         changes = ", ".join(f"{key} from {shorten(value)} to {now.get(key)}" for key, value in changed.items())
         rates = f"lr from {before:.3g} to {optim.rate(progress, now):.3g}, its peak is {now['lr']:.3g}"
         say(f"--override changes {changes}; the schedule ({now['schedule']}) {phase}: {rates}")
-
-    def quantize_weights(self) -> None:
-        """Brings the FP8 copies of the weights up to date: once a step, however many batches it has."""
-        parallel.quantize_weights(self.ctx, self.model)
 
     def train_step(self, progress: float) -> dict[str, Any]:
         """Takes one step; returns `figures`. A DataError has changed nothing.
@@ -637,6 +633,9 @@ def train_steps(trainer: Trainer) -> None:
             if progress >= 1:
                 trainer.progress = 1.0
                 break
+            if clock.first_step_s is None and not flags.compile:
+                lengths = trainer.context, trainer.short_sampler.seq_len
+                trainer.training_step.compile_ahead(trainer.context * flags.batch_size // ctx.dp_size, *lengths)
             profile.begin_step(trainer.step + 1)
             trainer.train_step(progress)
             if logs := trainer.step % flags.log_interval == 0:

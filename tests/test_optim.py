@@ -2,6 +2,10 @@
 
 import argparse
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fp8_ops
+import parallel
 from model import ModelArgs, Transformer
-from optim import GateBalance, Muon, can_replay, freeze, make_optimizers, orthogonalize
+from optim import GateBalance, Muon, TrainingStep, can_replay, freeze, make_optimizers, orthogonalize
 from parallel import ParallelContext
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (1, 5), (40, 3)]
@@ -185,6 +190,99 @@ def test_steps_that_wait_are_not_recorded(
         with torch.device("meta"):
             model = Transformer(tiny(**changes).args, dtype)
         assert can_replay(ParallelContext(), model) == expected
+
+
+# --- Compiling ahead ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def specialisations() -> Iterator[set[tuple[str, ...]]]:
+    """Within it kernels write nothing. Yields what Triton would compile: kernels, with the kinds of their arguments."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import autotuner, interpreter, jit
+
+    met: set[tuple[str, ...]] = set()
+
+    @cache
+    def binder(fn: Any) -> Any:
+        function = jit.JITFunction(fn)
+        return jit.create_function_from_signature(function.signature, function.params, CUDABackend)
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        met.add((self.fn.__name__, *map(str, binder(self.fn)(*args, **options)[1:])))
+
+    def tune(self: Any, *args: Any, **options: Any) -> None:
+        for config in self.configs:
+            config.pre_hook({**dict(zip(self.arg_names, args, strict=False)), **config.all_kwargs()})
+            self.fn.run(*args, **options, **config.all_kwargs())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "run", run)
+        patch.setattr(jit.JITFunction, "run", run)
+        patch.setattr(autotuner.Autotuner, "run", tune)
+        yield met
+
+
+class ZeroedTorch:
+    """`torch` whose `empty` makes zeros: what kernels would write there are indices, too."""
+
+    empty = staticmethod(torch.zeros)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+WIDE = {"dim": 256, "inter_dim": 384, "moe_inter_dim": 128, "n_layers": 5, "q_lora_rank": 64, "kv_lora_rank": 64}
+WIDE |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32, "max_seq_len": 128, "n_shared_experts": 1}
+PLAIN = {"q_lora_rank": 0, "kv_lora_rank": 0, "n_routed_experts": 0, "n_mtp_layers": 0, "hidden_act": "gelu"}
+SPARSE = {"index_topk": 32, "index_n_heads": 2, "index_head_dim": 32, "moe_layer_freq": 1, "scale_fmt": "ue8m0"}
+
+
+@pytest.mark.parametrize("gemm_impl", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("changes", "lengths"),
+    [
+        ({}, (128, 64)),
+        (PLAIN, (128,)),
+        (SPARSE, (128,)),
+        ({"dim": 72, "moe_inter_dim": 40, "n_heads": 3, "max_seq_len": 33, "n_dense_layers": 0}, (33,)),
+    ],
+)
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
+    monkeypatch: pytest.MonkeyPatch, gemm_impl: str, changes: dict[str, Any], lengths: tuple[int, ...],
+    is_frozen: bool,
+) -> None:  # fmt: skip
+    """Nor does an evaluation or a sample; and all that was compiled is for them. On a GPU with few multiprocessors."""
+    kernel, kernel_fused = pytest.importorskip("kernel"), pytest.importorskip("kernel_fused")
+    monkeypatch.setattr(fp8_ops, "gemm_impl", gemm_impl)
+    monkeypatch.setattr(fp8_ops, "_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernel, "_sms_of_hopper", lambda device: 8)
+    monkeypatch.setattr(kernel, "suppress", lambda _: nullcontext())  # here an exception is a failure
+    for module in (kernel, kernel_fused):
+        monkeypatch.setattr(module, "torch", ZeroedTorch())
+    model = tiny(**WIDE | changes).train()
+    model.compute_dtype, model.gradient_checkpointing = torch.bfloat16, is_frozen
+    freeze(model, ["embed.weight", "*.w2.weight", "*norm.weight"] if is_frozen else [])
+    flags = argparse.Namespace(optimizer="muon", matrix_lr=0.1, momentum=0.9, weight_decay=0.1)
+    vars(flags).update(lr=0.1, beta1=0.9, beta2=0.9)
+    ctx, n_bytes = ParallelContext(), lengths[0] * (4 if lengths[0] % 2 == 0 else 1)
+    step = TrainingStep(ctx, model, model.loss, make_optimizers(model, flags, torch.bfloat16, ctx), 1.0)
+    step.replays = True  # a step is taken even if its loss is not finite
+    with specialisations() as ahead:
+        step.compile_ahead(n_bytes, *lengths)
+    with specialisations() as met:
+        parallel.quantize_weights(ctx, model)
+        for length in lengths:
+            for model.dense_attention in (True, False):
+                step._run(torch.zeros(1, n_bytes // length, length + 1, dtype=torch.uint8))
+        with torch.inference_mode():
+            model.eval().next_byte_loss(*[torch.zeros(4 * n_bytes // lengths[0], lengths[0], dtype=torch.int64)] * 2)
+            kv_cache = model.new_cache(1, 2)
+            for _ in range(2):  # a sample
+                model(torch.zeros(1, 1, dtype=torch.uint8), kv_cache)
+    assert len(met) > 10 and any(name == "_hopper_kernel" for name, *_ in met) == (gemm_impl == "fp8")
+    assert ahead == met
 
 
 # --- The balance of the experts ----------------------------------------------------------------------------------

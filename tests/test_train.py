@@ -36,6 +36,7 @@ import checkpoint as checkpoints
 import fp8_ops
 import metrics
 import model as model_module
+import parallel
 import train
 from byte_tokenizer import visible
 from checkpoint import load_run, save_model
@@ -326,7 +327,7 @@ def test_gradient_checkpointing_changes_nothing(here: Here, gemm_impl: str) -> N
     assert saving.model.gradient_checkpointing and not plain.model.gradient_checkpointing
     for trainer in (plain, saving):
         shake(trainer.model)
-        trainer.quantize_weights()
+        parallel.quantize_weights(trainer.ctx, trainer.model)
     for _ in range(5):
         assert plain.train_step(0.3) == saving.train_step(0.3)
     for p, q in zip(plain.model.parameters(), saving.model.parameters(), strict=True):
@@ -433,7 +434,7 @@ def test_compile_changes_nothing(here: Here, monkeypatch: pytest.MonkeyPatch) ->
     plain, compiled = here.trainer(*flags), here.trainer(*flags, "--compile")
     for trainer in (plain, compiled):
         shake(trainer.model)
-        trainer.quantize_weights()
+        parallel.quantize_weights(trainer.ctx, trainer.model)
     for _ in range(3):
         a, b = plain.train_step(0.3), compiled.train_step(0.3)
         assert b == pytest.approx(a, rel=1e-4)
