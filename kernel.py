@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -900,15 +902,15 @@ def no_launches(instead: Callable[..., None] = lambda *_args, **_options: None) 
 
 @contextmanager
 def compiling_ahead(device: torch.device) -> Iterator[None]:
-    """Within it kernels are compiled for `device`, the current GPU, in parallel threads, and not launched.
+    """Within it kernels are not launched; at its end they are compiled for `device`, the current GPU, in parallel.
 
-    Else each is compiled by its first launch, one after the other. At the end all threads are awaited. What a kernel is
-    compiled for are the dtypes and the alignment of tensors, which those on the meta device have too, and integers
-    where they are 1 or multiples of 16. What fails to compile, or is not met because of an exception, is left to the
-    first launch.
+    Else each is compiled by its first launch, one after the other. What a kernel is compiled for are the dtypes and the
+    alignment of tensors, which those on the meta device have too, and integers where they are 1 or multiples of 16.
+    What fails to compile, or is not met because of an exception, is left to the first launch.
     """
     global _meta_sms
-    pool, kernels = ThreadPoolExecutor(), set[Any]()
+    pool = ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,))
+    is_met, kernels = Event(), set[Any]()
 
     def submit(kernel: Any, *args: Any, **options: Any) -> None:
         if isinstance(kernel, Autotuner):
@@ -919,10 +921,21 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
             kernels.update([kernel] if isinstance(kernel, JITFunction) else [])
             kernel.warmup(*args, grid=None, **options)
 
+    def load(compile_kernel: Callable[[], Any]) -> Any:
+        is_met.wait()  # threads at work would slow down Python, which meets the other kernels
+        compiled = compile_kernel()
+        with suppress(Exception):
+            _ = compiled.run  # loads it, and compiles the C function that launches it, which takes as long again
+        return compiled
+
     _meta_sms = _hopper_sms(device)
     try:
-        with suppress(Exception), triton.AsyncCompileMode(pool, ignore_errors=True), no_launches(submit):
-            yield
+        executor: Any = SimpleNamespace(submit=partial(pool.submit, load))
+        with suppress(Exception), triton.AsyncCompileMode(executor, ignore_errors=True), no_launches(submit):
+            try:
+                yield
+            finally:
+                is_met.set()
     finally:
         pool.shutdown(cancel_futures=True)
         _meta_sms = 0
