@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.runtime.autotuner import Autotuner  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 import fp8_ops  # noqa: E402
 import kernel  # noqa: E402
@@ -1124,6 +1127,43 @@ def test_momentum_and_update(n: int) -> None:
     wanted = (1 - 0.3 * 0.1) * p - 0.3 * 2 * update.float()
     kernel_fused.apply_update(p, update, torch.tensor(0.3, device=DEVICE), 0.1, 2.0)
     assert (p - wanted).abs().max() < 1e-6
+
+
+# --- What kernels are compiled for --------------------------------------------------------------------------------
+
+
+@contextmanager
+def specialisations() -> Iterator[set[tuple[str, ...]]]:
+    """Within it kernels write nothing. Yields what Triton would compile: kernels, with the kinds of their arguments."""
+    met: set[tuple[str, ...]] = set()
+
+    @cache
+    def binder(fn: Any) -> Any:
+        function = JITFunction(fn)
+        return create_function_from_signature(function.signature, function.params, CUDABackend)
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        met.add((self.fn.__name__, *map(str, binder(self.fn)(*args, **options)[1:])))
+
+    def tune(self: Any, *args: Any, **options: Any) -> None:
+        for config in self.configs:
+            config.pre_hook({**dict(zip(self.arg_names, args, strict=False)), **config.all_kwargs()})
+            self.fn.run(*args, **options, **config.all_kwargs())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "run", run)
+        patch.setattr(JITFunction, "run", run)
+        patch.setattr(Autotuner, "run", tune)
+        yield met
+
+
+class ZeroedTorch:
+    """`torch` whose `empty` makes zeros: what kernels would write there are indices, too."""
+
+    empty = staticmethod(torch.zeros)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 # --- Compilation, without a GPU -----------------------------------------------------------------------------------

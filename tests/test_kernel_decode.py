@@ -7,6 +7,7 @@ the interpreter: this file, run as a script.
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton")
 
 from conftest import randomise, tiny  # noqa: E402
-from test_kernel import compiling  # noqa: E402
+from test_kernel import compiling, specialisations  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 import decode  # noqa: E402
@@ -305,6 +306,18 @@ def test_preparing_decodes_a_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ByModules, "run", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         by_blocks(model, 4).decoder.prepare()
+
+
+@torch.no_grad()
+def test_all_steps_are_compiled_ahead() -> None:
+    model = random_model().cpu()
+    with specialisations() as ahead:
+        kernel_decode.compile_ahead(model)
+    with specialisations() as met:
+        decoder = decode.KernelDecoder(model)
+        for n, depth in itertools.product(kernel_decode.POSITIONS, (-1, 0)):
+            decoder.recorded(n, depth)[1]()
+    assert ahead == met and len({name for name, *_ in met}) > 10
 
 
 def test_preparing_notices_a_wrong_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -195,66 +193,31 @@ def test_steps_that_wait_are_not_recorded(
 # --- Compiling ahead ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def specialisations() -> Iterator[set[tuple[str, ...]]]:
-    """Within it kernels write nothing. Yields what Triton would compile: kernels, with the kinds of their arguments."""
-    from triton.backends.nvidia.compiler import CUDABackend
-    from triton.runtime import autotuner, interpreter, jit
-
-    met: set[tuple[str, ...]] = set()
-
-    @cache
-    def binder(fn: Any) -> Any:
-        function = jit.JITFunction(fn)
-        return jit.create_function_from_signature(function.signature, function.params, CUDABackend)
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        met.add((self.fn.__name__, *map(str, binder(self.fn)(*args, **options)[1:])))
-
-    def tune(self: Any, *args: Any, **options: Any) -> None:
-        for config in self.configs:
-            config.pre_hook({**dict(zip(self.arg_names, args, strict=False)), **config.all_kwargs()})
-            self.fn.run(*args, **options, **config.all_kwargs())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "run", run)
-        patch.setattr(jit.JITFunction, "run", run)
-        patch.setattr(autotuner.Autotuner, "run", tune)
-        yield met
-
-
-class ZeroedTorch:
-    """`torch` whose `empty` makes zeros: what kernels would write there are indices, too."""
-
-    empty = staticmethod(torch.zeros)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 WIDE = {"dim": 256, "inter_dim": 384, "moe_inter_dim": 128, "n_layers": 5, "q_lora_rank": 64, "kv_lora_rank": 64}
 WIDE |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32, "max_seq_len": 128, "n_shared_experts": 1}
 PLAIN = {"q_lora_rank": 0, "kv_lora_rank": 0, "n_routed_experts": 0, "n_mtp_layers": 0, "hidden_act": "gelu"}
+RAGGED = {"dim": 72, "moe_inter_dim": 40, "n_heads": 3, "max_seq_len": 33, "n_dense_layers": 0}
 SPARSE = {"index_topk": 32, "index_n_heads": 2, "index_head_dim": 32, "moe_layer_freq": 1, "scale_fmt": "ue8m0"}
 
 
-@pytest.mark.parametrize("gemm_impl", ["bf16", "fp8"])
 @pytest.mark.parametrize(
-    ("changes", "lengths"),
+    ("gemm_impl", "changes", "lengths", "is_frozen"),
     [
-        ({}, (128, 64)),
-        (PLAIN, (128,)),
-        (SPARSE, (128,)),
-        ({"dim": 72, "moe_inter_dim": 40, "n_heads": 3, "max_seq_len": 33, "n_dense_layers": 0}, (33,)),
+        ("bf16", {}, (128, 64), False),
+        ("fp8", {}, (128, 64), True),
+        ("fp8", PLAIN, (128,), True),
+        ("fp8", SPARSE, (128,), False),
+        ("bf16", RAGGED, (33,), True),
+        ("fp8", RAGGED, (33,), False),
     ],
 )
-@pytest.mark.parametrize("is_frozen", [False, True])
 def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
-    monkeypatch: pytest.MonkeyPatch, gemm_impl: str, changes: dict[str, Any], lengths: tuple[int, ...],
-    is_frozen: bool,
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch, gemm_impl: str, changes: dict[str, Any], lengths: tuple[int, ...], is_frozen: bool
+) -> None:
     """Nor does an evaluation or a sample; and all that was compiled is for them. On a GPU with few multiprocessors."""
     kernel, kernel_fused = pytest.importorskip("kernel"), pytest.importorskip("kernel_fused")
+    from test_kernel import ZeroedTorch, specialisations
+
     monkeypatch.setattr(fp8_ops, "gemm_impl", gemm_impl)
     monkeypatch.setattr(fp8_ops, "_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(kernel, "_sms_of_hopper", lambda device: 8)
@@ -266,7 +229,7 @@ def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
     freeze(model, ["embed.weight", "*.w2.weight", "*norm.weight"] if is_frozen else [])
     flags = argparse.Namespace(optimizer="muon", matrix_lr=0.1, momentum=0.9, weight_decay=0.1)
     vars(flags).update(lr=0.1, beta1=0.9, beta2=0.9)
-    ctx, n_bytes = ParallelContext(), lengths[0] * (4 if lengths[0] % 2 == 0 else 1)
+    ctx, n_bytes = ParallelContext(), lengths[0] * (1 if changes is RAGGED else 4)
     step = TrainingStep(ctx, model, model.loss, make_optimizers(model, flags, torch.bfloat16, ctx), 1.0)
     step.replays = True  # a step is taken even if its loss is not finite
     with specialisations() as ahead:
@@ -283,6 +246,17 @@ def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
                 model(torch.zeros(1, 1, dtype=torch.uint8), kv_cache)
     assert len(met) > 10 and any(name == "_hopper_kernel" for name, *_ in met) == (gemm_impl == "fp8")
     assert ahead == met
+
+
+def test_a_failure_ahead_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, model = pytest.importorskip("kernel"), tiny()
+    monkeypatch.setattr(fp8_ops, "_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernel, "_sms_of_hopper", lambda device: 8)
+    monkeypatch.setattr(Transformer, "loss", lambda *batch: 1 / kernel._hopper_sms(torch.device("meta")) / 0)
+    launch = kernel.KernelInterface.__getitem__
+    TrainingStep(ParallelContext(), model, model.loss, [], 1.0).compile_ahead(16, 16)
+    assert kernel.KernelInterface.__getitem__ is launch
+    assert fp8_ops.capability(torch.device("meta")) == (0, 0) and kernel._hopper_sms(torch.device("meta")) == 0
 
 
 # --- The balance of the experts ----------------------------------------------------------------------------------
