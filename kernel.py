@@ -939,6 +939,6 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     finally:
         pool.shutdown(cancel_futures=True)
         _meta_sms = 0
-        for compiled in [caches[0] for kernel in kernels for caches in kernel.device_caches.values()]:
-            for key in [key for key, value in compiled.items() if getattr(value, "kernel", value) is None]:
-                del compiled[key]  # a failure, which Triton 3.6 would keep
+        for found in [caches[0] for kernel in kernels for caches in kernel.device_caches.values()]:
+            for key in [key for key, value in found.items() if getattr(value, "kernel", value) is None]:
+                del found[key]  # a failure, which Triton 3.6 would keep
