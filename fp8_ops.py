@@ -121,7 +121,7 @@ def _operator(function: Callable) -> Callable:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Of meta tensors, torch would take the fake implementation, in which no kernel is met; the grouped ones have none.
+        # Of meta tensors, torch takes the fake implementation, in which no kernel is met; the grouped ones have none.
         is_direct = meta_capability >= (8, 9) and not name.startswith("grouped")
         return (function if is_direct else operator)(*args, **kwargs)
 

@@ -930,7 +930,7 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
 
     _meta_sms = _hopper_sms(device)
     try:
-        executor: Any = SimpleNamespace(submit=partial(pool.submit, load))
+        executor: Any = SimpleNamespace(submit=lambda compile_kernel: pool.submit(load, compile_kernel))
         with suppress(Exception), triton.AsyncCompileMode(executor, ignore_errors=True), no_launches(submit):
             try:
                 yield
