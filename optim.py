@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 import command
 import fp8_ops
+import model as model_module
 import parallel
 from command import shorten
 from model import ConfigError, Losses, Transformer
@@ -349,14 +350,18 @@ class TrainingStep:
             return [torch.zeros(size // length, length, dtype=torch.int64)] * 2
 
         stages = {False, model.args.index_topk > 0}  # of training an indexer
-        for length, model.dense_attention in product(set(lengths), stages):
-            model.loss(*batch(n_bytes, length)).total.backward()
+        chunk, model_module.CHUNK_NUMBERS = model_module.CHUNK_NUMBERS, 1 << 62  # tensors without memory: one chunk
+        try:
+            for length, model.dense_attention in product(set(lengths), stages):
+                model.loss(*batch(n_bytes, length)).total.backward()
+            with torch.no_grad():
+                model.eval().next_byte_loss(*batch(4 * n_bytes, lengths[0]))
+                model(batch(1, 1)[0], model.new_cache(1, 2))
+        finally:
+            model_module.CHUNK_NUMBERS = chunk
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
                 Muon(matrices, 0.0, dtype=optimizer.dtype).step()
-        with torch.no_grad():
-            model.eval().next_byte_loss(*batch(4 * n_bytes, lengths[0]))
-            model(batch(1, 1)[0], model.new_cache(1, 2))
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
