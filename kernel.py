@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction, KernelInterface
+from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK = tl.constexpr(128)
@@ -909,8 +909,7 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     What fails to compile, or is not met because of an exception, is left to the first launch.
     """
     global _meta_sms
-    pool = ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,))
-    is_met, kernels = Event(), set[Any]()
+    pool, is_met = ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,)), Event()
 
     def submit(kernel: Any, *args: Any, **options: Any) -> None:
         if isinstance(kernel, Autotuner):
@@ -918,7 +917,6 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
                 config.pre_hook(dict(zip(kernel.arg_names, args, strict=False)) | config.all_kwargs())
                 submit(kernel.fn, *args, **options, **config.all_kwargs())
         else:
-            kernels.update([kernel] if isinstance(kernel, JITFunction) else [])
             kernel.warmup(*args, grid=None, **options)
 
     def load(compile_kernel: Callable[[], Any]) -> Any:
@@ -939,6 +937,3 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     finally:
         pool.shutdown(cancel_futures=True)
         _meta_sms = 0
-        for found in [caches[0] for kernel in kernels for caches in kernel.device_caches.values()]:
-            for key in [key for key, value in found.items() if getattr(value, "kernel", value) is None]:
-                del found[key]  # a failure, which Triton 3.6 would keep
