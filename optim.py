@@ -67,24 +67,35 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     update, key = self._momentum(p, group["momentum"])
                     batches.setdefault(key, []).append((p, update))
+            sent: tuple[Any, ...] | None = None  # the batch before, whose updates are on their way between processes
             for (_, shards, full_shape), pairs in batches.items():
                 stacked = torch.cat([update for _, update in pairs])
-                updates = parallel.map_full_matrices(shards, stacked, orthogonalize)
-                scale = 0.2 * math.sqrt(max(full_shape))  # an update has the root mean square of AdamW's
-                for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
-                    self._apply(p, update, group["lr"], group["weight_decay"], scale)
+                updates, exchange = parallel.map_full_matrices(shards, stacked, orthogonalize)
+                if sent is not None:
+                    self._apply_batch(group, *sent)
+                sent = pairs, updates, exchange, full_shape
+            if sent is not None:
+                self._apply_batch(group, *sent)
+
+    def _apply_batch(self, group: dict[str, Any], pairs: Any, updates: torch.Tensor, exchange: Any, shape: Any) -> None:
+        """Applies the updates of a batch of pairs (parameter, its number of rows in them) as they come."""
+        if exchange is not None:
+            exchange.wait()
+        scale = 0.2 * math.sqrt(max(shape))  # an update has the root mean square of AdamW's
+        for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
+            self._apply(p, update, group["lr"], group["weight_decay"], scale)
 
     def _momentum(self, p: nn.Parameter, momentum: float) -> tuple[torch.Tensor, Any]:
         """Advances the running mean; returns the Nesterov update (matrices, rows, columns) and the key of its batch."""
         if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffer = self.state[p]["momentum_buffer"]
-        if (kernel := fp8_ops.kernels(p)) and type(p.grad) is torch.Tensor:  # no shard of FSDP
-            update = torch.empty(p.shape, dtype=self.dtype, device=p.device)
-            kernel.momentum_update(p.grad, buffer, update, momentum)
+        buffer, grad = (self.ctx.local_shard(t)[0] for t in (self.state[p]["momentum_buffer"], p.grad))
+        if (kernel := fp8_ops.kernels(grad)) and grad.numel():
+            update = torch.empty(grad.shape, dtype=self.dtype, device=grad.device)
+            kernel.momentum_update(grad, buffer, update, momentum)
         else:
-            buffer.lerp_(p.grad, 1 - momentum)
-            update = p.grad.lerp(buffer, momentum).to(self.dtype)
+            buffer.lerp_(grad, 1 - momentum)
+            update = grad.lerp(buffer, momentum).to(self.dtype)
         shards, full_shape = parallel.matrix_shards(self.ctx, p)
         local = parallel.local_matrices(self.ctx, p, update)
         return local, (local.shape[1:], tuple(shards), full_shape)
@@ -93,7 +104,7 @@ class Muon(Optimizer):
         """Decays a parameter and subtracts its scaled update, of which this process may hold a shard."""
         here, _ = self.ctx.local_shard(p)
         update = update.reshape(-1, *here.shape[1:])[: len(here)]  # without the padding of FSDP's last shards
-        if kernel := fp8_ops.kernels(here):
+        if (kernel := fp8_ops.kernels(here)) and here.numel():
             rate = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=here.device)
             kernel.apply_update(here, update.contiguous(), rate, decay, scale)
         else:
@@ -357,18 +368,33 @@ class TrainingStep:
         return self._figures
 
     def _record(self) -> None:
-        """Records a step, without running it; a model that waits for the device goes on without a graph."""
-        graph = torch.cuda.CUDAGraph()
+        """Records a step, without running it; if one process cannot, all go on without a graph."""
+        graph, reason = torch.cuda.CUDAGraph(), None
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has a thread that asks for events
                 self._figures = self._run(self._batches)
-            self.graph = graph
         except RuntimeError as error:
-            self.replays = False
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            reason = str(error.__context__ or error).partition("\n")[0]  # why recording then could not end either
-            command.warn("train.py", f"the step cannot be a CUDA graph ({shorten(reason)}), which is faster; going on")
+            reason = ValueError(str(error.__context__ or error).partition("\n")[0])  # why it could not end either
+        try:
+            self.ctx.raise_if_any_failed(reason)
+        except ValueError as error:
+            self._go_on_launching(error)
+            return
+        self.graph = graph
+        if self.ctx.world_size > 1:
+            parallel.graphs.add(graph)
+
+    def _go_on_launching(self, error: ValueError) -> None:
+        """Clears what is left of a recording that failed, and warns of it."""
+        self.replays, reason = False, f"the step cannot be a CUDA graph ({shorten(error)})"
+        if self.ctx.fsdp:  # whose parameters are in the state of the recording
+            raise parallel.CollectiveError(f"{reason}; add --no-cuda-graph")
+        self.ctx.bucket.clear()
+        self.ctx.averaging.clear()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if command.is_local_rank_zero():
+            command.warn("train.py", f"{reason}, which is faster; going on")
 
     def _run(self, batches: torch.Tensor) -> torch.Tensor:
         losses, load = self._accumulate_gradients(batches)
@@ -400,8 +426,8 @@ class TrainingStep:
 
 
 def can_replay(ctx: ParallelContext, model: Transformer) -> bool:
-    """Whether a step can be a CUDA graph: on one GPU that has kernels of Muon, and of grouped products for experts."""
+    """Whether a step can be a CUDA graph: on GPUs that have kernels of Muon, and of grouped products for experts."""
     weight = next(model.parameters())
-    if ctx.world_size > 1 or fp8_ops.kernels(weight) is None:
+    if fp8_ops.kernels(weight) is None:
         return False
     return not model.gates() or not fp8_ops.grouped_products_wait(weight.device, model.compute_dtype)

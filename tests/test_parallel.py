@@ -122,7 +122,9 @@ def check_full_matrices(mp: int, fsdp: bool) -> None:
         if parallel.is_matrix(name, p.shape):
             shards, shape = parallel.matrix_shards(ctx, p)
             local = parallel.local_matrices(ctx, p, p.detach())
-            result = parallel.map_full_matrices(shards, torch.cat([local, 2 * local, -local]), transform)
+            result, exchange = parallel.map_full_matrices(shards, torch.cat([local, 2 * local, -local]), transform)
+            if exchange is not None:
+                exchange.wait()
             box = parallel.local_slice(name, p, tuple(matrices[name].shape), ctx)
             wanted = matrices[name].detach().cumsum(-2).cumsum(-1).reshape(-1, shape[1])
             wanted = wanted[box.top : box.bottom, box.left : box.right]
