@@ -158,6 +158,46 @@ def check_collectives() -> None:
     parallel.destroy()
 
 
+def check_recording(flags: list[str]) -> None:
+    """All processes replay what they have recorded, or none of them; the steps are those that are launched."""
+    parsed, shape = train.parse_args(flags)
+    ctx = parallel.ParallelContext.join("cpu")
+    trainers, ended = [], []
+
+    class Graph:
+        """Stands for a CUDA graph: what runs within it is not run, but each time that it is replayed."""
+
+        failing: int | None = None  # rank that cannot record
+
+        def __enter__(self) -> None:
+            if self.failing == ctx.rank:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+            self.step = trainers[-1].training_step
+            self.run, self.step._run = self.step._run, lambda batches: torch.full((5,), float("nan"))
+
+        def __exit__(self, *_: object) -> None:
+            self.step._run = self.run
+
+        def replay(self) -> None:
+            self.step._figures = self.run(self.step._batches)
+
+        def reset(self) -> None:
+            ended.append(self)
+
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, lambda graph, **_: graph  # type: ignore[misc, assignment]
+    for Graph.failing, replays in ((None, False), (None, True), (1, True)):
+        trainers.append(train.build_trainer(parsed, shape, ctx))
+        trainers[-1].training_step.replays = replays
+        for _ in range(6):
+            trainers[-1].train_step(0.4)
+        trainers[-1].finish_steps()
+    launched, replayed, refused = trainers
+    assert launched.figures == replayed.figures == refused.figures
+    assert refused.training_step.graph is None and not refused.training_step.replays
+    parallel.destroy()
+    assert ended == [replayed.training_step.graph]  # NCCL would wait for ever
+
+
 def check_rendezvous() -> None:
     """In a store that has the keys of starts before, each start gets a prefix of its own: no rank takes an old one."""
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
@@ -343,11 +383,14 @@ def full_matrices(*layouts: tuple[int, bool]) -> list[dict[str, Any]]:
     return [{"call": "check_full_matrices", "args": {"mp": mp, "fsdp": fsdp}} for mp, fsdp in layouts]
 
 
-def test_two_ranks() -> None:
+def test_two_ranks(tmp_path: Path) -> None:
     """The basic functions, in two processes that are started once."""
     checks: list[dict[str, Any]] = [{"call": name} for name in ("check_rendezvous", "check_collectives")]
     checks += full_matrices((1, False), (1, True), (2, False))
-    launch(2, checks + grads((1, False, False), (1, True, False), (2, False, True), configs=1))
+    checks += [{"call": "check_recording", "args": {"flags": Runs(tmp_path).flags("run", config="small")}}]
+    first, second = launch(2, checks + grads((1, False, False), (1, True, False), (2, False, True), configs=1))
+    warning = "the step cannot be a CUDA graph (operation not permitted when stream is capturing), which is faster"
+    assert first.count(warning) == 1 and "CUDA graph" not in second
 
 
 @pytest.mark.parametrize("world", [2, 4])
