@@ -279,8 +279,8 @@ def stretch(progress: float, begin: float, done: float) -> float:
 class Figures:
     """What a step found, on its way from the device: losses, the gradient's norm, the load of the experts."""
 
-    def __init__(self, values: torch.Tensor, load_shape: torch.Size):
-        self._values, self._shape = values, load_shape
+    def __init__(self, ctx: ParallelContext, values: torch.Tensor, load_shape: torch.Size):
+        self._ctx, self._values, self._shape = ctx, values, load_shape
         self._event: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
@@ -290,7 +290,7 @@ class Figures:
     def read(self) -> tuple[list[float], torch.Tensor]:
         """Waits for them: losses (next byte, MTP, balance, indexers) and norm, and the load (MoE layers, experts)."""
         if self._event is not None:
-            self._event.synchronize()
+            self._ctx.wait_for(self._event)
         return self._values[:5].tolist(), self._values[5:].view(self._shape)
 
 
@@ -301,7 +301,7 @@ class TrainingStep:
     learning rates are tensors. Each length of sequences, and each stage of training an indexer, has its own recording,
     after a few steps as usual, in which kernels are compiled and the optimizers' state is allocated. With `replays`, a
     step is taken even if its losses or gradient are not finite, which only the figures show: the caller must end the
-    run when it reads them, before anything is saved.
+    run when it reads them, before anything is saved. Collectives are in the graph too: all processes record, or none.
 
     Args:
         ctx, model, optimizers: Of this process.
@@ -349,7 +349,7 @@ class TrainingStep:
 
         Without `replays`, the step was not taken if its losses or norm are not finite.
         """
-        return Figures(self._launch(batches), self._load_shape)
+        return Figures(self.ctx, self._launch(batches), self._load_shape)
 
     def _launch(self, batches: torch.Tensor) -> torch.Tensor:
         if not self.replays:

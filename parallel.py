@@ -425,6 +425,7 @@ class ParallelContext:
         mp_size, mp_rank: Size of the tensor-parallel group, and the rank in it.
         dp_size, dp_rank: Size of the data-parallel group, and the rank in it.
         writes_replicated: Whether this process writes the tensors of which several processes have a copy.
+        timeout: How long to wait for other processes.
         averages_gradients: Whether the backward pass averages gradients over the data-parallel ranks, as it should in
             the last of several batches that make one step.
         bucket: Complete gradients that are to be averaged.
@@ -438,6 +439,7 @@ class ParallelContext:
     dp_mesh: dist.DeviceMesh | None = None
     dp_group: dist.ProcessGroup | None = None
     mp_group: dist.ProcessGroup | None = None
+    timeout = TIMEOUT
 
     def __init__(
         self, device: str = "cpu", world_size: int = 1, rank: int = 0, model_parallel: int = 1, fsdp: bool = False
@@ -483,7 +485,7 @@ class ParallelContext:
 
     def _init_groups(self, launch: Launch, timeout: timedelta) -> None:
         """Creates the process groups, after a comparison of the settings that they follow from."""
-        device = self.device
+        device, self.timeout = self.device, timeout
         if device == "cuda":
             self.device = f"cuda:{launch.local_rank}"
             torch.cuda.set_device(self.device)
@@ -559,6 +561,18 @@ class ParallelContext:
                         f"process 0 has {name} = {command.shorten(first)}, "
                         f"process {rank} has {command.shorten(other)}; give all the same"
                     )
+
+    def wait_for(self, event: torch.cuda.Event) -> None:
+        """Waits for a GPU, whose collectives wait for others: those of a CUDA graph have no time-out of NCCL's.
+
+        Raises a DistError after `timeout`.
+        """
+        until = time.monotonic() + self.timeout.total_seconds()
+        while self.world_size > 1 and not event.query():
+            if time.monotonic() > until:
+                raise dist.DistError(f"a step has not ended within {self.timeout}")
+            time.sleep(1e-4)
+        event.synchronize()
 
     def all_reduce_dp(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over the data-parallel ranks, in place; returns it."""

@@ -823,6 +823,27 @@ def test_processes_with_different_commands(runs: Runs) -> None:
     assert not (runs.folder / "never-begun").exists() and not other.exists()
 
 
+def test_a_gpu_that_waits_for_ever_is_given_up() -> None:
+    """As in a collective of a CUDA graph, after which the figures of a step never come."""
+
+    class Event:
+        left = 3
+
+        def query(self) -> bool:
+            self.left -= 1
+            return self.left == 0
+
+        def synchronize(self) -> None:
+            assert self.left == 0
+
+    ctx = parallel.ParallelContext("cpu", 2)
+    ctx.wait_for(Event())
+    ctx.timeout = timedelta(seconds=0.01)
+    Event.left = -1
+    with pytest.raises(torch.distributed.DistError, match="not ended within 0:00:00.01"):
+        ctx.wait_for(Event())
+
+
 def test_slices_of_a_batch_cover_it_once() -> None:
     """Every sequence of a batch is read by one data-parallel rank, the same one throughout a tensor-parallel group."""
     ctx = parallel.ParallelContext("cpu", 8, 0, 2)

@@ -45,7 +45,7 @@ def work(out: Path, flags: list[str]) -> None:
     def note(trainer: train.Trainer, figures: dict[str, Any]) -> None:
         lines.append(figures | {"wall_s": time.perf_counter(), "busy_s": time.thread_time()})
 
-    train.Trainer.write = note
+    train.Trainer.write = note  # type: ignore[method-assign, assignment]
     code = train.main(flags)
     if code == 0 and os.environ.get("RANK", "0") == "0":
         out.write_text(json.dumps([line for line in lines if "train_loss" in line]))
@@ -116,14 +116,16 @@ def main() -> None:
     common = ["--config", str(config), "--data", args.data, "--steps", str(args.steps), *args.train_flags.split()]
     common += ["--log-interval", str(max(1, args.steps // 5)), "--eval-interval", "1000000", "--sample-bytes", "0"]
     layouts = {key: LAYOUTS[key] for key in args.only}
-    plans = {}
+    early = {}
     if is_gpu:  # whose machine has other cores for them
-        plans = {key: start_plan(n, [*common, *flags]) for key, (_, n, flags) in layouts.items()}
-    lines = {key: run(n, [*common, *flags], args.timeout) for key, (_, n, flags) in layouts.items()}
-    plans = plans or {key: start_plan(n, [*common, *flags]) for key, (_, n, flags) in layouts.items()}
+        early = {key: start_plan(n, [*common, *flags]) for key, (_, n, flags) in layouts.items()}
     print("| | bytes/s | of one | peak memory | by `--plan` | loss (and one's) | waits |\n" + "| --- " * 7 + "|")
-    for key, (name, *_) in layouts.items():
-        print(row(name, lines[key], planned(plans[key]), lines.get("one", "not run")))
+    alone: Any = "not run"
+    for key, (name, n, flags) in layouts.items():
+        lines = run(n, [*common, *flags], args.timeout)
+        alone = lines if key == "one" else alone
+        plan = planned(early.get(key) or start_plan(n, [*common, *flags]))
+        print(row(name, lines, plan, alone), flush=True)
     return None
 
 
