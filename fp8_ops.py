@@ -888,36 +888,29 @@ def sort_by_expert(
     """Repeats each row of x (N, dim) for its `experts` (N, K), sorted by expert.
 
     Returns the rows (N·K, dim), where each choice stands among them (N, K), and where each expert's rows end, int32.
-    Rows of experts from `n_local` on are undefined. Where `fuses_fp8(x)`, the rows exist in FP8 only.
+    Rows of experts from `n_local` on are zeros. Where `fuses_fp8(x)`, the rows exist in FP8 only.
     """
     if kernel := kernels(x):
         places, index, ends = kernel.sort_by_expert(experts, n_experts)
-        limit, both = ends[n_local - 1 : n_local], torch.is_grad_enabled()
         if fuses_fp8(x):
+            limit, both = ends[n_local - 1 : n_local], torch.is_grad_enabled()
             return QuantizedActivation(*kernel.permute_quant(x, places, index, limit, scale_fmt, both)), places, ends
-        return kernel.permute(x, places, limit if n_local < n_experts else None), places, ends
-    in_order, order = experts.flatten().sort(stable=True)
-    places = order.argsort().view_as(experts)
-    ends = torch.searchsorted(in_order, torch.arange(n_experts, device=x.device), right=True).int()
-    rows = _Permute.apply(x, order, places)
-    return zero_behind(rows, ends[n_local - 1 : n_local] if n_local < n_experts else None), places, ends
+        rows = kernel.permute(x, places)
+    else:
+        in_order, order = experts.flatten().sort(stable=True)
+        places = order.argsort().view_as(experts)
+        ends = torch.searchsorted(in_order, torch.arange(n_experts, device=x.device), right=True).int()
+        rows = _Permute.apply(x, order, places)
+    if n_local < n_experts:
+        rows = rows.where((torch.arange(len(rows), device=x.device) < ends[n_local - 1]).unsqueeze(1), 0)
+    return rows, places, ends
 
 
-def zero_behind(rows: torch.Tensor, limit: torch.Tensor | None) -> torch.Tensor:
-    """Rows (N, ...) with zeros, and without a gradient, from row `limit` on, int32 (1,); None: as they are."""
-    return rows if limit is None else rows.where((torch.arange(len(rows), device=rows.device) < limit).unsqueeze(1), 0)
-
-
-def combine(
-    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, limit: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The sums (N, dim) of rows of x (N·K, dim) at `places` (N, K), weighted by `weights`, float32 (N, K).
-
-    Rows from `limit` on, int32 (1,), may be undefined: they do not count.
-    """
+def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sums (N, dim) of rows of x (N·K, dim) at `places` (N, K), weighted by `weights`, float32 (N, K)."""
     if kernel := kernels(x):
-        return kernel.combine(x, places, weights, limit)
-    return _sum_rows(zero_behind(x, limit), places, weights.to(x.dtype))
+        return kernel.combine(x, places, weights)
+    return _sum_rows(x, places, weights.to(x.dtype))
 
 
 def _sum_rows(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

@@ -269,16 +269,14 @@ def _act(x, ACT: tl.constexpr):
 
 @triton.jit
 def _glu_kernel(
-    gate_ptr, up_ptr, dy_ptr, y_ptr, dgate_ptr, dup_ptr, limit_ptr, N, D, stride,
+    gate_ptr, up_ptr, dy_ptr, y_ptr, dgate_ptr, dup_ptr, N, D, stride,
     BACKWARD: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """y = act(gate) · up, or with BACKWARD the gradients of both, for a tile of ROWS×COLS of N rows of D.
 
     Rows of gate and up, and of their gradients, are `stride` apart. Reads gate and up and writes y: 6 bytes an element
-    in bfloat16. BACKWARD reads dy as well and writes both gradients: 10 bytes. Rows from `limit`, if any, are left out.
+    in bfloat16. BACKWARD reads dy as well and writes both gradients: 10 bytes.
     """
-    if limit_ptr is not None:
-        N = tl.minimum(N, tl.load(limit_ptr))
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (n < N)[:, None] & (d < D)[None, :]
@@ -298,38 +296,37 @@ class _GLU(torch.autograd.Function):
     """`glu`, with the number of its activation."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor, act: int, limit: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, gate_up: torch.Tensor, act: int) -> torch.Tensor:
         gate_up = gate_up.contiguous()
-        ctx.save_for_backward(gate_up, limit)
+        ctx.save_for_backward(gate_up)
         ctx.act = act
         y = torch.empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2, dtype=gate_up.dtype, device=gate_up.device)
-        _launch_glu(gate_up, y, gate_up, y, act, limit, backward=False)
+        _launch_glu(gate_up, y, gate_up, y, act, backward=False)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        gate_up, limit = ctx.saved_tensors
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
         grad, dy = torch.empty_like(gate_up), dy.contiguous()
-        _launch_glu(gate_up, dy, grad, dy, ctx.act, limit, backward=True)
-        return grad, None, None
+        _launch_glu(gate_up, dy, grad, dy, ctx.act, backward=True)
+        return grad, None
 
 
 def _launch_glu(
-    gate_up: torch.Tensor, dy: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, act: int,
-    limit: torch.Tensor | None, backward: bool,
-) -> None:  # fmt: skip
+    gate_up: torch.Tensor, dy: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, act: int, backward: bool
+) -> None:
     """Runs `_glu_kernel`, which fills y, or grad if `backward`."""
     dim = y.shape[-1]
     n = y.numel() // dim
     up, dup = (t.view(-1)[dim:] for t in (gate_up, grad))
     _glu_kernel[(triton.cdiv(n, 4), triton.cdiv(dim, 512))](
-        gate_up, up, dy, y, grad, dup, limit, n, dim, 2 * dim, BACKWARD=backward, ACT=act, ROWS=4, COLS=512
+        gate_up, up, dy, y, grad, dup, n, dim, 2 * dim, BACKWARD=backward, ACT=act, ROWS=4, COLS=512
     )
 
 
-def glu(gate_up: torch.Tensor, hidden_act: str, limit: torch.Tensor | None = None) -> torch.Tensor:
-    """act(gate) · up for gate and up side by side in (..., 2n): (..., n), undefined from row `limit` on, int32 (1,)."""
-    return _GLU.apply(gate_up, ACTIVATIONS[hidden_act], limit)
+def glu(gate_up: torch.Tensor, hidden_act: str) -> torch.Tensor:
+    """act(gate) · up for gate and up side by side in one tensor (..., 2n); returns (..., n)."""
+    return _GLU.apply(gate_up, ACTIVATIONS[hidden_act])
 
 
 @triton.jit
@@ -688,16 +685,13 @@ def sort_by_expert(experts: torch.Tensor, n_experts: int) -> tuple[torch.Tensor,
 
 
 @triton.jit
-def _permute_kernel(x_ptr, places_ptr, limit_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copies row n of x to its K places in y, if before `limit`. Program n takes a row of D: reads it once."""
+def _permute_kernel(x_ptr, places_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Copies row n of x to its K places in y. Program n takes a row of D: reads it once, writes it K times."""
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + n * D + d, mask=d < D)
     for k in tl.static_range(K):
         place = tl.load(places_ptr + n * K + k).to(tl.int64)
-        width = D
-        if limit_ptr is not None:
-            width = tl.where(place < tl.load(limit_ptr), D, 0)
-        tl.store(y_ptr + place * D + d, x, mask=d < width)
+        tl.store(y_ptr + place * D + d, x, mask=d < D)
 
 
 @triton.jit
@@ -725,9 +719,9 @@ def _combine_kernel(
 
 @triton.jit
 def _combine_backward_kernel(
-    dy_ptr, x_ptr, places_ptr, w_ptr, limit_ptr, dx_ptr, dw_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr
+    dy_ptr, x_ptr, places_ptr, w_ptr, dx_ptr, dw_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """The gradients of `_combine_kernel`: dx at the K places of row n, and dw = x · dy; from `limit` on, zeros.
+    """The gradients of `_combine_kernel`: dx at the K places of row n, and dw = x · dy.
 
     Program n takes a row of D. Reads x and dy once, writes dx.
     """
@@ -735,30 +729,26 @@ def _combine_backward_kernel(
     dy = tl.load(dy_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         place = tl.load(places_ptr + n * K + k).to(tl.int64)
-        width, w = D, tl.load(w_ptr + n * K + k)
-        if limit_ptr is not None:
-            is_before = place < tl.load(limit_ptr)
-            width, w = tl.where(is_before, D, 0), tl.where(is_before, w, 0.0)
-        x = tl.load(x_ptr + place * D + d, mask=d < width, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + place * D + d, mask=d < D, other=0.0).to(tl.float32)
         tl.store(dw_ptr + n * K + k, tl.sum(x * dy))
-        tl.store(dx_ptr + place * D + d, dy * w, mask=d < D)
+        tl.store(dx_ptr + place * D + d, dy * tl.load(w_ptr + n * K + k), mask=d < D)
 
 
 class _Permute(torch.autograd.Function):
     """`permute`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, limit: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(places, limit)
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
         (n, dim), k = x.shape, places.shape[1]
         y = torch.empty(n * k, dim, dtype=x.dtype, device=x.device)
-        _permute_kernel[(n,)](x.contiguous(), places, limit, y, dim, K=k, BLOCK_D=triton.next_power_of_2(dim))
+        _permute_kernel[(n,)](x.contiguous(), places, y, dim, K=k, BLOCK_D=triton.next_power_of_2(dim))
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        places, limit = ctx.saved_tensors
-        return _combine(dy.contiguous(), places, None, limit), None, None
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return _combine(dy.contiguous(), places, None), None
 
 
 class _QuantizedPermute(torch.autograd.Function):
@@ -785,21 +775,21 @@ class _Combine(torch.autograd.Function):
     """`combine`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, limit: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         x, weights = x.contiguous(), weights.contiguous()
-        ctx.save_for_backward(x, places, weights, limit)
-        return _combine(x, places, weights, limit)
+        ctx.save_for_backward(x, places, weights)
+        return _combine(x, places, weights)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
-        x, places, weights, limit = ctx.saved_tensors
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        x, places, weights = ctx.saved_tensors
         (n, k), dim = places.shape, x.shape[1]
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dw = torch.empty(n, k, dtype=weights.dtype, device=x.device)
         _combine_backward_kernel[(n,)](
-            dy.contiguous(), x, places, weights, limit, dx, dw, dim, K=k, BLOCK_D=triton.next_power_of_2(dim)
+            dy.contiguous(), x, places, weights, dx, dw, dim, K=k, BLOCK_D=triton.next_power_of_2(dim)
         )
-        return dx, None, dw, None
+        return dx, None, dw
 
 
 def _combine(
@@ -815,9 +805,9 @@ def _combine(
     return y
 
 
-def permute(x: torch.Tensor, places: torch.Tensor, limit: torch.Tensor | None = None) -> torch.Tensor:
-    """Copies each row of x (N, dim) to its `places` (N, k): (N·k, dim), undefined from row `limit` on, int32 (1,)."""
-    return _Permute.apply(x, places, limit)
+def permute(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Copies each row of x (N, dim) to its `places` (N, k): (N·k, dim)."""
+    return _Permute.apply(x, places)
 
 
 def permute_quant(
@@ -830,11 +820,9 @@ def permute_quant(
     return _QuantizedPermute.apply(x, places, rows, limit, scale_fmt, both)
 
 
-def combine(
-    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, limit: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The sums (N, dim) of rows of x (N·k, dim), before `limit`, at `places` (N, k), weighted by float32 (N, k)."""
-    return _Combine.apply(x, places, weights, limit)
+def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sums (N, dim) of rows of x (N·k, dim) at `places` (N, k), weighted by `weights`, float32 (N, k)."""
+    return _Combine.apply(x, places, weights)
 
 
 # --- Muon ---------------------------------------------------------------------------------------------------------

@@ -725,17 +725,20 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[args.hidden_act]
 
     def forward(
-        self, x: Activation, offsets: torch.Tensor | None = None, limit: torch.Tensor | None = None
+        self, x: Activation, offsets: torch.Tensor | None = None, is_here: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(..., dim) to the same; of stacks, `offsets` is `project`'s; from row `limit` on, (1,), undefined."""
+        """(..., dim) to the same; of stacks, `offsets` is `project`'s, `is_here` (N, 1) False in rows after those."""
         if fp8_ops.fuses_fp8(x):
             layers = self.w1, self.w2, self.w3
             weights, quantized = [layer.weight for layer in layers], [layer.quantized() for layer in layers]
             return fp8_ops.fp8_mlp(x, weights, quantized, self.hidden_act, offsets, self.w1.scale_fmt)
         if (kernel := fp8_ops.kernels(x)) and fp8_ops.gemm_impl != "fp8":
             gate_up = project_joined(x, self.w1, self.w3, offsets=offsets)  # (N, 2·inter_dim)
-            return self.w2(kernel.glu(gate_up, self.hidden_act, limit), offsets)
-        gate, up = (fp8_ops.zero_behind(t, limit) for t in project(x, self.w1, self.w3, offsets=offsets))
+            gate_up = gate_up if is_here is None else gate_up.where(is_here, 0)
+            return self.w2(kernel.glu(gate_up, self.hidden_act), offsets)
+        gate, up = project(x, self.w1, self.w3, offsets=offsets)
+        if is_here is not None:
+            gate, up = gate.where(is_here, 0), up.where(is_here, 0)
         return self.w2(self.act(gate) * up, offsets)
 
 
@@ -804,12 +807,12 @@ class Experts(MLP):
         choices = (indices - self.first_expert) % self.n_experts  # this process's experts come first
         # (N·K, dim), where each choice stands there (N, K), and where each expert's rows end (E,)
         rows, places, ends = fp8_ops.sort_by_expert(x, choices, self.n_experts, here, self.w1.scale_fmt)
-        offsets = ends[:here]
-        limit = offsets[-1:] if here < self.n_experts else None  # the others' rows come last, and stay undefined
-        h = super().forward(rows, offsets, limit)
-        return fp8_ops.combine(h, places, weights, limit), ends.diff(prepend=ends.new_zeros(1)).roll(
-            self.first_expert
-        ).float()
+        offsets, is_here = ends[:here], None
+        if here < self.n_experts:  # the others' rows come last: a grouped product leaves them undefined
+            is_here = (torch.arange(places.numel(), device=x.device) < offsets[-1]).unsqueeze(1)
+        h = super().forward(rows, offsets, is_here)
+        h = h if is_here is None else h.where(is_here, 0)
+        return fp8_ops.combine(h, places, weights), ends.diff(prepend=ends.new_zeros(1)).roll(self.first_expert).float()
 
 
 class MoE(nn.Module):
