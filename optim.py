@@ -386,15 +386,12 @@ class TrainingStep:
 
     def _go_on_launching(self, error: ValueError) -> None:
         """Clears what is left of a recording that failed, and warns of it."""
-        self.replays, reason = False, f"the step cannot be a CUDA graph ({shorten(error)})"
-        if self.ctx.fsdp:  # whose parameters are in the state of the recording
-            raise parallel.CollectiveError(f"{reason}; add --no-cuda-graph")
-        self.ctx.bucket.clear()
-        self.ctx.averaging.clear()
+        self.replays = False
+        parallel.forget_step(self.ctx, self.model)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         if command.is_local_rank_zero():
-            command.warn("train.py", f"{reason}, which is faster; going on")
+            command.warn("train.py", f"the step cannot be a CUDA graph ({shorten(error)}), which is faster; going on")
 
     def _run(self, batches: torch.Tensor) -> torch.Tensor:
         losses, load = self._accumulate_gradients(batches)

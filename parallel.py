@@ -60,7 +60,7 @@ from safetensors_io import CheckpointError, Slice2D
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
-BUCKET_BYTES = 32 << 20  # of gradients that are averaged at a time: NVLink moves them in 0.1 ms
+BUCKET_BYTES = 32 << 20  # of gradients that are averaged at a time: so many that their start costs little
 TIMEOUT = timedelta(minutes=10)  # for another rank; a step or the saving of a checkpoint takes less
 MAX_PROCESSES = 1 << 20
 FAILED = "failed rank"  # key in the store: the first rank that failed
@@ -570,7 +570,7 @@ class ParallelContext:
         until = time.monotonic() + self.timeout.total_seconds()
         while self.world_size > 1 and not event.query():
             if time.monotonic() > until:
-                raise dist.DistError(f"a step has not ended within {self.timeout}")
+                raise dist.DistError(f"a step has not ended within {self.timeout}; try --no-cuda-graph")
             time.sleep(1e-4)
         event.synchronize()
 
@@ -727,6 +727,32 @@ def _average_bucket(ctx: ParallelContext) -> None:
     else:  # gloo cannot average
         torch._foreach_div_(grads, ctx.dp_size)
     ctx.averaging.append(cast(Any, ctx.dp_group).allreduce_coalesced(grads, options))
+
+
+def forget_step(ctx: ParallelContext, model: Transformer) -> None:
+    """Clears what a step leaves that ended halfway, in a recording: nothing of it has been sent.
+
+    FSDP's own `reset_iter_state` (torch 2.13) would wait for events of the recording, which CUDA forbids.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    ctx.bucket.clear()
+    ctx.averaging.clear()
+    for state in [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]:
+        state._training_state, group = TrainingState.IDLE, state._fsdp_param_group
+        state._state_ctx.iter_forward_root, state._state_ctx.post_backward_final_callback_queued = None, False
+        comm = state._comm_ctx
+        comm.all_gather_state, comm.reduce_scatter_state = None, None
+        for left in ("reduce_scatter_states", "_last_post_reduce_events", "post_forward_order"):  # some by version
+            getattr(comm, left, []).clear()
+        if group is not None:
+            group._training_state, group._all_gather_result, group._post_reduce_event = TrainingState.IDLE, None, None
+            group._post_forward_indices.clear()
+            group._to_sharded()
+            for p in group.fsdp_params:
+                p.unsharded_accumulated_grad = None
+                if hasattr(p, "_unsharded_param"):
+                    p._unsharded_param.grad = None
 
 
 def note_sharded_dims(ctx: ParallelContext, model: Transformer) -> None:
