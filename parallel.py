@@ -738,7 +738,8 @@ def forget_step(ctx: ParallelContext, model: Transformer) -> None:
 
     ctx.bucket.clear()
     ctx.averaging.clear()
-    for state in [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]:
+    modules: Iterator[Any] = model.modules()
+    for state in [module._get_fsdp_state() for module in modules if hasattr(module, "_get_fsdp_state")]:
         state._training_state, group = TrainingState.IDLE, state._fsdp_param_group
         state._state_ctx.iter_forward_root, state._state_ctx.post_backward_final_callback_queued = None, False
         comm = state._comm_ctx
