@@ -78,7 +78,7 @@ class Muon(Optimizer):
                 self._apply_batch(group, *sent)
 
     def _apply_batch(self, group: dict[str, Any], pairs: Any, updates: torch.Tensor, exchange: Any, shape: Any) -> None:
-        """Applies the updates of a batch of pairs (parameter, its number of rows in them) as they come."""
+        """Waits for the updates of a batch, pairs of a parameter and its update before, and applies them."""
         if exchange is not None:
             exchange.wait()
         scale = 0.2 * math.sqrt(max(shape))  # an update has the root mean square of AdamW's
