@@ -69,24 +69,35 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     update, key = self._momentum(p, group["momentum"])
                     batches.setdefault(key, []).append((p, update))
+            sent: tuple[Any, ...] | None = None  # the batch before, whose updates are on their way between processes
             for (_, shards, full_shape), pairs in batches.items():
                 stacked = torch.cat([update for _, update in pairs])
-                updates = parallel.map_full_matrices(shards, stacked, orthogonalize)
-                scale = 0.2 * math.sqrt(max(full_shape))  # an update has the root mean square of AdamW's
-                for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
-                    self._apply(p, update, group["lr"], group["weight_decay"], scale)
+                updates, exchange = parallel.map_full_matrices(shards, stacked, orthogonalize)
+                if sent is not None:
+                    self._apply_batch(group, *sent)
+                sent = pairs, updates, exchange, full_shape
+            if sent is not None:
+                self._apply_batch(group, *sent)
+
+    def _apply_batch(self, group: dict[str, Any], pairs: Any, updates: torch.Tensor, exchange: Any, shape: Any) -> None:
+        """Waits for the updates of a batch, pairs of a parameter and its update before, and applies them."""
+        if exchange is not None:
+            exchange.wait()
+        scale = 0.2 * math.sqrt(max(shape))  # an update has the root mean square of AdamW's
+        for (p, _), update in zip(pairs, updates.split([len(u) for _, u in pairs]), strict=True):
+            self._apply(p, update, group["lr"], group["weight_decay"], scale)
 
     def _momentum(self, p: nn.Parameter, momentum: float) -> tuple[torch.Tensor, Any]:
         """Advances the running mean; returns the Nesterov update (matrices, rows, columns) and the key of its batch."""
         if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffer = self.state[p]["momentum_buffer"]
-        if (kernel := fp8_ops.kernels(p)) and type(p.grad) is torch.Tensor:  # no shard of FSDP
-            update = torch.empty(p.shape, dtype=self.dtype, device=p.device)
-            kernel.momentum_update(p.grad, buffer, update, momentum)
+        buffer, grad = (self.ctx.local_shard(t)[0] for t in (self.state[p]["momentum_buffer"], p.grad))
+        if (kernel := fp8_ops.kernels(grad)) and grad.numel():
+            update = torch.empty(grad.shape, dtype=self.dtype, device=grad.device)
+            kernel.momentum_update(grad, buffer, update, momentum)
         else:
-            buffer.lerp_(p.grad, 1 - momentum)
-            update = p.grad.lerp(buffer, momentum).to(self.dtype)
+            buffer.lerp_(grad, 1 - momentum)
+            update = grad.lerp(buffer, momentum).to(self.dtype)
         shards, full_shape = parallel.matrix_shards(self.ctx, p)
         local = parallel.local_matrices(self.ctx, p, update)
         return local, (local.shape[1:], tuple(shards), full_shape)
@@ -95,7 +106,7 @@ class Muon(Optimizer):
         """Decays a parameter and subtracts its scaled update, of which this process may hold a shard."""
         here, _ = self.ctx.local_shard(p)
         update = update.reshape(-1, *here.shape[1:])[: len(here)]  # without the padding of FSDP's last shards
-        if kernel := fp8_ops.kernels(here):
+        if (kernel := fp8_ops.kernels(here)) and here.numel():
             rate = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=here.device)
             kernel.apply_update(here, update.contiguous(), rate, decay, scale)
         else:
@@ -270,8 +281,8 @@ def stretch(progress: float, begin: float, done: float) -> float:
 class Figures:
     """What a step found, on its way from the device: losses, the gradient's norm, the load of the experts."""
 
-    def __init__(self, values: torch.Tensor, load_shape: torch.Size):
-        self._values, self._shape = values, load_shape
+    def __init__(self, ctx: ParallelContext, values: torch.Tensor, load_shape: torch.Size):
+        self._ctx, self._values, self._shape = ctx, values, load_shape
         self._event: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
@@ -281,7 +292,7 @@ class Figures:
     def read(self) -> tuple[list[float], torch.Tensor]:
         """Waits for them: losses (next byte, MTP, balance, indexers) and norm, and the load (MoE layers, experts)."""
         if self._event is not None:
-            self._event.synchronize()
+            self._ctx.wait_for(self._event)
         return self._values[:5].tolist(), self._values[5:].view(self._shape)
 
 
@@ -292,7 +303,7 @@ class TrainingStep:
     learning rates are tensors. Each length of sequences, and each stage of training an indexer, has its own recording,
     after a few steps as usual, in which kernels are compiled and the optimizers' state is allocated. With `replays`, a
     step is taken even if its losses or gradient are not finite, which only the figures show: the caller must end the
-    run when it reads them, before anything is saved.
+    run when it reads them, before anything is saved. Collectives are in the graph too: all processes record, or none.
 
     Args:
         ctx, model, optimizers: Of this process.
@@ -385,7 +396,7 @@ class TrainingStep:
 
         Without `replays`, the step was not taken if its losses or norm are not finite.
         """
-        return Figures(self._launch(batches), self._load_shape)
+        return Figures(self.ctx, self._launch(batches), self._load_shape)
 
     def _launch(self, batches: torch.Tensor) -> torch.Tensor:
         if not self.replays:
@@ -404,18 +415,30 @@ class TrainingStep:
         return self._figures
 
     def _record(self) -> None:
-        """Records a step, without running it; a model that waits for the device goes on without a graph."""
-        graph = torch.cuda.CUDAGraph()
+        """Records a step, without running it; if one process cannot, all go on without a graph."""
+        graph, reason = torch.cuda.CUDAGraph(), None
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has a thread that asks for events
                 self._figures = self._run(self._batches)
-            self.graph = graph
         except RuntimeError as error:
-            self.replays = False
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            reason = str(error.__context__ or error).partition("\n")[0]  # why recording then could not end either
-            command.warn("train.py", f"the step cannot be a CUDA graph ({shorten(reason)}), which is faster; going on")
+            reason = ValueError(str(error.__context__ or error).partition("\n")[0])  # why it could not end either
+        try:
+            self.ctx.raise_if_any_failed(reason)
+        except ValueError as error:
+            self._go_on_launching(error)
+            return
+        self.graph = graph
+        if self.ctx.world_size > 1:
+            parallel.graphs.add(graph)
+
+    def _go_on_launching(self, error: ValueError) -> None:
+        """Clears what is left of a recording that failed, and warns of it."""
+        self.replays = False
+        parallel.forget_step(self.ctx, self.model)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if command.is_local_rank_zero():
+            command.warn("train.py", f"the step cannot be a CUDA graph ({shorten(error)}), which is faster; going on")
 
     def _run(self, batches: torch.Tensor) -> torch.Tensor:
         losses, load = self._accumulate_gradients(batches)
@@ -447,8 +470,8 @@ class TrainingStep:
 
 
 def can_replay(ctx: ParallelContext, model: Transformer) -> bool:
-    """Whether a step can be a CUDA graph: on one GPU that has kernels of Muon, and of grouped products for experts."""
+    """Whether a step can be a CUDA graph: on GPUs that have kernels of Muon, and of grouped products for experts."""
     weight = next(model.parameters())
-    if ctx.world_size > 1 or fp8_ops.kernels(weight) is None:
+    if fp8_ops.kernels(weight) is None:
         return False
     return not model.gates() or not fp8_ops.grouped_products_wait(weight.device, model.compute_dtype)

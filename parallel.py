@@ -40,6 +40,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -50,16 +51,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+from torch.distributed.distributed_c10d import AllreduceCoalescedOptions, _get_default_store, _set_pg_timeout
 
 import command
 import fp8_ops
 from model import Losses, ModelArgs, Routing, Transformer, draw_weight
 from safetensors_io import CheckpointError, Slice2D
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
+BUCKET_BYTES = 32 << 20  # of gradients that are averaged at a time: so many that their start costs little
 TIMEOUT = timedelta(minutes=10)  # for another rank; a step or the saving of a checkpoint takes less
 MAX_PROCESSES = 1 << 20
 FAILED = "failed rank"  # key in the store: the first rank that failed
+graphs: weakref.WeakSet[Any] = weakref.WeakSet()  # CUDA graphs that have collectives
 
 
 class ParallelError(ValueError):
@@ -303,8 +308,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def destroy() -> None:
-    """Destroys the process group, if this process has joined one."""
+    """Destroys the process group, if this process has joined one, and the graphs that have its collectives."""
     if dist.is_initialized():
+        for graph in graphs:  # NCCL would wait for their end
+            graph.reset()
         dist.destroy_process_group()
 
 
@@ -418,8 +425,10 @@ class ParallelContext:
         mp_size, mp_rank: Size of the tensor-parallel group, and the rank in it.
         dp_size, dp_rank: Size of the data-parallel group, and the rank in it.
         writes_replicated: Whether this process writes the tensors of which several processes have a copy.
+        timeout: How long to wait for other processes.
         averages_gradients: Whether the backward pass averages gradients over the data-parallel ranks, as it should in
             the last of several batches that make one step.
+        bucket: Complete gradients that are to be averaged.
         averaging: The averages that are on their way.
         counted: Bytes that tensor-parallel ranks would have sent, where there are no groups.
 
@@ -430,6 +439,7 @@ class ParallelContext:
     dp_mesh: dist.DeviceMesh | None = None
     dp_group: dist.ProcessGroup | None = None
     mp_group: dist.ProcessGroup | None = None
+    timeout = TIMEOUT
 
     def __init__(
         self, device: str = "cpu", world_size: int = 1, rank: int = 0, model_parallel: int = 1, fsdp: bool = False
@@ -448,6 +458,7 @@ class ParallelContext:
         self.writes_replicated = self.dp_rank == 0
         self.counted = self._n_texts = 0
         self.averages_gradients = True
+        self.bucket: list[torch.Tensor] = []
         self.averaging: list[dist.Work] = []
 
     @classmethod
@@ -474,7 +485,7 @@ class ParallelContext:
 
     def _init_groups(self, launch: Launch, timeout: timedelta) -> None:
         """Creates the process groups, after a comparison of the settings that they follow from."""
-        device = self.device
+        device, self.timeout = self.device, timeout
         if device == "cuda":
             self.device = f"cuda:{launch.local_rank}"
             torch.cuda.set_device(self.device)
@@ -550,6 +561,18 @@ class ParallelContext:
                         f"process 0 has {name} = {command.shorten(first)}, "
                         f"process {rank} has {command.shorten(other)}; give all the same"
                     )
+
+    def wait_for(self, event: torch.cuda.Event) -> None:
+        """Waits for a GPU, whose collectives wait for others: those of a CUDA graph have no time-out of NCCL's.
+
+        Raises a DistError after `timeout`.
+        """
+        until = time.monotonic() + self.timeout.total_seconds()
+        while self.world_size > 1 and not event.query():
+            if time.monotonic() > until:
+                raise dist.DistError(f"a step has not ended within {self.timeout}; try --no-cuda-graph")
+            time.sleep(1e-4)
+        event.synchronize()
 
     def all_reduce_dp(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over the data-parallel ranks, in place; returns it."""
@@ -651,7 +674,8 @@ def _add_collectives(ctx: ParallelContext, model: Transformer) -> None:
             half.register_forward_hook(sum_output)
         if hasattr(block.ffn, "experts"):
             block.ffn.experts.first_expert = ctx.mp_rank * (model.args.n_routed_experts // ctx.mp_size)
-    model.embed = _Embedding(cast(nn.Parameter, model.embed.weight), ctx)  # type: ignore[assignment]
+    embed = _Embedding(cast(nn.Parameter, model.embed.weight), ctx, model.compute_dtype)
+    model.embed = embed  # type: ignore[assignment]
     model.head.register_forward_pre_hook(copy_input)
     model.head.register_forward_hook(concatenate_logits)
 
@@ -686,12 +710,50 @@ def parallelize(
 
 
 def _average_gradient(ctx: ParallelContext, p: nn.Parameter) -> None:
-    """Begins to average a gradient that is complete, while the backward pass goes on; see `finish_gradients`."""
+    """Adds a complete gradient to the bucket; a full one is averaged while the backward pass goes on."""
     if ctx.averages_gradients:
-        if not p.grad.is_cuda:  # gloo cannot average
-            p.grad.div_(ctx.dp_size)
-        op = dist.ReduceOp.AVG if p.grad.is_cuda else dist.ReduceOp.SUM
-        ctx.averaging.append(dist.all_reduce(p.grad, op, group=ctx.dp_group, async_op=True))
+        ctx.bucket.append(p.grad)
+        if sum(grad.nbytes for grad in ctx.bucket) >= BUCKET_BYTES:
+            _average_bucket(ctx)
+
+
+def _average_bucket(ctx: ParallelContext) -> None:
+    """Begins to average the gradients of the bucket, in place and in one kernel; see `finish_gradients`."""
+    grads, ctx.bucket = ctx.bucket, []
+    options = AllreduceCoalescedOptions()  # torch deprecates its own function of them, but not what it calls
+    options.asyncOp = True
+    if grads[0].is_cuda:
+        options.reduceOp = cast(Any, dist.ReduceOp.AVG)
+    else:  # gloo cannot average
+        torch._foreach_div_(grads, ctx.dp_size)
+    ctx.averaging.append(cast(Any, ctx.dp_group).allreduce_coalesced(grads, options))
+
+
+def forget_step(ctx: ParallelContext, model: Transformer) -> None:
+    """Clears what a step leaves that ended halfway, in a recording: nothing of it has been sent.
+
+    FSDP's own `reset_iter_state` (torch 2.13) would wait for events of the recording, which CUDA forbids.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    ctx.bucket.clear()
+    ctx.averaging.clear()
+    modules: Iterator[Any] = model.modules()
+    for state in [module._get_fsdp_state() for module in modules if hasattr(module, "_get_fsdp_state")]:
+        state._training_state, group = TrainingState.IDLE, state._fsdp_param_group
+        state._state_ctx.iter_forward_root, state._state_ctx.post_backward_final_callback_queued = None, False
+        comm = state._comm_ctx
+        comm.all_gather_state, comm.reduce_scatter_state = None, None
+        for left in ("reduce_scatter_states", "_last_post_reduce_events", "post_forward_order"):  # some by version
+            getattr(comm, left, []).clear()
+        if group is not None:
+            group._training_state, group._all_gather_result, group._post_reduce_event = TrainingState.IDLE, None, None
+            group._post_forward_indices.clear()
+            group._to_sharded()
+            for p in group.fsdp_params:
+                p.unsharded_accumulated_grad = None
+                if hasattr(p, "_unsharded_param"):
+                    p._unsharded_param.grad = None
 
 
 def note_sharded_dims(ctx: ParallelContext, model: Transformer) -> None:
@@ -707,13 +769,17 @@ def _compile_training(layer: nn.Module) -> None:
 
 
 def _all_reduce(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
-    """Returns the sum of a tensor over the tensor-parallel ranks."""
+    """Returns the sum of a tensor over the tensor-parallel ranks: in its place, so nothing else may need its terms."""
     if ctx.mp_group is None:
         ctx.counted += x.numel() * x.element_size()
-        return x.clone()
+        return x
+    x = x.contiguous()
+    if not torch.compiler.is_compiling():
+        dist.all_reduce(x, group=ctx.mp_group)
+        return x
     import torch.distributed._functional_collectives as functional
 
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", ctx.mp_group))
+    return functional.wait_tensor(functional.all_reduce(x, "sum", ctx.mp_group))
 
 
 class _Copy(torch.autograd.Function):
@@ -726,7 +792,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _all_reduce(grad, node.ctx), None
+        return _all_reduce(grad, node.ctx), None  # in place: products have made it, for this alone
 
 
 class _Sum(torch.autograd.Function):
@@ -742,18 +808,17 @@ class _Sum(torch.autograd.Function):
 
 
 class _Embedding(nn.Module):
-    """This rank's rows of an embedding; those of other ranks are added by the sum."""
+    """This rank's rows of an embedding, in `dtype`; those of other ranks are added by the sum."""
 
-    def __init__(self, weight: nn.Parameter, ctx: ParallelContext):
+    def __init__(self, weight: nn.Parameter, ctx: ParallelContext, dtype: torch.dtype):
         super().__init__()
-        self.weight = weight
-        self.ctx = ctx
+        self.weight, self.ctx, self.dtype = weight, ctx, dtype
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         index = tokens - self.ctx.mp_rank * len(self.weight)
         is_here = (index >= 0) & (index < len(self.weight))
-        rows = F.embedding(index.where(is_here, 0), self.weight)
-        return _Sum.apply(rows.where(is_here.unsqueeze(-1), 0), self.ctx)
+        rows = F.embedding(index.where(is_here, 0), self.weight).where(is_here.unsqueeze(-1), 0)
+        return _Sum.apply(rows.to(self.dtype), self.ctx)  # rounded before it is sent: the other terms are zeros
 
 
 def quantize_weights(ctx: ParallelContext, model: Transformer) -> None:
@@ -775,6 +840,8 @@ def replicated_parameters(ctx: ParallelContext, model: Transformer) -> list[nn.P
 
 def finish_gradients(ctx: ParallelContext, model: Transformer) -> None:
     """After a backward pass: waits for averages, sums gradients of replicated parameters over tensor-parallel ranks."""
+    if ctx.bucket:
+        _average_bucket(ctx)
     while ctx.averaging:
         ctx.averaging.pop(0).wait()
     grads = [ctx.local_shard(p.grad)[0] for p in replicated_parameters(ctx, model)]
@@ -828,7 +895,7 @@ def matrix_shards(ctx: ParallelContext, p: Any) -> tuple[list[MatrixShards], tup
 
 def map_full_matrices(
     shards: Sequence[MatrixShards], x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, dist.Work | None]:
     """Applies a function to full matrices, each on one process, and brings the results to where the shards were.
 
     Args:
@@ -836,26 +903,36 @@ def map_full_matrices(
         x: This process's shards of n matrices, (n, rows, columns), the same n on all processes.
         function: (matrices, rows, columns) to the same shape; it gets about n / size full matrices.
 
+    Returns:
+        The shards of the results, and the last exchange, after whose `wait` they are there; None: they are.
+
     Sharded matrices go to the process that takes them, and back, in one all-to-all each; of replicated ones the results
     are gathered. So the work is divided, and FSDP sends 2/size of the matrices where gathering all would send 1.
     """
     if not shards:
-        return function(x)
+        return function(x), None
     group, size, rank, dim, length = shards[0]
     n = -(-len(x) // size)
     padded = F.pad(x, (0, 0, 0, 0, 0, n * size - len(x))).contiguous()  # with matrices of zeros
     result = torch.empty_like(padded)
     if dim is None:
-        mine = map_full_matrices(shards[1:], padded[rank * n : (rank + 1) * n], function)
-        dist.all_gather(list(result.chunk(size)), mine.contiguous(), group=group)
-        return result[: len(x)]
+        mine = _map_and_wait(shards[1:], padded[rank * n : (rank + 1) * n], function)
+        return result[: len(x)], _all_gather(result, mine.contiguous(), group=group, async_op=True)
     dist.all_to_all_single(result, padded, group=group)
     mine = torch.cat(result.chunk(size), dim=dim)
     padding = mine.shape[dim] - length  # only FSDP's, of rows
-    full = map_full_matrices(shards[1:], mine.narrow(dim, 0, length), function)
+    full = _map_and_wait(shards[1:], mine.narrow(dim, 0, length), function)
     pieces = torch.cat(F.pad(full, (0, 0, 0, padding)).chunk(size, dim))
-    dist.all_to_all_single(result, pieces, group=group)
-    return result[: len(x)]
+    return result[: len(x)], dist.all_to_all_single(result, pieces, group=group, async_op=True)
+
+
+def _map_and_wait(
+    shards: Sequence[MatrixShards], x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    result, exchange = map_full_matrices(shards, x, function)
+    if exchange is not None:
+        exchange.wait()
+    return result
 
 
 def numbers_sent(shards: Sequence[MatrixShards], n: int, rows: int, columns: int) -> int:
@@ -871,8 +948,8 @@ def numbers_sent(shards: Sequence[MatrixShards], n: int, rows: int, columns: int
 
 
 def local_matrices(ctx: ParallelContext, p: Any, update: Any) -> torch.Tensor:
-    """Returns this process's shards (n, rows, columns) of an update sharded as its parameter, of equal size on all."""
-    local, first = ctx.local_shard(update)
-    if first is not None and p.ndim == 2:
+    """Returns this process's shards (n, rows, columns) of an update, or of its local shard, of equal size on all."""
+    local, _ = ctx.local_shard(update)
+    if ctx.local_shard(p)[1] is not None and p.ndim == 2:
         local = F.pad(local, (0, 0, 0, -(-len(p) // ctx.dp_size) - len(local)))
     return local.reshape(-1, *local.shape[-2:])

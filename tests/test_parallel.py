@@ -122,7 +122,9 @@ def check_full_matrices(mp: int, fsdp: bool) -> None:
         if parallel.is_matrix(name, p.shape):
             shards, shape = parallel.matrix_shards(ctx, p)
             local = parallel.local_matrices(ctx, p, p.detach())
-            result = parallel.map_full_matrices(shards, torch.cat([local, 2 * local, -local]), transform)
+            result, exchange = parallel.map_full_matrices(shards, torch.cat([local, 2 * local, -local]), transform)
+            if exchange is not None:
+                exchange.wait()
             box = parallel.local_slice(name, p, tuple(matrices[name].shape), ctx)
             wanted = matrices[name].detach().cumsum(-2).cumsum(-1).reshape(-1, shape[1])
             wanted = wanted[box.top : box.bottom, box.left : box.right]
@@ -154,6 +156,64 @@ def check_collectives() -> None:
     assert ctx.all_reduce_max(ctx.rank, -ctx.rank) == [1, 0] and ctx.broadcast(ctx.rank + 5) == [5]
     assert ctx.all_reduce_dp(torch.tensor([2.0])).item() == 4
     parallel.destroy()
+
+
+def check_recording(flags: list[str]) -> None:
+    """All processes replay what they have recorded, or none of them; the steps are those that are launched.
+
+    With FSDP, all fail in a backward pass, as collectives are not recorded here, but wait for those of the others.
+    """
+    parsed, shape = train.parse_args(flags)
+    ctx = parallel.ParallelContext.join("cpu", 1, parsed.fsdp)
+    trainers, ended = [], []
+
+    class Graph:
+        """Stands for a CUDA graph: what runs within it is not run, but each time that it is replayed."""
+
+        failing: list[int] = []  # ranks that cannot record
+
+        def __enter__(self) -> None:
+            self.step = trainers[-1].training_step
+            self.run, self.loss = self.step._run, self.step.loss
+            if ctx.rank in self.failing:
+                self.step.loss = self.fail
+                return
+            self.run, self.step._run = self.step._run, lambda batches: torch.full((5,), float("nan"))
+
+        def __exit__(self, *_: object) -> None:
+            self.step._run = self.run
+
+        def fail(self, *inputs: torch.Tensor) -> None:
+            def refuse(*_: object) -> None:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+            self.step.loss = self.loss
+            if ctx.fsdp:
+                self.loss(*inputs).total.backward()
+                norm = self.step.model.norm.register_forward_hook(lambda _, inputs, y: y.register_hook(refuse) and None)
+                losses = self.loss(*inputs)
+                norm.remove()
+                losses.total.backward()
+            refuse()
+
+        def replay(self) -> None:
+            self.step._figures = self.run(self.step._batches)
+
+        def reset(self) -> None:
+            ended.append(self)
+
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, lambda graph, **_: graph  # type: ignore[misc, assignment]
+    for Graph.failing, replays in (([], False), ([], True), ([0, 1] if ctx.fsdp else [1], True)):
+        trainers.append(train.build_trainer(parsed, shape, ctx))
+        trainers[-1].training_step.replays = replays
+        for _ in range(6):
+            trainers[-1].train_step(0.4)
+        trainers[-1].finish_steps()
+    launched, replayed, refused = trainers
+    assert launched.figures == replayed.figures == refused.figures
+    assert refused.training_step.graph is None and not refused.training_step.replays
+    parallel.destroy()
+    assert ended == [replayed.training_step.graph]  # NCCL would wait for ever
 
 
 def check_rendezvous() -> None:
@@ -341,11 +401,16 @@ def full_matrices(*layouts: tuple[int, bool]) -> list[dict[str, Any]]:
     return [{"call": "check_full_matrices", "args": {"mp": mp, "fsdp": fsdp}} for mp, fsdp in layouts]
 
 
-def test_two_ranks() -> None:
+def test_two_ranks(tmp_path: Path) -> None:
     """The basic functions, in two processes that are started once."""
     checks: list[dict[str, Any]] = [{"call": name} for name in ("check_rendezvous", "check_collectives")]
     checks += full_matrices((1, False), (1, True), (2, False))
-    launch(2, checks + grads((1, False, False), (1, True, False), (2, False, True), configs=1))
+    for more in ([], ["--fsdp", "--accumulation", 2]):
+        flags = Runs(tmp_path).flags("run", *more, config="small")
+        checks.append({"call": "check_recording", "args": {"flags": flags}})
+    first, second = launch(2, checks + grads((1, False, False), (1, True, False), (2, False, True), configs=1))
+    warning = "the step cannot be a CUDA graph (operation not permitted when stream is capturing), which is faster"
+    assert first.count(warning) == 2 and "CUDA graph" not in second
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -776,6 +841,27 @@ def test_processes_with_different_commands(runs: Runs) -> None:
     lines = first.splitlines()
     assert all(message in line for (_, message), line in zip(differently, lines, strict=True)) and second == "", first
     assert not (runs.folder / "never-begun").exists() and not other.exists()
+
+
+def test_a_gpu_that_waits_for_ever_is_given_up() -> None:
+    """As in a collective of a CUDA graph, after which the figures of a step never come."""
+
+    class Event:
+        left = 3
+
+        def query(self) -> bool:
+            self.left -= 1
+            return self.left == 0
+
+        def synchronize(self) -> None:
+            assert self.left == 0
+
+    ctx = parallel.ParallelContext("cpu", 2)
+    ctx.wait_for(Event())
+    ctx.timeout = timedelta(seconds=0.01)
+    Event.left = -1
+    with pytest.raises(torch.distributed.DistError, match="not ended within 0:00:00.01"):
+        ctx.wait_for(Event())
 
 
 def test_slices_of_a_batch_cover_it_once() -> None:

@@ -359,7 +359,7 @@ def test_replayed_steps_are_the_same_steps(here: Here, monkeypatch: pytest.Monke
         shake(trainer.model)
     RecordedStep.step, RecordedStep.recorded = replaying.training_step, 0
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedStep)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
     replaying.training_step.replays = True
     expected = [plain.train_step(progress) for progress in [0.2] * 6 + [0.7] * 6]
     found = [replaying.train_step(progress) for progress in [0.2] * 6 + [0.7] * 6]
@@ -374,7 +374,7 @@ def test_replayed_steps_are_the_same_steps(here: Here, monkeypatch: pytest.Monke
 def test_a_step_that_cannot_be_recorded_goes_on(
     here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(_graph: object) -> None:
+    def fail(_graph: object, **_: object) -> None:
         try:
             raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
         finally:  # as where torch.cuda.graph ends a recording that failed
@@ -395,7 +395,7 @@ def test_a_replayed_step_that_is_not_finite_ends_the_run(here: Here, monkeypatch
     trainer = here.trainer()
     RecordedStep.step = trainer.training_step
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedStep)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
     trainer.training_step.replays = True
     for _ in range(4):
         trainer.train_step(0.5)

@@ -1,104 +1,131 @@
-"""What a second process brings: training speed, memory and waiting of one process and two, each on one thread.
+"""What a second process or GPU brings: train.py alone, then as two processes in each layout, on the same batches.
 
-    python tests/bench/bench_scaling.py [--config configs/shakespeare.json] [--steps 10] [--repeat 3]
+    python tests/bench/bench_scaling.py [--config FILE] [--data FILE] [--steps 25] [--only one ddp]
 
-The batch is the same in each ctx, so two processes have half of it each, or half of the model. Layouts take turns,
-in processes of their own, and each number is the median of their runs; the first steps do not count.
+Each row is a run of train.py with default flags, in processes of its own, and of its own figures: bytes/s are the
+median of the lines of metrics after the first, in which kernels are compiled and the step is recorded; peak memory is
+the first process's, beside what --plan says; the loss is that of the last step, which all layouts should share but for
+rounding. "Waits" is the share of the time in which the first process's thread is not on a core: on a GPU, where it
+should be most of it, it waits for kernels; on a CPU, for the other process. There, each process has one thread.
 
-"Waits" is the share of the steps' time in which the thread that computes is not on a core: its wall-clock time less its
-CPU time, in the process where that is more. Gloo sends and receives in threads of its own while the computing thread
-sleeps until they are done, so this is the time lost to the other process, to the transfer, and to other threads that
-want the core; what one process shows is the noise. Memory is the peak of the larger process, and what of it came after
-Python and its imports.
+A run that fails or takes longer than --timeout has a row that says so, and the others go on.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from parallel import ParallelContext, destroy, keep_freed_memory  # noqa: E402
 
-WARM_UP = 3  # steps
 LAYOUTS = {
-    "one process": (1, []),
-    "two, data-parallel": (2, []),
-    "two, `--fsdp`": (2, ["--fsdp"]),
-    "two, `--model-parallel 2`": (2, ["--model-parallel", "2"]),
+    "one": ("one process", 1, []),
+    "ddp": ("two, DDP", 2, []),
+    "fsdp": ("two, `--fsdp`", 2, ["--fsdp"]),
+    "mp2": ("two, `--model-parallel 2`", 2, ["--model-parallel", "2"]),
 }
 
 
-def memory(key: str) -> float:
-    """A figure of /proc/self/status, in MB."""
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+def work(out: Path, flags: list[str]) -> None:
+    """One of the processes: runs train.py, and the first writes its lines of metrics to a file, as JSON."""
+    lines: list[dict[str, Any]] = []
+
+    def note(trainer: train.Trainer, figures: dict[str, Any]) -> None:
+        lines.append(figures | {"wall_s": time.perf_counter(), "busy_s": time.thread_time()})
+
+    train.Trainer.write = note  # type: ignore[method-assign, assignment]
+    code = train.main(flags)
+    if code == 0 and os.environ.get("RANK", "0") == "0":
+        out.write_text(json.dumps([line for line in lines if "train_loss" in line]))
+    sys.exit(code)
 
 
-def work(flags: list[str], steps: int) -> None:
-    """One of the processes: trains, and the first prints bytes/s, share of waiting, peak memory, and of it our own."""
-    imported = memory("VmRSS")
-    args, shape = train.parse_args(flags)
-    keep_freed_memory()
-    ctx = ParallelContext.join("cpu", args.model_parallel, args.fsdp)
-    trainer = train.build_trainer(args, shape, ctx)
-    for _ in range(WARM_UP):
-        trainer.train_step(0.5)
-    ctx.raise_if_any_failed()
-    began, busy = time.perf_counter(), time.thread_time()
-    for _ in range(steps):
-        trainer.train_step(0.5)
-    seconds, busy = time.perf_counter() - began, time.thread_time() - busy
-    peak = memory("VmHWM")
-    waits, peak, own = ctx.all_reduce_max(1 - busy / seconds, peak, peak - imported)
-    if ctx.rank == 0:
-        print(json.dumps([steps * trainer.step_bytes / seconds, waits, peak, own]))
-    destroy()
+def run(processes: int, flags: list[str], timeout: float) -> list[dict[str, Any]] | str:
+    """Trains in so many processes; returns the lines of metrics, or why there are none."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | ({} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"})
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "lines.json"
+        script = [*(launcher if processes > 1 else []), __file__, "--work", str(out), "--", *flags]
+        try:
+            done = subprocess.run(
+                [sys.executable, *script], env=environment, capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired as late:
+            print((late.stderr or b"").decode(errors="replace")[-3000:], file=sys.stderr)
+            return f"took more than {timeout:g} s"
+        if done.returncode:
+            print(done.stderr[-3000:], file=sys.stderr)
+            return f"ended with {done.returncode}"
+        print(*re.findall(r"(?m)^train.py: warning.*", done.stderr), sep="\n", end="", file=sys.stderr)
+        return json.loads(out.read_text())
 
 
-def run(processes: int, flags: list[str], steps: int) -> list[float]:
-    """What `work` prints in so many processes."""
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), __file__]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "--work", json.dumps(flags), "--steps", str(steps)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+def start_plan(processes: int, flags: list[str]) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--plan", "--world-size", str(processes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def planned(process: subprocess.Popen) -> float:
+    """GB that a plan's process prints."""
+    found = re.search(r"(?m)^  at most at a time +([\d.]+) ([GM])B$", process.communicate()[0])
+    return float(found[1]) / (1 if found[2] == "G" else 1000) if found else float("nan")
+
+
+def row(name: str, lines: Any, plan: float, alone: Any) -> str:
+    """A line of the table; `alone` are the lines of one process."""
+    if isinstance(lines, str) or len(lines) < 3:
+        return f"| {name} | {lines if isinstance(lines, str) else 'too few steps'} | | | | | |"
+    speed = statistics.median(line["bytes_per_s"] for line in lines[1:])
+    waits = 1 - (lines[-1]["busy_s"] - lines[0]["busy_s"]) / (lines[-1]["wall_s"] - lines[0]["wall_s"])
+    peak, loss, ratio, apart = lines[-1]["peak_memory_bytes"] / 1e9, lines[-1]["train_loss"], "", ""
+    if not isinstance(alone, str) and alone:
+        ratio = f"{speed / statistics.median(line['bytes_per_s'] for line in alone[1:]):.2f}"
+        apart = f" ({loss - alone[-1]['train_loss']:+.4f})"
+    return f"| {name} | {speed:,.0f} | {ratio} | {peak:.2f} GB | {plan:.2f} GB | {loss:.4f}{apart} | {waits:.0%} |"
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shakespeare.json")
+    parser.add_argument("--config", type=Path, help="default: base.json on a GPU, shakespeare.json elsewhere")
     parser.add_argument("--data", default="stdlib", help="what train.py --data takes (default: stdlib)")
-    parser.add_argument("--steps", type=int, default=10, help="that are timed, in each run (default: 10)")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each, of which the median counts (default: 3)")
+    parser.add_argument("--steps", type=int, default=25, help="of each run (default: 25)")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds of each run, at most (default: 60)")
+    parser.add_argument("--only", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--train-flags", default="", help="further flags of train.py, in one string")
-    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work is not None:
-        return work(args.work, args.steps)
-    flags = ["--config", str(args.config), "--data", args.data, "--device", "cpu", "--steps", str(args.steps)]
-    flags += args.train_flags.split()
-    results: dict[str, list[list[float]]] = {name: [] for name in LAYOUTS}
-    for _ in range(args.repeat):
-        for name, (processes, extra) in LAYOUTS.items():
-            results[name].append(run(processes, flags + extra, args.steps))
-    print("| | bytes/s | of one process's | waits | peak memory | of it after imports |\n" + "| --- " * 6 + "|")
-    alone = statistics.median(speed for speed, *_ in results["one process"])
-    for name, runs in results.items():
-        speed, waits, peak, own = (statistics.median(values) for values in zip(*runs, strict=True))
-        print(f"| {name} | {speed:,.0f} | {speed / alone:.2f} | {waits:.0%} | {peak:,.0f} MB | {own:,.0f} MB |")
+        return work(args.work, args.flags)
+    is_gpu = torch.cuda.is_available()
+    config = args.config or ROOT / "configs" / ("base.json" if is_gpu else "shakespeare.json")
+    common = ["--config", str(config), "--data", args.data, "--steps", str(args.steps), *args.train_flags.split()]
+    common += ["--log-interval", str(max(1, args.steps // 5)), "--eval-interval", "1000000", "--sample-bytes", "0"]
+    layouts = {key: LAYOUTS[key] for key in args.only}
+    early = {}
+    if is_gpu:  # whose machine has other cores for them
+        early = {key: start_plan(n, [*common, *flags]) for key, (_, n, flags) in layouts.items()}
+    print("| | bytes/s | of one | peak memory | by `--plan` | loss (and one's) | waits |\n" + "| --- " * 7 + "|")
+    alone: Any = "not run"
+    for key, (name, n, flags) in layouts.items():
+        lines = run(n, [*common, *flags], args.timeout)
+        alone = lines if key == "one" else alone
+        plan = planned(early.get(key) or start_plan(n, [*common, *flags]))
+        print(row(name, lines, plan, alone), flush=True)
     return None
 
 
