@@ -470,8 +470,11 @@ class TrainingStep:
 
 
 def can_replay(ctx: ParallelContext, model: Transformer) -> bool:
-    """Whether a step can be a CUDA graph: on GPUs that have kernels of Muon, and of grouped products for experts."""
+    """Whether a step can be a CUDA graph: on GPUs that have kernels of Muon, and of grouped products for experts.
+
+    And in one process: graphs of several, their collectives included, are tested with stand-ins for GPUs alone.
+    """
     weight = next(model.parameters())
-    if fp8_ops.kernels(weight) is None:
+    if ctx.world_size > 1 or fp8_ops.kernels(weight) is None:
         return False
     return not model.gates() or not fp8_ops.grouped_products_wait(weight.device, model.compute_dtype)
