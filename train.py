@@ -165,7 +165,7 @@ class TrainFlags:
     dtype: str = _flag("auto", "of the activations; auto: bf16 where it is fast", choices=["auto", "fp32", "bf16"])
     gemm_impl: str | None = _flag(None, "linear layers; default: by the dtype of --config", choices=["bf16", "fp8"])
     compile: bool = _flag(False, "torch.compile the step: on a CPU that takes a C++ compiler")
-    cuda_graph: bool = _flag(True, "on GPUs: replay a recorded step, for a model whose steps are all alike")
+    cuda_graph: bool = _flag(True, "on one GPU: replay a recorded step, for a model whose steps are all alike")
     gradient_checkpointing: bool = _flag(False, "recompute blocks: less memory, slower")
     model_parallel: int = _flag(1, "processes that share one model's layers", integer(1, 10**4))
     fsdp: bool = _flag(False, "shard parameters, gradients and optimizer state over the data-parallel processes")
