@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language import constexpr
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from model import LATENT_NORM_EPS, MLP, Block, KVCache, Linear, MoE, MTPModule, RMSNorm, Transformer
 
@@ -38,7 +39,36 @@ SPAN = 32  # positions that attention reads at a time
 MAX_STEPS = 32  # of a block
 POSITIONS = (1, 4, 16, 64)  # numbers of positions that there are steps for
 PROGRAMS, TILE, WARPS = 528, 32, 4  # of a product with one position, the tile in blocks of 128 numbers
+SMS, STAGES, ROUTED, AHEAD, COLUMNS = 132, 4, 16384, 256, 64
+UNROLL_MOST = tl.constexpr(1)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+# --- Between kernels ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _await(PDL: constexpr):
+    """Lets the next kernel start, and waits until those before have ended: what they write is read after this only."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def _prefetch(w_ptr, row, begin, HEIGHT: constexpr, K: constexpr, WIDTH: constexpr, R: constexpr, PDL: constexpr):
+    """Has R rows of a matrix (HEIGHT, K) fetched into L2, WIDTH columns from `begin` on, without waiting for them."""
+    BYTES: constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+    if PDL and K * BYTES % 16 == 0 and WIDTH * BYTES % 16 == 0 and WIDTH <= K:
+        PIECES: constexpr = 128 // R if R < 128 else 1  # a thread each
+        SIZE: constexpr = ((WIDTH * BYTES + PIECES - 1) // PIECES + 15) // 16 * 16
+        rows = tl.minimum(row + tl.arange(0, R), HEIGHT - 1)
+        offset = tl.minimum(tl.arange(0, PIECES) * SIZE, WIDTH * BYTES - SIZE)
+        start = w_ptr.to(tl.int64) + tl.minimum(begin, K - WIDTH) * BYTES
+        address = start + rows[:, None].to(tl.int64) * (K * BYTES) + offset[None, :]
+        size = tl.full((R, PIECES), SIZE, tl.int32)
+        command: constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(command, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 # --- Products with one position -------------------------------------------------------------------------------------
@@ -58,48 +88,56 @@ def _vector(x_ptr, block, K: constexpr, KB: constexpr):
 
 
 @triton.jit
-def _tile(w_ptr, rows, inside, block, K: constexpr, KB: constexpr):
-    """Some rows (r,) of a matrix (·, K), where they are inside, and columns from 128·block on: (r, KB, 128)."""
-    k = _columns(block, KB)
-    mask = inside[:, None, None] & (k < K)[None, :, :]
+def _tile(w_ptr, row, block, HEIGHT: constexpr, K: constexpr, R: constexpr, KB: constexpr):
+    """R rows of a matrix (HEIGHT, K), and columns from 128·block on: (R, KB, 128), 0 beyond the matrix."""
+    rows, k = row + tl.arange(0, R), _columns(block, KB)
+    mask = (rows < HEIGHT)[:, None, None] & (k < K)[None, :, :]
     return tl.load(w_ptr + rows[:, None, None] * K + k[None, :, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _dense(w, s_ptr, rows, inside, block, K: constexpr, KB: constexpr):
-    """A tile as float32, scaled where it is in FP8."""
-    w = w.to(tl.float32)
-    if s_ptr is not None:
-        BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-        b = block + tl.arange(0, KB)
-        mask = inside[:, None] & (b < BLOCKS)[None, :]
-        s = tl.load(s_ptr + (rows // BLOCK)[:, None] * BLOCKS + b[None, :], mask=mask, other=0.0)
-        w *= s[:, :, None]
-    return w
+def _first(w_ptr, row, HEIGHT: constexpr, K: constexpr, R: constexpr, KB: constexpr, PDL: constexpr):
+    """The first tile of R rows of a matrix; the rest of them is prefetched."""
+    if K > KB * BLOCK:
+        _prefetch(w_ptr, row, 0, HEIGHT, K, K, R, PDL)
+    return _tile(w_ptr, row, 0, HEIGHT, K, R, KB)
 
 
 @triton.jit
-def _accumulate(acc, w, w_ptr, s_ptr, rows, inside, x_ptr, g_ptr, factor, K: constexpr, KB: constexpr):
-    """Adds rows of a matrix times `factor · x · g`, not summed over columns yet: (r, KB, 128).
+def _scaled(x, s_ptr, row, block, K: constexpr, KB: constexpr):
+    """A part of a vector (KB, 128) times the scales of a row's blocks, where the matrix is in FP8."""
+    if s_ptr is not None:
+        BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
+        b = block + tl.arange(0, KB)
+        x *= tl.load(s_ptr + row // BLOCK * BLOCKS + b, mask=b < BLOCKS, other=0.0)[:, None]
+    return x
+
+
+@triton.jit
+def _accumulate(
+    acc, w, w_ptr, s_ptr, row, x_ptr, g_ptr, factor, HEIGHT: constexpr, K: constexpr, R: constexpr, KB: constexpr
+):
+    """Adds R rows of a matrix, of one block, times `factor · x · g`, not summed over columns yet: (R, KB, 128).
 
     `w` is the first tile; the next one is loaded while one is multiplied.
     """
     BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-    for block in range(0, BLOCKS, KB):
+    UNROLL: constexpr = min((BLOCKS + KB - 1) // KB, UNROLL_MOST)
+    for block in tl.range(0, BLOCKS, KB, loop_unroll_factor=UNROLL):
         following = w
         if BLOCKS > KB:
-            following = _tile(w_ptr, rows, inside, block + KB, K, KB)
+            following = _tile(w_ptr, row, block + KB, HEIGHT, K, R, KB)
         x = _vector(x_ptr, block, K, KB) * factor
         if g_ptr is not None:
             x *= _vector(g_ptr, block, K, KB)
-        acc += _dense(w, s_ptr, rows, inside, block, K, KB) * x[None, :, :]
+        acc += w.to(tl.float32) * _scaled(x, s_ptr, row, block, K, KB)[None, :, :]
         w = following
     return acc
 
 
 @triton.jit
 def _total(acc):
-    return tl.sum(tl.sum(acc, axis=2), axis=1)  # over columns: (r, KB, 128) to (r,)
+    return tl.sum(tl.sum(acc, axis=2), axis=1)  # over columns: (R, KB, 128) to (R,)
 
 
 @triton.jit
@@ -112,41 +150,43 @@ def _inverse_rms(x_ptr, K: constexpr, KP: constexpr, EPS: constexpr):
 
 @triton.jit
 def _project_rows(
-    x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, tile, HEIGHT: constexpr, K: constexpr, KP: constexpr, EPS: constexpr,
-    ADD: constexpr, R: constexpr, KB: constexpr,
+    x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, row, HEIGHT: constexpr, K: constexpr, KP: constexpr, EPS: constexpr,
+    ADD: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """Rows tile·R to tile·R + R of `W x`, or of `W norm(x)` where there are a norm's weights g."""
-    rows = tile * R + tl.arange(0, R)
-    inside = rows < HEIGHT
-    w = _tile(w_ptr, rows, inside, 0, K, KB)
+    """R rows of `W x`, or of `W norm(x)` where there are a norm's weights g."""
+    rows = row + tl.arange(0, R)
+    w = _first(w_ptr, row, HEIGHT, K, R, KB, PDL)
+    _await(PDL)
     acc = tl.zeros((R, KB, BLOCK), tl.float32)
-    y = _total(_accumulate(acc, w, w_ptr, s_ptr, rows, inside, x_ptr, g_ptr, 1.0, K, KB))
+    y = _total(_accumulate(acc, w, w_ptr, s_ptr, row, x_ptr, g_ptr, 1.0, HEIGHT, K, R, KB))
     if g_ptr is not None:
         y *= _inverse_rms(x_ptr, K, KP, EPS)
     if ADD:
-        y += tl.load(out_ptr + rows, mask=inside, other=0.0)
-    tl.store(out_ptr + rows, y, mask=inside)
+        y += tl.load(out_ptr + rows, mask=rows < HEIGHT, other=0.0)
+    tl.store(out_ptr + rows, y, mask=rows < HEIGHT)
 
 
 @triton.jit
 def _project_kernel(
     x_ptr, g_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, KP: constexpr,
-    EPS: constexpr, ADD: constexpr, R: constexpr, KB: constexpr,
+    EPS: constexpr, ADD: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """`project` of one or two matrices, A (OA, K) and B (OB, K), and the RMSNorm before it; for one position.
 
-    Of `MLA.forward`: attn_norm, and wq_a or wq with wkv_a; and wo with the residual sum (ADD); also the head. Program i
-    takes R rows. Reads the matrices once, the vector x (K,) in each program (from L2). Bound by memory.
+    Of `MLA.forward`: attn_norm, and wq_a or wq with wkv_a; and wo with the residual sum (ADD). Also ffn_norm and the
+    router's logits, and the head. Program i takes R rows. Reads the matrices once, the vector x (K,) in each program
+    (from L2). Bound by memory.
     """
     tile = tl.program_id(0)
     TILES: constexpr = (OA + R - 1) // R
     if b_ptr is None:
-        _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile, OA, K, KP, EPS, ADD, R, KB)
+        _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile * R, OA, K, KP, EPS, ADD, R, KB, PDL)
     else:
         if tile < TILES:
-            _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile, OA, K, KP, EPS, ADD, R, KB)
+            _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile * R, OA, K, KP, EPS, ADD, R, KB, PDL)
         else:
-            _project_rows(x_ptr, g_ptr, b_ptr, sb_ptr, out_ptr + OA, tile - TILES, OB, K, KP, EPS, ADD, R, KB)
+            row = (tile - TILES) * R
+            _project_rows(x_ptr, g_ptr, b_ptr, sb_ptr, out_ptr + OA, row, OB, K, KP, EPS, ADD, R, KB, PDL)
 
 
 @triton.jit
@@ -162,81 +202,77 @@ def _activate(gate, ACT: constexpr):
 
 @triton.jit
 def _gate_up_rows(
-    x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER: constexpr, K: constexpr, KP: constexpr,
+    x_ptr, g_ptr, w1, w3, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, row, INTER: constexpr, K: constexpr, KP: constexpr,
     EPS: constexpr, ACT: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
-    """Numbers tile·R to tile·R + R of `act(w1 h) * w3 h`, h = norm(x)."""
+    """R numbers of `act(w1 h) * w3 h`, h = norm(x); the first tiles of w1 and w3 are given."""
     BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-    rows = tile * R + tl.arange(0, R)
-    inside = rows < INTER
-    w1, w3 = _tile(w1_ptr, rows, inside, 0, K, KB), _tile(w3_ptr, rows, inside, 0, K, KB)
+    UNROLL: constexpr = min((BLOCKS + KB - 1) // KB, UNROLL_MOST)
     gate, up = tl.zeros((R, KB, BLOCK), tl.float32), tl.zeros((R, KB, BLOCK), tl.float32)
-    for block in range(0, BLOCKS, KB):
+    for block in tl.range(0, BLOCKS, KB, loop_unroll_factor=UNROLL):
         next1, next3 = w1, w3
         if BLOCKS > KB:
-            next1 = _tile(w1_ptr, rows, inside, block + KB, K, KB)
-            next3 = _tile(w3_ptr, rows, inside, block + KB, K, KB)
+            next1 = _tile(w1_ptr, row, block + KB, INTER, K, R, KB)
+            next3 = _tile(w3_ptr, row, block + KB, INTER, K, R, KB)
         x = _vector(x_ptr, block, K, KB) * _vector(g_ptr, block, K, KB)
-        gate += _dense(w1, s1_ptr, rows, inside, block, K, KB) * x[None, :, :]
-        up += _dense(w3, s3_ptr, rows, inside, block, K, KB) * x[None, :, :]
+        gate += w1.to(tl.float32) * _scaled(x, s1_ptr, row, block, K, KB)[None, :, :]
+        up += w3.to(tl.float32) * _scaled(x, s3_ptr, row, block, K, KB)[None, :, :]
         w1, w3 = next1, next3
-    r = _inverse_rms(x_ptr, K, KP, EPS)
-    tl.store(h_ptr + rows, _activate(_total(gate) * r, ACT) * (_total(up) * r), mask=inside)
+    r, rows = _inverse_rms(x_ptr, K, KP, EPS), row + tl.arange(0, R)
+    tl.store(h_ptr + rows, _activate(_total(gate) * r, ACT) * (_total(up) * r), mask=rows < INTER)
 
 
 @triton.jit
 def _gate_up_one_kernel(
-    x_ptr, g_ptr, gate_ptr, logits_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, E: constexpr, INTER: constexpr,
-    K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, R: constexpr, KB: constexpr,
+    x_ptr, g_ptr, logits_ptr, bias_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr,
+    h_ptr, chosen_ptr, weights_ptr, E: constexpr, GROUPS: constexpr, LIMITED: constexpr, TOPK: constexpr,
+    SOFTMAX: constexpr, ROUTE_SCALE: constexpr, GP: constexpr, EP: constexpr, INTER: constexpr, SHARED: constexpr,
+    K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """ffn_norm with w1, w3 and activation of an `MLP` (dense or shared experts), and `Gate`'s logits, for one position.
+    """w1, w3 and activation of the chosen `Experts`, and of the shared ones or the dense `MLP`, for one position.
 
-    The first programs take R rows of the router's weights (E, K) each, if there is one, the others R rows of both w1
-    and w3 (INTER, K). Writes the logits (E,) and `act(w1 h) * w3 h` (INTER,). Bound by memory.
+    Also ffn_norm, and the rest of `Gate.forward`. The first programs take R rows of w1 and w3 (SHARED, K), each of the
+    others R of those of one chosen expert (INTER, K). Writes h (TOPK·INTER + SHARED,), and the chosen experts' numbers
+    and weights (TOPK,). Reads the weights of no other experts. Bound by memory.
     """
     tile = tl.program_id(0)
-    TILES: constexpr = (E + R - 1) // R
+    TILES: constexpr = (SHARED + R - 1) // R
     if tile < TILES:
-        _project_rows(x_ptr, g_ptr, gate_ptr, None, logits_ptr, tile, E, K, KP, EPS, False, R, KB)
-    else:
-        tile -= TILES
-        _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER, K, KP, EPS, ACT, R, KB)
-
-
-@triton.jit
-def _experts_up_one_kernel(
-    x_ptr, g_ptr, logits_ptr, bias_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, chosen_ptr, weights_ptr, E: constexpr,
-    GROUPS: constexpr, LIMITED: constexpr, TOPK: constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, GP: constexpr,
-    EP: constexpr, INTER: constexpr, K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, R: constexpr,
-    KB: constexpr,
-):  # fmt: skip
-    """The rest of `Gate.forward`, and w1, w3 and activation of the chosen `Experts`, for one position.
-
-    Program (i, j) finds the expert at rank j, and takes R rows of its w1 and w3 (INTER, K). Writes h (TOPK, INTER), and
-    in the first programs, the experts' numbers and weights. Reads the chosen experts' weights only. Bound by memory.
-    """
-    tile, slot = tl.program_id(0), tl.program_id(1)
-    PER: constexpr = E // GROUPS
-    number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
-    inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
-    logits = tl.load(logits_ptr + number, mask=inside, other=0.0)
-    scores, rank = _route(logits, bias_ptr, inside, number, LIMITED, GROUPS, SOFTMAX, GP, EP)
-    number = tl.reshape(number, (GP * EP,))
-    expert = tl.minimum(tl.sum(tl.where(rank == slot, number, 0)), E - 1)  # of scores that are no numbers, too
-    if tile == 0:
-        weight = tl.sum(tl.where(rank == slot, scores, 0.0))
-        if not SOFTMAX:
-            weight /= tl.sum(tl.where(rank < TOPK, scores, 0.0)) + 1e-20
-        tl.store(chosen_ptr + slot, expert)
-        tl.store(weights_ptr + slot, weight * ROUTE_SCALE)
-    ROWS: constexpr = (INTER + BLOCK - 1) // BLOCK
-    BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-    if s1_ptr is not None:
-        s1_ptr += expert * ROWS * BLOCKS
-        s3_ptr += expert * ROWS * BLOCKS
-    start = expert.to(tl.int64) * (INTER * K)
-    w1_ptr, w3_ptr, h_ptr = w1_ptr + start, w3_ptr + start, h_ptr + slot * INTER
-    _gate_up_rows(x_ptr, g_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, tile, INTER, K, KP, EPS, ACT, R, KB)
+        row = tile * R
+        w1 = _first(shared1_ptr, row, SHARED, K, R, KB, PDL)
+        w3 = _first(shared3_ptr, row, SHARED, K, R, KB, PDL)
+        _await(PDL)
+        _gate_up_rows(
+            x_ptr, g_ptr, w1, w3, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr + TOPK * INTER, row, SHARED, K, KP,
+            EPS, ACT, R, KB,
+        )  # fmt: skip
+    elif TOPK > 0:
+        row, slot = (tile - TILES) // TOPK * R, (tile - TILES) % TOPK
+        PER: constexpr = E // GROUPS
+        number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
+        inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
+        _await(PDL)
+        logits = tl.load(logits_ptr + number, mask=inside, other=0.0)
+        scores, rank = _route(logits, bias_ptr, inside, number, LIMITED, GROUPS, SOFTMAX, GP, EP)
+        number = tl.reshape(number, (GP * EP,))
+        expert = tl.minimum(tl.sum(tl.where(rank == slot, number, 0)), E - 1)  # of scores that are no numbers, too
+        start = expert.to(tl.int64) * (INTER * K)
+        w1_ptr, w3_ptr = w1_ptr + start, w3_ptr + start
+        w1 = _first(w1_ptr, row, INTER, K, R, KB, PDL)
+        w3 = _first(w3_ptr, row, INTER, K, R, KB, PDL)
+        if row == 0:
+            weight = tl.sum(tl.where(rank == slot, scores, 0.0))
+            if not SOFTMAX:
+                weight /= tl.sum(tl.where(rank < TOPK, scores, 0.0)) + 1e-20
+            tl.store(chosen_ptr + slot, expert)
+            tl.store(weights_ptr + slot, weight * ROUTE_SCALE)
+        if s1_ptr is not None:
+            s1_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
+            s3_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
+        _gate_up_rows(
+            x_ptr, g_ptr, w1, w3, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr + slot * INTER, row, INTER, K, KP, EPS, ACT, R,
+            KB,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -279,36 +315,40 @@ def _ranks(values, n: constexpr):
 @triton.jit
 def _down_one_kernel(
     h_ptr, chosen_ptr, weights_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, x_ptr, D: constexpr, INTER: constexpr,
-    TOPK: constexpr, SHARED: constexpr, R: constexpr, KB: constexpr,
+    TOPK: constexpr, SHARED: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """w2 of the chosen `Experts`, `combine`, the shared experts or dense MLP, and `Block`'s residual sum, one position.
 
     Program i adds R numbers of the result to x (D,). Reads h, (TOPK · INTER + SHARED,), and w2 (E, D, INTER) of the
     chosen experts, and (D, SHARED) of the others. Bound by memory.
     """
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    inside = rows < D
+    row = tl.program_id(0) * R
+    rows = row + tl.arange(0, R)
     acc = tl.zeros((R, KB, BLOCK), tl.float32)
     if SHARED > 0:
-        w = _tile(shared_ptr, rows, inside, 0, SHARED, KB)
-        acc = _accumulate(acc, w, shared_ptr, ss_ptr, rows, inside, h_ptr + TOPK * INTER, None, 1.0, SHARED, KB)
-    for slot in range(TOPK):
+        shared = _first(shared_ptr, row, D, SHARED, R, KB, PDL)
+    _await(PDL)
+    for slot in tl.static_range(TOPK):
+        _prefetch(w2_ptr + tl.load(chosen_ptr + slot).to(tl.int64) * (D * INTER), row, 0, D, INTER, INTER, R, PDL)
+    if SHARED > 0:
+        h = h_ptr + TOPK * INTER
+        acc = _accumulate(acc, shared, shared_ptr, ss_ptr, row, h, None, 1.0, D, SHARED, R, KB)
+    for slot in tl.static_range(TOPK):
         expert, weight = tl.load(chosen_ptr + slot), tl.load(weights_ptr + slot)
-        w_ptr, scale_ptr, x = w2_ptr + expert.to(tl.int64) * (D * INTER), s2_ptr, h_ptr + slot * INTER
+        w_ptr, scale_ptr, h = w2_ptr + expert.to(tl.int64) * (D * INTER), s2_ptr, h_ptr + slot * INTER
         if s2_ptr is not None:
             scale_ptr = s2_ptr + expert * (((D + BLOCK - 1) // BLOCK) * ((INTER + BLOCK - 1) // BLOCK))
-        first = _tile(w_ptr, rows, inside, 0, INTER, KB)
-        acc = _accumulate(acc, first, w_ptr, scale_ptr, rows, inside, x, None, weight, INTER, KB)
-    tl.store(x_ptr + rows, tl.load(x_ptr + rows, mask=inside, other=0.0) + _total(acc), mask=inside)
+        w = _tile(w_ptr, row, 0, D, INTER, R, KB)
+        acc = _accumulate(acc, w, w_ptr, scale_ptr, row, h, None, weight, D, INTER, R, KB)
+    tl.store(x_ptr + rows, tl.load(x_ptr + rows, mask=rows < D, other=0.0) + _total(acc), mask=rows < D)
 
 
 # --- Attention by latents, for any number of positions --------------------------------------------------------------
 
 
 @triton.jit
-def _rotated(x_ptr, cos_ptr, sin_ptr, position, R: constexpr, HALF: constexpr, CONTEXT: constexpr):
-    """`apply_rotary_emb`: the pairs of x (R,) rotated by the angles of a position (past the context: discarded)."""
-    i = tl.arange(0, HALF)
+def _rotated(x_ptr, i, cos_ptr, sin_ptr, position, R: constexpr, CONTEXT: constexpr):
+    """`apply_rotary_emb`: pairs i of some x (R,) rotated by the angles of a position (past the context: discarded)."""
     inside = i < R // 2
     at = tl.minimum(position, CONTEXT - 1) * (R // 2) + i
     cos, sin = tl.load(cos_ptr + at, mask=inside, other=0.0), tl.load(sin_ptr + at, mask=inside, other=0.0)
@@ -316,51 +356,72 @@ def _rotated(x_ptr, cos_ptr, sin_ptr, position, R: constexpr, HALF: constexpr, C
     return even * cos - odd * sin, odd * cos + even * sin
 
 
+@triton.jit
+def _latent_queries(
+    q_ptr, wkv_b_ptr, skv_ptr, out_ptr, h, part, TYPE: constexpr, Q_STRIDE: constexpr, H: constexpr, NOPE: constexpr,
+    R: constexpr, V: constexpr, C: constexpr, SCALE: constexpr, N: constexpr, NP: constexpr, BC: constexpr,
+    PRECISION: constexpr, PDL: constexpr,
+):  # fmt: skip
+    """BC numbers, of one block, of SCALE · W_kᵀ q for head h of each position."""
+    d, c = tl.arange(0, NP), part * BC + tl.arange(0, BC)
+    rows, mask = h * (NOPE + V) + d, (d < NOPE)[:, None] & (c < C)[None, :]
+    key = tl.load(wkv_b_ptr + rows[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if skv_ptr is not None:
+        at = rows // BLOCK * ((C + BLOCK - 1) // BLOCK) + part * BC // BLOCK
+        key *= tl.load(skv_ptr + at, mask=d < NOPE, other=0.0)[:, None]
+    q_ptr += h * (NOPE + R)
+    _await(PDL)
+    if N == 1:
+        q = tl.load(q_ptr + d, mask=d < NOPE, other=0.0)
+        tl.store(out_ptr + h * (C + R) + c, tl.sum(q[:, None] * key, axis=0) * SCALE, mask=c < C)
+    else:
+        n = tl.arange(0, N)[:, None]
+        q = tl.load(q_ptr + n * Q_STRIDE + d[None, :], mask=(d < NOPE)[None, :], other=0.0)
+        y = tl.dot(q.to(TYPE), key.to(TYPE), input_precision=PRECISION) * SCALE
+        tl.store(out_ptr + (n * H + h) * (C + R) + c[None, :], y, mask=(c < C)[None, :])
+
+
 @triton.jit(do_not_specialize=["layer"])
 def _queries_kernel(
     a_ptr, q_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr,
-    out_ptr, layer, TYPE: constexpr, Q_STRIDE: constexpr, A_STRIDE: constexpr, H: constexpr, NOPE: constexpr,
-    R: constexpr, V: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, EPS: constexpr, NP: constexpr,
-    HALF: constexpr, CP: constexpr, BC: constexpr,
+    out_ptr, layer, TYPE: constexpr, CACHE: constexpr, Q_STRIDE: constexpr, A_STRIDE: constexpr, H: constexpr,
+    NOPE: constexpr, R: constexpr, V: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, EPS: constexpr,
+    N: constexpr, NP: constexpr, HALF: constexpr, HP: constexpr, CP: constexpr, BC: constexpr, PRECISION: constexpr,
+    PDL: constexpr,
 ):  # fmt: skip
     """The rotary queries of `MLA._queries`, W_kᵀ q of `_attend_absorbed`, kv_norm, the rotary key, `KVCache.update`.
 
-    Reads q (N, H·(NOPE + R)), and the output of wkv_a, the last C + R columns of a (N, A_STRIDE). Program (h, n, i)
-    writes BC of the C numbers that the query of head h has in the latent space at position n, times SCALE, and the
-    first one the R rotated ones behind them: (N, H, C + R). Program (H, n, 0) writes the latent and the rotary key to
-    the KV cache. W_k of a head is read for each position, mostly from L2: bound by memory for few positions.
+    Reads q (N, H·(NOPE + R)), and the output of wkv_a, the last C + R columns of a (N, A_STRIDE). Each of the first
+    programs writes BC of the C numbers that queries of one head have in the latent space, times SCALE; those after
+    them, of one position each, the R rotated ones behind these, (N, H, C + R), and the latent and the rotary key to the
+    KV cache. Reads W_k once. Bound by latency.
     """
-    h, n, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    half = tl.arange(0, HALF)
-    is_pair = half < R // 2
-    position = tl.load(positions_ptr + n).to(tl.int32)
-    if h < H:
-        d, c = tl.arange(0, NP), part * BC + tl.arange(0, BC)
-        rows = h * (NOPE + V) + d
-        mask = (d < NOPE)[:, None] & (c < C)[None, :]
-        key = tl.load(wkv_b_ptr + rows[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        if skv_ptr is not None:  # BC columns are of one block
-            at = rows // BLOCK * ((C + BLOCK - 1) // BLOCK) + part * BC // BLOCK
-            key *= tl.load(skv_ptr + at, mask=d < NOPE, other=0.0)[:, None]
-        q_ptr += n * Q_STRIDE + h * (NOPE + R)
-        out_ptr += (n * H + h) * (C + R)
-        q = tl.load(q_ptr + d, mask=d < NOPE, other=0.0) * SCALE
-        tl.store(out_ptr + c, tl.sum(q[:, None] * key, axis=0), mask=c < C)
-        if part == 0:
-            even, odd = _rotated(q_ptr + NOPE, cos_ptr, sin_ptr, position, R, HALF, CONTEXT)
-            tl.store(out_ptr + C + half, even * SCALE, mask=is_pair)
-            tl.store(out_ptr + C + R // 2 + half, odd * SCALE, mask=is_pair)
+    program, half = tl.program_id(0), tl.arange(0, HALF)
+    PARTS: constexpr = (C + BC - 1) // BC
+    if program < H * PARTS:
+        _latent_queries(
+            q_ptr, wkv_b_ptr, skv_ptr, out_ptr, program // PARTS, program % PARTS, TYPE, Q_STRIDE, H, NOPE, R, V, C,
+            SCALE, N, NP, BC, PRECISION, PDL,
+        )  # fmt: skip
     else:
-        row, capacity, i = tl.load(rows_ptr + n), tl.load(capacity_ptr), tl.arange(0, CP)
-        cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(TYPE)) + (row * capacity + position) * (C + R)
+        n, i, is_pair = program - H * PARTS, tl.arange(0, CP), half < R // 2
         g = tl.load(kv_norm_ptr + i, mask=i < C, other=0.0)
+        _await(PDL)
+        row, capacity, position = tl.load(rows_ptr + n), tl.load(capacity_ptr), tl.load(positions_ptr + n).to(tl.int32)
+        h = tl.minimum(tl.arange(0, HP), H - 1)[:, None]
+        head_ptr = q_ptr + n * Q_STRIDE + h * (NOPE + R) + NOPE
+        even, odd = _rotated(head_ptr, half[None, :], cos_ptr, sin_ptr, position, R, CONTEXT)
+        to_ptr = out_ptr + (n * H + h) * (C + R) + C + half[None, :]
+        tl.store(to_ptr, even * SCALE, mask=is_pair[None, :])
+        tl.store(to_ptr + R // 2, odd * SCALE, mask=is_pair[None, :])
+        cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(CACHE)) + (row * capacity + position) * (C + R)
         a_ptr += n * A_STRIDE + A_STRIDE - C - R
-        if (row >= 0) & (position < capacity) & (part == 0):
+        if (row >= 0) & (position < capacity):
             latent = tl.load(a_ptr + i, mask=i < C, other=0.0) * g * _inverse_rms(a_ptr, C, CP, EPS)
-            tl.store(cache_ptr + i, latent.to(TYPE), mask=i < C)
-            even, odd = _rotated(a_ptr + C, cos_ptr, sin_ptr, position, R, HALF, CONTEXT)
-            tl.store(cache_ptr + C + half, even.to(TYPE), mask=is_pair)
-            tl.store(cache_ptr + C + R // 2 + half, odd.to(TYPE), mask=is_pair)
+            tl.store(cache_ptr + i, latent.to(CACHE), mask=i < C)
+            key_even, key_odd = _rotated(a_ptr + C, half, cos_ptr, sin_ptr, position, R, CONTEXT)
+            tl.store(cache_ptr + C + half, key_even.to(CACHE), mask=is_pair)
+            tl.store(cache_ptr + C + R // 2 + half, key_odd.to(CACHE), mask=is_pair)
 
 
 @triton.jit
@@ -374,7 +435,7 @@ def _length(positions_ptr, rows_ptr, capacity_ptr, n):
 def _attend_kernel(
     q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, layer, TYPE: constexpr,
     CACHE: constexpr, H: constexpr, C: constexpr, R: constexpr, SPLITS: constexpr, CP: constexpr, RP: constexpr,
-    BT: constexpr, PRECISION: constexpr,
+    BT: constexpr, PRECISION: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """The scores, softmax and sums of latents of `MLA._attend_absorbed`, over a part of the positions.
 
@@ -385,6 +446,7 @@ def _attend_kernel(
     split, n = tl.program_id(0), tl.program_id(1)
     h = tl.program_id(2) * 16 + tl.arange(0, 16)
     is_head = h < H
+    _await(PDL)
     length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
     row, capacity, cache = tl.load(rows_ptr + n), tl.load(capacity_ptr), tl.load(caches_ptr + layer)
     each = tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT
@@ -419,19 +481,26 @@ def _attend_kernel(
 
 
 @triton.jit
-def _values_kernel(
+def _values_few_kernel(
     parts_ptr, sums_ptr, positions_ptr, rows_ptr, capacity_ptr, wkv_b_ptr, skv_ptr, out_ptr, H: constexpr,
     NOPE: constexpr, V: constexpr, C: constexpr, SPLITS: constexpr, BT: constexpr, KB: constexpr, SPLITS_P: constexpr,
-    BS: constexpr, BV: constexpr,
+    BS: constexpr, BV: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """Combines the parts of `_attend_kernel`, and the product with W_v of `MLA._attend_absorbed`.
+    """Combines the parts of `_attend_kernel`, and the product with W_v of `MLA._attend_absorbed`, for few positions.
 
     Program (h, n, i) computes BV numbers of the output (N, H, V) of head h at position n. Reads the parts in use, and
-    BV rows of the head's W_v (V, C), for each position, mostly from L2: bound by memory for few positions.
+    BV rows of the head's W_v (V, C), for each position, mostly from L2: bound by latency.
     """
     h, n, v = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV + tl.arange(0, BV)
     rows, inside, c = h * (NOPE + V) + NOPE + v, v < V, _columns(0, KB)[None, :, :]
-    w_v = _dense(_tile(wkv_b_ptr, rows, inside, 0, C, KB), skv_ptr, rows, inside, 0, C, KB)
+    w_v = tl.load(wkv_b_ptr + rows[:, None, None] * C + c, mask=inside[:, None, None] & (c < C), other=0.0)
+    w_v = w_v.to(tl.float32)
+    if skv_ptr is not None:
+        BLOCKS: constexpr = (C + BLOCK - 1) // BLOCK
+        b = tl.arange(0, KB)[None, :]
+        at, mask = (rows // BLOCK * BLOCKS)[:, None] + b, inside[:, None] & (b < BLOCKS)
+        w_v *= tl.load(skv_ptr + at, mask=mask, other=0.0)[:, :, None]
+    _await(PDL)
     length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
     each = tl.maximum(tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT, 1)
     n_parts = tl.cdiv(length, each)
@@ -451,13 +520,57 @@ def _values_kernel(
     tl.store(out_ptr + (n * H + h) * V + v, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _values_kernel(
+    parts_ptr, sums_ptr, positions_ptr, rows_ptr, capacity_ptr, wkv_b_ptr, skv_ptr, out_ptr, TYPE: constexpr,
+    H: constexpr, NOPE: constexpr, V: constexpr, C: constexpr, SPLITS: constexpr, BT: constexpr, BM: constexpr,
+    BV: constexpr, PRECISION: constexpr, PDL: constexpr,
+):  # fmt: skip
+    """`_values_few_kernel` for a multiple of BM positions, by tensor cores.
+
+    Program (h, i, j) computes BV numbers of the output (N, H, V) of head h, at BM positions. Reads their parts in use,
+    and BV rows of the head's W_v (V, C). Bound by latency.
+    """
+    h, n, v = tl.program_id(0), tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(2) * BV + tl.arange(0, BV)
+    rows = h * (NOPE + V) + NOPE + v
+    _prefetch(wkv_b_ptr, h * (NOPE + V) + NOPE + tl.program_id(2) * BV, 0, H * (NOPE + V), C, C, BV, PDL)
+    _await(PDL)
+    length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
+    each = tl.maximum(tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT, 1)
+    n_parts, first = tl.cdiv(length, each), (n * H + h) * SPLITS
+    best = tl.where(n_parts > 0, float("-inf"), 0.0)  # where it is no row's, the output is 0
+    for split in tl.static_range(SPLITS):
+        best = tl.maximum(best, tl.load(sums_ptr + first + split, mask=split < n_parts, other=float("-inf")))
+    total, acc = tl.where(n_parts > 0, 0.0, 1.0), tl.zeros((BM, BV), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.exp2(tl.load(sums_ptr + first + split, mask=split < n_parts, other=float("-inf")) - best)
+    for start in range(0, C, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        latent = tl.zeros((BM, BLOCK), tl.float32)
+        for split in tl.static_range(SPLITS):
+            share = tl.exp2(tl.load(sums_ptr + first + split, mask=split < n_parts, other=float("-inf")) - best) / total
+            mask = (split < n_parts)[:, None] & (c < C)[None, :]
+            latent += (
+                tl.load(parts_ptr + (first + split)[:, None] * C + c[None, :], mask=mask, other=0.0) * share[:, None]
+            )
+        mask = (v < V)[None, :] & (c < C)[:, None]
+        w = tl.load(wkv_b_ptr + rows[None, :] * C + c[:, None], mask=mask, other=0.0).to(TYPE)
+        y = tl.dot(latent.to(TYPE), w, input_precision=PRECISION)
+        if skv_ptr is not None:
+            at = rows // BLOCK * ((C + BLOCK - 1) // BLOCK) + start // BLOCK
+            y *= tl.load(skv_ptr + at, mask=v < V, other=0.0)[None, :]
+        acc += y
+    at = (n * H + h)[:, None] * V + v[None, :]
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(v < V)[None, :])
+
+
 # --- Products with several positions --------------------------------------------------------------------------------
 
 
 @triton.jit
 def _norm_kernel(
     x_ptr, parts_ptr, g_ptr, out_ptr, N: constexpr, D: constexpr, STRIDE: constexpr, PARTS: constexpr, EPS: constexpr,
-    DP: constexpr,
+    DP: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """`RMSNorm.add`: adds the parts of an update (PARTS, N, D) to the residual stream x, and norms it.
 
@@ -466,13 +579,25 @@ def _norm_kernel(
     """
     n, d = tl.program_id(0), tl.arange(0, DP)
     g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    _await(PDL)
     x = tl.load(x_ptr + n * STRIDE + d, mask=d < D, other=0.0)
-    for i in range(PARTS):
+    for i in tl.static_range(PARTS):
         x += tl.load(parts_ptr + (i * N + n) * D + d, mask=d < D, other=0.0)
     if PARTS > 0:
         tl.store(x_ptr + n * STRIDE + d, x, mask=d < D)
     y = x * tl.rsqrt(tl.sum(x * x) / D + EPS) * g
     tl.store(out_ptr + n * D + d, y.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _add_product(acc, x, w, s_ptr, row, start, K: constexpr, PRECISION: constexpr):
+    """acc + x w, with rows from `row` on and columns from `start` on of a matrix (·, K), which are of one block."""
+    if s_ptr is None:
+        acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
+    else:
+        s = tl.load(s_ptr + row // BLOCK * ((K + BLOCK - 1) // BLOCK) + start // BLOCK)
+        acc += tl.dot(x, w.to(x.dtype), input_precision=PRECISION) * s
+    return acc
 
 
 @triton.jit
@@ -486,13 +611,27 @@ def _multiply(
         k = start + tl.arange(0, BK)
         x = tl.load(x_ptr + n[:, None] * STRIDE + k[None, :], mask=(k < end)[None, :], other=0.0)
         mask = (o < n_rows)[None, :] & (k < end)[:, None]
-        w = tl.load(w_ptr + o[None, :] * K + k[:, None], mask=mask, other=0.0).to(x.dtype)
-        if s_ptr is None:
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        else:  # BN rows and BK columns are of one block
-            s = tl.load(s_ptr + row // BLOCK * ((K + BLOCK - 1) // BLOCK) + start // BLOCK)
-            acc += tl.dot(x, w, input_precision=PRECISION) * s
+        w = tl.load(w_ptr + o[None, :] * K + k[:, None], mask=mask, other=0.0)
+        acc = _add_product(acc, x, w, s_ptr, row, start, K, PRECISION)
     return acc
+
+
+@triton.jit
+def _gate_up(
+    x_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, row, n_rows, K: constexpr, ACT: constexpr, N: constexpr, BN: constexpr,
+    BK: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """act(x W1ᵀ) * x W3ᵀ, (N, BN): x (N, K), BN rows of W1 and W3 (n_rows, K)."""
+    n, o = tl.arange(0, N), row + tl.arange(0, BN)
+    gate, up = tl.zeros((N, BN), tl.float32), tl.zeros((N, BN), tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        x = tl.load(x_ptr + n[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+        at, mask = o[None, :] * K + k[:, None], (o < n_rows)[None, :] & (k < K)[:, None]
+        w1, w3 = tl.load(w1_ptr + at, mask=mask, other=0.0), tl.load(w3_ptr + at, mask=mask, other=0.0)
+        gate = _add_product(gate, x, w1, s1_ptr, row, start, K, PRECISION)
+        up = _add_product(up, x, w3, s3_ptr, row, start, K, PRECISION)
+    return _activate(gate, ACT) * up
 
 
 @triton.jit
@@ -506,7 +645,7 @@ def _store_rows(acc, out_ptr, row, n_rows, STRIDE: constexpr, N: constexpr, BN: 
 @triton.jit
 def _matmul_kernel(
     x_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, SPLITS: constexpr,
-    N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
+    N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """`project` of one or two matrices, A (OA, K) and B (OB, K), for N positions: x (N, K) to (SPLITS, N, OA + OB).
 
@@ -520,24 +659,25 @@ def _matmul_kernel(
     end = tl.minimum(begin + EACH, K)
     out_ptr += split * (N * (OA + OB))
     acc = tl.zeros((N, BN), tl.float32)
-    if b_ptr is None:
-        acc = _multiply(acc, x_ptr, a_ptr, sa_ptr, tile * BN, OA, begin, end, K, K, N, BN, BK, PRECISION)
-        _store_rows(acc, out_ptr, tile * BN, OA, OA + OB, N, BN)
-    else:
-        if tile < TILES:
-            acc = _multiply(acc, x_ptr, a_ptr, sa_ptr, tile * BN, OA, begin, end, K, K, N, BN, BK, PRECISION)
-            _store_rows(acc, out_ptr, tile * BN, OA, OA + OB, N, BN)
-        else:
-            row = (tile - TILES) * BN
-            acc = _multiply(acc, x_ptr, b_ptr, sb_ptr, row, OB, begin, end, K, K, N, BN, BK, PRECISION)
-            _store_rows(acc, out_ptr + OA, row, OB, OA + OB, N, BN)
+    if tile < TILES:
+        row = tile * BN
+        _prefetch(a_ptr, row, begin, OA, K, min(EACH, K), BN, PDL)
+        _await(PDL)
+        acc = _multiply(acc, x_ptr, a_ptr, sa_ptr, row, OA, begin, end, K, K, N, BN, BK, PRECISION)
+        _store_rows(acc, out_ptr, row, OA, OA + OB, N, BN)
+    elif b_ptr is not None:
+        row = (tile - TILES) * BN
+        _prefetch(b_ptr, row, begin, OB, K, min(EACH, K), BN, PDL)
+        _await(PDL)
+        acc = _multiply(acc, x_ptr, b_ptr, sb_ptr, row, OB, begin, end, K, K, N, BN, BK, PRECISION)
+        _store_rows(acc, out_ptr + OA, row, OB, OA + OB, N, BN)
 
 
 @triton.jit
 def _route_kernel(
     x_ptr, gate_ptr, bias_ptr, rows_ptr, shares_ptr, E: constexpr, GROUPS: constexpr, LIMITED: constexpr,
     TOPK: constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, K: constexpr, GP: constexpr, EP: constexpr,
-    BK: constexpr,
+    BK: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """`Gate.forward` for several positions: the weight of each expert at each, (N, E), 0 of those not chosen.
 
@@ -549,6 +689,7 @@ def _route_kernel(
     number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
     inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
     acc = tl.zeros((GP, EP, BK), tl.float32)
+    _await(PDL)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         x = tl.load(x_ptr + n * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -567,42 +708,47 @@ def _route_kernel(
 @triton.jit
 def _gate_up_kernel(
     x_ptr, shares_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr, E: constexpr,
-    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, N: constexpr, BN: constexpr, BK: constexpr,
-    PRECISION: constexpr,
+    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, AHEAD: constexpr, N: constexpr, BN: constexpr,
+    BK: constexpr, PRECISION: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """w1, w3 and activation of the `Experts`, and of the shared experts or the dense `MLP`, for N positions.
 
     A program takes BN rows of w1 and w3 of one expert that some position has chosen, for all positions, or of the
     others. Writes h (N, E·INTER + SHARED), times the weight of the choice: 0 where a position has not chosen an expert.
-    Experts that no position chose are left out here and in `_down_kernel`. Bound by memory up to some 200 positions.
+    Experts that no position chose are left out here and in `_down_kernel`, apart from AHEAD columns that are
+    prefetched. Bound by memory up to some 200 positions.
     """
-    tile = tl.program_id(0)
-    TILES: constexpr = (INTER + BN - 1) // BN
-    n = tl.arange(0, N)
-    gate, up = tl.zeros((N, BN), tl.float32), tl.zeros((N, BN), tl.float32)
-    if tile < E * TILES:
-        expert, row = tile // TILES, tile % TILES * BN
+    tile, n = tl.program_id(0), tl.arange(0, N)
+    TILES: constexpr = (SHARED + BN - 1) // BN
+    if tile < TILES:
+        row = tile * BN
+        _prefetch(shared1_ptr, row, 0, SHARED, K, K, BN, PDL)
+        _prefetch(shared3_ptr, row, 0, SHARED, K, K, BN, PDL)
+        _await(PDL)
+        h = _gate_up(x_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, row, SHARED, K, ACT, N, BN, BK, PRECISION)
+        _store_rows(h, h_ptr + E * INTER, row, SHARED, E * INTER + SHARED, N, BN)
+    elif E > 0:
+        EACH: constexpr = (INTER + BN - 1) // BN
+        expert, row = (tile - TILES) // EACH, (tile - TILES) % EACH * BN
+        start = expert.to(tl.int64) * (INTER * K)
+        w1_ptr, w3_ptr = w1_ptr + start, w3_ptr + start
+        if AHEAD > 0:
+            _prefetch(w1_ptr, row, 0, INTER, K, AHEAD, BN, PDL)
+            _prefetch(w3_ptr, row, 0, INTER, K, AHEAD, BN, PDL)
+        _await(PDL)
         shares = tl.load(shares_ptr + n * E + expert)
         if tl.sum((shares != 0).to(tl.int32)) > 0:
-            start = expert.to(tl.int64) * (INTER * K)
             if s1_ptr is not None:
                 s1_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
                 s3_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
-            gate = _multiply(gate, x_ptr, w1_ptr + start, s1_ptr, row, INTER, 0, K, K, K, N, BN, BK, PRECISION)
-            up = _multiply(up, x_ptr, w3_ptr + start, s3_ptr, row, INTER, 0, K, K, K, N, BN, BK, PRECISION)
-            h = _activate(gate, ACT) * up * shares[:, None]
-            _store_rows(h, h_ptr + expert * INTER, row, INTER, E * INTER + SHARED, N, BN)
-    else:
-        row = (tile - E * TILES) * BN
-        gate = _multiply(gate, x_ptr, shared1_ptr, ss1_ptr, row, SHARED, 0, K, K, K, N, BN, BK, PRECISION)
-        up = _multiply(up, x_ptr, shared3_ptr, ss3_ptr, row, SHARED, 0, K, K, K, N, BN, BK, PRECISION)
-        _store_rows(_activate(gate, ACT) * up, h_ptr + E * INTER, row, SHARED, E * INTER + SHARED, N, BN)
+            h = _gate_up(x_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, row, INTER, K, ACT, N, BN, BK, PRECISION)
+            _store_rows(h * shares[:, None], h_ptr + expert * INTER, row, INTER, E * INTER + SHARED, N, BN)
 
 
 @triton.jit
 def _down_kernel(
     h_ptr, shares_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, out_ptr, E: constexpr, INTER: constexpr, SHARED: constexpr,
-    D: constexpr, SPLITS: constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
+    D: constexpr, SPLITS: constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """w2 of the `Experts` and of the shared experts or the dense `MLP`, for N positions: (SPLITS, N, D), to be added.
 
@@ -612,8 +758,11 @@ def _down_kernel(
     row, split = tl.program_id(0) * BN, tl.program_id(1)
     EACH: constexpr = ((SHARED + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
     WIDTH: constexpr = E * INTER + SHARED
-    n = tl.arange(0, N)
+    n, begin = tl.arange(0, N), split * EACH
     acc = tl.zeros((N, BN), tl.float32)
+    if SHARED > 0:
+        _prefetch(shared_ptr, row, begin, D, SHARED, min(EACH, SHARED), BN, PDL)
+    _await(PDL)
     for expert in range(split, E, SPLITS):
         if tl.sum((tl.load(shares_ptr + n * E + expert) != 0).to(tl.int32)) > 0:
             expert_ptr = w2_ptr + tl.cast(expert, tl.int64) * (D * INTER)
@@ -623,7 +772,6 @@ def _down_kernel(
             h = h_ptr + expert * INTER
             acc = _multiply(acc, h, expert_ptr, scale_ptr, row, D, 0, INTER, WIDTH, INTER, N, BN, BK, PRECISION)
     if SHARED > 0:
-        begin = split * EACH
         end, h = tl.minimum(begin + EACH, SHARED), h_ptr + E * INTER
         acc = _multiply(acc, h, shared_ptr, ss_ptr, row, D, begin, end, WIDTH, SHARED, N, BN, BK, PRECISION)
     _store_rows(acc, out_ptr + split * (N * D), row, D, D, N, BN)
@@ -633,9 +781,10 @@ def _down_kernel(
 
 
 @triton.jit
-def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: constexpr, DP: constexpr):
+def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: constexpr, DP: constexpr, PDL: constexpr):
     """`Transformer.embed`: program n copies the embedding (D,) of a token to the residual stream, in float32."""
     n, d = tl.program_id(0), tl.arange(0, DP)
+    _await(PDL)
     token = tl.load(tokens_ptr + n)
     row = tl.load(w_ptr + token * D + d, mask=d < D, other=0.0)
     tl.store(x_ptr + n * D + d, row.to(tl.float32), mask=d < D)
@@ -644,7 +793,7 @@ def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: constexpr, DP: constexpr):
 @triton.jit
 def _choose_kernel(
     logits_ptr, sampling_ptr, uniforms_ptr, counts_ptr, chosen_ptr, tokens_ptr, positions_ptr, N: constexpr,
-    V: constexpr, VP: constexpr,
+    V: constexpr, VP: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """`distribution`, `_truncate` and `draw` of generate.py, for a byte of each row, which the next step reads.
 
@@ -653,6 +802,7 @@ def _choose_kernel(
     goes to the same place of `chosen`, and to `tokens`; the position advances. Computes in float64, bound by latency.
     """
     n, v = tl.program_id(0), tl.arange(0, VP)
+    _await(PDL)
     logits = tl.load(logits_ptr + n * V + v, mask=v < V, other=float("-inf"))
     n_bad = tl.sum((logits != logits).to(tl.int32))
     logits = tl.where(logits == logits, logits, float("-inf"))
@@ -725,6 +875,7 @@ class Step:
         if args.n_routed_experts > MAX_EXPERTS or args.max_seq_len > MAX_CONTEXT:
             raise ValueError(f"more than {MAX_EXPERTS} experts or {MAX_CONTEXT:,} positions")
         self.shared, self.on_gpu = args.n_shared_experts * args.moe_inter_dim, device.type == "cuda"
+        self.is_hopper = self.on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
         self.precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
         self.kept: dict[torch.Tensor, torch.Tensor] = {}
         # so many parts of the positions that programs fill a GPU, whatever the lengths are
@@ -745,7 +896,9 @@ class Step:
         n = self.height = self.n if self.n == 1 else max(self.n, 16)  # the least that tensor cores multiply
         floats = partial(torch.zeros, device=device, dtype=torch.float32)
         own = partial(torch.zeros, device=device, dtype=self.dtype)
-        own_or_float, self.n_parts = (floats, 1) if n == 1 else (own, 4)
+        own_or_float = floats if n == 1 else own
+        # parts of sums over columns, with so many programs that they fill a GPU
+        self.n_parts = 4, min(_power(-(-2 * SMS // -(-args.dim // 64))), 16)
         queries = args.n_heads * self.attn.qk_head_dim
         self.a, self.q_normed = floats(n, (args.q_lora_rank or queries) + latent), own(n, args.q_lora_rank)
         self.queries, self.q = floats(n, queries) if args.q_lora_rank else self.a, floats(n, args.n_heads, latent)
@@ -756,7 +909,7 @@ class Step:
         self.h = own_or_float(n, max(args.inter_dim, routed * args.moe_inter_dim + self.shared))
         self.router_logits, self.shares = floats(args.n_routed_experts + 1), floats(n, args.n_routed_experts + 1)
         self.experts, self.weights = floats(routed + 1).int(), floats(routed + 1)
-        self.x, self.normed, self.updates = floats(n, args.dim), own(n, args.dim), floats(self.n_parts, n, args.dim)
+        self.x, self.normed, self.updates = floats(n, args.dim), own(n, args.dim), floats(16, n, args.dim)
         self.joined, self.before, self.states = own(n, 2 * args.dim), own(n, args.dim), own(n, args.dim)
         self.logits = floats(n, args.vocab_size)
 
@@ -773,7 +926,7 @@ class Step:
         buffers = self.tokens, self.model.embed.weight, self.x
         self._launch(_embed_kernel, (self.n,), *buffers, args.dim, DP=_power(args.dim))
         for i, layer in enumerate(self.model.layers):
-            self._block(i, layer, 0 if i == 0 else self.n_parts)
+            self._block(i, layer, 0 if i == 0 else self.n_parts[1])
         self._end(self.model.norm)
         if args.vocab_size <= MAX_VOCAB:
             self.choose()
@@ -794,6 +947,9 @@ class Step:
         self._end(module.norm)
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
+        if "PDL" in kernel.arg_names:
+            constants["PDL"] = self.is_hopper
+            constants |= {"launch_pdl": True} if self.is_hopper else {}
         kernel[grid](*args, **constants, num_warps=num_warps)
 
     def _matrix(self, layer: Linear) -> Matrix:
@@ -807,17 +963,27 @@ class Step:
             self.kept[tensor] = tensor.detach().float().contiguous()
         return self.kept[tensor]
 
-    def _rows(self, height: int, width: int, matrices: int = 1) -> dict[str, Any]:
+    def _rows(self, w: torch.Tensor, height: int, matrices: int = 1) -> dict[str, Any]:
         """Rows and blocks of columns that a program of a product with one position takes."""
-        blocks = _power(-(-width // 128))
+        blocks, tile = _power(-(-w.shape[-1] // 128)), TILE
         rows = min(max(_power(-(-height // PROGRAMS)), 1), 8)
-        return {"R": rows, "KB": min(blocks, max(TILE // (rows * matrices), 1)), "num_warps": WARPS}
+        return {"R": rows, "KB": min(blocks, max(tile // (rows * matrices), 1)), "num_warps": WARPS}
 
     def _norm(self, norm: RMSNorm, x: torch.Tensor, out: torch.Tensor, n_parts: int = 0) -> None:
         """Adds so many updates to the residual stream, or none to another x, and norms it."""
         size = len(norm.weight)
         shape = self.height, size, x.shape[-1], n_parts, norm.eps
-        self._launch(_norm_kernel, (self.n,), x, self.updates, self._float(norm.weight), out, *shape, DP=_power(size))
+        self._launch(
+            _norm_kernel,
+            (self.n,),
+            x,
+            self.updates,
+            self._float(norm.weight),
+            out,
+            *shape,
+            DP=_power(size),
+            num_warps=8,
+        )
 
     def _project(
         self, x: torch.Tensor, norm: RMSNorm | None, out: torch.Tensor, a: Matrix, b: Matrix | None = None,
@@ -827,23 +993,25 @@ class Step:
         width, heights = a.w.shape[-1], [a.w.shape[-2], 0 if b is None else b.w.shape[-2]]
         second = (None, None) if b is None else b
         if self.n == 1:
-            tiles = self._rows(sum(heights), width)
+            tiles = self._rows(a.w, sum(heights))
             grid = sum(-(-height // tiles["R"]) for height in heights)
             weight, eps = (None, 0.0) if norm is None else (self._float(norm.weight), norm.eps)
             buffers = x, weight, *a, *second, out
             self._launch(_project_kernel, (grid,), *buffers, *heights, width, _power(width), eps, add, **tiles)
         else:
-            tiles = self._tiles(sum(heights), 1)
+            splits = self.n_parts[0] if add else 1
+            tiles = self._tiles(sum(heights), splits)
             grid = sum(-(-height // tiles["BN"]) for height in heights)
-            splits = self.n_parts if add else 1
             buffers = x, *a, *second, self.updates if add else out
             self._launch(_matmul_kernel, (grid, splits), *buffers, *heights, width, splits, **tiles)
 
-    def _tiles(self, height: int, splits: int) -> dict[str, Any]:
+    def _tiles(self, height: int, splits: int, matrices: int = 1) -> dict[str, Any]:
         """Rows of a matrix and columns that a program of a product with several positions takes."""
-        rows = 64 if height * splits >= 64 * PROGRAMS else 32 if height * splits >= 16 * PROGRAMS else 16
-        columns = 64 if self.dtype == torch.float32 else 128
-        return {"N": self.height, "BN": rows, "BK": columns, "PRECISION": self.precision}
+        least = SMS * 3 // 4
+        rows = 64 if height * splits >= 64 * least and self.is_hopper else 32 if height * splits >= 32 * least else 16
+        columns = 64 if self.dtype == torch.float32 else COLUMNS
+        tiles = {"N": self.height, "BN": rows, "BK": columns, "PRECISION": self.precision}
+        return tiles | {"num_stages": STAGES if self.is_hopper else 3, "num_warps": 8 if rows * matrices > 64 else 4}
 
     def _block(self, index: int, block: Block, n_parts: int) -> None:
         """Launches a block; the updates of the one before, so many, are not added yet."""
@@ -860,7 +1028,7 @@ class Step:
         self._attend(index, block)
         self._project(self.values, None, self.x, self._matrix(attn.wo), add=True)
         if self.n > 1:
-            self._norm(block.ffn_norm, self.x, self.normed, self.n_parts)
+            self._norm(block.ffn_norm, self.x, self.normed, self.n_parts[0])
             self._experts(block)
         else:
             self._experts_of_one(block)
@@ -868,37 +1036,47 @@ class Step:
     def _attend(self, index: int, block: Block) -> None:
         args, attn = self.args, block.attn
         heads, rank, rope, nope = args.n_heads, args.kv_lora_rank, args.qk_rope_head_dim, args.qk_nope_head_dim
-        n, cp, norm = self.n, _power(rank), self._float(attn.kv_norm.weight)
+        n, cp, norm = self.n, _power(rank, 16), self._float(attn.kv_norm.weight)
         wkv_b, where = self._matrix(attn.wkv_b), (self.positions, self.rows, self.caches, self.capacity)
-        rows = _power(max(nope, 1))
+        rows = _power(nope, 16)
         columns, scale = min(cp, max(8192 // rows, 16), 128), attn.softmax_scale * math.log2(math.e)
         self._launch(
-            _queries_kernel, (heads + 1, n, cp // columns), self.a, self.queries, *wkv_b, norm, self.cos, self.sin,
-            *where, self.q, index, TYPES[self.cache_dtype], self.queries.shape[-1], self.a.shape[-1], heads, nope,
-            rope, args.v_head_dim, rank, args.max_seq_len, scale, LATENT_NORM_EPS, NP=rows, HALF=_power(rope // 2),
-            CP=cp, BC=columns,
+            _queries_kernel, (heads * -(-rank // columns) + n,), self.a, self.queries, *wkv_b, norm, self.cos, self.sin,
+            *where, self.q, index, TYPES[self.dtype], TYPES[self.cache_dtype], self.queries.shape[-1],
+            self.a.shape[-1], heads, nope, rope, args.v_head_dim, rank, args.max_seq_len, scale, LATENT_NORM_EPS,
+            N=self.height, NP=rows, HALF=_power(rope // 2), HP=_power(heads), CP=cp, BC=columns,
+            PRECISION=self.precision,
         )  # fmt: skip
         self._launch(
             _attend_kernel, (self.splits, n, -(-heads // 16)), self.q, *where, self.parts, self.sums, index,
-            TYPES[self.dtype], TYPES[self.cache_dtype], heads, rank, rope, self.splits, CP=max(cp, 16),
-            RP=_power(rope, 16), BT=SPAN, PRECISION=self.precision,
+            TYPES[self.dtype], TYPES[self.cache_dtype], heads, rank, rope, self.splits, CP=cp, RP=_power(rope, 16),
+            BT=SPAN, PRECISION=self.precision,
         )  # fmt: skip
-        blocks = _power(-(-rank // 128))
-        rows = min(max((32 if n == 1 else 128) // blocks, 4), _power(args.v_head_dim))
-        self._launch(
-            _values_kernel, (heads, n, -(-args.v_head_dim // rows)), self.parts, self.sums, self.positions, self.rows,
-            self.capacity, *wkv_b, self.values, heads, nope, args.v_head_dim, rank, self.splits, SPAN,
-            KB=blocks, SPLITS_P=_power(self.splits), BS=min(_power(self.splits), max(32 // blocks, 1)), BV=rows,
-        )  # fmt: skip
+        parts = self.parts, self.sums, self.positions, self.rows, self.capacity, *wkv_b, self.values
+        shape = {"H": heads, "NOPE": nope, "V": args.v_head_dim, "C": rank, "SPLITS": self.splits, "BT": SPAN}
+        if n < 16:
+            blocks = _power(-(-rank // 128))
+            rows = min(max((32 if n == 1 else 128) // blocks, 4), _power(args.v_head_dim))
+            shape |= {
+                "KB": blocks,
+                "SPLITS_P": _power(self.splits),
+                "BS": min(_power(self.splits), max(32 // blocks, 1)),
+            }
+            self._launch(_values_few_kernel, (heads, n, -(-args.v_head_dim // rows)), *parts, **shape, BV=rows)
+        else:
+            rows = 64 if args.v_head_dim > 32 else 32
+            shape |= {"TYPE": TYPES[self.dtype], "PRECISION": self.precision, "BM": 16, "BV": rows}
+            grid = heads, n // 16, -(-args.v_head_dim // rows)
+            self._launch(_values_kernel, grid, *parts, **shape, num_stages=2)
 
-    def _router(self, moe: MoE) -> tuple[dict[str, Any], torch.Tensor | None]:
+    def _router(self, moe: MoE | None) -> tuple[dict[str, Any], torch.Tensor | None]:
         """Constants of the router, and its bias."""
-        args, groups = self.args, self.args.n_expert_groups
-        constants: dict[str, Any] = {"E": args.n_routed_experts, "GROUPS": groups, "LIMITED": args.n_limited_groups}
-        constants |= {"TOPK": args.n_activated_experts, "SOFTMAX": args.score_func == "softmax"}
-        constants |= {"EP": _power(args.n_routed_experts // groups), "GP": _power(groups)}
-        constants["ROUTE_SCALE"] = args.route_scale
-        return constants, None if moe.gate.bias is None else self._float(moe.gate.bias)
+        args = self.args
+        experts, groups = (args.n_routed_experts, args.n_expert_groups) if moe else (0, 1)
+        constants: dict[str, Any] = {"E": experts, "GROUPS": groups, "LIMITED": args.n_limited_groups}
+        constants |= {"TOPK": args.n_activated_experts if moe else 0, "SOFTMAX": args.score_func == "softmax"}
+        constants |= {"EP": _power(experts // groups), "GP": _power(groups), "ROUTE_SCALE": args.route_scale}
+        return constants, None if moe is None or moe.gate.bias is None else self._float(moe.gate.bias)
 
     def _stacks(self, block: Block) -> tuple[MoE | None, list[Any], list[Any], int, int]:
         """w1, w3 and w2 of the experts, then of the shared ones or the dense MLP, with both hidden widths."""
@@ -914,48 +1092,48 @@ class Step:
     def _experts_of_one(self, block: Block) -> None:
         """The feed-forward layer for one position, with its norm and the residual sum."""
         args, (moe, routed, other, width, other_width) = self.args, self._stacks(block)
-        norm = self.x, self._float(block.ffn_norm.weight)
-        shape: dict[str, Any] = {"K": args.dim, "KP": _power(args.dim), "EPS": block.ffn_norm.eps}
-        shape["ACT"] = args.hidden_act
-        n_chosen, n_experts = (args.n_activated_experts, args.n_routed_experts) if moe else (0, 0)
-        gate, h = self.logits if moe is None else moe.gate.weight, self.h[0]
-        tiles = self._rows(max(other_width, 1), args.dim, 2)
-        grid: tuple[int, ...] = (-(-n_experts // tiles["R"]) + -(-other_width // tiles["R"]),)
-        buffers: tuple[Any, ...] = *norm, gate, self.router_logits, *other[0], *other[1], h[n_chosen * width :]
-        self._launch(_gate_up_one_kernel, grid, *buffers, E=n_experts, INTER=other_width, **shape, **tiles)
         if moe is not None:
-            constants, bias = self._router(moe)
-            tiles = self._rows(n_chosen * width, args.dim, 2)
-            buffers = *norm, self.router_logits, bias, *routed[0], *routed[1], h, self.experts, self.weights
-            grid = -(-width // tiles["R"]), n_chosen
-            self._launch(_experts_up_one_kernel, grid, *buffers, INTER=width, **constants, **shape, **tiles)
-        tiles = self._rows(args.dim, max(width, other_width))
-        buffers = h, self.experts, self.weights, *routed[2], *other[2], self.x
-        shape = {"D": args.dim, "INTER": width, "TOPK": n_chosen, "SHARED": other_width}
+            self._project(self.x, block.ffn_norm, self.router_logits, Matrix(moe.gate.weight))
+        constants, bias = self._router(moe)
+        n_chosen = constants["TOPK"]
+        shape: dict[str, Any] = {"D": args.dim, "INTER": width, "TOPK": n_chosen, "SHARED": other_width}
+        tiles = self._rows((routed if moe else other)[0].w, n_chosen * width + other_width, 2)
+        grid = -(-other_width // tiles["R"]) + n_chosen * -(-width // tiles["R"])
+        self._launch(
+            _gate_up_one_kernel, (grid,), self.x, self._float(block.ffn_norm.weight), self.router_logits, bias,
+            *routed[0], *routed[1], *other[0], *other[1], self.h, self.experts, self.weights, INTER=width,
+            SHARED=other_width, K=args.dim, KP=_power(args.dim), EPS=block.ffn_norm.eps, ACT=args.hidden_act,
+            **constants, **tiles,
+        )  # fmt: skip
+        tiles = self._rows((routed if moe else other)[2].w, args.dim)
+        buffers = self.h, self.experts, self.weights, *routed[2], *other[2], self.x
         self._launch(_down_one_kernel, (-(-args.dim // tiles["R"]),), *buffers, **shape, **tiles)
 
     def _experts(self, block: Block) -> None:
         """The feed-forward layer for several positions; its updates are to be added."""
         args, (moe, routed, other, width, other_width) = self.args, self._stacks(block)
-        n_experts = 0
+        constants, bias = self._router(moe)
+        n_experts, ahead = constants["E"], 0
         if moe is not None:
-            n_experts, (constants, bias) = args.n_routed_experts, self._router(moe)
             buffers = self.normed, moe.gate.weight, bias, self.rows, self.shares
-            columns = max(4096 // (constants["GP"] * constants["EP"]), 16)
-            self._launch(_route_kernel, (self.n,), *buffers, **constants, K=args.dim, BK=columns)
-        tiles = self._tiles(n_experts * width + other_width, 1)
+            columns = min(max(ROUTED // (constants["GP"] * constants["EP"]), 16), _power(args.dim))
+            self._launch(_route_kernel, (self.n,), *buffers, **constants, K=args.dim, BK=columns, num_warps=8)
+            # if most experts will be chosen
+            ahead = min(AHEAD, args.dim) if self.n * args.n_activated_experts >= 4 * n_experts else 0
+        tiles = self._tiles(n_experts * width + other_width, 1, 2)
         grid = n_experts * -(-width // tiles["BN"]) + -(-other_width // tiles["BN"])
         weights = *routed[0], *routed[1], *other[0], *other[1]
         shape = {"E": n_experts, "INTER": width, "SHARED": other_width}
         self._launch(
             _gate_up_kernel, (grid,), self.normed, self.shares, *weights, self.h, K=args.dim, ACT=args.hidden_act,
-            **shape, **tiles,
+            AHEAD=ahead, **shape, **tiles,
         )  # fmt: skip
-        tiles, buffers = self._tiles(args.dim, self.n_parts), (self.h, self.shares, *routed[2], *other[2], self.updates)
-        grid = -(-args.dim // tiles["BN"]), self.n_parts
-        self._launch(_down_kernel, grid, *buffers, D=args.dim, SPLITS=self.n_parts, **shape, **tiles)
+        splits = self.n_parts[1]
+        tiles, buffers = self._tiles(args.dim, splits), (self.h, self.shares, *routed[2], *other[2], self.updates)
+        grid = -(-args.dim // tiles["BN"]), splits
+        self._launch(_down_kernel, grid, *buffers, D=args.dim, SPLITS=splits, **shape, **tiles)
 
     def _end(self, norm: RMSNorm) -> None:
         """The last norm, whose output the head and MTP modules read, and the head."""
-        self._norm(norm, self.x, self.states, self.n_parts if self.n > 1 else 0)
+        self._norm(norm, self.x, self.states, self.n_parts[1] if self.n > 1 else 0)
         self._project(self.states, None, self.logits, self._matrix(self.model.head))

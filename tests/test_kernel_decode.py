@@ -382,7 +382,8 @@ def test_a_gpu_without_the_kernels(
     for layer in model.fp8_layers() if is_fp8 else []:
         layer.store_fp8()
     warning = decode.attach(model)
-    assert model.decoder is None and (reason or "division by zero") in str(warning)
+    # on a GPU, the modules' kernels are recorded instead
+    assert not isinstance(model.decoder, decode.KernelDecoder) and (reason or "division by zero") in str(warning)
 
 
 def test_a_model_whose_output_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
