@@ -39,8 +39,8 @@ SPAN = 32  # positions that attention reads at a time
 MAX_STEPS = 32  # of a block
 POSITIONS = (1, 4, 16, 64)  # numbers of positions that there are steps for
 PROGRAMS, TILE, WARPS = 528, 32, 4  # of a product with one position, the tile in blocks of 128 numbers
-SMS, STAGES, ROUTED, AHEAD, COLUMNS = 132, 4, 16384, 256, 64
-UNROLL_MOST = tl.constexpr(1)
+SMS, STAGES, ROUTED, COLUMNS = 132, 4, 16384, 64
+DEPTH, PDL_MODE, ATTEND_WARPS = tl.constexpr(1), 0, 4
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -49,26 +49,18 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 @triton.jit
 def _await(PDL: constexpr):
-    """Lets the next kernel start, and waits until those before have ended: what they write is read after this only."""
-    if PDL:
+    """Waits until the kernels before have ended: what they write is read after this only."""
+    if PDL == 1:
         gdc_launch_dependents()
+    if PDL > 0:
         gdc_wait()
 
 
 @triton.jit
-def _prefetch(w_ptr, row, begin, HEIGHT: constexpr, K: constexpr, WIDTH: constexpr, R: constexpr, PDL: constexpr):
-    """Has R rows of a matrix (HEIGHT, K) fetched into L2, WIDTH columns from `begin` on, without waiting for them."""
-    BYTES: constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
-    if PDL and K * BYTES % 16 == 0 and WIDTH * BYTES % 16 == 0 and WIDTH <= K:
-        PIECES: constexpr = 128 // R if R < 128 else 1  # a thread each
-        SIZE: constexpr = ((WIDTH * BYTES + PIECES - 1) // PIECES + 15) // 16 * 16
-        rows = tl.minimum(row + tl.arange(0, R), HEIGHT - 1)
-        offset = tl.minimum(tl.arange(0, PIECES) * SIZE, WIDTH * BYTES - SIZE)
-        start = w_ptr.to(tl.int64) + tl.minimum(begin, K - WIDTH) * BYTES
-        address = start + rows[:, None].to(tl.int64) * (K * BYTES) + offset[None, :]
-        size = tl.full((R, PIECES), SIZE, tl.int32)
-        command: constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(command, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
+def _release(PDL: constexpr):
+    """Lets the next kernel start."""
+    if PDL == 2:
+        gdc_launch_dependents()
 
 
 # --- Products with one position -------------------------------------------------------------------------------------
@@ -96,14 +88,6 @@ def _tile(w_ptr, row, block, HEIGHT: constexpr, K: constexpr, R: constexpr, KB: 
 
 
 @triton.jit
-def _first(w_ptr, row, HEIGHT: constexpr, K: constexpr, R: constexpr, KB: constexpr, PDL: constexpr):
-    """The first tile of R rows of a matrix; the rest of them is prefetched."""
-    if K > KB * BLOCK:
-        _prefetch(w_ptr, row, 0, HEIGHT, K, K, R, PDL)
-    return _tile(w_ptr, row, 0, HEIGHT, K, R, KB)
-
-
-@triton.jit
 def _scaled(x, s_ptr, row, block, K: constexpr, KB: constexpr):
     """A part of a vector (KB, 128) times the scales of a row's blocks, where the matrix is in FP8."""
     if s_ptr is not None:
@@ -114,20 +98,19 @@ def _scaled(x, s_ptr, row, block, K: constexpr, KB: constexpr):
 
 
 @triton.jit
-def _accumulate(
-    acc, w, w_ptr, s_ptr, row, x_ptr, g_ptr, factor, HEIGHT: constexpr, K: constexpr, R: constexpr, KB: constexpr
-):
-    """Adds R rows of a matrix, of one block, times `factor · x · g`, not summed over columns yet: (R, KB, 128).
+def _accumulate(acc, w, w_ptr, s_ptr, row, x_ptr, g_ptr, HEIGHT: constexpr, K: constexpr, R: constexpr, KB: constexpr):
+    """Adds R rows of a matrix, of one block, times `x · g`, not summed over columns yet: (R, KB, 128).
 
     `w` is the first tile; the next one is loaded while one is multiplied.
     """
     BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-    UNROLL: constexpr = min((BLOCKS + KB - 1) // KB, UNROLL_MOST)
-    for block in tl.range(0, BLOCKS, KB, loop_unroll_factor=UNROLL):
+    for block in tl.range(0, BLOCKS, KB, num_stages=DEPTH):
+        if DEPTH > 1 and BLOCKS > KB:
+            w = _tile(w_ptr, row, block, HEIGHT, K, R, KB)
         following = w
-        if BLOCKS > KB:
+        if BLOCKS > KB and DEPTH == 1:
             following = _tile(w_ptr, row, block + KB, HEIGHT, K, R, KB)
-        x = _vector(x_ptr, block, K, KB) * factor
+        x = _vector(x_ptr, block, K, KB)
         if g_ptr is not None:
             x *= _vector(g_ptr, block, K, KB)
         acc += w.to(tl.float32) * _scaled(x, s_ptr, row, block, K, KB)[None, :, :]
@@ -155,12 +138,13 @@ def _project_rows(
 ):  # fmt: skip
     """R rows of `W x`, or of `W norm(x)` where there are a norm's weights g."""
     rows = row + tl.arange(0, R)
-    w = _first(w_ptr, row, HEIGHT, K, R, KB, PDL)
+    w = _tile(w_ptr, row, 0, HEIGHT, K, R, KB)
     _await(PDL)
     acc = tl.zeros((R, KB, BLOCK), tl.float32)
-    y = _total(_accumulate(acc, w, w_ptr, s_ptr, row, x_ptr, g_ptr, 1.0, HEIGHT, K, R, KB))
+    y = _total(_accumulate(acc, w, w_ptr, s_ptr, row, x_ptr, g_ptr, HEIGHT, K, R, KB))
     if g_ptr is not None:
         y *= _inverse_rms(x_ptr, K, KP, EPS)
+    _release(PDL)
     if ADD:
         y += tl.load(out_ptr + rows, mask=rows < HEIGHT, other=0.0)
     tl.store(out_ptr + rows, y, mask=rows < HEIGHT)
@@ -207,11 +191,13 @@ def _gate_up_rows(
 ):  # fmt: skip
     """R numbers of `act(w1 h) * w3 h`, h = norm(x); the first tiles of w1 and w3 are given."""
     BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-    UNROLL: constexpr = min((BLOCKS + KB - 1) // KB, UNROLL_MOST)
     gate, up = tl.zeros((R, KB, BLOCK), tl.float32), tl.zeros((R, KB, BLOCK), tl.float32)
-    for block in tl.range(0, BLOCKS, KB, loop_unroll_factor=UNROLL):
+    for block in tl.range(0, BLOCKS, KB, num_stages=DEPTH):
+        if DEPTH > 1 and BLOCKS > KB:
+            w1 = _tile(w1_ptr, row, block, INTER, K, R, KB)
+            w3 = _tile(w3_ptr, row, block, INTER, K, R, KB)
         next1, next3 = w1, w3
-        if BLOCKS > KB:
+        if BLOCKS > KB and DEPTH == 1:
             next1 = _tile(w1_ptr, row, block + KB, INTER, K, R, KB)
             next3 = _tile(w3_ptr, row, block + KB, INTER, K, R, KB)
         x = _vector(x_ptr, block, K, KB) * _vector(g_ptr, block, K, KB)
@@ -239,8 +225,8 @@ def _gate_up_one_kernel(
     TILES: constexpr = (SHARED + R - 1) // R
     if tile < TILES:
         row = tile * R
-        w1 = _first(shared1_ptr, row, SHARED, K, R, KB, PDL)
-        w3 = _first(shared3_ptr, row, SHARED, K, R, KB, PDL)
+        w1 = _tile(shared1_ptr, row, 0, SHARED, K, R, KB)
+        w3 = _tile(shared3_ptr, row, 0, SHARED, K, R, KB)
         _await(PDL)
         _gate_up_rows(
             x_ptr, g_ptr, w1, w3, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr + TOPK * INTER, row, SHARED, K, KP,
@@ -258,8 +244,8 @@ def _gate_up_one_kernel(
         expert = tl.minimum(tl.sum(tl.where(rank == slot, number, 0)), E - 1)  # of scores that are no numbers, too
         start = expert.to(tl.int64) * (INTER * K)
         w1_ptr, w3_ptr = w1_ptr + start, w3_ptr + start
-        w1 = _first(w1_ptr, row, INTER, K, R, KB, PDL)
-        w3 = _first(w3_ptr, row, INTER, K, R, KB, PDL)
+        w1 = _tile(w1_ptr, row, 0, INTER, K, R, KB)
+        w3 = _tile(w3_ptr, row, 0, INTER, K, R, KB)
         if row == 0:
             weight = tl.sum(tl.where(rank == slot, scores, 0.0))
             if not SOFTMAX:
@@ -313,6 +299,18 @@ def _ranks(values, n: constexpr):
 
 
 @triton.jit
+def _chosen_tile(
+    w2_ptr, chosen_ptr, i, row, D: constexpr, INTER: constexpr, TOPK: constexpr, R: constexpr, KB: constexpr
+):
+    """Of R rows of w2 of the chosen experts, one expert after the other: tile i, if there is one."""
+    TILES: constexpr = ((INTER + BLOCK - 1) // BLOCK + KB - 1) // KB
+    i = tl.cast(i, tl.int32)
+    slot = i // TILES
+    expert = tl.load(chosen_ptr + slot, mask=slot < TOPK, other=0).to(tl.int64)
+    return _tile(w2_ptr + expert * (D * INTER), tl.where(slot < TOPK, row, D), i % TILES * KB, D, INTER, R, KB)
+
+
+@triton.jit
 def _down_one_kernel(
     h_ptr, chosen_ptr, weights_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, x_ptr, D: constexpr, INTER: constexpr,
     TOPK: constexpr, SHARED: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
@@ -326,20 +324,31 @@ def _down_one_kernel(
     rows = row + tl.arange(0, R)
     acc = tl.zeros((R, KB, BLOCK), tl.float32)
     if SHARED > 0:
-        shared = _first(shared_ptr, row, D, SHARED, R, KB, PDL)
+        shared = _tile(shared_ptr, row, 0, D, SHARED, R, KB)
     _await(PDL)
-    for slot in tl.static_range(TOPK):
-        _prefetch(w2_ptr + tl.load(chosen_ptr + slot).to(tl.int64) * (D * INTER), row, 0, D, INTER, INTER, R, PDL)
+    if TOPK > 0:
+        w = _chosen_tile(w2_ptr, chosen_ptr, 0, row, D, INTER, TOPK, R, KB)
     if SHARED > 0:
         h = h_ptr + TOPK * INTER
-        acc = _accumulate(acc, shared, shared_ptr, ss_ptr, row, h, None, 1.0, D, SHARED, R, KB)
-    for slot in tl.static_range(TOPK):
-        expert, weight = tl.load(chosen_ptr + slot), tl.load(weights_ptr + slot)
-        w_ptr, scale_ptr, h = w2_ptr + expert.to(tl.int64) * (D * INTER), s2_ptr, h_ptr + slot * INTER
-        if s2_ptr is not None:
-            scale_ptr = s2_ptr + expert * (((D + BLOCK - 1) // BLOCK) * ((INTER + BLOCK - 1) // BLOCK))
-        w = _tile(w_ptr, row, 0, D, INTER, R, KB)
-        acc = _accumulate(acc, w, w_ptr, scale_ptr, row, h, None, weight, D, INTER, R, KB)
+        acc = _accumulate(acc, shared, shared_ptr, ss_ptr, row, h, None, D, SHARED, R, KB)
+    if TOPK > 0:
+        BLOCKS: constexpr = (INTER + BLOCK - 1) // BLOCK
+        TILES: constexpr = (BLOCKS + KB - 1) // KB
+        for i in tl.range(0, TOPK * TILES, num_stages=DEPTH):
+            if DEPTH > 1:
+                w = _chosen_tile(w2_ptr, chosen_ptr, i, row, D, INTER, TOPK, R, KB)
+            following = w
+            if DEPTH == 1:
+                following = _chosen_tile(w2_ptr, chosen_ptr, i + 1, row, D, INTER, TOPK, R, KB)
+            at = tl.cast(i, tl.int32)
+            slot, block = at // TILES, at % TILES * KB
+            x = _vector(h_ptr + slot * INTER, block, INTER, KB) * tl.load(weights_ptr + slot)
+            if s2_ptr is not None:
+                first = tl.load(chosen_ptr + slot) * ((D + BLOCK - 1) // BLOCK * BLOCKS)
+                x = _scaled(x, s2_ptr + first, row, block, INTER, KB)
+            acc += w.to(tl.float32) * x[None, :, :]
+            w = following
+    _release(PDL)
     tl.store(x_ptr + rows, tl.load(x_ptr + rows, mask=rows < D, other=0.0) + _total(acc), mask=rows < D)
 
 
@@ -347,20 +356,42 @@ def _down_one_kernel(
 
 
 @triton.jit
-def _rotated(x_ptr, i, cos_ptr, sin_ptr, position, R: constexpr, CONTEXT: constexpr):
+def _rotate(even, odd, i, cos_ptr, sin_ptr, position, R: constexpr, CONTEXT: constexpr):
     """`apply_rotary_emb`: pairs i of some x (R,) rotated by the angles of a position (past the context: discarded)."""
-    inside = i < R // 2
     at = tl.minimum(position, CONTEXT - 1) * (R // 2) + i
-    cos, sin = tl.load(cos_ptr + at, mask=inside, other=0.0), tl.load(sin_ptr + at, mask=inside, other=0.0)
-    even, odd = tl.load(x_ptr + 2 * i, mask=inside, other=0.0), tl.load(x_ptr + 2 * i + 1, mask=inside, other=0.0)
+    cos, sin = tl.load(cos_ptr + at, mask=i < R // 2, other=0.0), tl.load(sin_ptr + at, mask=i < R // 2, other=0.0)
     return even * cos - odd * sin, odd * cos + even * sin
 
 
 @triton.jit
+def _rotated(x_ptr, i, cos_ptr, sin_ptr, position, R: constexpr, CONTEXT: constexpr):
+    """`_rotate` of x in memory."""
+    even, odd = (
+        tl.load(x_ptr + 2 * i, mask=i < R // 2, other=0.0),
+        tl.load(x_ptr + 2 * i + 1, mask=i < R // 2, other=0.0),
+    )
+    return _rotate(even, odd, i, cos_ptr, sin_ptr, position, R, CONTEXT)
+
+
+@triton.jit
+def _some_rows(x_ptr, g_ptr, w_ptr, s_ptr, rows, inside, K: constexpr, EPS: constexpr, KB: constexpr):
+    """Some rows (r,) of `W norm(x)`, where they are inside, by one tile: K is at most KB·128."""
+    k, BLOCKS = _columns(0, KB), (K + BLOCK - 1) // BLOCK
+    mask = inside[:, None, None] & (k < K)[None, :, :]
+    w = tl.load(w_ptr + rows[:, None, None] * K + k[None, :, :], mask=mask, other=0.0).to(tl.float32)
+    if s_ptr is not None:
+        b = tl.arange(0, KB)[None, :]
+        at, mask = rows[:, None] // BLOCK * BLOCKS + b, inside[:, None] & (b < BLOCKS)
+        w *= tl.load(s_ptr + at, mask=mask, other=0.0)[:, :, None]
+    x = _vector(x_ptr, 0, K, KB) * _vector(g_ptr, 0, K, KB)
+    return _total(w * x[None, :, :]) * _inverse_rms(x_ptr, K, KB * BLOCK, EPS)
+
+
+@triton.jit
 def _latent_queries(
-    q_ptr, wkv_b_ptr, skv_ptr, out_ptr, h, part, TYPE: constexpr, Q_STRIDE: constexpr, H: constexpr, NOPE: constexpr,
-    R: constexpr, V: constexpr, C: constexpr, SCALE: constexpr, N: constexpr, NP: constexpr, BC: constexpr,
-    PRECISION: constexpr, PDL: constexpr,
+    a_ptr, q_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, wkv_b_ptr, skv_ptr, out_ptr, h, part, TYPE: constexpr, Q_RANK: constexpr,
+    Q_STRIDE: constexpr, H: constexpr, NOPE: constexpr, R: constexpr, V: constexpr, C: constexpr, SCALE: constexpr,
+    Q_EPS: constexpr, N: constexpr, NP: constexpr, QB: constexpr, BC: constexpr, PRECISION: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """BC numbers, of one block, of SCALE · W_kᵀ q for head h of each position."""
     d, c = tl.arange(0, NP), part * BC + tl.arange(0, BC)
@@ -369,51 +400,83 @@ def _latent_queries(
     if skv_ptr is not None:
         at = rows // BLOCK * ((C + BLOCK - 1) // BLOCK) + part * BC // BLOCK
         key *= tl.load(skv_ptr + at, mask=d < NOPE, other=0.0)[:, None]
-    q_ptr += h * (NOPE + R)
     _await(PDL)
     if N == 1:
-        q = tl.load(q_ptr + d, mask=d < NOPE, other=0.0)
+        at = h * (NOPE + R) + d
+        if wq_b_ptr is not None:
+            q = _some_rows(a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, at, d < NOPE, Q_RANK, Q_EPS, QB)
+        else:
+            q = tl.load(q_ptr + at, mask=d < NOPE, other=0.0)
+        _release(PDL)
         tl.store(out_ptr + h * (C + R) + c, tl.sum(q[:, None] * key, axis=0) * SCALE, mask=c < C)
     else:
         n = tl.arange(0, N)[:, None]
-        q = tl.load(q_ptr + n * Q_STRIDE + d[None, :], mask=(d < NOPE)[None, :], other=0.0)
+        at = n * Q_STRIDE + h * (NOPE + R) + d[None, :]
+        q = tl.load(q_ptr + at, mask=(d < NOPE)[None, :], other=0.0)
         y = tl.dot(q.to(TYPE), key.to(TYPE), input_precision=PRECISION) * SCALE
         tl.store(out_ptr + (n * H + h) * (C + R) + c[None, :], y, mask=(c < C)[None, :])
 
 
+@triton.jit
+def _rotary_queries(
+    a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, h, Q_RANK: constexpr,
+    NOPE: constexpr, R: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, Q_EPS: constexpr,
+    HALF: constexpr, QB: constexpr, PDL: constexpr,
+):  # fmt: skip
+    """The R rotary numbers of the query of head h, times SCALE, with the product by wq_b; for one position."""
+    i = tl.arange(0, HALF)
+    inside, row = i < R // 2, h * (NOPE + R) + NOPE + 2 * i
+    _await(PDL)
+    even = _some_rows(a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, row, inside, Q_RANK, Q_EPS, QB)
+    odd = _some_rows(a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, row + 1, inside, Q_RANK, Q_EPS, QB)
+    _release(PDL)
+    even, odd = _rotate(even, odd, i, cos_ptr, sin_ptr, tl.load(positions_ptr).to(tl.int32), R, CONTEXT)
+    tl.store(out_ptr + h * (C + R) + C + i, even * SCALE, mask=inside)
+    tl.store(out_ptr + h * (C + R) + C + R // 2 + i, odd * SCALE, mask=inside)
+
+
 @triton.jit(do_not_specialize=["layer"])
 def _queries_kernel(
-    a_ptr, q_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr,
-    out_ptr, layer, TYPE: constexpr, CACHE: constexpr, Q_STRIDE: constexpr, A_STRIDE: constexpr, H: constexpr,
-    NOPE: constexpr, R: constexpr, V: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, EPS: constexpr,
-    N: constexpr, NP: constexpr, HALF: constexpr, HP: constexpr, CP: constexpr, BC: constexpr, PRECISION: constexpr,
-    PDL: constexpr,
+    a_ptr, q_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr,
+    rows_ptr, caches_ptr, capacity_ptr, out_ptr, layer, TYPE: constexpr, CACHE: constexpr, Q_RANK: constexpr,
+    Q_STRIDE: constexpr, A_STRIDE: constexpr, H: constexpr, NOPE: constexpr, R: constexpr, V: constexpr, C: constexpr,
+    CONTEXT: constexpr, SCALE: constexpr, Q_EPS: constexpr, EPS: constexpr, N: constexpr, NP: constexpr,
+    HALF: constexpr, HP: constexpr, QB: constexpr, CP: constexpr, BC: constexpr, PRECISION: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """The rotary queries of `MLA._queries`, W_kᵀ q of `_attend_absorbed`, kv_norm, the rotary key, `KVCache.update`.
 
-    Reads q (N, H·(NOPE + R)), and the output of wkv_a, the last C + R columns of a (N, A_STRIDE). Each of the first
-    programs writes BC of the C numbers that queries of one head have in the latent space, times SCALE; those after
-    them, of one position each, the R rotated ones behind these, (N, H, C + R), and the latent and the rotary key to the
-    KV cache. Reads W_k once. Bound by latency.
+    Reads q (N, H·(NOPE + R)), and the output of wkv_a, the last C + R columns of a (N, A_STRIDE). For one position,
+    q_norm and wq_b may be given, and then q is their product with the first columns of a. Each of the first programs
+    writes BC of the C numbers that queries of one head have in the latent space, times SCALE; those after them, of one
+    position or head each, the R rotated ones behind these, (N, H, C + R); and those of positions write the latent and
+    the rotary key to the KV cache. Reads W_k once, and wq_b not much more often. Bound by latency.
     """
     program, half = tl.program_id(0), tl.arange(0, HALF)
     PARTS: constexpr = (C + BC - 1) // BC
+    HEADS: constexpr = H if wq_b_ptr is not None else 0
     if program < H * PARTS:
         _latent_queries(
-            q_ptr, wkv_b_ptr, skv_ptr, out_ptr, program // PARTS, program % PARTS, TYPE, Q_STRIDE, H, NOPE, R, V, C,
-            SCALE, N, NP, BC, PRECISION, PDL,
+            a_ptr, q_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, wkv_b_ptr, skv_ptr, out_ptr, program // PARTS, program % PARTS,
+            TYPE, Q_RANK, Q_STRIDE, H, NOPE, R, V, C, SCALE, Q_EPS, N, NP, QB, BC, PRECISION, PDL,
         )  # fmt: skip
+    elif program < H * PARTS + HEADS:
+        if wq_b_ptr is not None:
+            _rotary_queries(
+                a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, program - H * PARTS,
+                Q_RANK, NOPE, R, C, CONTEXT, SCALE, Q_EPS, HALF, QB, PDL,
+            )  # fmt: skip
     else:
-        n, i, is_pair = program - H * PARTS, tl.arange(0, CP), half < R // 2
+        n, i, is_pair = program - H * PARTS - HEADS, tl.arange(0, CP), half < R // 2
         g = tl.load(kv_norm_ptr + i, mask=i < C, other=0.0)
         _await(PDL)
         row, capacity, position = tl.load(rows_ptr + n), tl.load(capacity_ptr), tl.load(positions_ptr + n).to(tl.int32)
-        h = tl.minimum(tl.arange(0, HP), H - 1)[:, None]
-        head_ptr = q_ptr + n * Q_STRIDE + h * (NOPE + R) + NOPE
-        even, odd = _rotated(head_ptr, half[None, :], cos_ptr, sin_ptr, position, R, CONTEXT)
-        to_ptr = out_ptr + (n * H + h) * (C + R) + C + half[None, :]
-        tl.store(to_ptr, even * SCALE, mask=is_pair[None, :])
-        tl.store(to_ptr + R // 2, odd * SCALE, mask=is_pair[None, :])
+        if wq_b_ptr is None:
+            h = tl.minimum(tl.arange(0, HP), H - 1)[:, None]
+            head_ptr = q_ptr + n * Q_STRIDE + h * (NOPE + R) + NOPE
+            even, odd = _rotated(head_ptr, half[None, :], cos_ptr, sin_ptr, position, R, CONTEXT)
+            to_ptr = out_ptr + (n * H + h) * (C + R) + C + half[None, :]
+            tl.store(to_ptr, even * SCALE, mask=is_pair[None, :])
+            tl.store(to_ptr + R // 2, odd * SCALE, mask=is_pair[None, :])
         cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(CACHE)) + (row * capacity + position) * (C + R)
         a_ptr += n * A_STRIDE + A_STRIDE - C - R
         if (row >= 0) & (position < capacity):
@@ -478,13 +541,15 @@ def _attend_kernel(
         mask = is_head[:, None] & (c < C)[None, :]
         tl.store(out_ptr + at[:, None] * C + c[None, :], acc / total[:, None], mask=mask)
         tl.store(sums_ptr + at, best + tl.log2(total), mask=is_head)
+    else:
+        at = (n * H + h) * SPLITS + split
+        tl.store(sums_ptr + at, tl.full((16,), float("-inf"), tl.float32), mask=is_head)
 
 
 @triton.jit
 def _values_few_kernel(
-    parts_ptr, sums_ptr, positions_ptr, rows_ptr, capacity_ptr, wkv_b_ptr, skv_ptr, out_ptr, H: constexpr,
-    NOPE: constexpr, V: constexpr, C: constexpr, SPLITS: constexpr, BT: constexpr, KB: constexpr, SPLITS_P: constexpr,
-    BS: constexpr, BV: constexpr, PDL: constexpr,
+    parts_ptr, sums_ptr, wkv_b_ptr, skv_ptr, out_ptr, H: constexpr, NOPE: constexpr, V: constexpr, C: constexpr,
+    SPLITS: constexpr, KB: constexpr, SPLITS_P: constexpr, BS: constexpr, BV: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Combines the parts of `_attend_kernel`, and the product with W_v of `MLA._attend_absorbed`, for few positions.
 
@@ -500,12 +565,10 @@ def _values_few_kernel(
         b = tl.arange(0, KB)[None, :]
         at, mask = (rows // BLOCK * BLOCKS)[:, None] + b, inside[:, None] & (b < BLOCKS)
         w_v *= tl.load(skv_ptr + at, mask=mask, other=0.0)[:, :, None]
-    _await(PDL)
-    length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
-    each = tl.maximum(tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT, 1)
-    n_parts = tl.cdiv(length, each)
     s, first = tl.arange(0, SPLITS_P), (n * H + h) * SPLITS
-    best = tl.max(tl.load(sums_ptr + first + s, mask=s < n_parts, other=float("-inf")), axis=0)
+    _await(PDL)
+    sums = tl.load(sums_ptr + first + s, mask=s < SPLITS, other=float("-inf"))
+    best, n_parts = tl.max(sums, axis=0), tl.sum((sums != float("-inf")).to(tl.int32))
     best = tl.where(n_parts > 0, best, 0.0)  # where it is no row's, the output is 0
     total, acc = tl.zeros((BS,), tl.float32), tl.zeros((BS, KB, BLOCK), tl.float32)
     for start in range(0, n_parts, BS):
@@ -516,15 +579,15 @@ def _values_few_kernel(
         total += share
         acc += part * share[:, None, None]
     latent = tl.sum(acc, axis=0) / tl.where(n_parts > 0, tl.sum(total), 1.0)
+    _release(PDL)
     y = _total(w_v * latent[None, :, :])
     tl.store(out_ptr + (n * H + h) * V + v, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _values_kernel(
-    parts_ptr, sums_ptr, positions_ptr, rows_ptr, capacity_ptr, wkv_b_ptr, skv_ptr, out_ptr, TYPE: constexpr,
-    H: constexpr, NOPE: constexpr, V: constexpr, C: constexpr, SPLITS: constexpr, BT: constexpr, BM: constexpr,
-    BV: constexpr, PRECISION: constexpr, PDL: constexpr,
+    parts_ptr, sums_ptr, wkv_b_ptr, skv_ptr, out_ptr, TYPE: constexpr, H: constexpr, NOPE: constexpr, V: constexpr,
+    C: constexpr, SPLITS: constexpr, BM: constexpr, BV: constexpr, PRECISION: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """`_values_few_kernel` for a multiple of BM positions, by tensor cores.
 
@@ -532,27 +595,24 @@ def _values_kernel(
     and BV rows of the head's W_v (V, C). Bound by latency.
     """
     h, n, v = tl.program_id(0), tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(2) * BV + tl.arange(0, BV)
-    rows = h * (NOPE + V) + NOPE + v
-    _prefetch(wkv_b_ptr, h * (NOPE + V) + NOPE + tl.program_id(2) * BV, 0, H * (NOPE + V), C, C, BV, PDL)
+    rows, first = h * (NOPE + V) + NOPE + v, (n * H + h) * SPLITS
     _await(PDL)
-    length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
-    each = tl.maximum(tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT, 1)
-    n_parts, first = tl.cdiv(length, each), (n * H + h) * SPLITS
-    best = tl.where(n_parts > 0, float("-inf"), 0.0)  # where it is no row's, the output is 0
+    best = tl.load(sums_ptr + first)  # no parts: the output is 0
+    is_row = best != float("-inf")
+    best = tl.where(is_row, best, 0.0)
+    for split in tl.static_range(1, SPLITS):
+        best = tl.maximum(best, tl.load(sums_ptr + first + split))
+    total, acc = tl.where(is_row, 0.0, 1.0), tl.zeros((BM, BV), tl.float32)
     for split in tl.static_range(SPLITS):
-        best = tl.maximum(best, tl.load(sums_ptr + first + split, mask=split < n_parts, other=float("-inf")))
-    total, acc = tl.where(n_parts > 0, 0.0, 1.0), tl.zeros((BM, BV), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.exp2(tl.load(sums_ptr + first + split, mask=split < n_parts, other=float("-inf")) - best)
+        total += tl.exp2(tl.load(sums_ptr + first + split) - best)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
         latent = tl.zeros((BM, BLOCK), tl.float32)
         for split in tl.static_range(SPLITS):
-            share = tl.exp2(tl.load(sums_ptr + first + split, mask=split < n_parts, other=float("-inf")) - best) / total
-            mask = (split < n_parts)[:, None] & (c < C)[None, :]
-            latent += (
-                tl.load(parts_ptr + (first + split)[:, None] * C + c[None, :], mask=mask, other=0.0) * share[:, None]
-            )
+            power = tl.load(sums_ptr + first + split)
+            mask = (power != float("-inf"))[:, None] & (c < C)[None, :]
+            part = tl.load(parts_ptr + (first + split)[:, None] * C + c[None, :], mask=mask, other=0.0)
+            latent += part * (tl.exp2(power - best) / total)[:, None]
         mask = (v < V)[None, :] & (c < C)[:, None]
         w = tl.load(wkv_b_ptr + rows[None, :] * C + c[:, None], mask=mask, other=0.0).to(TYPE)
         y = tl.dot(latent.to(TYPE), w, input_precision=PRECISION)
@@ -661,13 +721,11 @@ def _matmul_kernel(
     acc = tl.zeros((N, BN), tl.float32)
     if tile < TILES:
         row = tile * BN
-        _prefetch(a_ptr, row, begin, OA, K, min(EACH, K), BN, PDL)
         _await(PDL)
         acc = _multiply(acc, x_ptr, a_ptr, sa_ptr, row, OA, begin, end, K, K, N, BN, BK, PRECISION)
         _store_rows(acc, out_ptr, row, OA, OA + OB, N, BN)
     elif b_ptr is not None:
         row = (tile - TILES) * BN
-        _prefetch(b_ptr, row, begin, OB, K, min(EACH, K), BN, PDL)
         _await(PDL)
         acc = _multiply(acc, x_ptr, b_ptr, sb_ptr, row, OB, begin, end, K, K, N, BN, BK, PRECISION)
         _store_rows(acc, out_ptr + OA, row, OB, OA + OB, N, BN)
@@ -708,22 +766,19 @@ def _route_kernel(
 @triton.jit
 def _gate_up_kernel(
     x_ptr, shares_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr, E: constexpr,
-    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, AHEAD: constexpr, N: constexpr, BN: constexpr,
+    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, N: constexpr, BN: constexpr,
     BK: constexpr, PRECISION: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """w1, w3 and activation of the `Experts`, and of the shared experts or the dense `MLP`, for N positions.
 
     A program takes BN rows of w1 and w3 of one expert that some position has chosen, for all positions, or of the
     others. Writes h (N, E·INTER + SHARED), times the weight of the choice: 0 where a position has not chosen an expert.
-    Experts that no position chose are left out here and in `_down_kernel`, apart from AHEAD columns that are
-    prefetched. Bound by memory up to some 200 positions.
+    Experts that no position chose are left out here and in `_down_kernel`. Bound by memory up to some 200 positions.
     """
     tile, n = tl.program_id(0), tl.arange(0, N)
     TILES: constexpr = (SHARED + BN - 1) // BN
     if tile < TILES:
         row = tile * BN
-        _prefetch(shared1_ptr, row, 0, SHARED, K, K, BN, PDL)
-        _prefetch(shared3_ptr, row, 0, SHARED, K, K, BN, PDL)
         _await(PDL)
         h = _gate_up(x_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, row, SHARED, K, ACT, N, BN, BK, PRECISION)
         _store_rows(h, h_ptr + E * INTER, row, SHARED, E * INTER + SHARED, N, BN)
@@ -732,9 +787,6 @@ def _gate_up_kernel(
         expert, row = (tile - TILES) // EACH, (tile - TILES) % EACH * BN
         start = expert.to(tl.int64) * (INTER * K)
         w1_ptr, w3_ptr = w1_ptr + start, w3_ptr + start
-        if AHEAD > 0:
-            _prefetch(w1_ptr, row, 0, INTER, K, AHEAD, BN, PDL)
-            _prefetch(w3_ptr, row, 0, INTER, K, AHEAD, BN, PDL)
         _await(PDL)
         shares = tl.load(shares_ptr + n * E + expert)
         if tl.sum((shares != 0).to(tl.int32)) > 0:
@@ -760,8 +812,6 @@ def _down_kernel(
     WIDTH: constexpr = E * INTER + SHARED
     n, begin = tl.arange(0, N), split * EACH
     acc = tl.zeros((N, BN), tl.float32)
-    if SHARED > 0:
-        _prefetch(shared_ptr, row, begin, D, SHARED, min(EACH, SHARED), BN, PDL)
     _await(PDL)
     for expert in range(split, E, SPLITS):
         if tl.sum((tl.load(shares_ptr + n * E + expert) != 0).to(tl.int32)) > 0:
@@ -877,6 +927,9 @@ class Step:
         self.shared, self.on_gpu = args.n_shared_experts * args.moe_inter_dim, device.type == "cuda"
         self.is_hopper = self.on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
         self.precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
+        # for one position, W_q of a head is so small that the product with it is part of another kernel
+        longest = max(_power(args.qk_nope_head_dim), args.qk_rope_head_dim)
+        self.has_short_heads = n == 1 and 0 < longest * _power(args.q_lora_rank, 128) * bool(args.q_lora_rank) <= 16384
         self.kept: dict[torch.Tensor, torch.Tensor] = {}
         # so many parts of the positions that programs fill a GPU, whatever the lengths are
         self.splits = min(-(-args.max_seq_len // SPAN), max(128 // (n * -(-args.n_heads // 16)), 4))
@@ -948,8 +1001,8 @@ class Step:
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
         if "PDL" in kernel.arg_names:
-            constants["PDL"] = self.is_hopper
-            constants |= {"launch_pdl": True} if self.is_hopper else {}
+            constants["PDL"] = PDL_MODE if self.is_hopper else 0
+            constants |= {"launch_pdl": True} if constants["PDL"] else {}
         kernel[grid](*args, **constants, num_warps=num_warps)
 
     def _matrix(self, layer: Linear) -> Matrix:
@@ -1020,7 +1073,7 @@ class Step:
             self._norm(block.attn_norm, self.x, first := self.normed, n_parts)
         wq = attn.wq_a if attn.q_lora_rank else attn.wq
         self._project(first, block.attn_norm, self.a, self._matrix(wq), self._matrix(attn.wkv_a))
-        if attn.q_lora_rank:
+        if attn.q_lora_rank and not self.has_short_heads:
             if self.n > 1:
                 self._norm(attn.q_norm, self.a, self.q_normed)
             x = self.a if self.n == 1 else self.q_normed
@@ -1038,22 +1091,26 @@ class Step:
         heads, rank, rope, nope = args.n_heads, args.kv_lora_rank, args.qk_rope_head_dim, args.qk_nope_head_dim
         n, cp, norm = self.n, _power(rank, 16), self._float(attn.kv_norm.weight)
         wkv_b, where = self._matrix(attn.wkv_b), (self.positions, self.rows, self.caches, self.capacity)
-        rows = _power(nope, 16)
+        rows, q_rank = _power(nope, 16), args.q_lora_rank
         columns, scale = min(cp, max(8192 // rows, 16), 128), attn.softmax_scale * math.log2(math.e)
+        wq_b, n_programs = (None, None, None), heads * -(-rank // columns) + n
+        if self.has_short_heads:
+            wq_b, n_programs = (self._float(attn.q_norm.weight), *self._matrix(attn.wq_b)), n_programs + heads
         self._launch(
-            _queries_kernel, (heads * -(-rank // columns) + n,), self.a, self.queries, *wkv_b, norm, self.cos, self.sin,
-            *where, self.q, index, TYPES[self.dtype], TYPES[self.cache_dtype], self.queries.shape[-1],
-            self.a.shape[-1], heads, nope, rope, args.v_head_dim, rank, args.max_seq_len, scale, LATENT_NORM_EPS,
-            N=self.height, NP=rows, HALF=_power(rope // 2), HP=_power(heads), CP=cp, BC=columns,
-            PRECISION=self.precision,
+            _queries_kernel, (n_programs,), self.a, self.queries, *wq_b, *wkv_b, norm, self.cos, self.sin, *where,
+            self.q, index, TYPES[self.dtype], TYPES[self.cache_dtype], q_rank, self.queries.shape[-1], self.a.shape[-1],
+            heads, nope, rope, args.v_head_dim, rank, args.max_seq_len, scale, attn.q_norm.eps if q_rank else 0.0,
+            LATENT_NORM_EPS, N=self.height, NP=rows, HALF=_power(rope // 2), HP=_power(heads),
+            QB=_power(-(-q_rank // 128)), CP=cp, BC=columns, PRECISION=self.precision,
+            num_warps=8 if self.has_short_heads else 4,
         )  # fmt: skip
         self._launch(
             _attend_kernel, (self.splits, n, -(-heads // 16)), self.q, *where, self.parts, self.sums, index,
             TYPES[self.dtype], TYPES[self.cache_dtype], heads, rank, rope, self.splits, CP=cp, RP=_power(rope, 16),
-            BT=SPAN, PRECISION=self.precision,
+            BT=SPAN, PRECISION=self.precision, num_warps=ATTEND_WARPS,
         )  # fmt: skip
-        parts = self.parts, self.sums, self.positions, self.rows, self.capacity, *wkv_b, self.values
-        shape = {"H": heads, "NOPE": nope, "V": args.v_head_dim, "C": rank, "SPLITS": self.splits, "BT": SPAN}
+        parts = self.parts, self.sums, *wkv_b, self.values
+        shape = {"H": heads, "NOPE": nope, "V": args.v_head_dim, "C": rank, "SPLITS": self.splits}
         if n < 16:
             blocks = _power(-(-rank // 128))
             rows = min(max((32 if n == 1 else 128) // blocks, 4), _power(args.v_head_dim))
@@ -1113,20 +1170,18 @@ class Step:
         """The feed-forward layer for several positions; its updates are to be added."""
         args, (moe, routed, other, width, other_width) = self.args, self._stacks(block)
         constants, bias = self._router(moe)
-        n_experts, ahead = constants["E"], 0
+        n_experts = constants["E"]
         if moe is not None:
             buffers = self.normed, moe.gate.weight, bias, self.rows, self.shares
             columns = min(max(ROUTED // (constants["GP"] * constants["EP"]), 16), _power(args.dim))
             self._launch(_route_kernel, (self.n,), *buffers, **constants, K=args.dim, BK=columns, num_warps=8)
-            # if most experts will be chosen
-            ahead = min(AHEAD, args.dim) if self.n * args.n_activated_experts >= 4 * n_experts else 0
         tiles = self._tiles(n_experts * width + other_width, 1, 2)
         grid = n_experts * -(-width // tiles["BN"]) + -(-other_width // tiles["BN"])
         weights = *routed[0], *routed[1], *other[0], *other[1]
         shape = {"E": n_experts, "INTER": width, "SHARED": other_width}
         self._launch(
             _gate_up_kernel, (grid,), self.normed, self.shares, *weights, self.h, K=args.dim, ACT=args.hidden_act,
-            AHEAD=ahead, **shape, **tiles,
+            **shape, **tiles,
         )  # fmt: skip
         splits = self.n_parts[1]
         tiles, buffers = self._tiles(args.dim, splits), (self.h, self.shares, *routed[2], *other[2], self.updates)
