@@ -1,23 +1,21 @@
 """The kernels that decode on a CUDA GPU, in Triton: a step of up to 64 positions through all layers, by latents.
 
 A step for one position reads each active weight once and computes little, so two things cost time: bytes, and the start
-of kernels, each of which waits for the one before. There are 7 to 9 kernels a layer:
+of kernels, each of which waits for the one before. There are 7 to 9 kernels a layer, of which `kernel_products` has
+those that read most of the weights:
 
     attn_norm, wq_a and wkv_a → q_norm and wq_b → W_k, kv_norm, rotary angles and KV cache → attention, divided over
-    positions → its combination and W_v → wo → ffn_norm, router, w1 and w3 of the shared experts (or of the dense MLP) →
-    the choice of experts, and their w1 and w3 → w2 of all
+    positions → its combination and W_v → wo → ffn_norm and router → the choice of experts, w1 and w3 of the experts
+    and the shared ones (or of the dense MLP) → w2 of all
 
-For one position, a product with a matrix is bound by memory: a program takes a few rows, and multiplies in float32. For
-more positions, tensor cores multiply, and one more kernel norms each row. Experts are then divided among programs, not
-positions: each reads its weights once, for all rows, and experts that no position chose are skipped.
+For more positions, one more kernel norms each row. For one position, on Hopper GPUs, kernels start while the one before
+runs, and load their first weights before they wait for its end: "programmatic dependent launch", PDL.
 
 Nothing in a launch depends on data: positions, rows and addresses of KV caches are read on the device, so that a whole
-step with the choice of the byte is one CUDA graph. The residual stream and all sums are in float32; the factors of
-products by tensor cores are in the model's dtype. Weights are read as they are stored, FP8 ones with a scale per block
-of 128×128.
+step with the choice of the byte is one CUDA graph. The residual stream and all sums are in float32.
 
 In shapes: N positions of the step (each of its own row, or several of one), H heads, C `kv_lora_rank`,
-R `qk_rope_head_dim`, E experts, K columns of a matrix, INTER hidden width.
+R `qk_rope_head_dim`, E experts, K columns of a matrix.
 """
 
 import math
@@ -28,459 +26,108 @@ import torch
 import triton
 import triton.language as tl
 from triton.language import constexpr
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernel_products import (
+    BLOCK,
+    block_columns,
+    down_kernel,
+    down_one_kernel,
+    gate_up_kernel,
+    gate_up_one_kernel,
+    inverse_rms,
+    matmul_kernel,
+    project_kernel,
+    route_kernel,
+    sum_columns,
+    wait_for_kernels,
+)
 from model import LATENT_NORM_EPS, MLP, Block, KVCache, Linear, MoE, MTPModule, RMSNorm, Transformer
 
-BLOCK = tl.constexpr(128)  # columns of FP8 weights that share a scale, and rows
 # bytes that a program sorts, experts that it compares in pairs, positions whose rotary angles are kept
 MAX_VOCAB, MAX_EXPERTS, MAX_CONTEXT = 1024, 512, 1 << 20
 SPAN = 32  # positions that attention reads at a time
 MAX_STEPS = 32  # of a block
 POSITIONS = (1, 4, 16, 64)  # numbers of positions that there are steps for
 PROGRAMS, TILE, WARPS = 528, 32, 4  # of a product with one position, the tile in blocks of 128 numbers
-SMS, STAGES, ROUTED, COLUMNS = 132, 4, 16384, 64
-DEPTH, PDL_MODE, ATTEND_WARPS = tl.constexpr(1), 0, 4
+COLUMNS, ROUTED = 64, 16384  # that a program multiplies at a time with several positions, and numbers of a router's
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-# --- Between kernels ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _await(PDL: constexpr):
-    """Waits until the kernels before have ended: what they write is read after this only."""
-    if PDL == 1:
-        gdc_launch_dependents()
-    if PDL > 0:
-        gdc_wait()
-
-
-@triton.jit
-def _release(PDL: constexpr):
-    """Lets the next kernel start."""
-    if PDL == 2:
-        gdc_launch_dependents()
-
-
-# --- Products with one position -------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _columns(block, KB: constexpr):
-    """Numbers of KB·128 columns from 128·block on, (KB, 128)."""
-    return (block + tl.arange(0, KB))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-
-
-@triton.jit
-def _vector(x_ptr, block, K: constexpr, KB: constexpr):
-    """KB·128 numbers of a vector (K,) from 128·block on, as float32 (KB, 128)."""
-    k = _columns(block, KB)
-    return tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _tile(w_ptr, row, block, HEIGHT: constexpr, K: constexpr, R: constexpr, KB: constexpr):
-    """R rows of a matrix (HEIGHT, K), and columns from 128·block on: (R, KB, 128), 0 beyond the matrix."""
-    rows, k = row + tl.arange(0, R), _columns(block, KB)
-    mask = (rows < HEIGHT)[:, None, None] & (k < K)[None, :, :]
-    return tl.load(w_ptr + rows[:, None, None] * K + k[None, :, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _scaled(x, s_ptr, row, block, K: constexpr, KB: constexpr):
-    """A part of a vector (KB, 128) times the scales of a row's blocks, where the matrix is in FP8."""
-    if s_ptr is not None:
-        BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-        b = block + tl.arange(0, KB)
-        x *= tl.load(s_ptr + row // BLOCK * BLOCKS + b, mask=b < BLOCKS, other=0.0)[:, None]
-    return x
-
-
-@triton.jit
-def _accumulate(acc, w, w_ptr, s_ptr, row, x_ptr, g_ptr, HEIGHT: constexpr, K: constexpr, R: constexpr, KB: constexpr):
-    """Adds R rows of a matrix, of one block, times `x · g`, not summed over columns yet: (R, KB, 128).
-
-    `w` is the first tile; the next one is loaded while one is multiplied.
-    """
-    BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-    for block in tl.range(0, BLOCKS, KB, num_stages=DEPTH):
-        if DEPTH > 1 and BLOCKS > KB:
-            w = _tile(w_ptr, row, block, HEIGHT, K, R, KB)
-        following = w
-        if BLOCKS > KB and DEPTH == 1:
-            following = _tile(w_ptr, row, block + KB, HEIGHT, K, R, KB)
-        x = _vector(x_ptr, block, K, KB)
-        if g_ptr is not None:
-            x *= _vector(g_ptr, block, K, KB)
-        acc += w.to(tl.float32) * _scaled(x, s_ptr, row, block, K, KB)[None, :, :]
-        w = following
-    return acc
-
-
-@triton.jit
-def _total(acc):
-    return tl.sum(tl.sum(acc, axis=2), axis=1)  # over columns: (R, KB, 128) to (R,)
-
-
-@triton.jit
-def _inverse_rms(x_ptr, K: constexpr, KP: constexpr, EPS: constexpr):
-    """The factor of RMSNorm for a vector (K,), apart from its weights; KP is a power of two."""
-    k = tl.arange(0, KP)
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    return tl.rsqrt(tl.sum(x * x) / K + EPS)
-
-
-@triton.jit
-def _project_rows(
-    x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, row, HEIGHT: constexpr, K: constexpr, KP: constexpr, EPS: constexpr,
-    ADD: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
-):  # fmt: skip
-    """R rows of `W x`, or of `W norm(x)` where there are a norm's weights g."""
-    rows = row + tl.arange(0, R)
-    w = _tile(w_ptr, row, 0, HEIGHT, K, R, KB)
-    _await(PDL)
-    acc = tl.zeros((R, KB, BLOCK), tl.float32)
-    y = _total(_accumulate(acc, w, w_ptr, s_ptr, row, x_ptr, g_ptr, HEIGHT, K, R, KB))
-    if g_ptr is not None:
-        y *= _inverse_rms(x_ptr, K, KP, EPS)
-    _release(PDL)
-    if ADD:
-        y += tl.load(out_ptr + rows, mask=rows < HEIGHT, other=0.0)
-    tl.store(out_ptr + rows, y, mask=rows < HEIGHT)
-
-
-@triton.jit
-def _project_kernel(
-    x_ptr, g_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, KP: constexpr,
-    EPS: constexpr, ADD: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
-):  # fmt: skip
-    """`project` of one or two matrices, A (OA, K) and B (OB, K), and the RMSNorm before it; for one position.
-
-    Of `MLA.forward`: attn_norm, and wq_a or wq with wkv_a; and wo with the residual sum (ADD). Also ffn_norm and the
-    router's logits, and the head. Program i takes R rows. Reads the matrices once, the vector x (K,) in each program
-    (from L2). Bound by memory.
-    """
-    tile = tl.program_id(0)
-    TILES: constexpr = (OA + R - 1) // R
-    if b_ptr is None:
-        _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile * R, OA, K, KP, EPS, ADD, R, KB, PDL)
-    else:
-        if tile < TILES:
-            _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile * R, OA, K, KP, EPS, ADD, R, KB, PDL)
-        else:
-            row = (tile - TILES) * R
-            _project_rows(x_ptr, g_ptr, b_ptr, sb_ptr, out_ptr + OA, row, OB, K, KP, EPS, ADD, R, KB, PDL)
-
-
-@triton.jit
-def _activate(gate, ACT: constexpr):
-    """`model.ACTIVATIONS`."""
-    if ACT == "silu":
-        return gate * tl.sigmoid(gate)
-    elif ACT == "gelu":
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
-        return tl.where(gate > 0, gate * gate, gate * 0)  # NaN stays
-
-
-@triton.jit
-def _gate_up_rows(
-    x_ptr, g_ptr, w1, w3, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, row, INTER: constexpr, K: constexpr, KP: constexpr,
-    EPS: constexpr, ACT: constexpr, R: constexpr, KB: constexpr,
-):  # fmt: skip
-    """R numbers of `act(w1 h) * w3 h`, h = norm(x); the first tiles of w1 and w3 are given."""
-    BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-    gate, up = tl.zeros((R, KB, BLOCK), tl.float32), tl.zeros((R, KB, BLOCK), tl.float32)
-    for block in tl.range(0, BLOCKS, KB, num_stages=DEPTH):
-        if DEPTH > 1 and BLOCKS > KB:
-            w1 = _tile(w1_ptr, row, block, INTER, K, R, KB)
-            w3 = _tile(w3_ptr, row, block, INTER, K, R, KB)
-        next1, next3 = w1, w3
-        if BLOCKS > KB and DEPTH == 1:
-            next1 = _tile(w1_ptr, row, block + KB, INTER, K, R, KB)
-            next3 = _tile(w3_ptr, row, block + KB, INTER, K, R, KB)
-        x = _vector(x_ptr, block, K, KB) * _vector(g_ptr, block, K, KB)
-        gate += w1.to(tl.float32) * _scaled(x, s1_ptr, row, block, K, KB)[None, :, :]
-        up += w3.to(tl.float32) * _scaled(x, s3_ptr, row, block, K, KB)[None, :, :]
-        w1, w3 = next1, next3
-    r, rows = _inverse_rms(x_ptr, K, KP, EPS), row + tl.arange(0, R)
-    tl.store(h_ptr + rows, _activate(_total(gate) * r, ACT) * (_total(up) * r), mask=rows < INTER)
-
-
-@triton.jit
-def _gate_up_one_kernel(
-    x_ptr, g_ptr, logits_ptr, bias_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr,
-    h_ptr, chosen_ptr, weights_ptr, E: constexpr, GROUPS: constexpr, LIMITED: constexpr, TOPK: constexpr,
-    SOFTMAX: constexpr, ROUTE_SCALE: constexpr, GP: constexpr, EP: constexpr, INTER: constexpr, SHARED: constexpr,
-    K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
-):  # fmt: skip
-    """w1, w3 and activation of the chosen `Experts`, and of the shared ones or the dense `MLP`, for one position.
-
-    Also ffn_norm, and the rest of `Gate.forward`. The first programs take R rows of w1 and w3 (SHARED, K), each of the
-    others R of those of one chosen expert (INTER, K). Writes h (TOPK·INTER + SHARED,), and the chosen experts' numbers
-    and weights (TOPK,). Reads the weights of no other experts. Bound by memory.
-    """
-    tile = tl.program_id(0)
-    TILES: constexpr = (SHARED + R - 1) // R
-    if tile < TILES:
-        row = tile * R
-        w1 = _tile(shared1_ptr, row, 0, SHARED, K, R, KB)
-        w3 = _tile(shared3_ptr, row, 0, SHARED, K, R, KB)
-        _await(PDL)
-        _gate_up_rows(
-            x_ptr, g_ptr, w1, w3, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr + TOPK * INTER, row, SHARED, K, KP,
-            EPS, ACT, R, KB,
-        )  # fmt: skip
-    elif TOPK > 0:
-        row, slot = (tile - TILES) // TOPK * R, (tile - TILES) % TOPK
-        PER: constexpr = E // GROUPS
-        number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
-        inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
-        _await(PDL)
-        logits = tl.load(logits_ptr + number, mask=inside, other=0.0)
-        scores, rank = _route(logits, bias_ptr, inside, number, LIMITED, GROUPS, SOFTMAX, GP, EP)
-        number = tl.reshape(number, (GP * EP,))
-        expert = tl.minimum(tl.sum(tl.where(rank == slot, number, 0)), E - 1)  # of scores that are no numbers, too
-        start = expert.to(tl.int64) * (INTER * K)
-        w1_ptr, w3_ptr = w1_ptr + start, w3_ptr + start
-        w1 = _tile(w1_ptr, row, 0, INTER, K, R, KB)
-        w3 = _tile(w3_ptr, row, 0, INTER, K, R, KB)
-        if row == 0:
-            weight = tl.sum(tl.where(rank == slot, scores, 0.0))
-            if not SOFTMAX:
-                weight /= tl.sum(tl.where(rank < TOPK, scores, 0.0)) + 1e-20
-            tl.store(chosen_ptr + slot, expert)
-            tl.store(weights_ptr + slot, weight * ROUTE_SCALE)
-        if s1_ptr is not None:
-            s1_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
-            s3_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
-        _gate_up_rows(
-            x_ptr, g_ptr, w1, w3, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr + slot * INTER, row, INTER, K, KP, EPS, ACT, R,
-            KB,
-        )  # fmt: skip
-
-
-@triton.jit
-def _route(
-    logits, bias_ptr, inside, number, LIMITED: constexpr, GROUPS: constexpr, SOFTMAX: constexpr, GP: constexpr,
-    EP: constexpr,
-):  # fmt: skip
-    """`Gate.route` of one position: scores and ranks (GP·EP,) from logits (GP, EP), one row a group of experts.
-
-    An expert's rank is the number of those that come before it. `number` and `inside` are those of each place.
-    """
-    if SOFTMAX:
-        logits = tl.where(inside, logits, float("-inf"))
-        powers = tl.exp(logits - tl.max(tl.max(logits, axis=1), axis=0))
-        scores = powers / tl.sum(tl.sum(powers, axis=1), axis=0)
-    else:
-        scores = tl.sigmoid(logits)
-    choice = scores
-    if bias_ptr is not None:
-        choice += tl.load(bias_ptr + number, mask=inside, other=0.0)
-    choice = tl.where(inside, choice, float("-inf"))
-    if GROUPS > 1:
-        best = tl.max(choice, axis=1)
-        if bias_ptr is not None:  # the best two rank a group
-            first = tl.argmax(choice, axis=1)
-            others = tl.where(tl.arange(0, EP)[None, :] == first[:, None], float("-inf"), choice)
-            best += tl.max(others, axis=1)
-        choice = tl.where((_ranks(best, GP) < LIMITED)[:, None], choice, float("-inf"))
-    return tl.reshape(scores, (GP * EP,)), _ranks(tl.reshape(choice, (GP * EP,)), GP * EP)
-
-
-@triton.jit
-def _ranks(values, n: constexpr):
-    """How many others are before each of n numbers, in falling order; of equal ones, the first comes first."""
-    i = tl.arange(0, n)
-    equal = (values[None, :] == values[:, None]) & (i[None, :] < i[:, None])
-    return tl.sum(((values[None, :] > values[:, None]) | equal).to(tl.int32), axis=1)
-
-
-@triton.jit
-def _chosen_tile(
-    w2_ptr, chosen_ptr, i, row, D: constexpr, INTER: constexpr, TOPK: constexpr, R: constexpr, KB: constexpr
-):
-    """Of R rows of w2 of the chosen experts, one expert after the other: tile i, if there is one."""
-    TILES: constexpr = ((INTER + BLOCK - 1) // BLOCK + KB - 1) // KB
-    i = tl.cast(i, tl.int32)
-    slot = i // TILES
-    expert = tl.load(chosen_ptr + slot, mask=slot < TOPK, other=0).to(tl.int64)
-    return _tile(w2_ptr + expert * (D * INTER), tl.where(slot < TOPK, row, D), i % TILES * KB, D, INTER, R, KB)
-
-
-@triton.jit
-def _down_one_kernel(
-    h_ptr, chosen_ptr, weights_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, x_ptr, D: constexpr, INTER: constexpr,
-    TOPK: constexpr, SHARED: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
-):  # fmt: skip
-    """w2 of the chosen `Experts`, `combine`, the shared experts or dense MLP, and `Block`'s residual sum, one position.
-
-    Program i adds R numbers of the result to x (D,). Reads h, (TOPK · INTER + SHARED,), and w2 (E, D, INTER) of the
-    chosen experts, and (D, SHARED) of the others. Bound by memory.
-    """
-    row = tl.program_id(0) * R
-    rows = row + tl.arange(0, R)
-    acc = tl.zeros((R, KB, BLOCK), tl.float32)
-    if SHARED > 0:
-        shared = _tile(shared_ptr, row, 0, D, SHARED, R, KB)
-    _await(PDL)
-    if TOPK > 0:
-        w = _chosen_tile(w2_ptr, chosen_ptr, 0, row, D, INTER, TOPK, R, KB)
-    if SHARED > 0:
-        h = h_ptr + TOPK * INTER
-        acc = _accumulate(acc, shared, shared_ptr, ss_ptr, row, h, None, D, SHARED, R, KB)
-    if TOPK > 0:
-        BLOCKS: constexpr = (INTER + BLOCK - 1) // BLOCK
-        TILES: constexpr = (BLOCKS + KB - 1) // KB
-        for i in tl.range(0, TOPK * TILES, num_stages=DEPTH):
-            if DEPTH > 1:
-                w = _chosen_tile(w2_ptr, chosen_ptr, i, row, D, INTER, TOPK, R, KB)
-            following = w
-            if DEPTH == 1:
-                following = _chosen_tile(w2_ptr, chosen_ptr, i + 1, row, D, INTER, TOPK, R, KB)
-            at = tl.cast(i, tl.int32)
-            slot, block = at // TILES, at % TILES * KB
-            x = _vector(h_ptr + slot * INTER, block, INTER, KB) * tl.load(weights_ptr + slot)
-            if s2_ptr is not None:
-                first = tl.load(chosen_ptr + slot) * ((D + BLOCK - 1) // BLOCK * BLOCKS)
-                x = _scaled(x, s2_ptr + first, row, block, INTER, KB)
-            acc += w.to(tl.float32) * x[None, :, :]
-            w = following
-    _release(PDL)
-    tl.store(x_ptr + rows, tl.load(x_ptr + rows, mask=rows < D, other=0.0) + _total(acc), mask=rows < D)
 
 
 # --- Attention by latents, for any number of positions --------------------------------------------------------------
 
 
 @triton.jit
-def _rotate(even, odd, i, cos_ptr, sin_ptr, position, R: constexpr, CONTEXT: constexpr):
+def _rotated(x_ptr, i, cos_ptr, sin_ptr, position, R: constexpr, CONTEXT: constexpr):
     """`apply_rotary_emb`: pairs i of some x (R,) rotated by the angles of a position (past the context: discarded)."""
+    inside = i < R // 2
     at = tl.minimum(position, CONTEXT - 1) * (R // 2) + i
-    cos, sin = tl.load(cos_ptr + at, mask=i < R // 2, other=0.0), tl.load(sin_ptr + at, mask=i < R // 2, other=0.0)
+    cos, sin = tl.load(cos_ptr + at, mask=inside, other=0.0), tl.load(sin_ptr + at, mask=inside, other=0.0)
+    even, odd = tl.load(x_ptr + 2 * i, mask=inside, other=0.0), tl.load(x_ptr + 2 * i + 1, mask=inside, other=0.0)
     return even * cos - odd * sin, odd * cos + even * sin
 
 
 @triton.jit
-def _rotated(x_ptr, i, cos_ptr, sin_ptr, position, R: constexpr, CONTEXT: constexpr):
-    """`_rotate` of x in memory."""
-    even, odd = (
-        tl.load(x_ptr + 2 * i, mask=i < R // 2, other=0.0),
-        tl.load(x_ptr + 2 * i + 1, mask=i < R // 2, other=0.0),
-    )
-    return _rotate(even, odd, i, cos_ptr, sin_ptr, position, R, CONTEXT)
-
-
-@triton.jit
-def _some_rows(x_ptr, g_ptr, w_ptr, s_ptr, rows, inside, K: constexpr, EPS: constexpr, KB: constexpr):
-    """Some rows (r,) of `W norm(x)`, where they are inside, by one tile: K is at most KB·128."""
-    k, BLOCKS = _columns(0, KB), (K + BLOCK - 1) // BLOCK
-    mask = inside[:, None, None] & (k < K)[None, :, :]
-    w = tl.load(w_ptr + rows[:, None, None] * K + k[None, :, :], mask=mask, other=0.0).to(tl.float32)
-    if s_ptr is not None:
-        b = tl.arange(0, KB)[None, :]
-        at, mask = rows[:, None] // BLOCK * BLOCKS + b, inside[:, None] & (b < BLOCKS)
-        w *= tl.load(s_ptr + at, mask=mask, other=0.0)[:, :, None]
-    x = _vector(x_ptr, 0, K, KB) * _vector(g_ptr, 0, K, KB)
-    return _total(w * x[None, :, :]) * _inverse_rms(x_ptr, K, KB * BLOCK, EPS)
-
-
-@triton.jit
 def _latent_queries(
-    a_ptr, q_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, wkv_b_ptr, skv_ptr, out_ptr, h, part, TYPE: constexpr, Q_RANK: constexpr,
-    Q_STRIDE: constexpr, H: constexpr, NOPE: constexpr, R: constexpr, V: constexpr, C: constexpr, SCALE: constexpr,
-    Q_EPS: constexpr, N: constexpr, NP: constexpr, QB: constexpr, BC: constexpr, PRECISION: constexpr, PDL: constexpr,
+    q_ptr, wkv_b_ptr, skv_ptr, out_ptr, h, part, TYPE: constexpr, Q_STRIDE: constexpr, H: constexpr, NOPE: constexpr,
+    R: constexpr, V: constexpr, C: constexpr, SCALE: constexpr, N: constexpr, NP: constexpr, BC: constexpr,
+    PRECISION: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """BC numbers, of one block, of SCALE · W_kᵀ q for head h of each position."""
+    """BC numbers, of one block, of SCALE · W_kᵀ q for head h at each position."""
     d, c = tl.arange(0, NP), part * BC + tl.arange(0, BC)
     rows, mask = h * (NOPE + V) + d, (d < NOPE)[:, None] & (c < C)[None, :]
     key = tl.load(wkv_b_ptr + rows[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
     if skv_ptr is not None:
         at = rows // BLOCK * ((C + BLOCK - 1) // BLOCK) + part * BC // BLOCK
         key *= tl.load(skv_ptr + at, mask=d < NOPE, other=0.0)[:, None]
-    _await(PDL)
+    q_ptr += h * (NOPE + R)
+    wait_for_kernels(PDL)
     if N == 1:
-        at = h * (NOPE + R) + d
-        if wq_b_ptr is not None:
-            q = _some_rows(a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, at, d < NOPE, Q_RANK, Q_EPS, QB)
-        else:
-            q = tl.load(q_ptr + at, mask=d < NOPE, other=0.0)
-        _release(PDL)
+        q = tl.load(q_ptr + d, mask=d < NOPE, other=0.0)
         tl.store(out_ptr + h * (C + R) + c, tl.sum(q[:, None] * key, axis=0) * SCALE, mask=c < C)
     else:
         n = tl.arange(0, N)[:, None]
-        at = n * Q_STRIDE + h * (NOPE + R) + d[None, :]
-        q = tl.load(q_ptr + at, mask=(d < NOPE)[None, :], other=0.0)
+        q = tl.load(q_ptr + n * Q_STRIDE + d[None, :], mask=(d < NOPE)[None, :], other=0.0)
         y = tl.dot(q.to(TYPE), key.to(TYPE), input_precision=PRECISION) * SCALE
         tl.store(out_ptr + (n * H + h) * (C + R) + c[None, :], y, mask=(c < C)[None, :])
 
 
-@triton.jit
-def _rotary_queries(
-    a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, h, Q_RANK: constexpr,
-    NOPE: constexpr, R: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, Q_EPS: constexpr,
-    HALF: constexpr, QB: constexpr, PDL: constexpr,
-):  # fmt: skip
-    """The R rotary numbers of the query of head h, times SCALE, with the product by wq_b; for one position."""
-    i = tl.arange(0, HALF)
-    inside, row = i < R // 2, h * (NOPE + R) + NOPE + 2 * i
-    _await(PDL)
-    even = _some_rows(a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, row, inside, Q_RANK, Q_EPS, QB)
-    odd = _some_rows(a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, row + 1, inside, Q_RANK, Q_EPS, QB)
-    _release(PDL)
-    even, odd = _rotate(even, odd, i, cos_ptr, sin_ptr, tl.load(positions_ptr).to(tl.int32), R, CONTEXT)
-    tl.store(out_ptr + h * (C + R) + C + i, even * SCALE, mask=inside)
-    tl.store(out_ptr + h * (C + R) + C + R // 2 + i, odd * SCALE, mask=inside)
-
-
 @triton.jit(do_not_specialize=["layer"])
 def _queries_kernel(
-    a_ptr, q_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr,
-    rows_ptr, caches_ptr, capacity_ptr, out_ptr, layer, TYPE: constexpr, CACHE: constexpr, Q_RANK: constexpr,
-    Q_STRIDE: constexpr, A_STRIDE: constexpr, H: constexpr, NOPE: constexpr, R: constexpr, V: constexpr, C: constexpr,
-    CONTEXT: constexpr, SCALE: constexpr, Q_EPS: constexpr, EPS: constexpr, N: constexpr, NP: constexpr,
-    HALF: constexpr, HP: constexpr, QB: constexpr, CP: constexpr, BC: constexpr, PRECISION: constexpr, PDL: constexpr,
+    a_ptr, q_ptr, wkv_b_ptr, skv_ptr, kv_norm_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr,
+    out_ptr, layer, TYPE: constexpr, CACHE: constexpr, Q_STRIDE: constexpr, A_STRIDE: constexpr, H: constexpr,
+    NOPE: constexpr, R: constexpr, V: constexpr, C: constexpr, CONTEXT: constexpr, SCALE: constexpr, EPS: constexpr,
+    N: constexpr, NP: constexpr, HALF: constexpr, HP: constexpr, CP: constexpr, BC: constexpr, PRECISION: constexpr,
+    PDL: constexpr,
 ):  # fmt: skip
     """The rotary queries of `MLA._queries`, W_kᵀ q of `_attend_absorbed`, kv_norm, the rotary key, `KVCache.update`.
 
-    Reads q (N, H·(NOPE + R)), and the output of wkv_a, the last C + R columns of a (N, A_STRIDE). For one position,
-    q_norm and wq_b may be given, and then q is their product with the first columns of a. Each of the first programs
-    writes BC of the C numbers that queries of one head have in the latent space, times SCALE; those after them, of one
-    position or head each, the R rotated ones behind these, (N, H, C + R); and those of positions write the latent and
-    the rotary key to the KV cache. Reads W_k once, and wq_b not much more often. Bound by latency.
+    Reads q (N, H·(NOPE + R)), and the output of wkv_a, the last C + R columns of a (N, A_STRIDE). Each of the first
+    programs writes BC of the C numbers that queries of one head have in the latent space, times SCALE; those after
+    them, of one position each, the R rotated ones behind these, (N, H, C + R), and the latent and the rotary key to the
+    KV cache. Reads W_k once. Bound by latency.
     """
     program, half = tl.program_id(0), tl.arange(0, HALF)
     PARTS: constexpr = (C + BC - 1) // BC
-    HEADS: constexpr = H if wq_b_ptr is not None else 0
     if program < H * PARTS:
         _latent_queries(
-            a_ptr, q_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, wkv_b_ptr, skv_ptr, out_ptr, program // PARTS, program % PARTS,
-            TYPE, Q_RANK, Q_STRIDE, H, NOPE, R, V, C, SCALE, Q_EPS, N, NP, QB, BC, PRECISION, PDL,
+            q_ptr, wkv_b_ptr, skv_ptr, out_ptr, program // PARTS, program % PARTS, TYPE, Q_STRIDE, H, NOPE, R, V, C,
+            SCALE, N, NP, BC, PRECISION, PDL,
         )  # fmt: skip
-    elif program < H * PARTS + HEADS:
-        if wq_b_ptr is not None:
-            _rotary_queries(
-                a_ptr, q_norm_ptr, wq_b_ptr, sq_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, program - H * PARTS,
-                Q_RANK, NOPE, R, C, CONTEXT, SCALE, Q_EPS, HALF, QB, PDL,
-            )  # fmt: skip
     else:
-        n, i, is_pair = program - H * PARTS - HEADS, tl.arange(0, CP), half < R // 2
+        n, i, is_pair = program - H * PARTS, tl.arange(0, CP), half < R // 2
         g = tl.load(kv_norm_ptr + i, mask=i < C, other=0.0)
-        _await(PDL)
+        wait_for_kernels(PDL)
         row, capacity, position = tl.load(rows_ptr + n), tl.load(capacity_ptr), tl.load(positions_ptr + n).to(tl.int32)
-        if wq_b_ptr is None:
-            h = tl.minimum(tl.arange(0, HP), H - 1)[:, None]
-            head_ptr = q_ptr + n * Q_STRIDE + h * (NOPE + R) + NOPE
-            even, odd = _rotated(head_ptr, half[None, :], cos_ptr, sin_ptr, position, R, CONTEXT)
-            to_ptr = out_ptr + (n * H + h) * (C + R) + C + half[None, :]
-            tl.store(to_ptr, even * SCALE, mask=is_pair[None, :])
-            tl.store(to_ptr + R // 2, odd * SCALE, mask=is_pair[None, :])
+        h = tl.minimum(tl.arange(0, HP), H - 1)[:, None]
+        head_ptr = q_ptr + n * Q_STRIDE + h * (NOPE + R) + NOPE
+        even, odd = _rotated(head_ptr, half[None, :], cos_ptr, sin_ptr, position, R, CONTEXT)
+        to_ptr = out_ptr + (n * H + h) * (C + R) + C + half[None, :]
+        tl.store(to_ptr, even * SCALE, mask=is_pair[None, :])
+        tl.store(to_ptr + R // 2, odd * SCALE, mask=is_pair[None, :])
         cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(CACHE)) + (row * capacity + position) * (C + R)
         a_ptr += n * A_STRIDE + A_STRIDE - C - R
         if (row >= 0) & (position < capacity):
-            latent = tl.load(a_ptr + i, mask=i < C, other=0.0) * g * _inverse_rms(a_ptr, C, CP, EPS)
+            latent = tl.load(a_ptr + i, mask=i < C, other=0.0) * g * inverse_rms(a_ptr, C, CP, EPS)
             tl.store(cache_ptr + i, latent.to(CACHE), mask=i < C)
             key_even, key_odd = _rotated(a_ptr + C, half, cos_ptr, sin_ptr, position, R, CONTEXT)
             tl.store(cache_ptr + C + half, key_even.to(CACHE), mask=is_pair)
@@ -509,7 +156,7 @@ def _attend_kernel(
     split, n = tl.program_id(0), tl.program_id(1)
     h = tl.program_id(2) * 16 + tl.arange(0, 16)
     is_head = h < H
-    _await(PDL)
+    wait_for_kernels(PDL)
     length = _length(positions_ptr, rows_ptr, capacity_ptr, n)
     row, capacity, cache = tl.load(rows_ptr + n), tl.load(capacity_ptr), tl.load(caches_ptr + layer)
     each = tl.cdiv(tl.cdiv(length, BT), SPLITS) * BT
@@ -557,7 +204,7 @@ def _values_few_kernel(
     BV rows of the head's W_v (V, C), for each position, mostly from L2: bound by latency.
     """
     h, n, v = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV + tl.arange(0, BV)
-    rows, inside, c = h * (NOPE + V) + NOPE + v, v < V, _columns(0, KB)[None, :, :]
+    rows, inside, c = h * (NOPE + V) + NOPE + v, v < V, block_columns(0, KB)[None, :, :]
     w_v = tl.load(wkv_b_ptr + rows[:, None, None] * C + c, mask=inside[:, None, None] & (c < C), other=0.0)
     w_v = w_v.to(tl.float32)
     if skv_ptr is not None:
@@ -566,7 +213,7 @@ def _values_few_kernel(
         at, mask = (rows // BLOCK * BLOCKS)[:, None] + b, inside[:, None] & (b < BLOCKS)
         w_v *= tl.load(skv_ptr + at, mask=mask, other=0.0)[:, :, None]
     s, first = tl.arange(0, SPLITS_P), (n * H + h) * SPLITS
-    _await(PDL)
+    wait_for_kernels(PDL)
     sums = tl.load(sums_ptr + first + s, mask=s < SPLITS, other=float("-inf"))
     best, n_parts = tl.max(sums, axis=0), tl.sum((sums != float("-inf")).to(tl.int32))
     best = tl.where(n_parts > 0, best, 0.0)  # where it is no row's, the output is 0
@@ -579,8 +226,7 @@ def _values_few_kernel(
         total += share
         acc += part * share[:, None, None]
     latent = tl.sum(acc, axis=0) / tl.where(n_parts > 0, tl.sum(total), 1.0)
-    _release(PDL)
-    y = _total(w_v * latent[None, :, :])
+    y = sum_columns(w_v * latent[None, :, :])
     tl.store(out_ptr + (n * H + h) * V + v, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -596,7 +242,7 @@ def _values_kernel(
     """
     h, n, v = tl.program_id(0), tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(2) * BV + tl.arange(0, BV)
     rows, first = h * (NOPE + V) + NOPE + v, (n * H + h) * SPLITS
-    _await(PDL)
+    wait_for_kernels(PDL)
     best = tl.load(sums_ptr + first)  # no parts: the output is 0
     is_row = best != float("-inf")
     best = tl.where(is_row, best, 0.0)
@@ -624,7 +270,7 @@ def _values_kernel(
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(v < V)[None, :])
 
 
-# --- Products with several positions --------------------------------------------------------------------------------
+# --- The ends of a step ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -639,7 +285,7 @@ def _norm_kernel(
     """
     n, d = tl.program_id(0), tl.arange(0, DP)
     g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    _await(PDL)
+    wait_for_kernels(PDL)
     x = tl.load(x_ptr + n * STRIDE + d, mask=d < D, other=0.0)
     for i in tl.static_range(PARTS):
         x += tl.load(parts_ptr + (i * N + n) * D + d, mask=d < D, other=0.0)
@@ -650,191 +296,10 @@ def _norm_kernel(
 
 
 @triton.jit
-def _add_product(acc, x, w, s_ptr, row, start, K: constexpr, PRECISION: constexpr):
-    """acc + x w, with rows from `row` on and columns from `start` on of a matrix (·, K), which are of one block."""
-    if s_ptr is None:
-        acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
-    else:
-        s = tl.load(s_ptr + row // BLOCK * ((K + BLOCK - 1) // BLOCK) + start // BLOCK)
-        acc += tl.dot(x, w.to(x.dtype), input_precision=PRECISION) * s
-    return acc
-
-
-@triton.jit
-def _multiply(
-    acc, x_ptr, w_ptr, s_ptr, row, n_rows, begin, end, STRIDE: constexpr, K: constexpr, N: constexpr, BN: constexpr,
-    BK: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """Adds x Wᵀ to acc (N, BN): x (N, ·) with rows STRIDE apart, BN rows of W (n_rows, K), columns begin to end."""
-    n, o = tl.arange(0, N), row + tl.arange(0, BN)
-    for start in range(begin, end, BK):
-        k = start + tl.arange(0, BK)
-        x = tl.load(x_ptr + n[:, None] * STRIDE + k[None, :], mask=(k < end)[None, :], other=0.0)
-        mask = (o < n_rows)[None, :] & (k < end)[:, None]
-        w = tl.load(w_ptr + o[None, :] * K + k[:, None], mask=mask, other=0.0)
-        acc = _add_product(acc, x, w, s_ptr, row, start, K, PRECISION)
-    return acc
-
-
-@triton.jit
-def _gate_up(
-    x_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, row, n_rows, K: constexpr, ACT: constexpr, N: constexpr, BN: constexpr,
-    BK: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """act(x W1ᵀ) * x W3ᵀ, (N, BN): x (N, K), BN rows of W1 and W3 (n_rows, K)."""
-    n, o = tl.arange(0, N), row + tl.arange(0, BN)
-    gate, up = tl.zeros((N, BN), tl.float32), tl.zeros((N, BN), tl.float32)
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        x = tl.load(x_ptr + n[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-        at, mask = o[None, :] * K + k[:, None], (o < n_rows)[None, :] & (k < K)[:, None]
-        w1, w3 = tl.load(w1_ptr + at, mask=mask, other=0.0), tl.load(w3_ptr + at, mask=mask, other=0.0)
-        gate = _add_product(gate, x, w1, s1_ptr, row, start, K, PRECISION)
-        up = _add_product(up, x, w3, s3_ptr, row, start, K, PRECISION)
-    return _activate(gate, ACT) * up
-
-
-@triton.jit
-def _store_rows(acc, out_ptr, row, n_rows, STRIDE: constexpr, N: constexpr, BN: constexpr):
-    """Stores (N, BN) from column `row` on."""
-    n, o = tl.arange(0, N), row + tl.arange(0, BN)
-    values = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + n[:, None] * STRIDE + o[None, :], values, mask=(o < n_rows)[None, :])
-
-
-@triton.jit
-def _matmul_kernel(
-    x_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, SPLITS: constexpr,
-    N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr, PDL: constexpr,
-):  # fmt: skip
-    """`project` of one or two matrices, A (OA, K) and B (OB, K), for N positions: x (N, K) to (SPLITS, N, OA + OB).
-
-    Program (i, s) takes BN rows of a matrix, and one of SPLITS parts of its columns; the next kernel adds these. Reads
-    the matrices once, x once a program. Bound by memory up to some 200 positions.
-    """
-    tile, split = tl.program_id(0), tl.program_id(1)
-    TILES: constexpr = (OA + BN - 1) // BN
-    EACH: constexpr = ((K + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
-    begin = split * EACH
-    end = tl.minimum(begin + EACH, K)
-    out_ptr += split * (N * (OA + OB))
-    acc = tl.zeros((N, BN), tl.float32)
-    if tile < TILES:
-        row = tile * BN
-        _await(PDL)
-        acc = _multiply(acc, x_ptr, a_ptr, sa_ptr, row, OA, begin, end, K, K, N, BN, BK, PRECISION)
-        _store_rows(acc, out_ptr, row, OA, OA + OB, N, BN)
-    elif b_ptr is not None:
-        row = (tile - TILES) * BN
-        _await(PDL)
-        acc = _multiply(acc, x_ptr, b_ptr, sb_ptr, row, OB, begin, end, K, K, N, BN, BK, PRECISION)
-        _store_rows(acc, out_ptr + OA, row, OB, OA + OB, N, BN)
-
-
-@triton.jit
-def _route_kernel(
-    x_ptr, gate_ptr, bias_ptr, rows_ptr, shares_ptr, E: constexpr, GROUPS: constexpr, LIMITED: constexpr,
-    TOPK: constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, K: constexpr, GP: constexpr, EP: constexpr,
-    BK: constexpr, PDL: constexpr,
-):  # fmt: skip
-    """`Gate.forward` for several positions: the weight of each expert at each, (N, E), 0 of those not chosen.
-
-    Program n takes a position, and none of its experts count if it is no row's. Reads the router's weights (E, K) for
-    each position, from L2. Bound by latency.
-    """
-    n = tl.program_id(0)
-    PER: constexpr = E // GROUPS
-    number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
-    inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
-    acc = tl.zeros((GP, EP, BK), tl.float32)
-    _await(PDL)
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        x = tl.load(x_ptr + n * K + k, mask=k < K, other=0.0).to(tl.float32)
-        mask = inside[:, :, None] & (k < K)[None, None, :]
-        w = tl.load(gate_ptr + number[:, :, None] * K + k[None, None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += w * x[None, None, :]
-    scores, rank = _route(tl.sum(acc, axis=2), bias_ptr, inside, number, LIMITED, GROUPS, SOFTMAX, GP, EP)
-    is_chosen = rank < TOPK
-    if not SOFTMAX:
-        scores /= tl.sum(tl.where(is_chosen, scores, 0.0)) + 1e-20
-    is_chosen &= tl.load(rows_ptr + n) >= 0
-    shares = tl.where(is_chosen, scores * ROUTE_SCALE, 0.0)
-    tl.store(shares_ptr + n * E + tl.reshape(number, (GP * EP,)), shares, mask=tl.reshape(inside, (GP * EP,)))
-
-
-@triton.jit
-def _gate_up_kernel(
-    x_ptr, shares_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr, E: constexpr,
-    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, N: constexpr, BN: constexpr,
-    BK: constexpr, PRECISION: constexpr, PDL: constexpr,
-):  # fmt: skip
-    """w1, w3 and activation of the `Experts`, and of the shared experts or the dense `MLP`, for N positions.
-
-    A program takes BN rows of w1 and w3 of one expert that some position has chosen, for all positions, or of the
-    others. Writes h (N, E·INTER + SHARED), times the weight of the choice: 0 where a position has not chosen an expert.
-    Experts that no position chose are left out here and in `_down_kernel`. Bound by memory up to some 200 positions.
-    """
-    tile, n = tl.program_id(0), tl.arange(0, N)
-    TILES: constexpr = (SHARED + BN - 1) // BN
-    if tile < TILES:
-        row = tile * BN
-        _await(PDL)
-        h = _gate_up(x_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, row, SHARED, K, ACT, N, BN, BK, PRECISION)
-        _store_rows(h, h_ptr + E * INTER, row, SHARED, E * INTER + SHARED, N, BN)
-    elif E > 0:
-        EACH: constexpr = (INTER + BN - 1) // BN
-        expert, row = (tile - TILES) // EACH, (tile - TILES) % EACH * BN
-        start = expert.to(tl.int64) * (INTER * K)
-        w1_ptr, w3_ptr = w1_ptr + start, w3_ptr + start
-        _await(PDL)
-        shares = tl.load(shares_ptr + n * E + expert)
-        if tl.sum((shares != 0).to(tl.int32)) > 0:
-            if s1_ptr is not None:
-                s1_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
-                s3_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
-            h = _gate_up(x_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, row, INTER, K, ACT, N, BN, BK, PRECISION)
-            _store_rows(h * shares[:, None], h_ptr + expert * INTER, row, INTER, E * INTER + SHARED, N, BN)
-
-
-@triton.jit
-def _down_kernel(
-    h_ptr, shares_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, out_ptr, E: constexpr, INTER: constexpr, SHARED: constexpr,
-    D: constexpr, SPLITS: constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr, PDL: constexpr,
-):  # fmt: skip
-    """w2 of the `Experts` and of the shared experts or the dense `MLP`, for N positions: (SPLITS, N, D), to be added.
-
-    Program (i, s) takes BN numbers of the result, every SPLITS-th expert from s on, if some position has chosen it, and
-    one of SPLITS parts of the others. The choice's weights are in h (N, E·INTER + SHARED). Bound by memory.
-    """
-    row, split = tl.program_id(0) * BN, tl.program_id(1)
-    EACH: constexpr = ((SHARED + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
-    WIDTH: constexpr = E * INTER + SHARED
-    n, begin = tl.arange(0, N), split * EACH
-    acc = tl.zeros((N, BN), tl.float32)
-    _await(PDL)
-    for expert in range(split, E, SPLITS):
-        if tl.sum((tl.load(shares_ptr + n * E + expert) != 0).to(tl.int32)) > 0:
-            expert_ptr = w2_ptr + tl.cast(expert, tl.int64) * (D * INTER)
-            scale_ptr = s2_ptr
-            if s2_ptr is not None:
-                scale_ptr = s2_ptr + expert * ((D + BLOCK - 1) // BLOCK * ((INTER + BLOCK - 1) // BLOCK))
-            h = h_ptr + expert * INTER
-            acc = _multiply(acc, h, expert_ptr, scale_ptr, row, D, 0, INTER, WIDTH, INTER, N, BN, BK, PRECISION)
-    if SHARED > 0:
-        end, h = tl.minimum(begin + EACH, SHARED), h_ptr + E * INTER
-        acc = _multiply(acc, h, shared_ptr, ss_ptr, row, D, begin, end, WIDTH, SHARED, N, BN, BK, PRECISION)
-    _store_rows(acc, out_ptr + split * (N * D), row, D, D, N, BN)
-
-
-# --- The ends of a step ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
 def _embed_kernel(tokens_ptr, w_ptr, x_ptr, D: constexpr, DP: constexpr, PDL: constexpr):
     """`Transformer.embed`: program n copies the embedding (D,) of a token to the residual stream, in float32."""
     n, d = tl.program_id(0), tl.arange(0, DP)
-    _await(PDL)
+    wait_for_kernels(PDL)
     token = tl.load(tokens_ptr + n)
     row = tl.load(w_ptr + token * D + d, mask=d < D, other=0.0)
     tl.store(x_ptr + n * D + d, row.to(tl.float32), mask=d < D)
@@ -852,7 +317,7 @@ def _choose_kernel(
     goes to the same place of `chosen`, and to `tokens`; the position advances. Computes in float64, bound by latency.
     """
     n, v = tl.program_id(0), tl.arange(0, VP)
-    _await(PDL)
+    wait_for_kernels(PDL)
     logits = tl.load(logits_ptr + n * V + v, mask=v < V, other=float("-inf"))
     n_bad = tl.sum((logits != logits).to(tl.int32))
     logits = tl.where(logits == logits, logits, float("-inf"))
@@ -927,9 +392,6 @@ class Step:
         self.shared, self.on_gpu = args.n_shared_experts * args.moe_inter_dim, device.type == "cuda"
         self.is_hopper = self.on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
         self.precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
-        # for one position, W_q of a head is so small that the product with it is part of another kernel
-        longest = max(_power(args.qk_nope_head_dim), args.qk_rope_head_dim)
-        self.has_short_heads = n == 1 and 0 < longest * _power(args.q_lora_rank, 128) * bool(args.q_lora_rank) <= 16384
         self.kept: dict[torch.Tensor, torch.Tensor] = {}
         # so many parts of the positions that programs fill a GPU, whatever the lengths are
         self.splits = min(-(-args.max_seq_len // SPAN), max(128 // (n * -(-args.n_heads // 16)), 4))
@@ -950,8 +412,8 @@ class Step:
         floats = partial(torch.zeros, device=device, dtype=torch.float32)
         own = partial(torch.zeros, device=device, dtype=self.dtype)
         own_or_float = floats if n == 1 else own
-        # parts of sums over columns, with so many programs that they fill a GPU
-        self.n_parts = 4, min(_power(-(-2 * SMS // -(-args.dim // 64))), 16)
+        # parts of the sums over columns of wo, and of w2, so many that programs fill a GPU
+        self.n_parts = 4, min(_power(PROGRAMS // 2 // -(-args.dim // 64) + 1, 4), 16)
         queries = args.n_heads * self.attn.qk_head_dim
         self.a, self.q_normed = floats(n, (args.q_lora_rank or queries) + latent), own(n, args.q_lora_rank)
         self.queries, self.q = floats(n, queries) if args.q_lora_rank else self.a, floats(n, args.n_heads, latent)
@@ -1001,7 +463,7 @@ class Step:
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
         if "PDL" in kernel.arg_names:
-            constants["PDL"] = PDL_MODE if self.is_hopper else 0
+            constants["PDL"] = self.is_hopper and self.n == 1  # kernels of several positions last longer
             constants |= {"launch_pdl": True} if constants["PDL"] else {}
         kernel[grid](*args, **constants, num_warps=num_warps)
 
@@ -1016,55 +478,46 @@ class Step:
             self.kept[tensor] = tensor.detach().float().contiguous()
         return self.kept[tensor]
 
-    def _rows(self, w: torch.Tensor, height: int, matrices: int = 1) -> dict[str, Any]:
+    def _rows(self, height: int, width: int, matrices: int = 1) -> dict[str, Any]:
         """Rows and blocks of columns that a program of a product with one position takes."""
-        blocks, tile = _power(-(-w.shape[-1] // 128)), TILE
+        blocks = _power(-(-width // 128))
         rows = min(max(_power(-(-height // PROGRAMS)), 1), 8)
-        return {"R": rows, "KB": min(blocks, max(tile // (rows * matrices), 1)), "num_warps": WARPS}
+        return {"R": rows, "KB": min(blocks, max(TILE // (rows * matrices), 1)), "num_warps": WARPS}
 
     def _norm(self, norm: RMSNorm, x: torch.Tensor, out: torch.Tensor, n_parts: int = 0) -> None:
         """Adds so many updates to the residual stream, or none to another x, and norms it."""
-        size = len(norm.weight)
+        buffers, size = (x, self.updates, self._float(norm.weight), out), len(norm.weight)
         shape = self.height, size, x.shape[-1], n_parts, norm.eps
-        self._launch(
-            _norm_kernel,
-            (self.n,),
-            x,
-            self.updates,
-            self._float(norm.weight),
-            out,
-            *shape,
-            DP=_power(size),
-            num_warps=8,
-        )
+        self._launch(_norm_kernel, (self.n,), *buffers, *shape, DP=_power(size), num_warps=8)
 
     def _project(
         self, x: torch.Tensor, norm: RMSNorm | None, out: torch.Tensor, a: Matrix, b: Matrix | None = None,
         add: bool = False,
     ) -> None:  # fmt: skip
-        """`_project_kernel` or `_matmul_kernel`; for several positions x is normed, and `add` writes updates."""
+        """`project_kernel` or `matmul_kernel`; for several positions x is normed, and `add` writes updates."""
         width, heights = a.w.shape[-1], [a.w.shape[-2], 0 if b is None else b.w.shape[-2]]
         second = (None, None) if b is None else b
         if self.n == 1:
-            tiles = self._rows(a.w, sum(heights))
+            tiles = self._rows(sum(heights), width)
             grid = sum(-(-height // tiles["R"]) for height in heights)
             weight, eps = (None, 0.0) if norm is None else (self._float(norm.weight), norm.eps)
             buffers = x, weight, *a, *second, out
-            self._launch(_project_kernel, (grid,), *buffers, *heights, width, _power(width), eps, add, **tiles)
+            self._launch(project_kernel, (grid,), *buffers, *heights, width, _power(width), eps, add, **tiles)
         else:
             splits = self.n_parts[0] if add else 1
             tiles = self._tiles(sum(heights), splits)
             grid = sum(-(-height // tiles["BN"]) for height in heights)
             buffers = x, *a, *second, self.updates if add else out
-            self._launch(_matmul_kernel, (grid, splits), *buffers, *heights, width, splits, **tiles)
+            stages = 4 if self.is_hopper else 3
+            shape = *heights, width, splits
+            self._launch(matmul_kernel, (grid, splits), *buffers, *shape, **tiles, num_stages=stages)
 
     def _tiles(self, height: int, splits: int, matrices: int = 1) -> dict[str, Any]:
         """Rows of a matrix and columns that a program of a product with several positions takes."""
-        least = SMS * 3 // 4
-        rows = 64 if height * splits >= 64 * least and self.is_hopper else 32 if height * splits >= 32 * least else 16
-        columns = 64 if self.dtype == torch.float32 else COLUMNS
-        tiles = {"N": self.height, "BN": rows, "BK": columns, "PRECISION": self.precision}
-        return tiles | {"num_stages": STAGES if self.is_hopper else 3, "num_warps": 8 if rows * matrices > 64 else 4}
+        most = 32 if self.dtype == torch.float32 else 64  # which some GPUs have shared memory for
+        rows = next((rows for rows in (64, 32) if rows <= most and height * splits * 5 >= rows * PROGRAMS), 16)
+        tiles = {"N": self.height, "BN": rows, "BK": COLUMNS, "PRECISION": self.precision}
+        return tiles | {"num_warps": 8 if rows * matrices > 64 else 4}
 
     def _block(self, index: int, block: Block, n_parts: int) -> None:
         """Launches a block; the updates of the one before, so many, are not added yet."""
@@ -1073,7 +526,7 @@ class Step:
             self._norm(block.attn_norm, self.x, first := self.normed, n_parts)
         wq = attn.wq_a if attn.q_lora_rank else attn.wq
         self._project(first, block.attn_norm, self.a, self._matrix(wq), self._matrix(attn.wkv_a))
-        if attn.q_lora_rank and not self.has_short_heads:
+        if attn.q_lora_rank:
             if self.n > 1:
                 self._norm(attn.q_norm, self.a, self.q_normed)
             x = self.a if self.n == 1 else self.q_normed
@@ -1091,34 +544,25 @@ class Step:
         heads, rank, rope, nope = args.n_heads, args.kv_lora_rank, args.qk_rope_head_dim, args.qk_nope_head_dim
         n, cp, norm = self.n, _power(rank, 16), self._float(attn.kv_norm.weight)
         wkv_b, where = self._matrix(attn.wkv_b), (self.positions, self.rows, self.caches, self.capacity)
-        rows, q_rank = _power(nope, 16), args.q_lora_rank
+        rows = _power(nope, 16)
         columns, scale = min(cp, max(8192 // rows, 16), 128), attn.softmax_scale * math.log2(math.e)
-        wq_b, n_programs = (None, None, None), heads * -(-rank // columns) + n
-        if self.has_short_heads:
-            wq_b, n_programs = (self._float(attn.q_norm.weight), *self._matrix(attn.wq_b)), n_programs + heads
         self._launch(
-            _queries_kernel, (n_programs,), self.a, self.queries, *wq_b, *wkv_b, norm, self.cos, self.sin, *where,
-            self.q, index, TYPES[self.dtype], TYPES[self.cache_dtype], q_rank, self.queries.shape[-1], self.a.shape[-1],
-            heads, nope, rope, args.v_head_dim, rank, args.max_seq_len, scale, attn.q_norm.eps if q_rank else 0.0,
-            LATENT_NORM_EPS, N=self.height, NP=rows, HALF=_power(rope // 2), HP=_power(heads),
-            QB=_power(-(-q_rank // 128)), CP=cp, BC=columns, PRECISION=self.precision,
-            num_warps=8 if self.has_short_heads else 4,
+            _queries_kernel, (heads * -(-rank // columns) + n,), self.a, self.queries, *wkv_b, norm, self.cos, self.sin,
+            *where, self.q, index, TYPES[self.dtype], TYPES[self.cache_dtype], self.queries.shape[-1], self.a.shape[-1],
+            heads, nope, rope, args.v_head_dim, rank, args.max_seq_len, scale, LATENT_NORM_EPS, N=self.height, NP=rows,
+            HALF=_power(rope // 2), HP=_power(heads), CP=cp, BC=columns, PRECISION=self.precision,
         )  # fmt: skip
         self._launch(
             _attend_kernel, (self.splits, n, -(-heads // 16)), self.q, *where, self.parts, self.sums, index,
             TYPES[self.dtype], TYPES[self.cache_dtype], heads, rank, rope, self.splits, CP=cp, RP=_power(rope, 16),
-            BT=SPAN, PRECISION=self.precision, num_warps=ATTEND_WARPS,
+            BT=SPAN, PRECISION=self.precision,
         )  # fmt: skip
         parts = self.parts, self.sums, *wkv_b, self.values
-        shape = {"H": heads, "NOPE": nope, "V": args.v_head_dim, "C": rank, "SPLITS": self.splits}
+        shape: dict[str, Any] = {"H": heads, "NOPE": nope, "V": args.v_head_dim, "C": rank, "SPLITS": self.splits}
         if n < 16:
-            blocks = _power(-(-rank // 128))
+            blocks, splits = _power(-(-rank // 128)), _power(self.splits)
             rows = min(max((32 if n == 1 else 128) // blocks, 4), _power(args.v_head_dim))
-            shape |= {
-                "KB": blocks,
-                "SPLITS_P": _power(self.splits),
-                "BS": min(_power(self.splits), max(32 // blocks, 1)),
-            }
+            shape |= {"KB": blocks, "SPLITS_P": splits, "BS": min(splits, max(32 // blocks, 1))}
             self._launch(_values_few_kernel, (heads, n, -(-args.v_head_dim // rows)), *parts, **shape, BV=rows)
         else:
             rows = 64 if args.v_head_dim > 32 else 32
@@ -1154,17 +598,17 @@ class Step:
         constants, bias = self._router(moe)
         n_chosen = constants["TOPK"]
         shape: dict[str, Any] = {"D": args.dim, "INTER": width, "TOPK": n_chosen, "SHARED": other_width}
-        tiles = self._rows((routed if moe else other)[0].w, n_chosen * width + other_width, 2)
+        tiles = self._rows(n_chosen * width + other_width, args.dim, 2)
         grid = -(-other_width // tiles["R"]) + n_chosen * -(-width // tiles["R"])
         self._launch(
-            _gate_up_one_kernel, (grid,), self.x, self._float(block.ffn_norm.weight), self.router_logits, bias,
+            gate_up_one_kernel, (grid,), self.x, self._float(block.ffn_norm.weight), self.router_logits, bias,
             *routed[0], *routed[1], *other[0], *other[1], self.h, self.experts, self.weights, INTER=width,
             SHARED=other_width, K=args.dim, KP=_power(args.dim), EPS=block.ffn_norm.eps, ACT=args.hidden_act,
             **constants, **tiles,
         )  # fmt: skip
-        tiles = self._rows((routed if moe else other)[2].w, args.dim)
+        tiles = self._rows(args.dim, max(width, other_width))
         buffers = self.h, self.experts, self.weights, *routed[2], *other[2], self.x
-        self._launch(_down_one_kernel, (-(-args.dim // tiles["R"]),), *buffers, **shape, **tiles)
+        self._launch(down_one_kernel, (-(-args.dim // tiles["R"]),), *buffers, **shape, **tiles)
 
     def _experts(self, block: Block) -> None:
         """The feed-forward layer for several positions; its updates are to be added."""
@@ -1174,19 +618,19 @@ class Step:
         if moe is not None:
             buffers = self.normed, moe.gate.weight, bias, self.rows, self.shares
             columns = min(max(ROUTED // (constants["GP"] * constants["EP"]), 16), _power(args.dim))
-            self._launch(_route_kernel, (self.n,), *buffers, **constants, K=args.dim, BK=columns, num_warps=8)
+            self._launch(route_kernel, (self.n,), *buffers, **constants, K=args.dim, BK=columns, num_warps=8)
         tiles = self._tiles(n_experts * width + other_width, 1, 2)
         grid = n_experts * -(-width // tiles["BN"]) + -(-other_width // tiles["BN"])
         weights = *routed[0], *routed[1], *other[0], *other[1]
         shape = {"E": n_experts, "INTER": width, "SHARED": other_width}
         self._launch(
-            _gate_up_kernel, (grid,), self.normed, self.shares, *weights, self.h, K=args.dim, ACT=args.hidden_act,
+            gate_up_kernel, (grid,), self.normed, self.shares, *weights, self.h, K=args.dim, ACT=args.hidden_act,
             **shape, **tiles,
         )  # fmt: skip
         splits = self.n_parts[1]
         tiles, buffers = self._tiles(args.dim, splits), (self.h, self.shares, *routed[2], *other[2], self.updates)
         grid = -(-args.dim // tiles["BN"]), splits
-        self._launch(_down_kernel, grid, *buffers, D=args.dim, SPLITS=splits, **shape, **tiles)
+        self._launch(down_kernel, grid, *buffers, D=args.dim, SPLITS=splits, **shape, **tiles)
 
     def _end(self, norm: RMSNorm) -> None:
         """The last norm, whose output the head and MTP modules read, and the head."""
