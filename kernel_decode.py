@@ -48,7 +48,7 @@ MAX_VOCAB, MAX_EXPERTS, MAX_CONTEXT = 1024, 512, 1 << 20
 SPAN = 32  # positions that attention reads at a time
 MAX_STEPS = 32  # of a block
 POSITIONS = (1, 4, 16, 64)  # numbers of positions that there are steps for
-PROGRAMS, TILE, WARPS = 528, 32, 4  # of a product with one position, the tile in blocks of 128 numbers
+PROGRAMS, TILE, WARPS = 528, 64, 4  # of a product with one position, the tile in blocks of 128 numbers
 COLUMNS, ROUTED = 64, 16384  # that a program multiplies at a time with several positions, and numbers of a router's
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -479,10 +479,10 @@ class Step:
         return self.kept[tensor]
 
     def _rows(self, height: int, width: int, matrices: int = 1) -> dict[str, Any]:
-        """Rows and blocks of columns that a program of a product with one position takes."""
-        blocks = _power(-(-width // 128))
-        rows = min(max(_power(-(-height // PROGRAMS)), 1), 8)
-        return {"R": rows, "KB": min(blocks, max(TILE // (rows * matrices), 1)), "num_warps": WARPS}
+        """Rows that a program of a product with one position takes, in all and at a time, and blocks of columns."""
+        rows, blocks = min(_power(-(-height // PROGRAMS)), 16), _power(-(-width // 128))
+        some = min(max(TILE // (blocks * matrices), 1), rows)
+        return {"ROWS": rows, "R": some, "KB": blocks, "num_warps": WARPS if blocks <= 16 else 2 * WARPS}
 
     def _norm(self, norm: RMSNorm, x: torch.Tensor, out: torch.Tensor, n_parts: int = 0) -> None:
         """Adds so many updates to the residual stream, or none to another x, and norms it."""
@@ -499,10 +499,10 @@ class Step:
         second = (None, None) if b is None else b
         if self.n == 1:
             tiles = self._rows(sum(heights), width)
-            grid = sum(-(-height // tiles["R"]) for height in heights)
+            grid = sum(-(-height // tiles["ROWS"]) for height in heights)
             weight, eps = (None, 0.0) if norm is None else (self._float(norm.weight), norm.eps)
             buffers = x, weight, *a, *second, out
-            self._launch(project_kernel, (grid,), *buffers, *heights, width, _power(width), eps, add, **tiles)
+            self._launch(project_kernel, (grid,), *buffers, *heights, width, eps, add, **tiles)
         else:
             splits = self.n_parts[0] if add else 1
             tiles = self._tiles(sum(heights), splits)
@@ -599,16 +599,17 @@ class Step:
         n_chosen = constants["TOPK"]
         shape: dict[str, Any] = {"D": args.dim, "INTER": width, "TOPK": n_chosen, "SHARED": other_width}
         tiles = self._rows(n_chosen * width + other_width, args.dim, 2)
-        grid = -(-other_width // tiles["R"]) + n_chosen * -(-width // tiles["R"])
+        grid = -(-other_width // tiles["ROWS"]) + n_chosen * -(-width // tiles["ROWS"])
         self._launch(
             gate_up_one_kernel, (grid,), self.x, self._float(block.ffn_norm.weight), self.router_logits, bias,
             *routed[0], *routed[1], *other[0], *other[1], self.h, self.experts, self.weights, INTER=width,
-            SHARED=other_width, K=args.dim, KP=_power(args.dim), EPS=block.ffn_norm.eps, ACT=args.hidden_act,
+            SHARED=other_width, K=args.dim, EPS=block.ffn_norm.eps, ACT=args.hidden_act,
             **constants, **tiles,
         )  # fmt: skip
-        tiles = self._rows(args.dim, max(width, other_width))
+        rows = min(_power(-(-args.dim // PROGRAMS)), 8)
+        blocks = min(_power(-(-max(width, other_width) // 128)), TILE // rows)
         buffers = self.h, self.experts, self.weights, *routed[2], *other[2], self.x
-        self._launch(down_one_kernel, (-(-args.dim // tiles["R"]),), *buffers, **shape, **tiles)
+        self._launch(down_one_kernel, (-(-args.dim // rows),), *buffers, **shape, R=rows, KB=blocks)
 
     def _experts(self, block: Block) -> None:
         """The feed-forward layer for several positions; its updates are to be added."""

@@ -1,8 +1,11 @@
 """Products of matrices with one position, or up to 64, in decoding: Triton kernels that kernel_decode.py launches.
 
-For one position, a product with a matrix is bound by memory: a program takes a few rows, and multiplies in float32. For
-more positions, tensor cores multiply. Experts are then divided among programs, not positions: each reads its weights
-once, for all rows, and experts that no position chose are skipped.
+For one position, a product with a matrix is bound by memory: a program takes a few rows, and multiplies in float32. It
+keeps the vector in registers, and loads the next rows while it multiplies some. Loops over rows are unrolled: a tile
+that a loop carries is taken apart number by number, which for FP8 costs as much as the product.
+
+For more positions, tensor cores multiply. Experts are then divided among programs, not positions: each reads its
+weights once, for all rows, and experts that no position chose are skipped.
 
 All sums are in float32; the factors of products by tensor cores are in the model's dtype. Weights are read as they are
 stored, FP8 ones with a scale per block of 128×128.
@@ -35,7 +38,7 @@ def wait_for_kernels(PDL: constexpr):
 @triton.jit
 def block_columns(block, KB: constexpr):
     """Numbers of KB·128 columns from 128·block on, (KB, 128)."""
-    return (block + tl.arange(0, KB))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return (tl.arange(0, KB) + block)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
@@ -58,28 +61,9 @@ def _scaled(x, s_ptr, row, block, K: constexpr, KB: constexpr):
     """A part of a vector (KB, 128) times the scales of a row's blocks, where the matrix is in FP8."""
     if s_ptr is not None:
         BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-        b = block + tl.arange(0, KB)
+        b = tl.arange(0, KB) + block
         x *= tl.load(s_ptr + row // BLOCK * BLOCKS + b, mask=b < BLOCKS, other=0.0)[:, None]
     return x
-
-
-@triton.jit
-def _accumulate(acc, w, w_ptr, s_ptr, row, x_ptr, g_ptr, HEIGHT: constexpr, K: constexpr, R: constexpr, KB: constexpr):
-    """Adds R rows of a matrix, of one block, times `x · g`, not summed over columns yet: (R, KB, 128).
-
-    `w` is the first tile; the next one is loaded while one is multiplied.
-    """
-    BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-    for block in range(0, BLOCKS, KB):
-        following = w
-        if BLOCKS > KB:
-            following = _tile(w_ptr, row, block + KB, HEIGHT, K, R, KB)
-        x = _vector(x_ptr, block, K, KB)
-        if g_ptr is not None:
-            x *= _vector(g_ptr, block, K, KB)
-        acc += w.to(tl.float32) * _scaled(x, s_ptr, row, block, K, KB)[None, :, :]
-        w = following
-    return acc
 
 
 @triton.jit
@@ -96,44 +80,52 @@ def inverse_rms(x_ptr, K: constexpr, KP: constexpr, EPS: constexpr):
 
 
 @triton.jit
-def _project_rows(
-    x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, row, HEIGHT: constexpr, K: constexpr, KP: constexpr, EPS: constexpr,
-    ADD: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
-):  # fmt: skip
-    """R rows of `W x`, or of `W norm(x)` where there are a norm's weights g."""
-    rows = row + tl.arange(0, R)
-    w = _tile(w_ptr, row, 0, HEIGHT, K, R, KB)
-    wait_for_kernels(PDL)
-    acc = tl.zeros((R, KB, BLOCK), tl.float32)
-    y = sum_columns(_accumulate(acc, w, w_ptr, s_ptr, row, x_ptr, g_ptr, HEIGHT, K, R, KB))
+def _normed(x_ptr, g_ptr, K: constexpr, EPS: constexpr, KB: constexpr):
+    """RMSNorm of a vector (K,) with weights g, (KB, 128); or the vector itself without g."""
+    x = _vector(x_ptr, 0, K, KB)
     if g_ptr is not None:
-        y *= inverse_rms(x_ptr, K, KP, EPS)
-    if ADD:
-        y += tl.load(out_ptr + rows, mask=rows < HEIGHT, other=0.0)
-    tl.store(out_ptr + rows, y, mask=rows < HEIGHT)
+        x *= tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / K + EPS) * _vector(g_ptr, 0, K, KB)
+    return x
+
+
+@triton.jit
+def _project_rows(
+    x_ptr, g_ptr, w_ptr, s_ptr, out_ptr, first, HEIGHT: constexpr, K: constexpr, EPS: constexpr, ADD: constexpr,
+    ROWS: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
+):  # fmt: skip
+    """ROWS rows, of one block, of `W x`, or of `W norm(x)` where there are a norm's weights g; R at a time."""
+    w = _tile(w_ptr, first, 0, HEIGHT, K, R, KB)
+    wait_for_kernels(PDL)
+    x = _scaled(_normed(x_ptr, g_ptr, K, EPS, KB), s_ptr, first, 0, K, KB)
+    for i in tl.static_range(0, ROWS, R):
+        following = w
+        if i + R < ROWS:
+            following = _tile(w_ptr, first + i + R, 0, HEIGHT, K, R, KB)
+        y, rows = sum_columns(w.to(tl.float32) * x[None, :, :]), first + i + tl.arange(0, R)
+        if ADD:
+            y += tl.load(out_ptr + rows, mask=rows < HEIGHT, other=0.0)
+        tl.store(out_ptr + rows, y, mask=rows < HEIGHT)
+        w = following
 
 
 @triton.jit
 def project_kernel(
-    x_ptr, g_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, KP: constexpr,
-    EPS: constexpr, ADD: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
+    x_ptr, g_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, EPS: constexpr,
+    ADD: constexpr, ROWS: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """`project` of one or two matrices, A (OA, K) and B (OB, K), and the RMSNorm before it; for one position.
 
     Of `MLA.forward`: attn_norm, and wq_a or wq with wkv_a; and wo with the residual sum (ADD). Also ffn_norm and the
-    router's logits, and the head. Program i takes R rows. Reads the matrices once, the vector x (K,) in each program
+    router's logits, and the head. Program i takes ROWS rows. Reads the matrices once, the vector x (K,) in each program
     (from L2). Bound by memory.
     """
     tile = tl.program_id(0)
-    TILES: constexpr = (OA + R - 1) // R
-    if b_ptr is None:
-        _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile * R, OA, K, KP, EPS, ADD, R, KB, PDL)
-    else:
-        if tile < TILES:
-            _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile * R, OA, K, KP, EPS, ADD, R, KB, PDL)
-        else:
-            row = (tile - TILES) * R
-            _project_rows(x_ptr, g_ptr, b_ptr, sb_ptr, out_ptr + OA, row, OB, K, KP, EPS, ADD, R, KB, PDL)
+    TILES: constexpr = (OA + ROWS - 1) // ROWS
+    if tile < TILES:
+        _project_rows(x_ptr, g_ptr, a_ptr, sa_ptr, out_ptr, tile * ROWS, OA, K, EPS, ADD, ROWS, R, KB, PDL)
+    elif b_ptr is not None:
+        first = (tile - TILES) * ROWS
+        _project_rows(x_ptr, g_ptr, b_ptr, sb_ptr, out_ptr + OA, first, OB, K, EPS, ADD, ROWS, R, KB, PDL)
 
 
 @triton.jit
@@ -149,23 +141,22 @@ def _activate(gate, ACT: constexpr):
 
 @triton.jit
 def _gate_up_rows(
-    x_ptr, g_ptr, w1, w3, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, row, INTER: constexpr, K: constexpr, KP: constexpr,
-    EPS: constexpr, ACT: constexpr, R: constexpr, KB: constexpr,
+    x_ptr, g_ptr, w1, w3, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr, first, INTER: constexpr, K: constexpr, EPS: constexpr,
+    ACT: constexpr, ROWS: constexpr, R: constexpr, KB: constexpr,
 ):  # fmt: skip
-    """R numbers of `act(w1 h) * w3 h`, h = norm(x); the first tiles of w1 and w3 are given."""
-    BLOCKS: constexpr = (K + BLOCK - 1) // BLOCK
-    gate, up = tl.zeros((R, KB, BLOCK), tl.float32), tl.zeros((R, KB, BLOCK), tl.float32)
-    for block in range(0, BLOCKS, KB):
+    """ROWS numbers, of one block, of `act(w1 h) * w3 h`, h = norm(x), R at a time; the first tiles are given."""
+    x = _normed(x_ptr, g_ptr, K, EPS, KB)
+    x1, x3 = _scaled(x, s1_ptr, first, 0, K, KB), _scaled(x, s3_ptr, first, 0, K, KB)
+    for i in tl.static_range(0, ROWS, R):
         next1, next3 = w1, w3
-        if BLOCKS > KB:
-            next1 = _tile(w1_ptr, row, block + KB, INTER, K, R, KB)
-            next3 = _tile(w3_ptr, row, block + KB, INTER, K, R, KB)
-        x = _vector(x_ptr, block, K, KB) * _vector(g_ptr, block, K, KB)
-        gate += w1.to(tl.float32) * _scaled(x, s1_ptr, row, block, K, KB)[None, :, :]
-        up += w3.to(tl.float32) * _scaled(x, s3_ptr, row, block, K, KB)[None, :, :]
+        if i + R < ROWS:
+            next1 = _tile(w1_ptr, first + i + R, 0, INTER, K, R, KB)
+            next3 = _tile(w3_ptr, first + i + R, 0, INTER, K, R, KB)
+        gate = sum_columns(w1.to(tl.float32) * x1[None, :, :])
+        up = sum_columns(w3.to(tl.float32) * x3[None, :, :])
+        rows = first + i + tl.arange(0, R)
+        tl.store(h_ptr + rows, _activate(gate, ACT) * up, mask=rows < INTER)
         w1, w3 = next1, next3
-    r, rows = inverse_rms(x_ptr, K, KP, EPS), row + tl.arange(0, R)
-    tl.store(h_ptr + rows, _activate(sum_columns(gate) * r, ACT) * (sum_columns(up) * r), mask=rows < INTER)
 
 
 @triton.jit
@@ -173,27 +164,26 @@ def gate_up_one_kernel(
     x_ptr, g_ptr, logits_ptr, bias_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr,
     h_ptr, chosen_ptr, weights_ptr, E: constexpr, GROUPS: constexpr, LIMITED: constexpr, TOPK: constexpr,
     SOFTMAX: constexpr, ROUTE_SCALE: constexpr, GP: constexpr, EP: constexpr, INTER: constexpr, SHARED: constexpr,
-    K: constexpr, KP: constexpr, EPS: constexpr, ACT: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
+    K: constexpr, EPS: constexpr, ACT: constexpr, ROWS: constexpr, R: constexpr, KB: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """w1, w3 and activation of the chosen `Experts`, and of the shared ones or the dense `MLP`, for one position.
 
-    Also ffn_norm, and the rest of `Gate.forward`. The first programs take R rows of w1 and w3 (SHARED, K), each of the
-    others R of those of one chosen expert (INTER, K). Writes h (TOPK·INTER + SHARED,), and the chosen experts' numbers
-    and weights (TOPK,). Reads the weights of no other experts. Bound by memory.
+    Also ffn_norm, and the rest of `Gate.forward`. The first programs take ROWS rows of w1 and w3 (SHARED, K), each of
+    the others as many of those of one chosen expert (INTER, K). Writes h (TOPK·INTER + SHARED,), and the chosen
+    experts' numbers and weights (TOPK,). Reads the weights of no other experts. Bound by memory.
     """
     tile = tl.program_id(0)
-    TILES: constexpr = (SHARED + R - 1) // R
+    TILES: constexpr = (SHARED + ROWS - 1) // ROWS
     if tile < TILES:
-        row = tile * R
-        w1 = _tile(shared1_ptr, row, 0, SHARED, K, R, KB)
-        w3 = _tile(shared3_ptr, row, 0, SHARED, K, R, KB)
+        row = tile * ROWS
+        w1, w3 = _tile(shared1_ptr, row, 0, SHARED, K, R, KB), _tile(shared3_ptr, row, 0, SHARED, K, R, KB)
         wait_for_kernels(PDL)
         _gate_up_rows(
-            x_ptr, g_ptr, w1, w3, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr + TOPK * INTER, row, SHARED, K, KP,
-            EPS, ACT, R, KB,
+            x_ptr, g_ptr, w1, w3, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr + TOPK * INTER, row, SHARED, K, EPS,
+            ACT, ROWS, R, KB,
         )  # fmt: skip
     elif TOPK > 0:
-        row, slot = (tile - TILES) // TOPK * R, (tile - TILES) % TOPK
+        row, slot = (tile - TILES) // TOPK * ROWS, (tile - TILES) % TOPK
         PER: constexpr = E // GROUPS
         number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
         inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
@@ -204,8 +194,7 @@ def gate_up_one_kernel(
         expert = tl.minimum(tl.sum(tl.where(rank == slot, number, 0)), E - 1)  # of scores that are no numbers, too
         start = expert.to(tl.int64) * (INTER * K)
         w1_ptr, w3_ptr = w1_ptr + start, w3_ptr + start
-        w1 = _tile(w1_ptr, row, 0, INTER, K, R, KB)
-        w3 = _tile(w3_ptr, row, 0, INTER, K, R, KB)
+        w1, w3 = _tile(w1_ptr, row, 0, INTER, K, R, KB), _tile(w3_ptr, row, 0, INTER, K, R, KB)
         if row == 0:
             weight = tl.sum(tl.where(rank == slot, scores, 0.0))
             if not SOFTMAX:
@@ -216,8 +205,8 @@ def gate_up_one_kernel(
             s1_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
             s3_ptr += expert * ((INTER + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK))
         _gate_up_rows(
-            x_ptr, g_ptr, w1, w3, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr + slot * INTER, row, INTER, K, KP, EPS, ACT, R,
-            KB,
+            x_ptr, g_ptr, w1, w3, w1_ptr, s1_ptr, w3_ptr, s3_ptr, h_ptr + slot * INTER, row, INTER, K, EPS, ACT, ROWS,
+            R, KB,
         )  # fmt: skip
 
 
@@ -259,15 +248,20 @@ def _ranks(values, n: constexpr):
 
 
 @triton.jit
-def _chosen_tile(
-    w2_ptr, chosen_ptr, i, row, D: constexpr, INTER: constexpr, TOPK: constexpr, R: constexpr, KB: constexpr
-):
-    """Of R rows of w2 of the chosen experts, one expert after the other: tile i, if there is one."""
-    TILES: constexpr = ((INTER + BLOCK - 1) // BLOCK + KB - 1) // KB
-    i = tl.cast(i, tl.int32)
-    slot = i // TILES
-    expert = tl.load(chosen_ptr + slot, mask=slot < TOPK, other=0).to(tl.int64)
-    return _tile(w2_ptr + expert * (D * INTER), tl.where(slot < TOPK, row, D), i % TILES * KB, D, INTER, R, KB)
+def _down_tile(
+    w2_ptr, shared_ptr, chosen_ptr, i: constexpr, row, D: constexpr, INTER: constexpr, SHARED: constexpr,
+    R: constexpr, KB: constexpr,
+):  # fmt: skip
+    """Tile i of R rows of the shared experts' or dense MLP's w2, followed by those of the chosen experts."""
+    N_SHARED: constexpr = (SHARED + BLOCK * KB - 1) // (BLOCK * KB)
+    EACH: constexpr = max((INTER + BLOCK * KB - 1) // (BLOCK * KB), 1)
+    if i < N_SHARED:
+        w = _tile(shared_ptr, row, i * KB, D, SHARED, R, KB)
+    else:
+        slot = (i - N_SHARED) // EACH
+        expert = tl.load(chosen_ptr + slot).to(tl.int64)
+        w = _tile(w2_ptr + expert * (D * INTER), row, (i - N_SHARED - slot * EACH) * KB, D, INTER, R, KB)
+    return w
 
 
 @triton.jit
@@ -281,30 +275,33 @@ def down_one_kernel(
     chosen experts, and (D, SHARED) of the others. Bound by memory.
     """
     row = tl.program_id(0) * R
-    rows = row + tl.arange(0, R)
-    acc = tl.zeros((R, KB, BLOCK), tl.float32)
-    if SHARED > 0:
-        shared = _tile(shared_ptr, row, 0, D, SHARED, R, KB)
+    rows, acc = row + tl.arange(0, R), tl.zeros((R, KB), tl.float32)
+    N_SHARED: constexpr = (SHARED + BLOCK * KB - 1) // (BLOCK * KB)
+    EACH: constexpr = max((INTER + BLOCK * KB - 1) // (BLOCK * KB), 1)
+    TILES: constexpr = N_SHARED + TOPK * EACH
+    if N_SHARED > 0:
+        w = _down_tile(w2_ptr, shared_ptr, chosen_ptr, 0, row, D, INTER, SHARED, R, KB)
     wait_for_kernels(PDL)
-    if TOPK > 0:
-        w = _chosen_tile(w2_ptr, chosen_ptr, 0, row, D, INTER, TOPK, R, KB)
-    if SHARED > 0:
-        h = h_ptr + TOPK * INTER
-        acc = _accumulate(acc, shared, shared_ptr, ss_ptr, row, h, None, D, SHARED, R, KB)
-    if TOPK > 0:
-        BLOCKS: constexpr = (INTER + BLOCK - 1) // BLOCK
-        TILES: constexpr = (BLOCKS + KB - 1) // KB
-        for i in range(0, TOPK * TILES):
-            following = _chosen_tile(w2_ptr, chosen_ptr, i + 1, row, D, INTER, TOPK, R, KB)
-            at = tl.cast(i, tl.int32)
-            slot, block = at // TILES, at % TILES * KB
+    if N_SHARED == 0:
+        w = _down_tile(w2_ptr, shared_ptr, chosen_ptr, 0, row, D, INTER, SHARED, R, KB)
+    for i in tl.static_range(TILES):
+        following = w
+        if i + 1 < TILES:
+            following = _down_tile(w2_ptr, shared_ptr, chosen_ptr, i + 1, row, D, INTER, SHARED, R, KB)
+        if i < N_SHARED:
+            x = _vector(h_ptr + TOPK * INTER, i * KB, SHARED, KB)
+            x = _scaled(x, ss_ptr, row, i * KB, SHARED, KB)
+        else:
+            slot = (i - N_SHARED) // EACH
+            block = (i - N_SHARED - slot * EACH) * KB
             x = _vector(h_ptr + slot * INTER, block, INTER, KB) * tl.load(weights_ptr + slot)
             if s2_ptr is not None:
-                first = tl.load(chosen_ptr + slot) * ((D + BLOCK - 1) // BLOCK * BLOCKS)
+                first = tl.load(chosen_ptr + slot) * ((D + BLOCK - 1) // BLOCK * ((INTER + BLOCK - 1) // BLOCK))
                 x = _scaled(x, s2_ptr + first, row, block, INTER, KB)
-            acc += w.to(tl.float32) * x[None, :, :]
-            w = following
-    tl.store(x_ptr + rows, tl.load(x_ptr + rows, mask=rows < D, other=0.0) + sum_columns(acc), mask=rows < D)
+        acc += tl.sum(w.to(tl.float32) * x[None, :, :], axis=2)
+        w = following
+    y = tl.load(x_ptr + rows, mask=rows < D, other=0.0) + tl.sum(acc, axis=1)
+    tl.store(x_ptr + rows, y, mask=rows < D)
 
 
 # --- Products with several positions --------------------------------------------------------------------------------
