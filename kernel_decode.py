@@ -607,7 +607,7 @@ class Step:
             **constants, **tiles,
         )  # fmt: skip
         rows = min(_power(-(-args.dim // PROGRAMS)), 8)
-        blocks = min(_power(-(-max(width, other_width) // 128)), TILE // rows)
+        blocks = min(_power(-(-max(width, other_width) // 128)), TILE // 2 // rows)
         buffers = self.h, self.experts, self.weights, *routed[2], *other[2], self.x
         self._launch(down_one_kernel, (-(-args.dim // rows),), *buffers, **shape, R=rows, KB=blocks)
 
