@@ -67,8 +67,9 @@ def _scaled(x, s_ptr, row, block, K: constexpr, KB: constexpr):
 
 
 @triton.jit
-def sum_columns(acc):
-    return tl.sum(tl.sum(acc, axis=2), axis=1)  # over columns: (R, KB, 128) to (R,)
+def sum_columns(products):
+    """Sums over columns: (R, KB, 128) to (R,). Those of a thread are added first."""
+    return tl.sum(tl.reshape(products, (products.shape[0], products.shape[1] * products.shape[2])), axis=1)
 
 
 @triton.jit
