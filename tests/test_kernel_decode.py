@@ -137,6 +137,16 @@ def test_fp8_weights_are_read_as_they_are(lengths: list[int]) -> None:
 
 
 @runs
+def test_large_matrices_are_read_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_decode, "PROGRAMS", 1)
+    monkeypatch.setattr(kernel_decode, "TILE", 16)  # instead of more numbers
+    model = random_model(dim=272, inter_dim=300, moe_inter_dim=150, n_layers=2, n_mtp_layers=0, vocab_size=64)
+    for layer in model.fp8_layers():
+        layer.weight.data, layer.scale = fp8_ops.weight_quant(layer.weight)
+    check(model, [6], 1, 5e-6)
+
+
+@runs
 @pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_experts_are_those_of_the_router(score_func: str, groups: int) -> None:
