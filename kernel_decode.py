@@ -49,7 +49,8 @@ SPAN = 32  # positions that attention reads at a time
 MAX_STEPS = 32  # of a block
 POSITIONS = (1, 4, 16, 64)  # numbers of positions that there are steps for
 PROGRAMS, TILE, WARPS = 528, 64, 4  # of a product with one position, the tile in blocks of 128 numbers
-COLUMNS, ROUTED = 64, 16384  # that a program multiplies at a time with several positions, and numbers of a router's
+COLUMNS = 64  # that a program multiplies at a time with several positions
+ROUTED = 16384  # numbers of the router's weights that it does
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -233,7 +234,7 @@ def _values_few_kernel(
 @triton.jit
 def _values_kernel(
     parts_ptr, sums_ptr, wkv_b_ptr, skv_ptr, out_ptr, TYPE: constexpr, H: constexpr, NOPE: constexpr, V: constexpr,
-    C: constexpr, SPLITS: constexpr, BM: constexpr, BV: constexpr, PRECISION: constexpr, PDL: constexpr,
+    C: constexpr, SPLITS: constexpr, BM: constexpr, BV: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """`_values_few_kernel` for a multiple of BM positions, by tensor cores.
 
@@ -242,7 +243,6 @@ def _values_kernel(
     """
     h, n, v = tl.program_id(0), tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(2) * BV + tl.arange(0, BV)
     rows, first = h * (NOPE + V) + NOPE + v, (n * H + h) * SPLITS
-    wait_for_kernels(PDL)
     best = tl.load(sums_ptr + first)  # no parts: the output is 0
     is_row = best != float("-inf")
     best = tl.where(is_row, best, 0.0)
@@ -463,7 +463,7 @@ class Step:
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
         if "PDL" in kernel.arg_names:
-            constants["PDL"] = self.is_hopper and self.n == 1  # kernels of several positions last longer
+            constants["PDL"] = self.is_hopper and self.n == 1  # what several positions take is longer than a start
             constants |= {"launch_pdl": True} if constants["PDL"] else {}
         kernel[grid](*args, **constants, num_warps=num_warps)
 

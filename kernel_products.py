@@ -364,7 +364,7 @@ def _store_rows(acc, out_ptr, row, n_rows, STRIDE: constexpr, N: constexpr, BN: 
 @triton.jit
 def matmul_kernel(
     x_ptr, a_ptr, sa_ptr, b_ptr, sb_ptr, out_ptr, OA: constexpr, OB: constexpr, K: constexpr, SPLITS: constexpr,
-    N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr, PDL: constexpr,
+    N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """`project` of one or two matrices, A (OA, K) and B (OB, K), for N positions: x (N, K) to (SPLITS, N, OA + OB).
 
@@ -380,12 +380,10 @@ def matmul_kernel(
     acc = tl.zeros((N, BN), tl.float32)
     if tile < TILES:
         row = tile * BN
-        wait_for_kernels(PDL)
         acc = _multiply(acc, x_ptr, a_ptr, sa_ptr, row, OA, begin, end, K, K, N, BN, BK, PRECISION)
         _store_rows(acc, out_ptr, row, OA, OA + OB, N, BN)
     elif b_ptr is not None:
         row = (tile - TILES) * BN
-        wait_for_kernels(PDL)
         acc = _multiply(acc, x_ptr, b_ptr, sb_ptr, row, OB, begin, end, K, K, N, BN, BK, PRECISION)
         _store_rows(acc, out_ptr + OA, row, OB, OA + OB, N, BN)
 
@@ -394,7 +392,7 @@ def matmul_kernel(
 def route_kernel(
     x_ptr, gate_ptr, bias_ptr, rows_ptr, shares_ptr, E: constexpr, GROUPS: constexpr, LIMITED: constexpr,
     TOPK: constexpr, SOFTMAX: constexpr, ROUTE_SCALE: constexpr, K: constexpr, GP: constexpr, EP: constexpr,
-    BK: constexpr, PDL: constexpr,
+    BK: constexpr,
 ):  # fmt: skip
     """`Gate.forward` for several positions: the weight of each expert at each, (N, E), 0 of those not chosen.
 
@@ -406,7 +404,6 @@ def route_kernel(
     number = tl.arange(0, GP)[:, None] * PER + tl.arange(0, EP)[None, :]
     inside = (tl.arange(0, GP) < GROUPS)[:, None] & (tl.arange(0, EP) < PER)[None, :]
     acc = tl.zeros((GP, EP, BK), tl.float32)
-    wait_for_kernels(PDL)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         x = tl.load(x_ptr + n * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -425,8 +422,8 @@ def route_kernel(
 @triton.jit
 def gate_up_kernel(
     x_ptr, shares_ptr, w1_ptr, s1_ptr, w3_ptr, s3_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, h_ptr, E: constexpr,
-    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, N: constexpr, BN: constexpr,
-    BK: constexpr, PRECISION: constexpr, PDL: constexpr,
+    INTER: constexpr, SHARED: constexpr, K: constexpr, ACT: constexpr, N: constexpr, BN: constexpr, BK: constexpr,
+    PRECISION: constexpr,
 ):  # fmt: skip
     """w1, w3 and activation of the `Experts`, and of the shared experts or the dense `MLP`, for N positions.
 
@@ -438,7 +435,6 @@ def gate_up_kernel(
     TILES: constexpr = (SHARED + BN - 1) // BN
     if tile < TILES:
         row = tile * BN
-        wait_for_kernels(PDL)
         h = _gate_up(x_ptr, shared1_ptr, ss1_ptr, shared3_ptr, ss3_ptr, row, SHARED, K, ACT, N, BN, BK, PRECISION)
         _store_rows(h, h_ptr + E * INTER, row, SHARED, E * INTER + SHARED, N, BN)
     elif E > 0:
@@ -446,7 +442,6 @@ def gate_up_kernel(
         expert, row = (tile - TILES) // EACH, (tile - TILES) % EACH * BN
         start = expert.to(tl.int64) * (INTER * K)
         w1_ptr, w3_ptr = w1_ptr + start, w3_ptr + start
-        wait_for_kernels(PDL)
         shares = tl.load(shares_ptr + n * E + expert)
         if tl.sum((shares != 0).to(tl.int32)) > 0:
             if s1_ptr is not None:
@@ -459,7 +454,7 @@ def gate_up_kernel(
 @triton.jit
 def down_kernel(
     h_ptr, shares_ptr, w2_ptr, s2_ptr, shared_ptr, ss_ptr, out_ptr, E: constexpr, INTER: constexpr, SHARED: constexpr,
-    D: constexpr, SPLITS: constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr, PDL: constexpr,
+    D: constexpr, SPLITS: constexpr, N: constexpr, BN: constexpr, BK: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """w2 of the `Experts` and of the shared experts or the dense `MLP`, for N positions: (SPLITS, N, D), to be added.
 
@@ -471,7 +466,6 @@ def down_kernel(
     WIDTH: constexpr = E * INTER + SHARED
     n, begin = tl.arange(0, N), split * EACH
     acc = tl.zeros((N, BN), tl.float32)
-    wait_for_kernels(PDL)
     for expert in range(split, E, SPLITS):
         if tl.sum((tl.load(shares_ptr + n * E + expert) != 0).to(tl.int32)) > 0:
             expert_ptr = w2_ptr + tl.cast(expert, tl.int64) * (D * INTER)
