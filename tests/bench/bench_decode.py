@@ -351,9 +351,10 @@ def bench_gpu(options: argparse.Namespace, folder: Path) -> None:
             for n_texts, temperature in ((1, 0.0), (1, 0.8), (64, 0.0), (64, 0.8)):
                 tally = Tally(reads=metrics.MemoryReads(model))
                 sampling = Sampling(temperature, max_new_tokens=options.bytes)
-                start = time.perf_counter()
-                n = sum(map(len, write(model, prompts(n_texts), sampling, tally)))
-                speed, mbu = n / (time.perf_counter() - start), tally.reads.mbu(torch.device("cuda"))
+                action = partial(write, model, prompts(n_texts), sampling, tally)
+                n = sum(map(len, action()))
+                speed = n / seconds(options.repeat, action)[0]
+                mbu = tally.reads.mbu(torch.device("cuda"))
                 how = "sampled" if temperature else "greedy"
                 rows.append((name, width, n_texts, how, f"{speed:.0f}", mbu, same))
             del model
