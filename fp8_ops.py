@@ -85,6 +85,15 @@ def kernels(x: torch.Tensor) -> Any:
     return kernel_fused
 
 
+def sparse_kernels(x: torch.Tensor) -> Any:
+    """The module `kernel_sparse` where its kernels take absorbed queries such as `x`; else None, as `kernels`."""
+    if kernels(x) is None or x.shape[-1] > 1024:
+        return None
+    import kernel_sparse
+
+    return kernel_sparse
+
+
 def fuses_fp8(x: Any) -> bool:
     """Whether kernels quantise an activation such as `x` where they compute it; or it is a `QuantizedActivation`."""
     if isinstance(x, QuantizedActivation):

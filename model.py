@@ -665,6 +665,9 @@ class MLA(nn.Module):
         So the work for a query, and the gradients, are those of `index_topk` positions however long the context is.
         """
         bsz, seqlen, dtype, seen = *q.shape[:2], q.dtype, positions.of_queries()
+        if kernel := fp8_ops.sparse_kernels(q):
+            summed = self.indexer.sum_over_ranks if learns else None
+            return kernel.attend_to_chosen(q, latent, index, n_keys, seen, self.indexer.topk, self.kv_lora_rank, summed)
         chosen = self.indexer.choose(index, n_keys, seen)  # (B, S, K)
 
         def attend(q: torch.Tensor, latent: torch.Tensor, rows: torch.Tensor, hidden: torch.Tensor, *index: Any) -> Any:

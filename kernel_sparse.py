@@ -1,0 +1,458 @@
+"""Kernels of sparse attention for CUDA GPUs, in Triton: the indexer's choice, attention to what it chose, its loss.
+
+As operations of torch, each query's `index_topk` latents would be gathered into memory, K·(C + R) numbers of it for a
+query, and read again for each product. Here a program takes one query with all its heads, which read the same latents:
+it gathers them in tiles, from the L2 cache as a sequence's latents are small, and keeps what it computes in registers.
+The backward pass does the same once more, and adds the gradients of latents in float32 where they are in memory, in no
+fixed order. So the work for a query is that of K positions, whatever the context is; only the indexer reads all.
+
+The indexer's scores of some queries at a time are in memory, SCORES numbers at most. A program reads the row of a query
+into registers and finds its best K by halving: it counts the scores above a bound, which needs no sorting.
+
+Results are those of `model.MLA._attend_to_chosen` up to rounding. Nothing waits for the device. In shapes: B sequences,
+S queries and T positions of each, H heads, h heads of the indexer of width d, C `kv_lora_rank`, R `qk_rope_head_dim`,
+K positions chosen for a query, of which those after the query itself are not attended to.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+SCORES = 1 << 24  # numbers of the indexer's scores in memory at a time
+MAX_WIDTH = 1 << 15  # of a row of scores that fits the registers of a program; for wider ones, torch chooses
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-(2**31))
+
+
+# --- The indexer's choice ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scores_kernel(
+    q_ptr, k_ptr, w_ptr, seen_ptr, out_ptr, first, n_rows, S, end, k_stride, seen_stride, width,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out = sum_h w_h relu(q_h·k) for `n_rows` queries from `first` on and `end` keys of a sequence.
+
+    A program computes a tile of ROWS×COLS, or nothing where no query sees a key. The keys stay in registers, the
+    queries of each head are read: 2·h·d operations a score, bound by the tensor cores and the 3 instructions that relu,
+    weight and sum of a product take. Of bfloat16 factors the products are exact, as those of torch in float32.
+    """
+    m = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t, d = tl.program_id(1) * COLS + tl.arange(0, COLS), tl.arange(0, DP)
+    b = tl.program_id(2).to(tl.int64)
+    inside = m < first + n_rows
+    last = tl.load(seen_ptr + b * seen_stride + m, mask=inside, other=-1)
+    if tl.max(last) >= tl.program_id(1) * COLS:
+        row = b * S + m
+        k = tl.load(k_ptr + b * k_stride + t[None, :] * D + d[:, None], mask=(t < end)[None, :] & (d < D)[:, None])
+        k = tl.where((t < end)[None, :] & (d < D)[:, None], k, 0.0).to(q_ptr.dtype.element_ty)
+        scores = tl.zeros([ROWS, COLS], tl.float32)
+        for h in range(HEADS):
+            at = (row * HEADS + h)[:, None] * D + d[None, :]
+            q = tl.load(q_ptr + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+            w = tl.load(w_ptr + row * HEADS + h, mask=inside, other=0.0)
+            scores += w[:, None] * tl.maximum(tl.dot(q, k, input_precision="ieee"), 0.0)
+        at = (b * n_rows + m - first)[:, None] * width + t[None, :]
+        tl.store(out_ptr + at, scores, mask=inside[:, None] & (t < end)[None, :])
+
+
+@triton.jit
+def _choose_kernel(
+    scores_ptr, seen_ptr, rows_ptr, values_ptr, first, n_rows, S, seen_stride, width,
+    TOPK: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The positions of the TOPK best scores of a query, ascending, and with VALUES their scores.
+
+    A program takes one query. It maps floats to integers in the same order, and halves the range between the lowest and
+    the highest of them, some 20 times, until as many as wanted are above: 2 instructions a score and time. Of equal
+    ones at the bound the last are taken. It reads a row of float32 once, from the L2 cache.
+    """
+    program = tl.program_id(0)
+    b, s = (program // n_rows).to(tl.int64), first + program % n_rows
+    t = tl.arange(0, BLOCK)
+    last = tl.load(seen_ptr + b * seen_stride + s).to(tl.int32)
+    x = tl.load(scores_ptr + program.to(tl.int64) * width + t, mask=t <= last, other=float("-inf"))
+    x += t * 1e-30  # of several that no head looks for, with a score of 0, the last ones
+    bits = x.to(tl.int32, bitcast=True)
+    key = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST + 1)
+    key = tl.where(t <= last, key, LOWEST)
+    chosen = t < TOPK
+    if last >= TOPK:
+        low = tl.min(tl.where(t <= last, key, 0x7FFFFFFF)).to(tl.int64)  # at least TOPK are not below it
+        high = tl.max(key).to(tl.int64)
+        count = last + 1
+        while (low < high) & (count != TOPK):
+            middle = low + (high - low + 1) // 2
+            above = tl.sum((key >= middle.to(tl.int32)).to(tl.int32))
+            count = tl.where(above >= TOPK, above, count)
+            low = tl.where(above >= TOPK, middle, low)
+            high = tl.where(above >= TOPK, high, middle - 1)
+        bound = low.to(tl.int32)
+        chosen = key >= bound
+        if count != TOPK:
+            is_equal = key == bound
+            surplus = count - TOPK
+            chosen = chosen & ((is_equal == 0) | (tl.cumsum(is_equal.to(tl.int32)) > surplus))
+    at = (b * S + s) * TOPK + tl.cumsum(chosen.to(tl.int32)) - 1
+    tl.store(rows_ptr + at, t, mask=chosen)
+    if VALUES:
+        tl.store(values_ptr + at, x, mask=chosen)
+
+
+def choose(
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, n_keys: int, seen: torch.Tensor, topk: int,
+    with_scores: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """The `topk` positions with the best scores for each query, int32 (B, S, K), and their scores, float32.
+
+    Args:
+        q: The indexer's queries (B, S, h, d).
+        k: Its keys (B, T, d), of which the first `n_keys`, more than `topk`, are filled.
+        weights: Of the heads, float32 (B, S, h).
+        seen: The last position that a query may attend to, integers (B or 1, S). One that sees fewer than `topk` gets
+            all of them, and some after it, with scores of minus infinity.
+    """
+    q, k, weights, seen = (x.detach().contiguous() for x in (q, k, weights, seen))
+    (bsz, seqlen, heads, dim), device = q.shape, q.device
+    width = triton.cdiv(n_keys, 64) * 64
+    rows = torch.empty(bsz, seqlen, topk, dtype=torch.int32, device=device)
+    values = torch.empty(rows.shape, dtype=torch.float32, device=device) if with_scores else None
+    size = min(seqlen, max(1, SCORES // (bsz * width)))
+    scores = torch.empty(bsz * size, width, dtype=torch.float32, device=device)
+    seen_stride = seqlen if len(seen) > 1 else 0
+    tile = 64 if size > 16 else 16
+    for first in range(0, seqlen, size):
+        n = min(size, seqlen - first)
+        end = max(topk, n_keys - (seqlen - first - n))  # no query of the chunk sees more
+        _scores_kernel[(triton.cdiv(n, tile), triton.cdiv(end, 64), bsz)](
+            q, k, weights, seen, scores, first, n, seqlen, end, k.shape[1] * dim, seen_stride, width,
+            HEADS=heads, D=dim, DP=_power(dim), ROWS=tile, COLS=64,
+        )  # fmt: skip
+        block = triton.next_power_of_2(end)
+        if block > MAX_WIDTH:
+            _choose_by_torch(scores, seen[:, first : first + n], rows[:, first : first + n], values, first, end)
+            continue
+        _choose_kernel[(bsz * n,)](
+            scores, seen, rows, values, first, n, seqlen, seen_stride, width, TOPK=topk, VALUES=with_scores,
+            BLOCK=max(block, CHOICE), num_warps=max(block, CHOICE) // 1024 if block > 4 * CHOICE else 4,
+        )  # fmt: skip
+    return rows, values
+
+
+CHOICE = 1024  # of a row of scores at least: few widths, each of which is another kernel
+
+
+def _choose_by_torch(
+    scores: torch.Tensor, seen: torch.Tensor, rows: torch.Tensor, values: torch.Tensor | None, first: int, end: int
+) -> None:
+    """`_choose_kernel` for the queries from `first` on, in rows of any width; `seen` and `rows` are theirs alone."""
+    bsz, n, topk = rows.shape
+    keys = torch.arange(end, device=seen.device)
+    x = scores[: bsz * n, :end].unflatten(0, (bsz, n)) + keys * 1e-30
+    best = x.masked_fill_(keys > seen.unsqueeze(-1), float("-inf")).topk(topk, sorted=False)
+    rows.copy_(best.indices)
+    if values is not None:
+        values[:, first : first + n] = best.values
+
+
+# --- Attention to the chosen positions --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _queries(q_ptr, n, head, c, r, H, C: tl.constexpr, R: tl.constexpr):
+    """The latent and the rotary numbers of query n: (heads, C), (heads, R)."""
+    at, inside = (n * H + head)[:, None] * (C + R), (head < H)[:, None]
+    latent = tl.load(q_ptr + at + c[None, :], mask=inside & (c < C)[None, :], other=0.0)
+    return latent, tl.load(q_ptr + at + C + r[None, :], mask=inside & (r < R)[None, :], other=0.0)
+
+
+@triton.jit
+def _chosen(rows_ptr, kv_ptr, n, k, last, c, r, TOPK: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
+    """Of the positions chosen for query n, those at k: where they are, whether the query sees them, and both keys."""
+    row = tl.load(rows_ptr + n * TOPK + k, mask=k < TOPK, other=0)
+    visible = (k < TOPK) & (row <= last)
+    at = kv_ptr + row[:, None] * (C + R)
+    latent = tl.load(at + c[None, :], mask=visible[:, None] & (c < C)[None, :], other=0.0)
+    return row, visible, latent, tl.load(at + C + r[None, :], mask=visible[:, None] & (r < R)[None, :], other=0.0)
+
+
+@triton.jit
+def _attend_kernel(
+    q_ptr, kv_ptr, rows_ptr, seen_ptr, out_ptr, lse_ptr, p_ptr, S, kv_stride, seen_stride, H,
+    C: tl.constexpr, R: tl.constexpr, TOPK: tl.constexpr, PROBABILITIES: tl.constexpr, ADDS: tl.constexpr,
+    CP: tl.constexpr, RP: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of a query to its chosen positions: out (N, H, C), and the log₂ of the sum (N, H).
+
+    With PROBABILITIES, a second pass over the same positions sums those of all heads, p (N, K). A program takes HEADS
+    heads of a query, and with ADDS there are several, which add to p. A query reads K·(C + R) numbers by single rows,
+    from the L2 cache, which bounds it, and does 2·H·K·(2C + R) operations.
+    """
+    n, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    b, c, r = n // S, tl.arange(0, CP), tl.arange(0, RP)
+    last = tl.load(seen_ptr + b * seen_stride + n % S).to(tl.int32)
+    q_c, q_r = _queries(q_ptr, n, head, c, r, H, C, R)
+    kv_ptr += b * kv_stride
+    most = tl.full([HEADS], -1e30, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, CP], tl.float32)
+    for first in range(0, TOPK, KEYS):
+        k = first + tl.arange(0, KEYS)
+        row, visible, k_c, k_r = _chosen(rows_ptr, kv_ptr, n, k, last, c, r, TOPK, C, R)
+        k_c, k_r = k_c.to(q_c.dtype), k_r.to(q_c.dtype)
+        s = tl.dot(q_r, k_r.T, tl.dot(q_c, k_c.T, input_precision="ieee"), input_precision="ieee")
+        s = tl.where(visible[None, :], s * LOG2E, float("-inf"))
+        higher = tl.maximum(most, tl.max(s, axis=1))
+        p, factor = tl.exp2(s - higher[:, None]), tl.exp2(most - higher)
+        total = total * factor + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(k_c.dtype), k_c, acc * factor[:, None], input_precision="ieee")
+        most = higher
+    at = (n * H + head)[:, None] * C + c[None, :]
+    tl.store(out_ptr + at, acc / total[:, None], mask=(head < H)[:, None] & (c < C)[None, :])
+    lse = most + tl.log2(total)
+    tl.store(lse_ptr + n * H + head, lse, mask=head < H)
+    if PROBABILITIES:
+        for first in range(0, TOPK, KEYS):
+            k = first + tl.arange(0, KEYS)
+            row, visible, k_c, k_r = _chosen(rows_ptr, kv_ptr, n, k, last, c, r, TOPK, C, R)
+            k_c, k_r = k_c.to(q_c.dtype), k_r.to(q_c.dtype)
+            s = tl.dot(q_r, k_r.T, tl.dot(q_c, k_c.T, input_precision="ieee"), input_precision="ieee")
+            p = tl.where((head < H)[:, None] & visible[None, :], tl.exp2(s * LOG2E - lse[:, None]), 0.0)
+            if ADDS:
+                tl.atomic_add(p_ptr + n * TOPK + k, tl.sum(p, axis=0), mask=k < TOPK, sem="relaxed")
+            else:
+                tl.store(p_ptr + n * TOPK + k, tl.sum(p, axis=0), mask=k < TOPK)
+
+
+@triton.jit
+def _attend_backward_kernel(
+    q_ptr, kv_ptr, rows_ptr, seen_ptr, out_ptr, lse_ptr, dout_ptr, dq_ptr, dkv_ptr, S, kv_stride, seen_stride, H,
+    C: tl.constexpr, R: tl.constexpr, TOPK: tl.constexpr,
+    CP: tl.constexpr, RP: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `_attend_kernel`: writes dq, and adds to dkv, float32 in the shape of kv, contiguous.
+
+    A program takes HEADS heads of a query, gathers the K latents again and computes the probabilities from the sums.
+    2·H·K·(5C + 3R) operations and K·(C + R) additions in the L2 cache, which bound it.
+    """
+    n, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    b, c, r = n // S, tl.arange(0, CP), tl.arange(0, RP)
+    last = tl.load(seen_ptr + b * seen_stride + n % S).to(tl.int32)
+    q_c, q_r = _queries(q_ptr, n, head, c, r, H, C, R)
+    dkv_ptr += b * kv_stride
+    kv_ptr += b * kv_stride
+    at, inside = (n * H + head)[:, None] * C + c[None, :], (head < H)[:, None] & (c < C)[None, :]
+    dout = tl.load(dout_ptr + at, mask=inside, other=0.0)
+    out = tl.load(out_ptr + at, mask=inside, other=0.0)
+    mean = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)  # of the probabilities' gradients
+    lse = tl.load(lse_ptr + n * H + head, mask=head < H, other=0.0)
+    dq_c, dq_r = tl.zeros([HEADS, CP], tl.float32), tl.zeros([HEADS, RP], tl.float32)
+    for first in range(0, TOPK, KEYS):
+        k = first + tl.arange(0, KEYS)
+        row, visible, k_c, k_r = _chosen(rows_ptr, kv_ptr, n, k, last, c, r, TOPK, C, R)
+        k_c, k_r = k_c.to(q_c.dtype), k_r.to(q_c.dtype)
+        s = tl.dot(q_r, k_r.T, tl.dot(q_c, k_c.T, input_precision="ieee"), input_precision="ieee")
+        p = tl.where(visible[None, :], tl.exp2(s * LOG2E - lse[:, None]), 0.0)
+        ds = p * (tl.dot(dout, k_c.T, input_precision="ieee") - mean[:, None])
+        p, ds = p.to(k_c.dtype), ds.to(k_c.dtype)
+        dq_c = tl.dot(ds, k_c, dq_c, input_precision="ieee")
+        dq_r = tl.dot(ds, k_r, dq_r, input_precision="ieee")
+        d_c = tl.dot(ds.T, q_c, tl.dot(p.T, dout, input_precision="ieee"), input_precision="ieee")
+        d_r = tl.dot(ds.T, q_r, input_precision="ieee")
+        to = dkv_ptr + row[:, None] * (C + R)
+        tl.atomic_add(to + c[None, :], d_c, mask=visible[:, None] & (c < C)[None, :], sem="relaxed")
+        tl.atomic_add(to + C + r[None, :], d_r, mask=visible[:, None] & (r < R)[None, :], sem="relaxed")
+    to = dq_ptr + (n * H + head)[:, None] * (C + R)
+    tl.store(to + c[None, :], dq_c, mask=inside)
+    tl.store(to + C + r[None, :], dq_r, mask=(head < H)[:, None] & (r < R)[None, :])
+
+
+class _Attend(torch.autograd.Function):
+    """`attend`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, latent: torch.Tensor, rows: torch.Tensor, seen: torch.Tensor, rank: int,
+        with_probabilities: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        q, latent, seen = (x.contiguous() for x in (q, latent, seen))
+        bsz, seqlen, heads, _ = q.shape
+        out = torch.empty(bsz, seqlen, heads, rank, dtype=q.dtype, device=q.device)
+        lse = torch.empty(bsz, seqlen, heads, dtype=torch.float32, device=q.device)
+        tiles = _tiles(q, rank)
+        blocks, p = triton.cdiv(heads, tiles["HEADS"]), None
+        if with_probabilities:
+            make = torch.empty if blocks == 1 else torch.zeros
+            p = make(rows.shape, dtype=torch.float32, device=q.device)
+            ctx.mark_non_differentiable(p)
+        _attend_kernel[(bsz * seqlen, blocks)](
+            q, latent, rows, seen, out, lse, p, *_strides(q, latent, seen), TOPK=rows.shape[-1],
+            PROBABILITIES=with_probabilities, ADDS=blocks > 1, **tiles,
+        )  # fmt: skip
+        ctx.save_for_backward(q, latent, rows, seen, out, lse)
+        return out, p
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+        q, latent, rows, seen, out, lse = ctx.saved_tensors
+        bsz, seqlen, heads, _ = q.shape
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dkv = torch.zeros(latent.shape, dtype=torch.float32, device=q.device)
+        tiles = _tiles(q, out.shape[-1], backward=True)
+        _attend_backward_kernel[(bsz * seqlen, triton.cdiv(heads, tiles["HEADS"]))](
+            q, latent, rows, seen, out, lse, dout.contiguous(), dq, dkv, *_strides(q, latent, seen),
+            TOPK=rows.shape[-1], **tiles,
+        )  # fmt: skip
+        return dq, dkv.to(latent.dtype), None, None, None, None
+
+
+def attend(
+    q: torch.Tensor, latent: torch.Tensor, rows: torch.Tensor, seen: torch.Tensor, rank: int,
+    with_probabilities: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Attends to chosen latents: (B, S, H, C), and float32 (B, S, K) the probabilities, summed over the heads.
+
+    Args:
+        q: Absorbed queries, with the scale of the scores in them (B, S, H, C + R).
+        latent: Latents and rotary keys (B, T, C + R).
+        rows: Positions, int32 (B, S, K); those after `seen` are not attended to.
+        seen: As for `choose`.
+        rank: C.
+    """
+    return _Attend.apply(q, latent, rows, seen, rank, with_probabilities)
+
+
+def _strides(q: torch.Tensor, latent: torch.Tensor, seen: torch.Tensor) -> tuple[int, ...]:
+    """The sizes S, of a sequence's latents, of a row of `seen` where rows differ, and H."""
+    seqlen, heads = q.shape[1:3]
+    return seqlen, latent.shape[1] * latent.shape[2], seqlen if len(seen) > 1 else 0, heads
+
+
+def _power(n: int) -> int:
+    """The width of a tile that holds n numbers, 16 at least for the tensor cores."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def _tiles(q: torch.Tensor, rank: int, backward: bool = False) -> dict[str, int]:
+    """Sizes of the tiles of a program that attends: all that it has in float32 fits the registers."""
+    width = q.shape[-1]
+    wide = rank > 128
+    heads = min(_power(q.shape[2]), 16 if wide else 32)
+    keys = 16 if wide and q.dtype == torch.float32 else 32 if wide or q.dtype == torch.float32 else ATTEND[backward][0]
+    sizes = {"C": rank, "R": width - rank, "CP": _power(rank), "RP": _power(width - rank)}
+    _, warps, stages = ATTEND[backward]
+    return sizes | {"HEADS": heads, "KEYS": keys, "num_warps": 8 if wide else warps, "num_stages": stages}
+
+
+ATTEND = (64, 4, 2), (64, 4, 2)  # keys of a tile, warps and stages: forward and backward
+
+
+# --- The indexer's loss -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _index_loss_kernel(
+    q_ptr, k_ptr, w_ptr, rows_ptr, seen_ptr, p_ptr, scores_ptr, loss_ptr, dq_ptr, dk_ptr, dw_ptr,
+    S, k_stride, seen_stride,
+    H: tl.constexpr, D: tl.constexpr, TOPK: tl.constexpr,
+    HP: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """KL(p ‖ softmax of the scores) of a query, and its gradients: writes dq and dw, and adds to dk, all in float32.
+
+    The gradient of a score is softmax - p. A program takes a query: reads p and the scores, K numbers each, gathers K
+    keys of d, does 6·h·K·d operations and adds K·d numbers in the L2 cache, which bounds it.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    b = n // S
+    last = tl.load(seen_ptr + b * seen_stride + n % S).to(tl.int32)
+    t = tl.arange(0, KP)
+    row = tl.load(rows_ptr + n * TOPK + t, mask=t < TOPK, other=0)
+    visible = (t < TOPK) & (row <= last)
+    p = tl.load(p_ptr + n * TOPK + t, mask=visible, other=0.0)
+    x = tl.load(scores_ptr + n * TOPK + t, mask=visible, other=float("-inf"))
+    heads, most = tl.sum(p), tl.max(x)
+    total = tl.sum(tl.exp(x - most))
+    p /= heads
+    loss = tl.where(p > 0, p * (tl.log(p) - (x - most - tl.log(total))), 0.0)
+    tl.store(loss_ptr + n, tl.sum(loss))
+    h, d = tl.arange(0, HP), tl.arange(0, DP)
+    at, inside = (n * H + h)[:, None] * D + d[None, :], (h < H)[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    w = tl.load(w_ptr + n * H + h, mask=h < H, other=0.0)
+    dq, dw = tl.zeros([HP, DP], tl.float32), tl.zeros([HP], tl.float32)
+    for first in range(0, TOPK, KEYS):
+        t = first + tl.arange(0, KEYS)
+        row = tl.load(rows_ptr + n * TOPK + t, mask=t < TOPK, other=0)
+        visible = (t < TOPK) & (row <= last)
+        p = tl.load(p_ptr + n * TOPK + t, mask=visible, other=0.0)
+        x = tl.load(scores_ptr + n * TOPK + t, mask=visible, other=float("-inf"))
+        slope = tl.exp(x - most) / total - p / heads
+        is_inside = visible[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + b * k_stride + row[:, None] * D + d[None, :], mask=is_inside, other=0.0).to(q.dtype)
+        product = tl.dot(q, k.T, input_precision="ieee")
+        dw += tl.sum(tl.maximum(product, 0.0) * slope[None, :], axis=1)
+        dproduct = tl.where(product > 0, w[:, None] * slope[None, :], 0.0).to(q.dtype)
+        dq = tl.dot(dproduct, k, dq, input_precision="ieee")
+        dk = tl.dot(dproduct.T, q, input_precision="ieee")
+        tl.atomic_add(dk_ptr + b * k_stride + row[:, None] * D + d[None, :], dk, mask=is_inside, sem="relaxed")
+    tl.store(dq_ptr + at, dq, mask=inside)
+    tl.store(dw_ptr + n * H + h, dw, mask=h < H)
+
+
+class _IndexLoss(torch.autograd.Function):
+    """`index_loss`: its gradients but for a factor are computed with it, and kept instead of what they depend on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor, seen: torch.Tensor,
+        p: torch.Tensor, scores: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        q, k, weights, seen = (x.contiguous() for x in (q, k, weights, seen))
+        (bsz, seqlen, heads, dim), topk, device = q.shape, rows.shape[-1], q.device
+        losses = torch.empty(bsz * seqlen, dtype=torch.float32, device=device)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=device)
+        dk = torch.zeros(k.shape, dtype=torch.float32, device=device)
+        dw = torch.empty(weights.shape, dtype=torch.float32, device=device)
+        _index_loss_kernel[(bsz * seqlen,)](
+            q, k, weights, rows, seen, p, scores, losses, dq, dk, dw, seqlen, k.shape[1] * dim,
+            seqlen if len(seen) > 1 else 0, H=heads, D=dim, TOPK=topk, HP=_power(heads), DP=_power(dim),
+            KP=triton.next_power_of_2(topk), KEYS=min(64, _power(topk)), num_warps=4 if heads * dim < 4096 else 8,
+        )  # fmt: skip
+        ctx.save_for_backward(dq, dk.to(k.dtype), dw)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(x * grad for x in ctx.saved_tensors), None, None, None, None
+
+
+def index_loss(
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor, seen: torch.Tensor, p: torch.Tensor,
+    scores: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The indexer's loss, summed over queries, a float32 scalar: `Indexer.divergence` of the chosen positions.
+
+    `q`, `k`, `weights` and `seen` are those of `choose`, `rows` and `scores` what it returned; `p` is `attend`'s, of
+    the heads of all ranks.
+    """
+    return _IndexLoss.apply(q, k, weights, rows, seen, p, scores)
+
+
+def attend_to_chosen(
+    q: torch.Tensor, latent: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor, torch.Tensor], n_keys: int,
+    seen: torch.Tensor, topk: int, rank: int, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """`model.MLA._attend_to_chosen`: chooses, attends, and with `sum_over_ranks` computes the indexer's mean loss.
+
+    `index` are the indexer's queries, keys and weights; the other arguments are those of `choose` and `attend`.
+    """
+    learns = sum_over_ranks is not None
+    rows, scores = choose(*index, n_keys, seen, topk, learns)
+    out, p = attend(q, latent, rows, seen, rank, learns)
+    if not learns:
+        return out, None
+    return out, index_loss(*index, rows, seen, sum_over_ranks(p), scores) / (q.shape[0] * q.shape[1])
