@@ -103,6 +103,26 @@ def _choose_kernel(
         tl.store(values_ptr + at, x, mask=chosen)
 
 
+def _room(q: torch.Tensor, n_keys: int) -> tuple[torch.Tensor, int]:
+    """Memory for the scores of some queries of each sequence, float32 (B·n, `n_keys` or more), and how many n."""
+    bsz, width = len(q), triton.cdiv(n_keys, 64) * 64
+    size = min(q.shape[1], max(1, SCORES // (bsz * width)))
+    return torch.empty(bsz * size, width, dtype=torch.float32, device=q.device), size
+
+
+def _score(
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, seen: torch.Tensor, scores: torch.Tensor, first: int,
+    n: int, end: int,
+) -> None:  # fmt: skip
+    """Fills `scores` of n queries of each sequence, from `first` on, with those of `end` keys: see `choose`."""
+    bsz, seqlen, heads, dim = q.shape
+    tile = 64 if n > 16 else 16
+    _scores_kernel[(triton.cdiv(n, tile), triton.cdiv(end, 64), bsz)](
+        q, k, weights, seen, scores, first, n, seqlen, end, k.shape[1] * dim, seqlen if len(seen) > 1 else 0,
+        scores.shape[1], HEADS=heads, D=dim, DP=_power(dim), ROWS=tile, COLS=64,
+    )  # fmt: skip
+
+
 def choose(
     q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, n_keys: int, seen: torch.Tensor, topk: int,
     with_scores: bool = False,
@@ -117,21 +137,15 @@ def choose(
             all of them, and some after it, with scores of minus infinity.
     """
     q, k, weights, seen = (x.detach().contiguous() for x in (q, k, weights, seen))
-    (bsz, seqlen, heads, dim), device = q.shape, q.device
-    width = triton.cdiv(n_keys, 64) * 64
-    rows = torch.empty(bsz, seqlen, topk, dtype=torch.int32, device=device)
-    values = torch.empty(rows.shape, dtype=torch.float32, device=device) if with_scores else None
-    size = min(seqlen, max(1, SCORES // (bsz * width)))
-    scores = torch.empty(bsz * size, width, dtype=torch.float32, device=device)
-    seen_stride = seqlen if len(seen) > 1 else 0
-    tile = 64 if size > 16 else 16
+    bsz, seqlen = q.shape[:2]
+    rows = torch.empty(bsz, seqlen, topk, dtype=torch.int32, device=q.device)
+    values = torch.empty(rows.shape, dtype=torch.float32, device=q.device) if with_scores else None
+    scores, size = _room(q, n_keys)
+    seen_stride, width = seqlen if len(seen) > 1 else 0, scores.shape[1]
     for first in range(0, seqlen, size):
         n = min(size, seqlen - first)
         end = max(topk, n_keys - (seqlen - first - n))  # no query of the chunk sees more
-        _scores_kernel[(triton.cdiv(n, tile), triton.cdiv(end, 64), bsz)](
-            q, k, weights, seen, scores, first, n, seqlen, end, k.shape[1] * dim, seen_stride, width,
-            HEADS=heads, D=dim, DP=_power(dim), ROWS=tile, COLS=64,
-        )  # fmt: skip
+        _score(q, k, weights, seen, scores, first, n, end)
         block = triton.next_power_of_2(end)
         if block > MAX_WIDTH:
             _choose_by_torch(scores, seen[:, first : first + n], rows[:, first : first + n], values, first, end)
@@ -355,6 +369,15 @@ ATTEND = (64, 4, 2), (64, 4, 2)  # keys of a tile, warps and stages: forward and
 
 
 @triton.jit
+def _chosen_scores(rows_ptr, p_ptr, scores_ptr, n, t, last, TOPK: tl.constexpr):
+    """Of the positions chosen for query n, those at t: where they are, whether it sees them, p and scores."""
+    row = tl.load(rows_ptr + n * TOPK + t, mask=t < TOPK, other=0)
+    visible = (t < TOPK) & (row <= last)
+    p = tl.load(p_ptr + n * TOPK + t, mask=visible, other=0.0)
+    return row, visible, p, tl.load(scores_ptr + n * TOPK + t, mask=visible, other=float("-inf"))
+
+
+@triton.jit
 def _index_loss_kernel(
     q_ptr, k_ptr, w_ptr, rows_ptr, seen_ptr, p_ptr, scores_ptr, loss_ptr, dq_ptr, dk_ptr, dw_ptr,
     S, k_stride, seen_stride,
@@ -369,15 +392,10 @@ def _index_loss_kernel(
     n = tl.program_id(0).to(tl.int64)
     b = n // S
     last = tl.load(seen_ptr + b * seen_stride + n % S).to(tl.int32)
-    t = tl.arange(0, KP)
-    row = tl.load(rows_ptr + n * TOPK + t, mask=t < TOPK, other=0)
-    visible = (t < TOPK) & (row <= last)
-    p = tl.load(p_ptr + n * TOPK + t, mask=visible, other=0.0)
-    x = tl.load(scores_ptr + n * TOPK + t, mask=visible, other=float("-inf"))
+    _, _, p, x = _chosen_scores(rows_ptr, p_ptr, scores_ptr, n, tl.arange(0, KP), last, TOPK)
     heads, most = tl.sum(p), tl.max(x)
     total = tl.sum(tl.exp(x - most))
-    p /= heads
-    loss = tl.where(p > 0, p * (tl.log(p) - (x - most - tl.log(total))), 0.0)
+    loss = tl.where(p > 0, p / heads * (tl.log(p / heads) - (x - most - tl.log(total))), 0.0)
     tl.store(loss_ptr + n, tl.sum(loss))
     h, d = tl.arange(0, HP), tl.arange(0, DP)
     at, inside = (n * H + h)[:, None] * D + d[None, :], (h < H)[:, None] & (d < D)[None, :]
@@ -386,11 +404,8 @@ def _index_loss_kernel(
     dq, dw = tl.zeros([HP, DP], tl.float32), tl.zeros([HP], tl.float32)
     for first in range(0, TOPK, KEYS):
         t = first + tl.arange(0, KEYS)
-        row = tl.load(rows_ptr + n * TOPK + t, mask=t < TOPK, other=0)
-        visible = (t < TOPK) & (row <= last)
-        p = tl.load(p_ptr + n * TOPK + t, mask=visible, other=0.0)
-        x = tl.load(scores_ptr + n * TOPK + t, mask=visible, other=float("-inf"))
-        slope = tl.exp(x - most) / total - p / heads
+        row, visible, share, score = _chosen_scores(rows_ptr, p_ptr, scores_ptr, n, t, last, TOPK)
+        slope = tl.exp(score - most) / total - share / heads
         is_inside = visible[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + b * k_stride + row[:, None] * D + d[None, :], mask=is_inside, other=0.0).to(q.dtype)
         product = tl.dot(q, k.T, input_precision="ieee")
@@ -440,6 +455,170 @@ def index_loss(
     the heads of all ranks.
     """
     return _IndexLoss.apply(q, k, weights, rows, seen, p, scores)
+
+
+# --- Its loss where attention is dense --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _head_rows(x_ptr, row, inside, h, d, H, D: tl.constexpr):
+    """Rows of head h of x (·, H, D): (rows, D)."""
+    return tl.load(x_ptr + (row * H + h)[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _sums_kernel(
+    q_ptr, k_ptr, lse_ptr, first, n_rows, S, H, scale,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The log₂ of the sums of the causal softmax, (B, H, n), for `n_rows` queries from `first` on.
+
+    A program takes ROWS queries of a head, and reads all their keys: bound by the tensor cores and exponentials.
+    """
+    i, h, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d, m = tl.arange(0, DP), first + i
+    q = _head_rows(q_ptr, b * S + m, i < n_rows, h, d, H, D)
+    most, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+    for start in range(0, tl.minimum(first + (tl.program_id(0) + 1) * ROWS, S), COLS):
+        t = start + tl.arange(0, COLS)
+        k = _head_rows(k_ptr, b * S + t, t < S, h, d, H, D)
+        s = tl.dot(q, k.T, input_precision="ieee") * scale
+        s = tl.where(t[None, :] <= m[:, None], s, float("-inf"))
+        higher = tl.maximum(most, tl.max(s, axis=1))
+        total = total * tl.exp2(most - higher) + tl.sum(tl.exp2(s - higher[:, None]), axis=1)
+        most = higher
+    tl.store(lse_ptr + (b * H + h) * n_rows + i, most + tl.log2(total), mask=i < n_rows)
+
+
+@triton.jit
+def _probabilities_kernel(
+    q_ptr, k_ptr, lse_ptr, p_ptr, first, n_rows, S, H, width, scale,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The probabilities of these queries, summed over heads: p (B·n, width), of which a program takes a tile."""
+    i, t = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    d, m, b = tl.arange(0, DP), first + i, tl.program_id(2).to(tl.int64)
+    if tl.program_id(1) * COLS < first + (tl.program_id(0) + 1) * ROWS:
+        p = tl.zeros([ROWS, COLS], tl.float32)
+        for h in range(H):
+            q = _head_rows(q_ptr, b * S + m, i < n_rows, h, d, H, D)
+            k = _head_rows(k_ptr, b * S + t, t < S, h, d, H, D)
+            lse = tl.load(lse_ptr + (b * H + h) * n_rows + i, mask=i < n_rows, other=0.0)
+            p += tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale - lse[:, None])
+        at = (b * n_rows + i)[:, None] * width + t[None, :]
+        tl.store(p_ptr + at, p, mask=(i < n_rows)[:, None] & (t[None, :] <= m[:, None]))
+
+
+@triton.jit
+def _divergence_kernel(scores_ptr, p_ptr, loss_ptr, first, n_rows, S, width, BLOCK: tl.constexpr):
+    """KL(p ‖ softmax of the scores) of a query to all that it sees; writes the scores' gradients in their place.
+
+    A program reads a row of both twice, from the L2 cache.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    m = first + tl.program_id(0) % n_rows
+    most, total, heads = (
+        tl.full([BLOCK], -1e30, tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+    )
+    for start in range(0, m + 1, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        x = tl.load(scores_ptr + row * width + t, mask=t <= m, other=float("-inf"))
+        higher = tl.maximum(most, x)
+        total = total * tl.exp(most - higher) + tl.exp(x - higher)
+        heads += tl.load(p_ptr + row * width + t, mask=t <= m, other=0.0)
+        most = higher
+    highest, share = tl.max(most), 1 / tl.sum(heads)
+    log_sum = highest + tl.log(tl.sum(total * tl.exp(most - highest)))
+    loss = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, m + 1, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        x = tl.load(scores_ptr + row * width + t, mask=t <= m, other=float("-inf")) - log_sum
+        p = tl.load(p_ptr + row * width + t, mask=t <= m, other=0.0) * share
+        loss += tl.where(p > 0, p * (tl.log(p) - x), 0.0)
+        tl.store(scores_ptr + row * width + t, tl.exp(x) - p, mask=t <= m)
+    tl.store(loss_ptr + row // n_rows * S + m, tl.sum(loss))
+
+
+@triton.jit
+def _scores_backward_kernel(
+    q_ptr, k_ptr, w_ptr, slope_ptr, dq_ptr, dk_ptr, dw_ptr, first, n_rows, S, H, width,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `_scores_kernel` under a causal mask, from those of the scores: writes dq and dw, adds to dk.
+
+    A program takes ROWS queries of a head and all that they see: 6·d operations a score.
+    """
+    i, h, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d, m = tl.arange(0, DP), first + i
+    row, inside = b * S + m, i < n_rows
+    q = _head_rows(q_ptr, row, inside, h, d, H, D)
+    w = tl.load(w_ptr + row * H + h, mask=inside, other=0.0)
+    dq, dw = tl.zeros([ROWS, DP], tl.float32), tl.zeros([ROWS], tl.float32)
+    for start in range(0, tl.minimum(first + (tl.program_id(0) + 1) * ROWS, S), COLS):
+        t = start + tl.arange(0, COLS)
+        k = _head_rows(k_ptr, b * S + t, t < S, 0, d, 1, D)
+        at = (b * n_rows + i)[:, None] * width + t[None, :]
+        slope = tl.load(slope_ptr + at, mask=inside[:, None] & (t[None, :] <= m[:, None]), other=0.0)
+        product = tl.dot(q, k.T, input_precision="ieee")
+        dw += tl.sum(tl.maximum(product, 0.0) * slope, axis=1)
+        dproduct = tl.where(product > 0, slope * w[:, None], 0.0).to(q.dtype)
+        dq = tl.dot(dproduct, k, dq, input_precision="ieee")
+        dk = tl.dot(dproduct.T, q, input_precision="ieee")
+        to = dk_ptr + (b * S + t)[:, None] * D + d[None, :]
+        tl.atomic_add(to, dk, mask=(t < S)[:, None] & (d < D)[None, :], sem="relaxed")
+    tl.store(dq_ptr + (row * H + h)[:, None] * D + d[None, :], dq, mask=inside[:, None] & (d < D)[None, :])
+    tl.store(dw_ptr + row * H + h, dw, mask=inside)
+
+
+class _DenseIndexLoss(_IndexLoss):
+    """`dense_index_loss`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, index_q: torch.Tensor, index_k: torch.Tensor, weights: torch.Tensor, q: torch.Tensor,
+        k: torch.Tensor, scale: float, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
+        index_q, index_k, weights, q, k = (x.contiguous() for x in (index_q, index_k, weights, q, k))
+        (bsz, seqlen, heads, dim), device, scale = q.shape, q.device, scale * LOG2E.value
+        dq, dw = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (index_q, weights))
+        dk = torch.zeros(index_k.shape, dtype=torch.float32, device=device)
+        losses = torch.empty(bsz * seqlen, dtype=torch.float32, device=device)
+        seen, (scores, size) = torch.arange(seqlen, device=device).unsqueeze(0), _room(q, seqlen)
+        p, lse = torch.empty_like(scores), torch.empty(bsz * heads * size, dtype=torch.float32, device=device)
+        tile = {"D": dim, "DP": _power(dim), "ROWS": 64, "COLS": 64 if dim <= 128 else 32, "num_stages": 2}
+        tile_i = {**tile, "D": index_q.shape[-1], "DP": _power(index_q.shape[-1])}
+        for first in range(0, seqlen, size):
+            n = min(size, seqlen - first)
+            end, blocks = first + n, triton.cdiv(n, 64)
+            where = first, n, seqlen, heads
+            _score(index_q, index_k, weights, seen, scores, first, n, end)
+            _sums_kernel[(blocks, heads, bsz)](q, k, lse, *where, scale, **tile)
+            grid = blocks, triton.cdiv(end, tile["COLS"]), bsz
+            _probabilities_kernel[grid](q, k, lse, p, *where, p.shape[1], scale, **tile)
+            p = sum_over_ranks(p)
+            _divergence_kernel[(bsz * n,)](scores, p, losses, first, n, seqlen, p.shape[1], BLOCK=1024)
+            _scores_backward_kernel[(blocks, index_q.shape[2], bsz)](
+                index_q, index_k, weights, scores, dq, dk, dw, first, n, seqlen, index_q.shape[2], p.shape[1], **tile_i
+            )
+        ctx.save_for_backward(dq, dk.to(index_k.dtype), dw)
+        return losses.sum()
+
+
+def dense_index_loss(
+    q: torch.Tensor, k: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """`model.MLA._index_loss`: the indexer's mean loss where each query attends to all positions up to its own.
+
+    `q` and `k` (B, S, H, D) are the heads' queries and keys, `scale` is the factor of their scores, and `index` has the
+    indexer's queries, keys and weights.
+    """
+    return _DenseIndexLoss.apply(*index, q, k, scale, sum_over_ranks) / (q.shape[0] * q.shape[1])
+
+
+# --- What the model calls ---------------------------------------------------------------------------------------------
 
 
 def attend_to_chosen(
