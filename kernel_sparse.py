@@ -61,46 +61,69 @@ def _scores_kernel(
 
 
 @triton.jit
-def _choose_kernel(
-    scores_ptr, seen_ptr, rows_ptr, values_ptr, first, n_rows, S, seen_stride, width,
-    TOPK: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The positions of the TOPK best scores of a query, ascending, and with VALUES their scores.
-
-    A program takes one query. It maps floats to integers in the same order, and halves the range between the lowest and
-    the highest of them, some 20 times, until as many as wanted are above: 2 instructions a score and time. Of equal
-    ones at the bound the last are taken. It reads a row of float32 once, from the L2 cache.
-    """
-    program = tl.program_id(0)
-    b, s = (program // n_rows).to(tl.int64), first + program % n_rows
-    t = tl.arange(0, BLOCK)
-    last = tl.load(seen_ptr + b * seen_stride + s).to(tl.int32)
-    x = tl.load(scores_ptr + program.to(tl.int64) * width + t, mask=t <= last, other=float("-inf"))
+def _ordered(scores_ptr, t, last):
+    """Scores at t, and integers in the same order; the lowest one after `last`, the last that a query sees."""
+    x = tl.load(scores_ptr + t, mask=t <= last, other=float("-inf"))
     x += t * 1e-30  # of several that no head looks for, with a score of 0, the last ones
     bits = x.to(tl.int32, bitcast=True)
     key = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST + 1)
-    key = tl.where(t <= last, key, LOWEST)
-    chosen = t < TOPK
-    if last >= TOPK:
-        low = tl.min(tl.where(t <= last, key, 0x7FFFFFFF)).to(tl.int64)  # at least TOPK are not below it
-        high = tl.max(key).to(tl.int64)
-        count = last + 1
-        while (low < high) & (count != TOPK):
-            middle = low + (high - low + 1) // 2
-            above = tl.sum((key >= middle.to(tl.int32)).to(tl.int32))
-            count = tl.where(above >= TOPK, above, count)
-            low = tl.where(above >= TOPK, middle, low)
-            high = tl.where(above >= TOPK, high, middle - 1)
-        bound = low.to(tl.int32)
-        chosen = key >= bound
-        if count != TOPK:
-            is_equal = key == bound
-            surplus = count - TOPK
-            chosen = chosen & ((is_equal == 0) | (tl.cumsum(is_equal.to(tl.int32)) > surplus))
-    at = (b * S + s) * TOPK + tl.cumsum(chosen.to(tl.int32)) - 1
-    tl.store(rows_ptr + at, t, mask=chosen)
-    if VALUES:
-        tl.store(values_ptr + at, x, mask=chosen)
+    return x, tl.where(t <= last, key, LOWEST)
+
+
+@triton.jit
+def _bound(scores_ptr, last, TOPK: tl.constexpr, BLOCK: tl.constexpr):
+    """The highest integer of `_ordered` that at least TOPK are not below, and how many these are."""
+    t = tl.arange(0, BLOCK)
+    _, key = _ordered(scores_ptr, t, last)
+    low, high, count = tl.min(key).to(tl.int64), tl.max(key).to(tl.int64), last + 1
+    while (low < high) & (count != TOPK):
+        middle = low + (high - low + 1) // 2
+        above = tl.sum((key >= middle.to(tl.int32)).to(tl.int32))
+        count = tl.where(above >= TOPK, above, count)
+        low = tl.where(above >= TOPK, middle, low)
+        high = tl.where(above >= TOPK, high, middle - 1)
+    return low.to(tl.int32), count
+
+
+@triton.jit
+def _choose_kernel(
+    scores_ptr, seen_ptr, rows_ptr, values_ptr, first, n_rows, S, seen_stride, width,
+    TOPK: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The positions of the TOPK best scores of a query, ascending, and with VALUES their scores.
+
+    A program takes one query. It halves the range of the scores, some 20 times, until as many as wanted are above: 2
+    instructions a score and time. Then it goes over the row again in tiles; of equal scores at the bound the last ones
+    are taken. It reads a row of float32 twice, from caches: bound by the instructions.
+    """
+    program = tl.program_id(0)
+    b, s = (program // n_rows).to(tl.int64), first + program % n_rows
+    last = tl.load(seen_ptr + b * seen_stride + s).to(tl.int32)
+    scores_ptr += program.to(tl.int64) * width
+    rows_ptr += (b * S + s) * TOPK
+    values_ptr += (b * S + s) * TOPK
+    if last < TOPK:
+        for start in range(0, TOPK, TILE):
+            t = start + tl.arange(0, TILE)
+            tl.store(rows_ptr + t, t, mask=t < TOPK)
+            if VALUES:
+                tl.store(values_ptr + t, _ordered(scores_ptr, t, last)[0], mask=t < TOPK)
+    else:
+        bound, count = _bound(scores_ptr, last, TOPK, BLOCK)
+        surplus, before = count - TOPK, count * 0
+        for start in range(0, last + 1, TILE):
+            t = start + tl.arange(0, TILE)
+            x, key = _ordered(scores_ptr, t, last)
+            # both are counted in one sum: those above the bound, and those at it in the higher 16 bits
+            ones = (key > bound).to(tl.int32) + ((key == bound).to(tl.int32) << 16)
+            ranks = tl.cumsum(ones) + before
+            equal = ranks >> 16
+            chosen = (key > bound) | ((key == bound) & (equal > surplus))
+            to = (ranks & 0xFFFF) + tl.maximum(equal - surplus, 0) - 1
+            tl.store(rows_ptr + to, t, mask=chosen)
+            if VALUES:
+                tl.store(values_ptr + to, x, mask=chosen)
+            before += tl.sum(ones)
 
 
 def _room(q: torch.Tensor, n_keys: int) -> tuple[torch.Tensor, int]:
@@ -151,13 +174,16 @@ def choose(
             _choose_by_torch(scores, seen[:, first : first + n], rows[:, first : first + n], values, first, end)
             continue
         _choose_kernel[(bsz * n,)](
-            scores, seen, rows, values, first, n, seqlen, seen_stride, width, TOPK=topk, VALUES=with_scores,
-            BLOCK=max(block, CHOICE), num_warps=max(block, CHOICE) // 1024 if block > 4 * CHOICE else 4,
+            scores, seen, rows, rows if values is None else values, first, n, seqlen, seen_stride, width, TOPK=topk,
+            VALUES=with_scores, **_choice(block),
         )  # fmt: skip
     return rows, values
 
 
-CHOICE = 1024  # of a row of scores at least: few widths, each of which is another kernel
+def _choice(width: int) -> dict[str, int]:
+    """Sizes of a program that chooses in rows of up to `width` scores: few sizes, each of which is another kernel."""
+    block = max(triton.next_power_of_2(width), 1024)
+    return {"BLOCK": block, "TILE": min(block // 4, 4096), "num_warps": max(4, block // 1024), "maxnreg": 64}
 
 
 def _choose_by_torch(
@@ -362,7 +388,7 @@ def _tiles(q: torch.Tensor, rank: int, backward: bool = False) -> dict[str, int]
     return sizes | {"HEADS": heads, "KEYS": keys, "num_warps": 8 if wide else warps, "num_stages": stages}
 
 
-ATTEND = (64, 4, 2), (64, 4, 2)  # keys of a tile, warps and stages: forward and backward
+ATTEND = (128, 4, 2), (64, 4, 2)  # keys of a tile, warps and stages: forward and backward
 
 
 # --- The indexer's loss -----------------------------------------------------------------------------------------------
@@ -468,18 +494,18 @@ def _head_rows(x_ptr, row, inside, h, d, H, D: tl.constexpr):
 
 @triton.jit
 def _sums_kernel(
-    q_ptr, k_ptr, lse_ptr, first, n_rows, S, H, scale,
+    q_ptr, k_ptr, lse_ptr, S, H, scale,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The log₂ of the sums of the causal softmax, (B, H, n), for `n_rows` queries from `first` on.
+    """The log₂ of the sums of the causal softmax, (B, H, S).
 
     A program takes ROWS queries of a head, and reads all their keys: bound by the tensor cores and exponentials.
     """
-    i, h, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d, m = tl.arange(0, DP), first + i
-    q = _head_rows(q_ptr, b * S + m, i < n_rows, h, d, H, D)
+    m, h, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, DP)
+    q = _head_rows(q_ptr, b * S + m, m < S, h, d, H, D)
     most, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
-    for start in range(0, tl.minimum(first + (tl.program_id(0) + 1) * ROWS, S), COLS):
+    for start in range(0, tl.minimum((tl.program_id(0) + 1) * ROWS, S), COLS):
         t = start + tl.arange(0, COLS)
         k = _head_rows(k_ptr, b * S + t, t < S, h, d, H, D)
         s = tl.dot(q, k.T, input_precision="ieee") * scale
@@ -487,7 +513,7 @@ def _sums_kernel(
         higher = tl.maximum(most, tl.max(s, axis=1))
         total = total * tl.exp2(most - higher) + tl.sum(tl.exp2(s - higher[:, None]), axis=1)
         most = higher
-    tl.store(lse_ptr + (b * H + h) * n_rows + i, most + tl.log2(total), mask=i < n_rows)
+    tl.store(lse_ptr + (b * H + h) * S + m, most + tl.log2(total), mask=m < S)
 
 
 @triton.jit
@@ -495,7 +521,7 @@ def _probabilities_kernel(
     q_ptr, k_ptr, lse_ptr, p_ptr, first, n_rows, S, H, width, scale,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The probabilities of these queries, summed over heads: p (B·n, width), of which a program takes a tile."""
+    """The probabilities of `n_rows` queries from `first` on, summed over heads: a tile of p (B·n, width)."""
     i, t = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     d, m, b = tl.arange(0, DP), first + i, tl.program_id(2).to(tl.int64)
     if tl.program_id(1) * COLS < first + (tl.program_id(0) + 1) * ROWS:
@@ -503,7 +529,7 @@ def _probabilities_kernel(
         for h in range(H):
             q = _head_rows(q_ptr, b * S + m, i < n_rows, h, d, H, D)
             k = _head_rows(k_ptr, b * S + t, t < S, h, d, H, D)
-            lse = tl.load(lse_ptr + (b * H + h) * n_rows + i, mask=i < n_rows, other=0.0)
+            lse = tl.load(lse_ptr + (b * H + h) * S + m, mask=i < n_rows, other=0.0)
             p += tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale - lse[:, None])
         at = (b * n_rows + i)[:, None] * width + t[None, :]
         tl.store(p_ptr + at, p, mask=(i < n_rows)[:, None] & (t[None, :] <= m[:, None]))
@@ -544,19 +570,20 @@ def _divergence_kernel(scores_ptr, p_ptr, loss_ptr, first, n_rows, S, width, BLO
 @triton.jit
 def _scores_backward_kernel(
     q_ptr, k_ptr, w_ptr, slope_ptr, dq_ptr, dk_ptr, dw_ptr, first, n_rows, S, H, width,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of `_scores_kernel` under a causal mask, from those of the scores: writes dq and dw, adds to dk.
+    """Adds the gradients of `_scores_kernel` under a causal mask, from those of the scores, in float32.
 
-    A program takes ROWS queries of a head and all that they see: 6·d operations a score.
+    A program takes ROWS queries of a head and SPAN keys: 6·d operations a score.
     """
-    i, h, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d, m = tl.arange(0, DP), first + i
+    blocks = tl.cdiv(n_rows, ROWS)
+    i, begin = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS), tl.program_id(0) // blocks * SPAN
+    d, m, h, b = tl.arange(0, DP), first + i, tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, inside = b * S + m, i < n_rows
     q = _head_rows(q_ptr, row, inside, h, d, H, D)
     w = tl.load(w_ptr + row * H + h, mask=inside, other=0.0)
     dq, dw = tl.zeros([ROWS, DP], tl.float32), tl.zeros([ROWS], tl.float32)
-    for start in range(0, tl.minimum(first + (tl.program_id(0) + 1) * ROWS, S), COLS):
+    for start in range(begin, tl.minimum(begin + SPAN, tl.max(tl.where(inside, m, -1)) + 1), COLS):
         t = start + tl.arange(0, COLS)
         k = _head_rows(k_ptr, b * S + t, t < S, 0, d, 1, D)
         at = (b * n_rows + i)[:, None] * width + t[None, :]
@@ -568,8 +595,12 @@ def _scores_backward_kernel(
         dk = tl.dot(dproduct.T, q, input_precision="ieee")
         to = dk_ptr + (b * S + t)[:, None] * D + d[None, :]
         tl.atomic_add(to, dk, mask=(t < S)[:, None] & (d < D)[None, :], sem="relaxed")
-    tl.store(dq_ptr + (row * H + h)[:, None] * D + d[None, :], dq, mask=inside[:, None] & (d < D)[None, :])
-    tl.store(dw_ptr + row * H + h, dw, mask=inside)
+    to = dq_ptr + (row * H + h)[:, None] * D + d[None, :]
+    tl.atomic_add(to, dq, mask=inside[:, None] & (d < D)[None, :], sem="relaxed")
+    tl.atomic_add(dw_ptr + row * H + h, dw, mask=inside, sem="relaxed")
+
+
+SPAN = 1024  # keys of a program of `_scores_backward_kernel`, so that there are enough programs
 
 
 class _DenseIndexLoss(_IndexLoss):
@@ -582,27 +613,26 @@ class _DenseIndexLoss(_IndexLoss):
     ) -> torch.Tensor:  # fmt: skip
         index_q, index_k, weights, q, k = (x.contiguous() for x in (index_q, index_k, weights, q, k))
         (bsz, seqlen, heads, dim), device, scale = q.shape, q.device, scale * LOG2E.value
-        dq, dw = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (index_q, weights))
-        dk = torch.zeros(index_k.shape, dtype=torch.float32, device=device)
-        losses = torch.empty(bsz * seqlen, dtype=torch.float32, device=device)
+        own = index_q, index_k, weights
+        grads = dq, dk, dw = [torch.zeros(x.shape, dtype=torch.float32, device=device) for x in own]
+        losses, lse = (torch.empty(bsz * n, seqlen, dtype=torch.float32, device=device) for n in (1, heads))
         seen, (scores, size) = torch.arange(seqlen, device=device).unsqueeze(0), _room(q, seqlen)
-        p, lse = torch.empty_like(scores), torch.empty(bsz * heads * size, dtype=torch.float32, device=device)
+        p, own_heads, own_dim = torch.empty_like(scores), *index_q.shape[2:]
         tile = {"D": dim, "DP": _power(dim), "ROWS": 64, "COLS": 64 if dim <= 128 else 32, "num_stages": 2}
-        tile_i = {**tile, "D": index_q.shape[-1], "DP": _power(index_q.shape[-1])}
+        own_tile = {**tile, "D": own_dim, "DP": _power(own_dim), "SPAN": SPAN}
+        _sums_kernel[(triton.cdiv(seqlen, 64), heads, bsz)](q, k, lse, seqlen, heads, scale, **tile)
         for first in range(0, seqlen, size):
             n = min(size, seqlen - first)
-            end, blocks = first + n, triton.cdiv(n, 64)
-            where = first, n, seqlen, heads
-            _score(index_q, index_k, weights, seen, scores, first, n, end)
-            _sums_kernel[(blocks, heads, bsz)](q, k, lse, *where, scale, **tile)
+            end, blocks, where = first + n, triton.cdiv(n, 64), (first, n, seqlen)
+            _score(*own, seen, scores, first, n, end)
             grid = blocks, triton.cdiv(end, tile["COLS"]), bsz
-            _probabilities_kernel[grid](q, k, lse, p, *where, p.shape[1], scale, **tile)
+            _probabilities_kernel[grid](q, k, lse, p, *where, heads, p.shape[1], scale, **tile)
             p = sum_over_ranks(p)
-            _divergence_kernel[(bsz * n,)](scores, p, losses, first, n, seqlen, p.shape[1], BLOCK=1024)
-            _scores_backward_kernel[(blocks, index_q.shape[2], bsz)](
-                index_q, index_k, weights, scores, dq, dk, dw, first, n, seqlen, index_q.shape[2], p.shape[1], **tile_i
+            _divergence_kernel[(bsz * n,)](scores, p, losses, *where, p.shape[1], BLOCK=2048, num_warps=8)
+            _scores_backward_kernel[(blocks * triton.cdiv(end, SPAN), own_heads, bsz)](
+                *own, scores, dq, dk, dw, *where, own_heads, p.shape[1], **own_tile
             )
-        ctx.save_for_backward(dq, dk.to(index_k.dtype), dw)
+        ctx.save_for_backward(*(grad.to(x.dtype) for grad, x in zip(grads, own, strict=True)))
         return losses.sum()
 
 

@@ -174,6 +174,7 @@ def test_loss_of_an_indexer_under_dense_attention(data: st.DataObject) -> None:
     q, k = (randn(*length, heads, dim, seed=i).to(dtype) for i in (3, 4))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_sparse, "SCORES", draw(1, 3000, 1 << 20) if seqlen < 70 else 1 << 13)
+        patch.setattr(kernel_sparse, "SPAN", 64)
         ours = kernel_sparse.dense_index_loss(*on_device(q, k), mine, 0.3, lambda p: p)
     hidden = torch.ones(seqlen, seqlen, dtype=torch.bool).triu(1)
     s = torch.einsum("bshd,bthd->bhst", q.double(), k.double()) * 0.3

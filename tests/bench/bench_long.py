@@ -126,6 +126,7 @@ def main() -> None:
             model = load_model(resolve_run(run, "last"), options.device, dtype)
             bits = last_quarter(model, val_data, shape.max_seq_len, options.contexts)
             found[name] = bits, seconds_per_step(run, step_bytes)
+            print(f"{name}: {bits:.4f} bits per byte, {found[name][1] * 1000:.1f} ms a step", file=sys.stderr)
     bits, seconds = found.get("dense", next(iter(found.values())))
     layers = options.layers or shape.n_layers
     print(f"\n{options.config.name}, {layers} layers, context {shape.max_seq_len}, {options.steps} steps, ", end="")
