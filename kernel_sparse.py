@@ -15,6 +15,7 @@ K positions chosen for a query, of which those after the query itself are not at
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -646,6 +647,106 @@ def dense_index_loss(
     indexer's queries, keys and weights.
     """
     return _DenseIndexLoss.apply(*index, q, k, scale, sum_over_ranks) / (q.shape[0] * q.shape[1])
+
+
+# --- The choice of a decoded position ---------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _index_kernel(
+    q_ptr, keys_ptr, g_ptr, bias_ptr, cos_ptr, sin_ptr, positions_ptr, cache_rows_ptr, caches_ptr, capacity_ptr,
+    seen_ptr, places_ptr, layer, eps, TYPE: tl.constexpr, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    CONTEXT: tl.constexpr, TOPK: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """`Indexer.forward` after its products, and `KVCache.update` of the index key.
+
+    Program n rotates the queries q (N, H·D) of a position in place, norms and rotates its key, the first D of keys
+    (N, D + H), and writes it to the cache. It writes the last position to choose from, -1 where n is no row's, and the
+    last place among the chosen ones.
+    """
+    n, h, i, d = tl.program_id(0), tl.arange(0, HP), tl.arange(0, HALF), tl.arange(0, DP)
+    position, row, capacity = tl.load(positions_ptr + n), tl.load(cache_rows_ptr + n), tl.load(capacity_ptr)
+    last = tl.where(row >= 0, tl.minimum(tl.minimum(position, capacity - 1), CONTEXT - 1), -1)
+    tl.store(seen_ptr + n, last.to(tl.int32))
+    tl.store(places_ptr + n, tl.minimum(last, TOPK - 1))
+    is_pair = i < R // 2
+    at = tl.minimum(position, CONTEXT - 1) * (R // 2) + i
+    cos, sin = tl.load(cos_ptr + at, mask=is_pair, other=0.0), tl.load(sin_ptr + at, mask=is_pair, other=0.0)
+    to, inside = q_ptr + n * (H * D) + h[:, None] * D + i[None, :], (h < H)[:, None] & is_pair[None, :]
+    a, b = tl.load(to, mask=inside, other=0.0), tl.load(to + R // 2, mask=inside, other=0.0)
+    tl.store(to, a * cos[None, :] - b * sin[None, :], mask=inside)
+    tl.store(to + R // 2, b * cos[None, :] + a * sin[None, :], mask=inside)
+    if (row >= 0) & (position < capacity):
+        keys_ptr += n * (D + H)
+        cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(TYPE)) + (row * capacity + position) * D
+        x = tl.load(keys_ptr + d, mask=d < D, other=0.0)
+        mean = tl.sum(x) / D
+        x = tl.where(d < D, x - mean, 0.0)
+        r = tl.rsqrt(tl.sum(x * x) / D + eps)
+        x = x * r * tl.load(g_ptr + d, mask=d < D, other=0.0) + tl.load(bias_ptr + d, mask=d < D, other=0.0)
+        tl.store(cache_ptr + d, x.to(TYPE), mask=(d >= R) & (d < D))
+        a, b = tl.load(keys_ptr + i, mask=is_pair, other=0.0), tl.load(keys_ptr + R // 2 + i, mask=is_pair, other=0.0)
+        a = (a - mean) * r * tl.load(g_ptr + i, mask=is_pair) + tl.load(bias_ptr + i, mask=is_pair)
+        b = (b - mean) * r * tl.load(g_ptr + R // 2 + i, mask=is_pair) + tl.load(bias_ptr + R // 2 + i, mask=is_pair)
+        tl.store(cache_ptr + i, (a * cos - b * sin).to(TYPE), mask=is_pair)
+        tl.store(cache_ptr + R // 2 + i, (b * cos + a * sin).to(TYPE), mask=is_pair)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _cached_scores_kernel(
+    q_ptr, keys_ptr, cache_rows_ptr, caches_ptr, capacity_ptr, seen_ptr, scores_ptr, layer, TYPE: tl.constexpr,
+    CACHE: tl.constexpr, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    """The scores (N, WIDTH) of all cached keys that a position sees: program (i, n) computes COLS. Bound by memory."""
+    t, n = tl.program_id(0) * COLS + tl.arange(0, COLS), tl.program_id(1)
+    last, h, d = tl.load(seen_ptr + n), tl.arange(0, HP), tl.arange(0, DP)
+    if tl.program_id(0) * COLS <= last:
+        row, capacity = tl.load(cache_rows_ptr + n), tl.load(capacity_ptr)
+        cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(CACHE)) + row * capacity * D
+        mask = (t <= last)[None, :] & (d < D)[:, None]
+        k = tl.load(cache_ptr + t[None, :] * D + d[:, None], mask=mask, other=0.0).to(TYPE)
+        mask = (h < H)[:, None] & (d < D)[None, :]
+        q = tl.load(q_ptr + n * (H * D) + h[:, None] * D + d[None, :], mask=mask, other=0.0).to(TYPE)
+        w = tl.load(keys_ptr + n * (D + H) + D + h, mask=h < H, other=0.0)
+        scores = tl.sum(tl.maximum(tl.dot(q, k, input_precision="ieee"), 0.0) * w[:, None], axis=0)
+        tl.store(scores_ptr + n * WIDTH + t, scores, mask=t <= last)
+
+
+class Chooser:
+    """The choice of positions in a step of `kernel_decode`, whose buffers it reads: for each of up to n positions.
+
+    A caller writes `q`, an indexer's queries (N, h·d), and `keys`, its key and the heads' weights (N, d + h), before
+    rotation and norm, all float32, for N of `height` positions. Then `launch` writes `rows`, the chosen positions
+    int32 (n, K), and `places`, the index of the last of them that a position attends to.
+    """
+
+    def __init__(self, args: Any, n: int, height: int, device: torch.device):
+        self.args, self.width, (heads, dim) = args, args.max_seq_len, (args.index_n_heads, args.index_head_dim)
+        zeros = partial(torch.zeros, device=device)
+        self.q, self.keys, self.scores = zeros(height, heads * dim), zeros(height, dim + heads), zeros(n, self.width)
+        self.seen, self.places = zeros(n, dtype=torch.int32), zeros(n, dtype=torch.int64)
+        self.rows = zeros(n, args.index_topk, dtype=torch.int32)
+
+    def launch(self, step: Any, norm: tuple[torch.Tensor, torch.Tensor], eps: float, layer: int, types: Any) -> None:
+        """Chooses for a `kernel_decode.Step`; `norm` is the key's, `layer` the place of the cache's address."""
+        args, n = self.args, len(self.seen)
+        heads, dim, (own, cached) = args.index_n_heads, args.index_head_dim, types
+        cache = step.rows, step.caches, step.capacity
+        sizes = {"H": heads, "D": dim, "HP": _power(heads), "DP": _power(dim)}
+        _index_kernel[(n,)](
+            self.q, self.keys, *norm, step.cos, step.sin, step.positions, *cache, self.seen, self.places, layer, eps,
+            TYPE=cached, R=args.qk_rope_head_dim, CONTEXT=self.width, TOPK=args.index_topk,
+            HALF=triton.next_power_of_2(max(args.qk_rope_head_dim // 2, 1)), **sizes,
+        )  # fmt: skip
+        _cached_scores_kernel[(triton.cdiv(self.width, 128), n)](
+            self.q, self.keys, *cache, self.seen, self.scores, layer, TYPE=own, CACHE=cached, WIDTH=self.width,
+            COLS=128, **sizes,
+        )  # fmt: skip
+        _choose_kernel[(n,)](
+            self.scores, self.seen, self.rows, self.scores, 0, 1, 1, 1, self.width, TOPK=args.index_topk, VALUES=False,
+            **_choice(self.width),
+        )  # fmt: skip
 
 
 # --- What the model calls ---------------------------------------------------------------------------------------------

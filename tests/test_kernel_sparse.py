@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
-from conftest import tiny  # noqa: E402
+from conftest import randomise, tiny  # noqa: E402
 from test_kernel import DEVICE, compiling, draws, generator, randn, runs, small_and_exact  # noqa: E402, F401
 from test_sparse import SPARSE, brute_force, grads_of, tokens  # noqa: E402
 
@@ -260,6 +260,34 @@ def test_training_and_decoding_are_those_of_torch(by_kernels: list[Any], monkeyp
         torch.testing.assert_close(losses.indexer, again.indexer, rtol=1e-3, atol=0)
         for name, grad in wanted.items():
             assert (grads[name] - grad).abs().max() <= 1e-4 * max(1e-2, grad.abs().max().item()), name
+
+
+@runs
+@pytest.mark.parametrize("lengths", [[30], [30, 2, 17]])
+def test_a_decoded_step_is_that_of_the_modules(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rows that choose, and in those that see all that they could."""
+    import decode
+    import kernel_decode
+
+    monkeypatch.setattr(fp8_ops, "sparse_kernels", lambda x: None)
+    monkeypatch.setattr(model_module, "attn_impl", "absorb")
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(kernel_decode, "PROGRAMS", 1)
+    net = tiny(**SPARSE | {"max_seq_len": 32, "n_layers": 2, "index_n_heads": 3}).requires_grad_(False)
+    randomise(net)
+    net, results = net.to(DEVICE), []
+    text = torch.randint(256, (len(lengths), 1), generator=generator(2)).to(DEVICE)
+    with torch.inference_mode():
+        for target in (net, decode.KernelDecoder(net)):
+            cache = net.new_cache(len(lengths), 32)
+            for i, tensor in enumerate(tensor for layer in cache.layers for tensor in layer):
+                tensor.copy_(randn(*tensor.shape, seed=i))
+            cache.lengths = list(lengths)
+            states, logits = target.forward_with_hidden(text, cache)
+            drafts = target.mtp_forward(0, states, text, cache)
+            results.append([states, logits, *drafts, *(tensor for layer in cache.layers for tensor in layer)])
+    for theirs, ours in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 2e-5 * theirs.norm()
 
 
 def test_which_calls_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
