@@ -673,9 +673,9 @@ def _index_kernel(
     at = tl.minimum(position, CONTEXT - 1) * (R // 2) + i
     cos, sin = tl.load(cos_ptr + at, mask=is_pair, other=0.0), tl.load(sin_ptr + at, mask=is_pair, other=0.0)
     to, inside = q_ptr + n * (H * D) + h[:, None] * D + i[None, :], (h < H)[:, None] & is_pair[None, :]
-    a, b = tl.load(to, mask=inside, other=0.0), tl.load(to + R // 2, mask=inside, other=0.0)
-    tl.store(to, a * cos[None, :] - b * sin[None, :], mask=inside)
-    tl.store(to + R // 2, b * cos[None, :] + a * sin[None, :], mask=inside)
+    q_a, q_b = tl.load(to, mask=inside, other=0.0), tl.load(to + R // 2, mask=inside, other=0.0)
+    tl.store(to, q_a * cos[None, :] - q_b * sin[None, :], mask=inside)
+    tl.store(to + R // 2, q_b * cos[None, :] + q_a * sin[None, :], mask=inside)
     if (row >= 0) & (position < capacity):
         keys_ptr += n * (D + H)
         cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(TYPE)) + (row * capacity + position) * D

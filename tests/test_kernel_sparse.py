@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from conftest import randomise, tiny  # noqa: E402
 from test_kernel import DEVICE, compiling, draws, generator, randn, runs, small_and_exact  # noqa: E402, F401
 from test_sparse import SPARSE, brute_force, grads_of, tokens  # noqa: E402
@@ -340,6 +342,13 @@ def compile_all() -> list[dict[str, Any]]:
             kernel_sparse.attend_to_chosen(*arguments, None)
             head = torch.empty(1, length, heads, 64 if heads == 8 else 192, dtype=dtype)
             kernel_sparse.dense_index_loss(head, head, (*index, weights), 1.0, lambda p: p).backward()
+            args = SimpleNamespace(index_n_heads=index_heads, index_head_dim=index_dim, index_topk=topk)
+            args.max_seq_len, args.qk_rope_head_dim = 1 << 14, rope
+            numbers, floats = torch.zeros(4, dtype=torch.int64), torch.zeros(4)
+            step = {"cos": floats, "sin": floats, "positions": numbers, "rows": numbers, "caches": numbers}
+            chooser = kernel_sparse.Chooser(args, 4, 16, numbers.device)
+            types = [{torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[dtype]] * 2
+            chooser.launch(SimpleNamespace(**step, capacity=numbers), (floats, floats), 1e-6, 0, types)
     return compiled
 
 
