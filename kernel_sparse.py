@@ -64,8 +64,8 @@ def _scores_kernel(
 @triton.jit
 def _ordered(scores_ptr, t, last):
     """Scores at t, and integers in the same order; the lowest one after `last`, the last that a query sees."""
-    x = tl.load(scores_ptr + t, mask=t <= last, other=float("-inf"))
-    x += t * 1e-30  # of several that no head looks for, with a score of 0, the last ones
+    x = tl.load(scores_ptr + t, mask=t < (last // 16 + 1) * 16)  # so many that loads are of 16 bytes
+    x = tl.where(t <= last, x + t * 1e-30, float("-inf"))  # of several that no head looks for (0), the last ones
     bits = x.to(tl.int32, bitcast=True)
     key = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST + 1)
     return x, tl.where(t <= last, key, LOWEST)
@@ -89,9 +89,9 @@ def _bound(scores_ptr, last, TOPK: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _choose_kernel(
     scores_ptr, seen_ptr, rows_ptr, values_ptr, first, n_rows, S, seen_stride, width,
-    TOPK: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    TOPK: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The positions of the TOPK best scores of a query, ascending, and with VALUES their scores.
+    """The positions of the TOPK best scores of a query, ascending, and their scores.
 
     A program takes one query. It halves the range of the scores, some 20 times, until as many as wanted are above: 2
     instructions a score and time. Then it goes over the row again in tiles; of equal scores at the bound the last ones
@@ -107,8 +107,7 @@ def _choose_kernel(
         for start in range(0, TOPK, TILE):
             t = start + tl.arange(0, TILE)
             tl.store(rows_ptr + t, t, mask=t < TOPK)
-            if VALUES:
-                tl.store(values_ptr + t, _ordered(scores_ptr, t, last)[0], mask=t < TOPK)
+            tl.store(values_ptr + t, _ordered(scores_ptr, t, last)[0], mask=t < TOPK)
     else:
         bound, count = _bound(scores_ptr, last, TOPK, BLOCK)
         surplus, before = count - TOPK, count * 0
@@ -122,8 +121,7 @@ def _choose_kernel(
             chosen = (key > bound) | ((key == bound) & (equal > surplus))
             to = (ranks & 0xFFFF) + tl.maximum(equal - surplus, 0) - 1
             tl.store(rows_ptr + to, t, mask=chosen)
-            if VALUES:
-                tl.store(values_ptr + to, x, mask=chosen)
+            tl.store(values_ptr + to, x, mask=chosen)
             before += tl.sum(ones)
 
 
@@ -148,9 +146,8 @@ def _score(
 
 
 def choose(
-    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, n_keys: int, seen: torch.Tensor, topk: int,
-    with_scores: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, n_keys: int, seen: torch.Tensor, topk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The `topk` positions with the best scores for each query, int32 (B, S, K), and their scores, float32.
 
     Args:
@@ -163,7 +160,7 @@ def choose(
     q, k, weights, seen = (x.detach().contiguous() for x in (q, k, weights, seen))
     bsz, seqlen = q.shape[:2]
     rows = torch.empty(bsz, seqlen, topk, dtype=torch.int32, device=q.device)
-    values = torch.empty(rows.shape, dtype=torch.float32, device=q.device) if with_scores else None
+    values = torch.empty(rows.shape, dtype=torch.float32, device=q.device)
     scores, size = _room(q, n_keys)
     seen_stride, width = seqlen if len(seen) > 1 else 0, scores.shape[1]
     for first in range(0, seqlen, size):
@@ -172,32 +169,31 @@ def choose(
         _score(q, k, weights, seen, scores, first, n, end)
         block = triton.next_power_of_2(end)
         if block > MAX_WIDTH:
-            _choose_by_torch(scores, seen[:, first : first + n], rows[:, first : first + n], values, first, end)
+            part = slice(first, first + n)
+            _choose_by_torch(scores, seen[:, part], rows[:, part], values[:, part], end)
             continue
         _choose_kernel[(bsz * n,)](
-            scores, seen, rows, rows if values is None else values, first, n, seqlen, seen_stride, width, TOPK=topk,
-            VALUES=with_scores, **_choice(block),
-        )  # fmt: skip
+            scores, seen, rows, values, first, n, seqlen, seen_stride, width, TOPK=topk, **_choice(block)
+        )
     return rows, values
 
 
 def _choice(width: int) -> dict[str, int]:
     """Sizes of a program that chooses in rows of up to `width` scores: few sizes, each of which is another kernel."""
-    block = max(triton.next_power_of_2(width), 1024)
-    return {"BLOCK": block, "TILE": min(block // 4, 4096), "num_warps": max(4, block // 1024), "maxnreg": 64}
+    block = max(triton.next_power_of_2(width), 2048)
+    return {"BLOCK": block, "TILE": max(block // 4, 1024), "num_warps": max(4, block // 1024), "maxnreg": 64}
 
 
 def _choose_by_torch(
-    scores: torch.Tensor, seen: torch.Tensor, rows: torch.Tensor, values: torch.Tensor | None, first: int, end: int
+    scores: torch.Tensor, seen: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, end: int
 ) -> None:
-    """`_choose_kernel` for the queries from `first` on, in rows of any width; `seen` and `rows` are theirs alone."""
+    """`_choose_kernel` in rows of any width; `seen`, `rows` and `values` are of the queries with scores alone."""
     bsz, n, topk = rows.shape
     keys = torch.arange(end, device=seen.device)
     x = scores[: bsz * n, :end].unflatten(0, (bsz, n)) + keys * 1e-30
     best = x.masked_fill_(keys > seen.unsqueeze(-1), float("-inf")).topk(topk, sorted=False)
     rows.copy_(best.indices)
-    if values is not None:
-        values[:, first : first + n] = best.values
+    values.copy_(best.values)
 
 
 # --- Attention to the chosen positions --------------------------------------------------------------------------------
@@ -722,11 +718,12 @@ class Chooser:
     """
 
     def __init__(self, args: Any, n: int, height: int, device: torch.device):
-        self.args, self.width, (heads, dim) = args, args.max_seq_len, (args.index_n_heads, args.index_head_dim)
+        self.args, self.width = args, triton.cdiv(args.max_seq_len, 64) * 64
+        heads, dim = args.index_n_heads, args.index_head_dim
         zeros = partial(torch.zeros, device=device)
         self.q, self.keys, self.scores = zeros(height, heads * dim), zeros(height, dim + heads), zeros(n, self.width)
         self.seen, self.places = zeros(n, dtype=torch.int32), zeros(n, dtype=torch.int64)
-        self.rows = zeros(n, args.index_topk, dtype=torch.int32)
+        self.rows, self.values = zeros(n, args.index_topk, dtype=torch.int32), zeros(n, args.index_topk)
 
     def launch(self, step: Any, norm: tuple[torch.Tensor, torch.Tensor], eps: float, layer: int, types: Any) -> None:
         """Chooses for a `kernel_decode.Step`; `norm` is the key's, `layer` the place of the cache's address."""
@@ -736,7 +733,7 @@ class Chooser:
         sizes = {"H": heads, "D": dim, "HP": _power(heads), "DP": _power(dim)}
         _index_kernel[(n,)](
             self.q, self.keys, *norm, step.cos, step.sin, step.positions, *cache, self.seen, self.places, layer, eps,
-            TYPE=cached, R=args.qk_rope_head_dim, CONTEXT=self.width, TOPK=args.index_topk,
+            TYPE=cached, R=args.qk_rope_head_dim, CONTEXT=args.max_seq_len, TOPK=args.index_topk,
             HALF=triton.next_power_of_2(max(args.qk_rope_head_dim // 2, 1)), **sizes,
         )  # fmt: skip
         _cached_scores_kernel[(triton.cdiv(self.width, 128), n)](
@@ -744,7 +741,7 @@ class Chooser:
             COLS=128, **sizes,
         )  # fmt: skip
         _choose_kernel[(n,)](
-            self.scores, self.seen, self.rows, self.scores, 0, 1, 1, 1, self.width, TOPK=args.index_topk, VALUES=False,
+            self.scores, self.seen, self.rows, self.values, 0, 1, 1, 1, self.width, TOPK=args.index_topk,
             **_choice(self.width),
         )  # fmt: skip
 
@@ -754,15 +751,14 @@ class Chooser:
 
 def attend_to_chosen(
     q: torch.Tensor, latent: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor, torch.Tensor], n_keys: int,
-    seen: torch.Tensor, topk: int, rank: int, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None,
+    seen: torch.Tensor, indexer: Any, rank: int, learns: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """`model.MLA._attend_to_chosen`: chooses, attends, and with `sum_over_ranks` computes the indexer's mean loss.
+    """`model.MLA._attend_to_chosen`: chooses, attends, and if the `model.Indexer` learns, computes its mean loss.
 
     `index` are the indexer's queries, keys and weights; the other arguments are those of `choose` and `attend`.
     """
-    learns = sum_over_ranks is not None
-    rows, scores = choose(*index, n_keys, seen, topk, learns)
+    rows, scores = choose(*index, n_keys, seen, indexer.topk)
     out, p = attend(q, latent, rows, seen, rank, learns)
     if not learns:
         return out, None
-    return out, index_loss(*index, rows, seen, sum_over_ranks(p), scores) / (q.shape[0] * q.shape[1])
+    return out, index_loss(*index, rows, seen, indexer.sum_over_ranks(p), scores) / (q.shape[0] * q.shape[1])

@@ -69,7 +69,7 @@ def test_choice_by_brute_force(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_sparse, "SCORES", draw(1, 400, 1 << 20))
         patch.setattr(kernel_sparse, "MAX_WIDTH", draw(0, 1 << 15) if kind == "normal" else 1 << 15)
-        rows, values = (x.cpu() for x in kernel_sparse.choose(*on_device(q, k, w), n_keys, seen.to(DEVICE), topk, True))
+        rows, values = (x.cpu() for x in kernel_sparse.choose(*on_device(q, k, w), n_keys, seen.to(DEVICE), topk))
     products = torch.einsum("bshd,btd->bsht", q.double(), k.double())
     exact = (w.double().unsqueeze(-2) @ products.relu()).squeeze(-2)
     for b in range(bsz):
@@ -139,7 +139,7 @@ def test_loss_of_an_indexer_and_its_gradients(data: st.DataObject) -> None:
     mine = [x.to(DEVICE, copy=True).requires_grad_() for x in inputs]
     exact = [x.double().requires_grad_() for x in inputs]
     seen = torch.arange(n_keys - seqlen, n_keys).unsqueeze(0)
-    rows, scores = kernel_sparse.choose(*mine, n_keys, seen.to(DEVICE), topk, True)
+    rows, scores = kernel_sparse.choose(*mine, n_keys, seen.to(DEVICE), topk)
     p = torch.rand(rows.shape, generator=generator(4))
     p[..., 0] = 0 if topk > 1 else 1
     ours = kernel_sparse.index_loss(*mine, rows, seen.to(DEVICE), p.to(DEVICE), scores)
@@ -336,10 +336,11 @@ def compile_all() -> list[dict[str, Any]]:
                 torch.empty(1, length, *n, index_dim, dtype=dtype, requires_grad=True) for n in ([index_heads], [])
             ]
             weights, seen = torch.empty(1, length, index_heads, requires_grad=True), torch.arange(length).unsqueeze(0)
-            arguments = (q, latent, (*index, weights), length, seen, topk, rank)
-            out, loss = kernel_sparse.attend_to_chosen(*arguments, lambda p: p)
+            indexer = SimpleNamespace(topk=topk, sum_over_ranks=lambda p: p)
+            arguments = (q, latent, (*index, weights), length, seen, indexer, rank)
+            out, loss = kernel_sparse.attend_to_chosen(*arguments, True)
             (out.float().sum() + loss).backward()
-            kernel_sparse.attend_to_chosen(*arguments, None)
+            kernel_sparse.attend_to_chosen(*arguments, False)
             head = torch.empty(1, length, heads, 64 if heads == 8 else 192, dtype=dtype)
             kernel_sparse.dense_index_loss(head, head, (*index, weights), 1.0, lambda p: p).backward()
             args = SimpleNamespace(index_n_heads=index_heads, index_head_dim=index_dim, index_topk=topk)
