@@ -85,9 +85,9 @@ def kernels(x: torch.Tensor) -> Any:
     return kernel_fused
 
 
-def sparse_kernels(x: torch.Tensor) -> Any:
-    """The module `kernel_sparse` where its kernels take absorbed queries such as `x`; else None, as `kernels`."""
-    if kernels(x) is None or x.shape[-1] > 1024:
+def sparse_kernels(x: torch.Tensor, widest: int = 640) -> Any:
+    """The module `kernel_sparse` where its kernels take queries such as `x`; else None, as `kernels`."""
+    if kernels(x) is None or x.shape[-1] > widest:
         return None
     import kernel_sparse
 

@@ -376,16 +376,13 @@ def _power(n: int) -> int:
 
 def _tiles(q: torch.Tensor, rank: int, backward: bool = False) -> dict[str, int]:
     """Sizes of the tiles of a program that attends: all that it has in float32 fits the registers."""
-    width = q.shape[-1]
-    wide = rank > 128
-    heads = min(_power(q.shape[2]), 16 if wide else 32)
-    keys = 16 if wide and q.dtype == torch.float32 else 32 if wide or q.dtype == torch.float32 else ATTEND[backward][0]
-    sizes = {"C": rank, "R": width - rank, "CP": _power(rank), "RP": _power(width - rank)}
-    _, warps, stages = ATTEND[backward]
-    return sizes | {"HEADS": heads, "KEYS": keys, "num_warps": 8 if wide else warps, "num_stages": stages}
-
-
-ATTEND = (128, 4, 2), (64, 4, 2)  # keys of a tile, warps and stages: forward and backward
+    if rank > 128:
+        most, keys, warps, stages = 16, 32, 8, 1 if backward else 2
+    else:
+        most, keys, warps, stages = 32, 64 if backward else 128, 4, 2
+    keys = min(keys, 16 if rank > 128 else 32) if q.dtype == torch.float32 else keys
+    sizes = {"C": rank, "R": q.shape[-1] - rank, "CP": _power(rank), "RP": _power(q.shape[-1] - rank)}
+    return sizes | {"HEADS": min(_power(q.shape[2]), most), "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
 # --- The indexer's loss -----------------------------------------------------------------------------------------------

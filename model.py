@@ -688,7 +688,7 @@ class MLA(nn.Module):
     def _index_loss(self, q: torch.Tensor, k: torch.Tensor, index: IndexVectors) -> torch.Tensor:
         """The indexer's loss where attention is dense, of queries `q` and keys `k` (B, S, H, d)."""
         bsz, seqlen, heads, _ = q.shape
-        if kernel := fp8_ops.sparse_kernels(q):
+        if kernel := fp8_ops.sparse_kernels(q, widest=256):
             return kernel.dense_index_loss(q, k, index, self.softmax_scale, self.indexer.sum_over_ranks)
 
         def diverge(q: torch.Tensor, k: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:

@@ -198,7 +198,7 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
     attend = kernel_sparse.attend_to_chosen
     monkeypatch.setattr(kernel_sparse, "attend_to_chosen", lambda *args: calls.append(args) or attend(*args))
-    monkeypatch.setattr(fp8_ops, "sparse_kernels", lambda x: kernel_sparse)
+    monkeypatch.setattr(fp8_ops, "sparse_kernels", lambda x, widest=0: kernel_sparse)
     return calls
 
 
@@ -227,7 +227,7 @@ def test_a_layer_by_brute_force(data: st.DataObject) -> None:
             out = out.unsqueeze(0)
         else:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(fp8_ops, "sparse_kernels", lambda x: kernel_sparse)
+                patch.setattr(fp8_ops, "sparse_kernels", lambda x, widest=0: kernel_sparse)
                 out, loss = layer(inputs[0], Positions(*(t.to(DEVICE) for t in (angles.cos(), angles.sin()))), None)
         grads = torch.autograd.grad((out * probe.to(out)).sum() + loss, inputs)
         results.append([out, loss, *grads])
@@ -249,7 +249,7 @@ def test_training_and_decoding_are_those_of_torch(by_kernels: list[Any], monkeyp
     with torch.inference_mode():
         results = []
         for module in (kernel_sparse, None):
-            monkeypatch.setattr(fp8_ops, "sparse_kernels", lambda x, module=module: module)
+            monkeypatch.setattr(fp8_ops, "sparse_kernels", lambda x, widest=0, module=module: module)
             cache = net.eval().new_cache(2, 16)
             logits = [net(batch[:, :7], cache)]
             cache.lengths = [7, 3]
@@ -271,7 +271,7 @@ def test_a_decoded_step_is_that_of_the_modules(lengths: list[int], monkeypatch: 
     import decode
     import kernel_decode
 
-    monkeypatch.setattr(fp8_ops, "sparse_kernels", lambda x: None)
+    monkeypatch.setattr(fp8_ops, "sparse_kernels", lambda x, widest=0: None)
     monkeypatch.setattr(model_module, "attn_impl", "absorb")
     if DEVICE.type == "cpu":
         monkeypatch.setattr(kernel_decode, "PROGRAMS", 1)
@@ -299,7 +299,7 @@ def test_which_calls_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8_ops, "meta_capability", (9, 0))
     assert fp8_ops.sparse_kernels(x) is kernel_sparse
     assert fp8_ops.sparse_kernels(x.double()) is None
-    assert fp8_ops.sparse_kernels(torch.empty(1, 1, 2, 1100, device="meta")) is None
+    assert fp8_ops.sparse_kernels(torch.empty(1, 1, 2, 700, device="meta")) is None
 
 
 def test_tensors_without_memory_have_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
