@@ -26,6 +26,7 @@ SCORES = 1 << 24  # numbers of the indexer's scores in memory at a time
 MAX_WIDTH = 1 << 15  # of a row of scores that fits the registers of a program; for wider ones, torch chooses
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-(2**31))
+PRIME = tl.constexpr(1299709)
 
 
 # --- The indexer's choice ---------------------------------------------------------------------------------------------
@@ -266,6 +267,13 @@ def _attend_kernel(
 
 
 @triton.jit
+def _spread(program, S):
+    """The query of a program that adds to rows: neighbours choose alike, so those at work are far from each other."""
+    b, i = (program // S).to(tl.int64), (program % S).to(tl.int64)
+    return b * S + tl.where(S % PRIME == 0, i, i * PRIME % S)
+
+
+@triton.jit
 def _attend_backward_kernel(
     q_ptr, kv_ptr, rows_ptr, seen_ptr, out_ptr, lse_ptr, dout_ptr, dq_ptr, dkv_ptr, S, kv_stride, seen_stride, H,
     C: tl.constexpr, R: tl.constexpr, TOPK: tl.constexpr,
@@ -276,7 +284,7 @@ def _attend_backward_kernel(
     A program takes HEADS heads of a query, gathers the K latents again and computes the probabilities from the sums.
     2·H·K·(5C + 3R) operations and K·(C + R) additions in the L2 cache, which bound it.
     """
-    n, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    n, head = _spread(tl.program_id(0), S), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     b, c, r = n // S, tl.arange(0, CP), tl.arange(0, RP)
     last = tl.load(seen_ptr + b * seen_stride + n % S).to(tl.int32)
     q_c, q_r = _queries(q_ptr, n, head, c, r, H, C, R)
@@ -409,7 +417,7 @@ def _index_loss_kernel(
     The gradient of a score is softmax - p. A program takes a query: reads p and the scores, K numbers each, gathers K
     keys of d, does 6·h·K·d operations and adds K·d numbers in the L2 cache, which bounds it.
     """
-    n = tl.program_id(0).to(tl.int64)
+    n = _spread(tl.program_id(0), S)
     b = n // S
     last = tl.load(seen_ptr + b * seen_stride + n % S).to(tl.int32)
     _, _, p, x = _chosen_scores(rows_ptr, p_ptr, scores_ptr, n, tl.arange(0, KP), last, TOPK)
