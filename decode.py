@@ -642,7 +642,7 @@ class KernelDecoder:
         """Whether the kernels have all that a model needs: it is unsharded, has a latent, and is on a CUDA GPU."""
         args, is_cuda = model.args, model.head.weight.device.type == "cuda"
         has_layers = args.hidden_act in ACTIVATIONS and args.kv_lora_rank > 0
-        has_choice = args.index_topk == 0 or args.max_seq_len <= 1 << 15
+        has_choice = args.index_topk == 0 or args.max_seq_len <= 1 << 15  # `kernel_sparse.MAX_WIDTH`
         return is_cuda and has_layers and has_choice and model.is_unsharded()
 
     @staticmethod

@@ -9,9 +9,12 @@ fixed order. So the work for a query is that of K positions, whatever the contex
 The indexer's scores of some queries at a time are in memory, SCORES numbers at most. A program reads the row of a query
 into registers and finds its best K by halving: it counts the scores above a bound, which needs no sorting.
 
-Results are those of `model.MLA._attend_to_chosen` up to rounding. Nothing waits for the device. In shapes: B sequences,
-S queries and T positions of each, H heads, h heads of the indexer of width d, C `kv_lora_rank`, R `qk_rope_head_dim`,
-K positions chosen for a query, of which those after the query itself are not attended to.
+While an indexer learns from dense attention, tiles of scores and probabilities take the place of chosen positions. And
+`kernel_decode` has its positions chosen here.
+
+Results are those of `model.MLA._attend_to_chosen` and `_index_loss` up to rounding. Nothing waits for the device. In
+shapes: B sequences, S queries and T positions of each, H heads, h heads of the indexer of width d, C `kv_lora_rank`,
+R `qk_rope_head_dim`, K positions chosen for a query, of which those after the query itself are not attended to.
 """
 
 from collections.abc import Callable
@@ -26,7 +29,7 @@ SCORES = 1 << 24  # numbers of the indexer's scores in memory at a time
 MAX_WIDTH = 1 << 15  # of a row of scores that fits the registers of a program; for wider ones, torch chooses
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-(2**31))
-PRIME = tl.constexpr(1299709)
+PRIME = tl.constexpr(1299709)  # a step from one program's query to the next one's: see `_spread`
 
 
 # --- The indexer's choice ---------------------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ def _choose_kernel(
             # both are counted in one sum: those above the bound, and those at it in the higher 16 bits
             ones = (key > bound).to(tl.int32) + ((key == bound).to(tl.int32) << 16)
             ranks = tl.cumsum(ones) + before
-            equal = ranks >> 16
+            equal = (ranks >> 16) & 0xFFFF
             chosen = (key > bound) | ((key == bound) & (equal > surplus))
             to = (ranks & 0xFFFF) + tl.maximum(equal - surplus, 0) - 1
             tl.store(rows_ptr + to, t, mask=chosen)
@@ -545,11 +548,8 @@ def _divergence_kernel(scores_ptr, p_ptr, loss_ptr, first, n_rows, S, width, BLO
     """
     row = tl.program_id(0).to(tl.int64)
     m = first + tl.program_id(0) % n_rows
-    most, total, heads = (
-        tl.full([BLOCK], -1e30, tl.float32),
-        tl.zeros([BLOCK], tl.float32),
-        tl.zeros([BLOCK], tl.float32),
-    )
+    most = tl.full([BLOCK], -1e30, tl.float32)
+    total, heads = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, m + 1, BLOCK):
         t = start + tl.arange(0, BLOCK)
         x = tl.load(scores_ptr + row * width + t, mask=t <= m, other=float("-inf"))

@@ -85,6 +85,14 @@ def test_choice_by_brute_force(data: st.DataObject) -> None:
                 torch.testing.assert_close(values[b, s], wanted.float(), rtol=1e-4, atol=1e-5)
 
 
+@runs
+def test_as_many_equal_scores_as_a_row_holds() -> None:
+    n = kernel_sparse.MAX_WIDTH
+    q, k, w = torch.zeros(1, 1, 1, 4), torch.zeros(1, n, 4), torch.full((1, 1, 1), float("nan"))
+    rows, _ = kernel_sparse.choose(*on_device(q, k, w), n, torch.full((1, 1), n - 1).to(DEVICE), 5)
+    assert rows.flatten().tolist() == list(range(n - 5, n))
+
+
 def chosen_rows(bsz: int, seqlen: int, n_keys: int, topk: int, seed: int) -> torch.Tensor:
     order = torch.rand(bsz, seqlen, n_keys, generator=generator(seed))
     return order.argsort(dim=-1)[..., :topk].int().contiguous()
