@@ -641,8 +641,9 @@ class KernelDecoder:
     def has_all(model: Transformer) -> bool:
         """Whether the kernels have all that a model needs: it is unsharded, has a latent, and is on a CUDA GPU."""
         args, is_cuda = model.args, model.head.weight.device.type == "cuda"
-        has_layers = args.hidden_act in ACTIVATIONS and not args.index_topk and args.kv_lora_rank > 0
-        return is_cuda and has_layers and model.is_unsharded()
+        has_layers = args.hidden_act in ACTIVATIONS and args.kv_lora_rank > 0
+        has_choice = args.index_topk == 0 or args.max_seq_len <= 1 << 15  # `kernel_sparse.MAX_WIDTH`
+        return is_cuda and has_layers and has_choice and model.is_unsharded()
 
     @staticmethod
     def lacks(model: Transformer) -> str | None:

@@ -97,6 +97,15 @@ def kernels(x: torch.Tensor) -> Any:
     return kernel_fused
 
 
+def sparse_kernels(x: torch.Tensor, widest: int = 640) -> Any:
+    """The module `kernel_sparse` where its kernels take queries such as `x`; else None, as `kernels`."""
+    if kernels(x) is None or x.shape[-1] > widest:
+        return None
+    import kernel_sparse
+
+    return kernel_sparse
+
+
 def fuses_fp8(x: Any) -> bool:
     """Whether kernels quantise an activation such as `x` where they compute it; or it is a `QuantizedActivation`."""
     if isinstance(x, QuantizedActivation):

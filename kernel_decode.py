@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
+import kernel_sparse
 from kernel import compiling_ahead
 from kernel_products import (
     BLOCK,
@@ -145,15 +146,16 @@ def _length(positions_ptr, rows_ptr, capacity_ptr, n):
 
 @triton.jit(do_not_specialize=["layer"])
 def _attend_kernel(
-    q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, layer, TYPE: constexpr,
+    q_ptr, positions_ptr, rows_ptr, caches_ptr, capacity_ptr, out_ptr, sums_ptr, layer, chosen_ptr, TYPE: constexpr,
     CACHE: constexpr, H: constexpr, C: constexpr, R: constexpr, SPLITS: constexpr, CP: constexpr, RP: constexpr,
-    BT: constexpr, PRECISION: constexpr, PDL: constexpr,
+    BT: constexpr, PRECISION: constexpr, CHOSEN: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """The scores, softmax and sums of latents of `MLA._attend_absorbed`, over a part of the positions.
 
     Program (s, n, i) takes 16 heads, and one of SPLITS parts of the positions that n attends to, BT at a time. Reads
     q (N, H, C + R) and the KV cache, (row, capacity, C + R), once for 16 heads. Writes the means of latents, float32
-    (N, H, SPLITS, C), and the logarithms to base 2 of the sums of powers (N, H, SPLITS). Bound by memory.
+    (N, H, SPLITS, C), and the logarithms to base 2 of the sums of powers (N, H, SPLITS). Bound by memory. With CHOSEN,
+    that many positions are chosen for n, and `positions` are places among them.
     """
     split, n = tl.program_id(0), tl.program_id(1)
     h = tl.program_id(2) * 16 + tl.arange(0, 16)
@@ -176,7 +178,10 @@ def _attend_kernel(
         total, acc = tl.zeros((16,), tl.float32), tl.zeros((16, CP), tl.float32)
         for begin in range(start, end, BT):
             t = begin + tl.arange(0, BT)
-            at_ptr, is_old = cache_ptr + t[:, None] * (C + R), (t < end)[:, None]
+            at = t
+            if CHOSEN > 0:
+                at = tl.load(chosen_ptr + n * CHOSEN + t, mask=t < end, other=0)
+            at_ptr, is_old = cache_ptr + at[:, None] * (C + R), (t < end)[:, None]
             latent = tl.load(at_ptr + c[None, :], mask=is_old & (c < C)[None, :], other=0.0).to(TYPE)
             key = tl.load(at_ptr + C + p[None, :], mask=is_old & (p < R)[None, :], other=0.0).to(TYPE)
             scores = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
@@ -397,8 +402,9 @@ class Step:
         # so many parts of the positions that programs fill a GPU, whatever the lengths are
         self.splits = min(-(-args.max_seq_len // SPAN), max(128 // (n * -(-args.n_heads // 16)), 4))
         layers, zeros = args.n_layers + args.n_mtp_layers, partial(torch.zeros, device=device)
-        self.inputs = zeros(2 * n + layers + 1, dtype=torch.int64)
-        self.positions, self.rows, self.caches, self.capacity = self.inputs.split([n, n, layers, 1])
+        caches = layers * (2 if args.index_topk else 1)
+        self.inputs = zeros(2 * n + caches + 1, dtype=torch.int64)
+        self.positions, self.rows, self.caches, self.capacity = self.inputs.split([n, n, caches, 1])
         self.rows.fill_(-1)
         self._allocate(device)
         self.tokens, self.counts = zeros(n, dtype=torch.int64), zeros(n, dtype=torch.int32)
@@ -428,10 +434,12 @@ class Step:
         self.x, self.normed, self.updates = floats(n, args.dim), own(n, args.dim), floats(16, n, args.dim)
         self.joined, self.before, self.states = own(n, 2 * args.dim), own(n, args.dim), own(n, args.dim)
         self.logits = floats(n, args.vocab_size)
+        self.chooser = kernel_sparse.Chooser(args, self.n, n, device) if args.index_topk else None
 
     def place(self, cache: KVCache, rows: list[int], positions: list[int]) -> None:
         """Sets the row of a cache, and the position there, of each of up to N positions."""
-        free, addresses = self.n - len(rows), [layer[0].data_ptr() for layer in cache.layers]
+        kinds = zip(*cache.layers, strict=True)  # latents, then with an indexer its keys
+        free, addresses = self.n - len(rows), [tensor.data_ptr() for kind in kinds for tensor in kind]
         values = [*positions, *[0] * free, *rows, *[-1] * free, *addresses, cache.capacity]
         self.inputs.copy_(torch.tensor(values))
         self.counts.zero_()
@@ -532,6 +540,8 @@ class Step:
                 self._norm(attn.q_norm, self.a, self.q_normed)
             x = self.a if self.n == 1 else self.q_normed
             self._project(x, attn.q_norm, self.queries, self._matrix(attn.wq_b))
+            if self.chooser is not None:
+                self._index(index, block, first, x)
         self._attend(index, block)
         self._project(self.values, None, self.x, self._matrix(attn.wo), add=True)
         if self.n > 1:
@@ -539,6 +549,16 @@ class Step:
             self._experts(block)
         else:
             self._experts_of_one(block)
+
+    def _index(self, index: int, block: Block, x: torch.Tensor, latent: torch.Tensor) -> None:
+        """Launches the indexer of a block, whose input is x, with the latent of the queries, and its choice."""
+        indexer, chooser, layers = block.attn.indexer, self.chooser, self.args.n_layers + self.args.n_mtp_layers
+        self._project(latent, block.attn.q_norm, chooser.q, self._matrix(indexer.wq_b))
+        matrices = self._matrix(indexer.wk), self._matrix(indexer.weights_proj)
+        self._project(x, block.attn_norm, chooser.keys, *matrices)
+        norm, types = indexer.k_norm, (TYPES[self.dtype], TYPES[self.cache_dtype])
+        weights = self._float(norm.weight), self._float(norm.bias)
+        chooser.launch(self, weights, norm.eps, layers + index, types)
 
     def _attend(self, index: int, block: Block) -> None:
         args, attn = self.args, block.attn
@@ -553,10 +573,12 @@ class Step:
             heads, nope, rope, args.v_head_dim, rank, args.max_seq_len, scale, LATENT_NORM_EPS, N=self.height, NP=rows,
             HALF=_power(rope // 2), HP=_power(heads), CP=cp, BC=columns, PRECISION=self.precision,
         )  # fmt: skip
+        chooser, topk = self.chooser, args.index_topk
+        places, chosen = (self.positions, None) if chooser is None else (chooser.places, chooser.rows)
         self._launch(
-            _attend_kernel, (self.splits, n, -(-heads // 16)), self.q, *where, self.parts, self.sums, index,
-            TYPES[self.dtype], TYPES[self.cache_dtype], heads, rank, rope, self.splits, CP=cp, RP=_power(rope, 16),
-            BT=SPAN, PRECISION=self.precision,
+            _attend_kernel, (self.splits, n, -(-heads // 16)), self.q, places, *where[1:], self.parts, self.sums, index,
+            chosen, TYPES[self.dtype], TYPES[self.cache_dtype], heads, rank, rope, self.splits, CP=cp,
+            RP=_power(rope, 16), BT=SPAN, PRECISION=self.precision, CHOSEN=topk,
         )  # fmt: skip
         parts = self.parts, self.sums, *wkv_b, self.values
         shape: dict[str, Any] = {"H": heads, "NOPE": nope, "V": args.v_head_dim, "C": rank, "SPLITS": self.splits}

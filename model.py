@@ -487,8 +487,7 @@ class Indexer(nn.Module):
         The first `n_keys` of `index.k` are filled, and the last position that a query may attend to is `seen` (B or 1,
         S): one that sees fewer than K gets all of them, and some after it.
         """
-        bsz, seqlen = index.q.shape[:2]
-        chosen = []
+        (bsz, seqlen), chosen = index.q.shape[:2], []
         for part in query_chunks(seqlen, bsz * self.n_heads * n_keys):
             end = max(self.topk, n_keys - (seqlen - part.stop))  # no query of the chunk sees more
             scores = index_scores(index.q[:, part], index.k[:, :end], index.weights[:, part])
@@ -525,8 +524,7 @@ def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
 
 def query_chunks(length: int, numbers: int) -> list[slice]:
     """Divides queries into chunks, equal but for the last, for whose tensors of `numbers` for each there is room."""
-    n_chunks = -(-length * numbers // CHUNK_NUMBERS)
-    size = -(-length // min(n_chunks, length))
+    size = -(-length // min(-(-length * numbers // CHUNK_NUMBERS), length))  # divided by the number of chunks
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -586,8 +584,7 @@ class MLA(nn.Module):
         angles = positions.cos, positions.sin
         wq = self.wq_a if self.q_lora_rank else self.wq  # in one `project` with the others: they read the same x
         q, *kv = project(x, wq, *((self.wkv_a,) if self.kv_lora_rank else (self.wk, self.wv)))
-        if self.q_lora_rank:
-            q = self.q_norm(q)
+        q = self.q_norm(q) if self.q_lora_rank else q
         index = None if self.indexer is None else self.indexer(x, q, angles)
         q = (self.wq_b(q) if self.q_lora_rank else q).unflatten(-1, (self.n_heads, self.qk_head_dim))
         q = apply_rotary_emb(q, *angles)  # (B, S, H, d)
@@ -651,8 +648,7 @@ class MLA(nn.Module):
         seqlen = q.shape[1]
         scores = torch.bmm(q.flatten(1, 2), latent.mT)  # (B, S·H, T): no copy of the cache, and no cast
         if mask is not None or seqlen > 1:
-            causal = torch.ones(1, 1, seqlen, seqlen, dtype=torch.bool, device=q.device).tril()
-            mask = causal if mask is None else mask
+            mask = torch.ones(1, 1, seqlen, seqlen, dtype=torch.bool, device=q.device).tril() if mask is None else mask
             scores = scores.unflatten(1, (seqlen, -1)).masked_fill(~mask.transpose(1, 2), float("-inf")).flatten(1, 2)
         return torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), latent[..., : self.kv_lora_rank])
 
@@ -665,6 +661,8 @@ class MLA(nn.Module):
         So the work for a query, and the gradients, are those of `index_topk` positions however long the context is.
         """
         bsz, seqlen, dtype, seen = *q.shape[:2], q.dtype, positions.of_queries()
+        if kernel := fp8_ops.sparse_kernels(q):
+            return kernel.attend_to_chosen(q, latent, index, n_keys, seen, self.indexer, self.kv_lora_rank, learns)
         chosen = self.indexer.choose(index, n_keys, seen)  # (B, S, K)
 
         def attend(q: torch.Tensor, latent: torch.Tensor, rows: torch.Tensor, hidden: torch.Tensor, *index: Any) -> Any:
@@ -690,6 +688,8 @@ class MLA(nn.Module):
     def _index_loss(self, q: torch.Tensor, k: torch.Tensor, index: IndexVectors) -> torch.Tensor:
         """The indexer's loss where attention is dense, of queries `q` and keys `k` (B, S, H, d)."""
         bsz, seqlen, heads, _ = q.shape
+        if kernel := fp8_ops.sparse_kernels(q, widest=256):
+            return kernel.dense_index_loss(q, k, index, self.softmax_scale, self.indexer.sum_over_ranks)
 
         def diverge(q: torch.Tensor, k: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
             n_queries, n_keys = q.shape[1], k.shape[1]

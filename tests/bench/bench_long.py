@@ -1,6 +1,12 @@
 """What a long context is worth, and what sparse attention to it costs: three models, trained for equal steps.
 
-    python tests/bench/bench_long.py --data FILE --steps 4000 --save-path DIR [--config configs/long.json]
+    python tests/bench/bench_long.py --config configs/long.json --data FILE --steps 4000 --batch-size 4 \
+        --contexts 200 --device cuda --seed 0 --save-path DIR
+
+or a smaller run, with four of its eight layers, and one evaluation at the end:
+
+    python tests/bench/bench_long.py --config configs/long.json --layers 4 --data FILE --steps 600 --batch-size 4 \
+        --contexts 200 --device cuda --seed 0 --save-path DIR --eval-interval 600 --save-interval 600
 
 - sparse: the config as it is;
 - dense: the same without indexers;
@@ -38,9 +44,10 @@ SHORTER = 8  # contexts of the short model in one of the others
 INDEXED = ("index_n_heads", "index_head_dim", "index_topk")
 
 
-def variants(config: Path, batch_size: int | None) -> dict[str, dict[str, Any]]:
+def variants(config: Path, batch_size: int | None, layers: int | None) -> dict[str, dict[str, Any]]:
     """The configs of the three models, with their training flags."""
     values = json.loads(config.read_text())
+    values["n_layers"] = layers or values["n_layers"]
     flags = values.pop("train", {})
     flags["batch_size"] = batch_size or flags.get("batch_size", 4)
     dense = {key: value for key, value in values.items() if key not in INDEXED}
@@ -96,6 +103,7 @@ def main() -> None:
     """Trains the three and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "long.json")
+    parser.add_argument("--layers", type=int, help="blocks of each model; default: the config's")
     parser.add_argument("--data", default="stdlib", help="as for train.py")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch-size", type=int, help="sequences of the long context in a step; default: the config's")
@@ -111,16 +119,20 @@ def main() -> None:
     _, val_data = split([source], shape.max_seq_len, None)
     dtype = parallel.pick_dtype(options.device)
     found: dict[str, tuple[float, float]] = {}
-    for name, values in variants(options.config, options.batch_size).items():
+    for name, values in variants(options.config, options.batch_size, options.layers).items():
         if name in options.only:
             run = train(name, values, options)
             step_bytes = values["max_seq_len"] * values["train"]["batch_size"] * values["train"].get("accumulation", 1)
             model = load_model(resolve_run(run, "last"), options.device, dtype)
             bits = last_quarter(model, val_data, shape.max_seq_len, options.contexts)
             found[name] = bits, seconds_per_step(run, step_bytes)
-    print(f"\n{options.config.name}, context {shape.max_seq_len}, {options.steps} steps, {options.device}, {dtype}\n")
-    print("| | bits per byte, last quarter | of dense | a step, of dense's time |\n|---|---|---|---|")
-    bits, seconds = found.get("dense", next(iter(found.values())))
+            print(f"{name}: {bits:.4f} bits per byte, {found[name][1] * 1000:.1f} ms a step", file=sys.stderr)
+    reference = "dense" if "dense" in found else next(iter(found))
+    bits, seconds = found[reference]
+    layers = options.layers or shape.n_layers
+    print(f"\n{options.config.name}, {layers} layers, context {shape.max_seq_len}, {options.steps} steps, ", end="")
+    print(f"{options.device}, {dtype}; a step of {reference}: {seconds * 1000:.1f} ms\n")
+    print(f"| | bits per byte, last quarter | of {reference} | a step, of {reference}'s time |\n|---|---|---|---|")
     for name, (ours, taken) in found.items():
         print(f"| {name} | {ours:.4f} | {ours / bits:.4f} | {taken / seconds:.2f} |")
 
