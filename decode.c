@@ -32,21 +32,22 @@ position, of E. */
 #define TWO_QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
 #if defined(__AVX512F__)
 #define LANES 16
-#define ROWS 6
+#define HALF_TILE 4 /* outputs of a tile of many rows */
 #define QUADS(i, j, k, l) TWO_QUADS(i, j, k, l), TWO_QUADS(i + 8, j + 8, k + 8, l + 8)
 #elif defined(__AVX2__)
 #define LANES 8
-#define ROWS 3 /* it has 16 registers, not 32 */
+#define HALF_TILE 2 /* it has 16 registers, not 32 */
 #define QUADS TWO_QUADS
 #else
 #define LANES 4 /* NEON; to GCC, longer vectors there are numbers one by one */
-#define ROWS 6
+#define HALF_TILE 4
 #define QUADS(i, j, k, l) i, j, k, l
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define FP8_IN_PAIRS /* else FP8 is multiplied in float32 */
 #endif
 #define OUTPUTS 4
+#define ROWS 6
 #define SCALED 128 /* rows and columns of a block of FP8 weights, which has one scale: fp8_ops.BLOCK */
 #define BLOCK 256 /* positions of a KV cache that are attended to at a time: they stay in the L2 cache */
 #ifdef __clang__
@@ -309,14 +310,17 @@ INLINE void matmul_kind(Matrix w, int kind, int from, int to, Rows x, Rows y, in
             float out[ROWS][OUTPUTS];
             for (int r = 0; r < more; r++) rows[r] = row_of(x, start + r);
 #define TILE(n) tile(weights, kind, w.n_in, rows, OUTPUTS, n, out)
+#define HALF_TILES(n)                         \
+    for (int h = 0; h < OUTPUTS; h += HALF_TILE) \
+    tile(weights + h * size, kind, w.n_in, rows, HALF_TILE, n, (float(*)[OUTPUTS])(out[0] + h))
             if (count == 1)
                 for (int r = 0; r < more; r++) tile(weights, kind, w.n_in, rows + r, 1, 1, out + r);
             else if (more == 1) TILE(1);
             else if (more == 2) TILE(2);
-            else if (more == 3 || ROWS == 3) TILE(3);
-            else if (more == 4) TILE(4);
-            else if (more == 5) TILE(5);
-            else TILE(6);
+            else if (more == 3) TILE(3);
+            else if (more == 4) HALF_TILES(4);
+            else if (more == 5) HALF_TILES(5);
+            else HALF_TILES(6);
             for (int r = 0; r < more; r++) {
                 float *to_row = row_of(y, start + r) + o - from;
                 if (count == 1) *to_row = out[r][0] + (adds ? *to_row : 0);
@@ -487,7 +491,7 @@ static void write_kv(const Step *s, const Block *b, void *cache, int i) {
    are made, so that each quad of a sum holds other columns than its place says, until the end. */
 INLINE void accumulate_columns(const void *cache, int kind, int width, int count, const float *p, float *o,
                                long stride, int n, int i) {
-    vec sums[6][2] = {};
+    vec sums[ROWS][2] = {};
     for (int t = 0; t < count; t += kind == PAIRS ? 2 : 1) {
         vec values[2];
 #ifdef __AVX512BF16__
@@ -500,10 +504,10 @@ INLINE void accumulate_columns(const void *cache, int kind, int width, int count
 #endif
             for (int v = 0; v < 2; v++) values[v] = load(cache, (long)t * width + i + v * LANES, kind);
         for (int q = 0; q < n; q++) {
-            const float *at = p + q * BLOCK;
-            vec weights = (vec){} + at[t];
-            if (kind == PAIRS) weights = (vec)((ints){} + ((const int32_t *)at)[t / 2]);
-            for (int v = 0; v < 2; v++) sums[q][v] = multiply_add(sums[q][v], values[v], weights, kind);
+            vec pair = (vec)((ints){} + ((const int32_t *)(p + q * BLOCK))[t / 2]);
+            for (int v = 0; v < 2; v++)
+                if (kind == PAIRS) sums[q][v] = multiply_add(sums[q][v], values[v], pair, PAIRS);
+                else sums[q][v] += values[v] * p[q * BLOCK + t];
         }
     }
     for (int q = 0; q < n; q++) {
