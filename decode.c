@@ -9,10 +9,10 @@ Threads go through the layers side by side. Each computes some outputs of a prod
     weights, for all positions at once; then they wait for each other. What is small each computes for itself instead.
 Experts are visited one after the other, each by the positions that are routed to it, so that it is read once.
 The KV cache is divided among threads by positions. Each attends to its own, with the softmax's maximum and sum carried
-    along; these partial sums are then merged (Milakov and Gimelshein 2018; Dao et al. 2023, "Flash-Decoding").
+    along; then they are merged (Milakov and Gimelshein 2018; Dao et al. 2023, "Flash-Decoding").
 
 Shapes: N positions of the call, `n_rows` rows of `n_each`; H heads; C `kv_lora_rank`; R `qk_rope_head_dim`; K experts a
-position, E experts. */
+position, of E. */
 
 #include <math.h>
 #include <sched.h>
@@ -22,25 +22,26 @@ position, E experts. */
 #include <time.h>
 #ifdef __AVX2__
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-/* A tile of a product, up to OUTPUTS x ROWS sums of LANES numbers each, fits the registers. */
+/* A tile of a product, up to OUTPUTS x ROWS sums of LANES numbers each, fits the registers. QUADS are for SHUFFLE: four
+   numbers of a quad of its first vector and the same of the other (from LANES on), alike in every quad. */
+#define TWO_QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
 #if defined(__AVX512F__)
 #define LANES 16
+#define HALF_TILE 4 /* outputs of a tile of many rows */
+#define QUADS(i, j, k, l) TWO_QUADS(i, j, k, l), TWO_QUADS(i + 8, j + 8, k + 8, l + 8)
 #elif defined(__AVX2__)
 #define LANES 8
+#define HALF_TILE 2 /* it has 16 registers, not 32 */
+#define QUADS TWO_QUADS
 #else
 #define LANES 4 /* NEON; to GCC, longer vectors there are numbers one by one */
-#endif
-#if defined(__AVX512F__) || defined(__aarch64__) /* they have 32 registers, not 16 */
-#define HALF_TILE 4 /* outputs of a tile of many rows */
-#else
-#define HALF_TILE 2
+#define HALF_TILE 4
+#define QUADS(i, j, k, l) i, j, k, l
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define FP8_IN_PAIRS /* else FP8 is multiplied in float32 */
@@ -54,20 +55,8 @@ position, E experts. */
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
 #endif
-/* Four of a quad of `a` and the same of `b` (from B on), alike in every quad of a vector. */
-#define B LANES
-#define TWO_QUADS(i, j, k, l) i, j, k, l, i + 4, j + 4, k + 4, l + 4
-#if LANES == 16
-#define QUADS(i, j, k, l) TWO_QUADS(i, j, k, l), TWO_QUADS(i + 8, j + 8, k + 8, l + 8)
-#elif LANES == 8
-#define QUADS TWO_QUADS
-#else
-#define QUADS(i, j, k, l) i, j, k, l
-#endif
-#if defined(__x86_64__)
+#ifdef __x86_64__
 #define PAUSE() __builtin_ia32_pause()
-#elif defined(__aarch64__)
-#define PAUSE() __asm__ volatile("yield")
 #else
 #define PAUSE() (void)0
 #endif
@@ -78,8 +67,8 @@ typedef float pairs __attribute__((vector_size(4 * LANES), aligned(2), may_alias
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef int32_t unaligned __attribute__((aligned(1), may_alias));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 /* --- What decode.py fills in, field by field ------------------------------------------------------------------- */
 
@@ -93,16 +82,10 @@ typedef struct {
     int32_t kind, n_in, height; /* height: outputs of one of the matrices below each other */
 } Matrix;
 
-typedef struct {
-    const float *weight;
-    float eps;
-    int32_t size;
-} Norm;
+typedef struct { const float *weight; float eps; int32_t size; } Norm;
 
-typedef struct {
-    Matrix w1, w2, w3; /* of routed experts: one matrix below the other */
-    int32_t width;     /* of one; 0: there is none */
-} Mlp;
+/* Of routed experts: one matrix below the other. `width` is that of one, 0 if there is none. */
+typedef struct { Matrix w1, w2, w3; int32_t width; } Mlp;
 
 typedef struct {
     Norm attn_norm, q_norm, kv_norm, ffn_norm;
@@ -147,7 +130,6 @@ typedef struct {
 
 /* --- Numbers ---------------------------------------------------------------------------------------------------- */
 
-/* Bytes of a number. */
 INLINE long size_of(int kind) { return kind == FP32 ? 4 : kind == FP8 || kind == FP8_PAIRS ? 1 : 2; }
 
 /* e4m3 is read 2^-8 times as large as it is, as a float16 with its bits is, for `scale_row` to make up for. */
@@ -174,8 +156,6 @@ INLINE vec load(const void *data, long i, int kind) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16);
 #elif defined(__AVX2__)
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)), 16);
-#elif defined(__ARM_NEON)
-    return (vec)vshll_n_u16(vld1_u16(at), 16);
 #else
     return (vec)(__builtin_convertvector(*(const shorts *)at, words) << 16);
 #endif
@@ -183,13 +163,21 @@ INLINE vec load(const void *data, long i, int kind) {
 
 INLINE float load_one(const void *data, long i, int kind) {
     if (kind == FP32) return ((const float *)data)[i];
-    union { uint32_t bits; float value; } u;
-    if (size_of(kind) == 1) {
-        u.bits = (uint32_t)((const int8_t *)data)[i] << 20 & 0x87f00000;
-        return u.value * 0x1p112f;
-    }
-    u.bits = (uint32_t)((const uint16_t *)data)[i] << 16;
-    return u.value;
+    int is_fp8 = size_of(kind) == 1;
+    union { uint32_t bits; float value; } wide = {is_fp8 ? (uint32_t)((const int8_t *)data)[i] << 20 & 0x87f00000
+                                                         : (uint32_t)((const uint16_t *)data)[i] << 16};
+    return is_fp8 ? wide.value * 0x1p112f : wide.value;
+}
+
+/* Four numbers, or eight of BF16, in every quad. */
+INLINE ints load_quad(const void *at) {
+#if defined(__AVX512F__)
+    return (ints)_mm512_broadcast_i32x4(_mm_loadu_si128(at));
+#elif defined(__AVX2__)
+    return (ints)_mm256_broadcastsi128_si256(_mm_loadu_si128(at));
+#else
+    return (ints)*(const pairs *)at;
+#endif
 }
 
 static void store_one(void *data, long i, int kind, float value) {
@@ -206,17 +194,14 @@ INLINE quad sum_quads(vec a) { /* four partial sums */
     return sum;
 }
 
-INLINE float sum_lanes(vec a) {
-    quad sum = sum_quads(a);
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
+INLINE float sum_lanes(vec a) { return sum_quads(a)[0] + sum_quads(a)[1] + sum_quads(a)[2] + sum_quads(a)[3]; }
 
-INLINE quad sum_lanes_of_4(vec a, vec b, vec c, vec d) {
-    vec ab = SHUFFLE(a, b, QUADS(0, B, 1, B + 1)) + SHUFFLE(a, b, QUADS(2, B + 2, 3, B + 3));
-    vec cd = SHUFFLE(c, d, QUADS(0, B, 1, B + 1)) + SHUFFLE(c, d, QUADS(2, B + 2, 3, B + 3));
-    return sum_quads(SHUFFLE(ab, cd, QUADS(0, 1, B, B + 1)) + SHUFFLE(ab, cd, QUADS(2, 3, B + 2, B + 3)));
+/* Of each quad, the sums of its four numbers in a, b, c and d. */
+INLINE vec sum_in_quads(vec a, vec b, vec c, vec d) {
+    vec ab = SHUFFLE(a, b, QUADS(0, LANES, 1, LANES + 1)) + SHUFFLE(a, b, QUADS(2, LANES + 2, 3, LANES + 3));
+    vec cd = SHUFFLE(c, d, QUADS(0, LANES, 1, LANES + 1)) + SHUFFLE(c, d, QUADS(2, LANES + 2, 3, LANES + 3));
+    return SHUFFLE(ab, cd, QUADS(0, 1, LANES, LANES + 1)) + SHUFFLE(ab, cd, QUADS(2, 3, LANES + 2, LANES + 3));
 }
-#undef B
 
 INLINE vec select_lanes(ints where, vec a, vec b) { return (vec)((where & (ints)a) | (~where & (ints)b)); }
 
@@ -234,17 +219,12 @@ INLINE vec exp_lanes(vec x) {
 
 /* The first of `all` things that thread `t` does; the next thread's is its end. Whole tiles, where there are many. */
 static int first_of(int all, int t, int threads) {
-    if (t == threads) return all;
-    return (int)((int64_t)all * t / threads / OUTPUTS * OUTPUTS);
+    return t == threads ? all : (int)((int64_t)all * t / threads / OUTPUTS * OUTPUTS);
 }
 
 /* --- Products --------------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    float *data;
-    long stride;
-    const int *index; /* which rows, or nothing: the first ones */
-} Rows;
+typedef struct { float *data; long stride; const int *index; } Rows; /* which rows, or nothing: the first ones */
 
 INLINE float *row_of(Rows rows, int i) { return rows.data + (rows.index ? rows.index[i] : i) * rows.stride; }
 
@@ -262,14 +242,16 @@ INLINE vec operand(const void *data, long i, int kind) {
 }
 
 #ifdef FP8_IN_PAIRS
-/* The two bytes in bfloat16 of e4m3's numbers from 0 on, 2^-8 times as large. The first eight are subnormal in e4m3. */
-#define EIGHT(x) x, x, x, x, x, x, x, x
-#define SIXTEEN 0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0, 0xf0
-static const uint8_t high_bytes[128] = {0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38, EIGHT(0x38), EIGHT(0x39),
-    EIGHT(0x39), EIGHT(0x3a), EIGHT(0x3a), EIGHT(0x3b), EIGHT(0x3b), EIGHT(0x3c), EIGHT(0x3c), EIGHT(0x3d),
-    EIGHT(0x3d), EIGHT(0x3e), EIGHT(0x3e), EIGHT(0x3f), EIGHT(0x3f)};
-static const uint8_t low_bytes[128] = {0, 0, 0x80, 0xc0, 0, 0x20, 0x40, 0x60, 0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0,
-    0xf0, SIXTEEN, SIXTEEN, SIXTEEN, SIXTEEN, SIXTEEN, SIXTEEN, SIXTEEN};
+/* The two bytes in bfloat16 of e4m3's numbers from 0 on, 2^-8 times as large. */
+static uint8_t low_bytes[128], high_bytes[128];
+
+static __attribute__((constructor)) void fill_tables(void) {
+    for (int i = 0; i < 128; i++) {
+        int8_t code = i;
+        union { float value; uint8_t bytes[4]; } u = {load_one(&code, 0, FP8)};
+        low_bytes[i] = u.bytes[2], high_bytes[i] = u.bytes[3];
+    }
+}
 
 /* 64 of FP8_PAIRS: of each 16 the first 8 in one vector of pairs, the others in the other, as `scale_row` orders x. */
 INLINE void load_fp8_pairs(const void *at, vec pairs_of[2]) {
@@ -307,7 +289,7 @@ INLINE void tile(const char *w, int kind, int n_in, const void *const *x, int ou
     }
 #define SUM(k) sums[(k) % outputs][(k) / outputs]
     for (int k = 0; k < outputs * n; k += 4) {
-        quad four = sum_lanes_of_4(SUM(k), SUM(k + 1), SUM(k + 2), SUM(k + 3));
+        quad four = sum_quads(sum_in_quads(SUM(k), SUM(k + 1), SUM(k + 2), SUM(k + 3)));
         for (int m = k; m < k + 4 && m < outputs * n; m++) out[m / outputs][m % outputs] = four[m - k];
     }
     for (; i < n_in; i++)
@@ -395,7 +377,6 @@ static void matmul_fp8(Matrix w, int from, int to, Rows x, Rows y, int n, int ad
 
 /* `scratch` is room for n rows of x: in bfloat16, which PAIRS need, or scaled for FP8. */
 static void matmul(Matrix w, int from, int to, Rows x, Rows y, int n, int adds, float *scratch) {
-    if (from == to) return; /* nothing of it is this thread's */
     if (w.scales) matmul_fp8(w, from, to, x, y, n, adds, scratch);
 #ifdef __AVX512BF16__
     else if (w.kind == PAIRS) {
@@ -439,13 +420,14 @@ typedef struct {
     float *gate, *up;      /* (N, width of the MLP), and (N·K, width of an expert) after that */
     float *index_q, *index_k, *index_weights; /* (N, heads, index_dim), (N, index_dim), (N, heads) */
     float *index_scores;   /* (N, the longest row's positions) */
-    int *selected;         /* (N, index_topk): the positions to attend to, where that is not all */
+    int *best, *n_best;    /* likewise, each thread's best positions; and (N, threads), how many there are */
     float *h;              /* own: (N, dim), or before an MTP module (N, 2 dim); (N, q rank); (C + R); (N, C) */
-    float *probs;          /* own: (n_each·H, BLOCK); or (N·K + E) weights, (N·K) sorted by expert, (E) scores */
+    float *probs;          /* own: (n_each·H, BLOCK); or (N·K + E) weights, (N·K) by expert, (E + n_groups) scores */
     float *scratch;        /* own: the rows of a product in bfloat16, or scaled */
     double *released;      /* own: when the last barrier was over, in seconds */
     float *gathered;       /* own: (BLOCK, C + R), of a cache */
-    int *chosen;           /* own: (N·K) experts, (N·K) places, (E + 1) ends, (E) flags, (n_groups) flags */
+    int *selected;         /* own: (index_topk), the positions to attend to, where that is not all */
+    int *chosen;           /* own: (N·K + E) experts, (N·K) positions by expert, (E) ends of each expert's */
 } Step;
 
 static double seconds(void) {
@@ -501,68 +483,49 @@ static void write_kv(const Step *s, const Block *b, void *cache, int i) {
     rotate(s, kv + a->rank, 2, position, entry + a->rank);
     long offset = ((long)(i / s->c->n_each) * s->c->capacity + position) * width;
     for (int j = 0; j < width; j++) store_one(cache, offset + j, s->c->kind, entry[j]);
-    for (int h = 0; h < a->heads; h++) {
-        long head = (long)i * a->heads + h;
+    for (long head = (long)i * a->heads; head < (i + 1L) * a->heads; head++)
         rotate(s, s->q + head * (a->nope + a->rope) + a->nope, 2, position, s->queries + head * width + a->rank);
-    }
 }
 
-/* o[q] += sum over t of p[q][t] * cache[t], for n queries and so many vectors of columns from i on. */
+/* o[q] += sum over t of p[q][t] * cache[t], for n queries and 2 LANES columns from i on. PAIRS of two positions
+   are made, so that each quad of a sum holds other columns than its place says, until the end. */
 INLINE void accumulate_columns(const void *cache, int kind, int width, int count, const float *p, float *o,
-                               long stride, int n, int vectors, int i) {
-    vec sums[ROWS][2];
-    for (int q = 0; q < n; q++)
-        for (int v = 0; v < vectors; v++) sums[q][v] = *(vec *)(o + q * stride + i + v * LANES);
-    for (int t = 0; t < count; t++) {
+                               long stride, int n, int i) {
+    vec sums[ROWS][2] = {};
+    for (int t = 0; t < count; t += kind == PAIRS ? 2 : 1) {
         vec values[2];
-        for (int v = 0; v < vectors; v++) values[v] = load(cache, (long)t * width + i + v * LANES, kind);
-        for (int q = 0; q < n; q++)
-            for (int v = 0; v < vectors; v++) sums[q][v] += values[v] * p[q * BLOCK + t];
-    }
-    for (int q = 0; q < n; q++)
-        for (int v = 0; v < vectors; v++) *(vec *)(o + q * stride + i + v * LANES) = sums[q][v];
-}
-
 #ifdef __AVX512BF16__
-/* The same for n queries and 2 LANES columns of PAIRS: two positions at a time, whose numbers of a column are brought
-   together. So each quad of a sum holds other columns than its place says, until all is summed. */
-INLINE void accumulate_pairs(
-    const uint16_t *cache, int width, int count, const float *p, float *o, long stride, int n) {
-    vec sums[ROWS][2];
-    for (int q = 0; q < n; q++) {
-        vec a = *(vec *)(o + q * stride), b = *(vec *)(o + q * stride + LANES);
-        sums[q][0] = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-        sums[q][1] = SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    }
-    for (int t = 0; t < count; t += 2) {
-        __m512i a = _mm512_loadu_si512(cache + (long)t * width);
-        __m512i b = t + 1 < count ? _mm512_loadu_si512(cache + (long)(t + 1) * width) : _mm512_setzero_si512();
-        vec low = (vec)_mm512_unpacklo_epi16(a, b), high = (vec)_mm512_unpackhi_epi16(a, b);
+        if (kind == PAIRS) {
+            const uint16_t *at = (const uint16_t *)cache + (long)t * width + i;
+            __m512i a = _mm512_loadu_si512(at), b = {};
+            if (t + 1 < count) b = _mm512_loadu_si512(at + width);
+            values[0] = (vec)_mm512_unpacklo_epi16(a, b), values[1] = (vec)_mm512_unpackhi_epi16(a, b);
+        } else
+#endif
+            for (int v = 0; v < 2; v++) values[v] = load(cache, (long)t * width + i + v * LANES, kind);
         for (int q = 0; q < n; q++) {
-            vec weights = (vec)_mm512_set1_epi32(((const int32_t *)(p + q * BLOCK))[t / 2]);
-            sums[q][0] = multiply_add(sums[q][0], low, weights, PAIRS);
-            sums[q][1] = multiply_add(sums[q][1], high, weights, PAIRS);
+            vec pair = (vec)((ints){} + ((const int32_t *)(p + q * BLOCK))[t / 2]);
+            for (int v = 0; v < 2; v++)
+                if (kind == PAIRS) sums[q][v] = multiply_add(sums[q][v], values[v], pair, PAIRS);
+                else sums[q][v] += values[v] * p[q * BLOCK + t];
         }
     }
     for (int q = 0; q < n; q++) {
-        vec a = sums[q][0], b = sums[q][1];
-        *(vec *)(o + q * stride) = SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        *(vec *)(o + q * stride + LANES) = SHUFFLE(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        vec a = sums[q][0], b = sums[q][1], *to = (vec *)(o + q * stride + i);
+#if LANES == 16
+        if (kind == PAIRS) {
+            a = SHUFFLE(sums[q][0], b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+            b = SHUFFLE(sums[q][0], b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        }
+#endif
+        to[0] += a, to[1] += b;
     }
 }
-#endif
 
 INLINE void accumulate_rows(const void *cache, int kind, int width, int rank, int count, const float *p, float *o,
-                       int n) {
-    long stride = rank + 2;
-    int i = 0;
-#ifdef __AVX512BF16__
-    for (; kind == PAIRS && i < rank; i += 2 * LANES)
-        accumulate_pairs((const uint16_t *)cache + i, width, count, p, o + i, stride, n);
-#endif
-    for (; i + 2 * LANES <= rank; i += 2 * LANES)
-        accumulate_columns(cache, kind, width, count, p, o, stride, n, 2, i);
-    for (; i + LANES <= rank; i += LANES) accumulate_columns(cache, kind, width, count, p, o, stride, n, 1, i);
+                            int n) {
+    long stride = rank + 2, i = 0;
+    for (; i + 2 * LANES <= rank; i += 2 * LANES) accumulate_columns(cache, kind, width, count, p, o, stride, n, i);
     for (; i < rank; i++)
         for (int q = 0; q < n; q++)
             for (int t = 0; t < count; t++)
@@ -623,8 +586,7 @@ INLINE char *entry_of(const Step *s, const void *cache, int row, int t, int widt
 static void attend(const Step *s, const void *cache, int first, int each, const int *selected) {
     const Shape *a = s->s;
     int rank = a->rank, width = rank + a->rope, queries = each * a->heads, kind = s->c->kind;
-    int row = first / s->c->n_each;
-    const int32_t *positions = s->c->positions + first;
+    const int32_t *positions = s->c->positions + first, row = first / s->c->n_each;
     float *q = s->queries + (long)first * a->heads * width;
     float *partials = s->partials + ((long)s->t * s->n + first) * a->heads * (rank + 2);
     for (int i = 0; i < queries; i++) {
@@ -636,8 +598,11 @@ static void attend(const Step *s, const void *cache, int first, int each, const 
         int count = end - start < BLOCK ? end - start : BLOCK;
         char *block = selected ? (char *)s->gathered : entry_of(s, cache, row, start, width);
         long bytes = width * size_of(kind);
-        for (int t = 0; t < count && selected; t++)
+        for (int t = 0; t < count && selected; t++) {
+            const char *later = entry_of(s, cache, row, selected[start + (t + 8 < count ? t + 8 : t)], width);
+            for (long j = 0; j < bytes; j += 64) __builtin_prefetch(later + j);
             memcpy(block + t * bytes, entry_of(s, cache, row, selected[start + t], width), bytes);
+        }
         Matrix keys = {.data = block, .kind = kind, .n_in = width};
         matmul(keys, 0, count, (Rows){q, width}, (Rows){s->probs, BLOCK}, queries, 0, s->scratch);
         for (int i = 0; i < queries; i++) {
@@ -664,56 +629,114 @@ static void write_index(const Step *s, const Block *b, void *cache, int i) {
     for (int h = 0; h < s->s->index_heads && s->is_sparse; h++, q += size) rotate(s, q, 1, position, q);
 }
 
-/* index_scores of this thread's keys for position i: each is multiplied by four heads, or copies of one, at a time. */
-INLINE void score(const Step *s, const void *cache, int kind, int i) {
-    int heads = s->s->index_heads, size = s->s->index_dim, length = s->c->positions[i] + 1;
-    int start = first_of(length, s->t, s->threads), end = first_of(length, s->t + 1, s->threads);
-    const float *q = s->index_q + (long)i * heads * size, *weights = s->index_weights + (long)i * heads;
-    const char *key = entry_of(s, cache, i / s->c->n_each, start, size);
-    long bytes = size * size_of(kind);
-    for (int t = start; t < end; t++, key += bytes) {
-        quad total = {};
-        for (long j = 0; j < bytes; j += 64) __builtin_prefetch(key + 32 * bytes + j);
-        for (int h = 0; h < heads; h += 4) {
-            vec sums[4] = {};
-            quad factor;
-            const float *of[4];
-            int d = 0;
-            for (int j = 0; j < 4; j++) of[j] = q + (h + j < heads ? h + j : h) * size;
-            for (int j = 0; j < 4; j++) factor[j] = h + j < heads ? weights[h + j] : 0;
-            for (; d + LANES <= size; d += LANES) {
-                vec numbers = load(key, d, kind);
-                for (int j = 0; j < 4; j++) sums[j] += numbers * *(const vec *)(of[j] + d);
-            }
-            quad four = sum_lanes_of_4(sums[0], sums[1], sums[2], sums[3]);
-            for (; d < size; d++)
-                for (int j = 0; j < 4; j++) four[j] += load_one(key, d, kind) * of[j][d];
-            total += (quad)((four > 0) & (__typeof__(four > 0))four) * factor; /* no loop: it would go through memory */
+/* index_scores of `count` keys for position i, four at a time: a quad of a vector belongs to one of the heads. */
+INLINE void score(const Step *s, const char *keys, int kind, int i, int count, float *scores) {
+    int n_heads = s->s->index_heads, size = s->s->index_dim, heads = LANES / 4, bytes = size * (int)size_of(kind);
+    int per_quad = kind == FP32 ? 4 : 8, quads = (size + per_quad - 1) / per_quad;
+    int vectors = kind == BF16 ? 2 * quads : quads, groups = (n_heads + heads - 1) / heads;
+    vec *queries = (vec *)s->scratch, *weights = queries + groups * vectors;
+    char *padded = (char *)(weights + groups);
+    memset(queries, 0, padded + 4 * 16 * quads - (char *)queries);
+    for (int h = 0; h < n_heads; h++) {
+        vec *q = queries + h / heads * vectors;
+        int lane = h % heads * 4;
+        for (int d = 0; d < size; d++) {
+            float x = s->index_q[((long)i * n_heads + h) * size + d];
+            if (kind == PAIRS) store_one(q + d / 8, 2 * lane + d % 8, BF16, x);
+            else if (kind == BF16) ((float *)(q + d / 8 * 2 + d % 2))[lane + d % 8 / 2] = x; /* even ones, odd ones */
+            else ((float *)(q + d / 4))[lane + d % 4] = x;
         }
-        s->index_scores[(long)i * s->longest + t] = (total[0] + total[1]) + (total[2] + total[3]);
+        *(quad *)((float *)(weights + h / heads) + lane) = (quad){} + s->index_weights[(long)i * n_heads + h];
+    }
+    for (int t = 0; t < count; t += 4) {
+        const char *four = keys + (long)t * bytes;
+        int stride = bytes;
+        if (bytes % 16 || count - t < 4) { /* nothing after the keys is read */
+            for (int k = 0; k < 4 && t + k < count; k++) memcpy(padded + k * 16 * quads, four + k * bytes, bytes);
+            four = padded, stride = 16 * quads;
+        }
+        for (int j = 0; j < 4 * bytes; j += 64) __builtin_prefetch(four + 32 * bytes + j);
+        vec total = {};
+        for (int g = 0; g < groups; g++) {
+            vec sums[4] = {}, *q = queries + g * vectors;
+            for (int j = 0; j < quads; j++)
+                for (int k = 0; k < 4; k++) {
+                    ints key = load_quad(four + k * stride + 16 * j);
+                    if (kind != BF16) sums[k] = multiply_add(sums[k], (vec)key, q[j], kind);
+                    else sums[k] += (vec)(key << 16) * q[2 * j], sums[k] += (vec)(key & -0x10000) * q[2 * j + 1];
+                }
+            vec products = sum_in_quads(sums[0], sums[1], sums[2], sums[3]);
+            total += select_lanes(products > 0, products, (vec){}) * weights[g];
+        }
+        *(quad *)(scores + t) = sum_quads(total);
     }
 }
 
-/* Indexer.choose for position i: the best scores, of equal ones the last. Their least is found by bisection, between
-   minus infinity and plus, of its bits in an order that is the numbers' own. */
-static void choose(const Step *s, int i) {
-    const float *scores = s->index_scores + (long)i * s->longest;
-    int length = s->c->positions[i] + 1, left = s->s->index_topk, *selected = s->selected + (long)i * left;
+/* The indices of the best scores, in order: `left` or more, up to `most`; if equal ones are too many, the last. Their
+   least is found by bisection, between minus infinity and plus, of its bits in an order that is the numbers' own. */
+static int choose(const float *scores, int count, int left, int most, int *chosen) {
     uint32_t low = 0x007fffffu, high = 0xff800001u;
     union { uint32_t bits; float value; } u;
 #define NUMBER(ordered) (u.bits = (ordered) >> 31 ? (ordered) ^ 1u << 31 : ~(ordered), u.value)
-    for (int count = 0; high - low > 1 && count != left;) {
+    int more = 0, n = 0, t = 0;
+    for (; count <= most && t < count; t++) chosen[t] = t;
+    if (count <= most) return count;
+    while ((more < left || more > most) && high - low > 1) {
         uint32_t middle = low + (high - low) / 2;
         float least = NUMBER(middle);
-        count = 0;
-        for (int t = 0; t < length; t++) count += scores[t] >= least;
-        if (count >= left) low = middle;
-        else high = middle;
+        more = 0;
+        for (int i = 0; i < count; i++) more += scores[i] >= least;
+        if (more < left) high = middle;
+        else low = middle;
     }
     float least = NUMBER(low);
-    for (int t = 0; t < length; t++) left -= scores[t] > least;
-    for (int t = length - 1; t >= 0; t--) /* what is no number is chosen where all else is */
-        if (scores[t] > least || (!(scores[t] < least) && left-- > 0)) *selected++ = t;
+    if (more < left || more > most) { /* what is no number is chosen where all else is */
+        for (int i = 0; i < count; i++) n += scores[i] > least;
+        for (int i = count - 1, slot = left; slot > 0; i--)
+            if (scores[i] > least || (!(scores[i] < least) && n++ < left)) chosen[--slot] = i;
+        return left;
+    }
+#ifdef __AVX512F__
+    for (ints at = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; t + 16 <= count; t += 16, at += 16) {
+        __mmask16 are_best = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + t), _mm512_set1_ps(least), _CMP_GE_OQ);
+        _mm512_storeu_si512(chosen + n, _mm512_maskz_compress_epi32(are_best, (__m512i)at));
+        n += __builtin_popcount(are_best);
+    }
+#endif
+    for (; t < count; t++) chosen[n] = t, n += scores[t] >= least;
+    return n;
+}
+
+/* Indexer.choose for position i among this thread's positions: their scores, and the best, more than are needed. */
+static __attribute__((noinline)) void choose_own(const Step *s, const void *cache, int i) { /* it needs the registers */
+    int length = s->c->positions[i] + 1, start = first_of(length, s->t, s->threads), topk = s->s->index_topk;
+    int count = first_of(length, s->t + 1, s->threads) - start, *best = s->best + (long)i * s->longest + start;
+    float *scores = s->index_scores + (long)i * s->longest + start;
+    const char *keys = entry_of(s, cache, i / s->c->n_each, start, s->s->index_dim);
+    if (s->c->kind == FP32) score(s, keys, FP32, i, count, scores);
+#ifdef __AVX512BF16__
+    else if (s->c->kind == PAIRS) score(s, keys, PAIRS, i, count, scores);
+#endif
+    else score(s, keys, BF16, i, count, scores);
+    count = choose(scores, count, topk, 2 * topk, best);
+    for (int j = 0; j < count; j++) scores[j] = scores[best[j]], best[j] += start;
+    s->n_best[i * s->threads + s->t] = count;
+}
+
+/* Indexer.choose for position i: the best of all threads' best positions. */
+static const int *choose_of_all(const Step *s, int i) {
+    int length = s->c->positions[i] + 1, topk = s->s->index_topk, count = 0;
+    int *positions = (int *)s->scratch + 2 * topk * s->threads;
+    for (int t = 0; t < s->threads; t++) {
+        int more = s->n_best[i * s->threads + t];
+        long from = (long)i * s->longest + first_of(length, t, s->threads);
+        memcpy(s->scratch + count, s->index_scores + from, more * sizeof(float));
+        memcpy(positions + count, s->best + from, more * sizeof(int));
+        count += more;
+    }
+    choose(s->scratch, count, topk, topk, s->selected);
+    for (int j = 0; j < topk; j++) s->selected[j] = positions[s->selected[j]];
+    return s->selected;
 }
 
 /* Merges the threads' partial sums for query i (of N·H) to the mean of the values, (C). */
@@ -726,8 +749,7 @@ static void merge_partials(const Step *s, long i, float *mean) {
     memset(mean, 0, rank * sizeof *mean);
     for (int t = 0; t < s->threads; t++) {
         const float *partial = partials + t * stride;
-        if (partial[rank + 1] == 0) continue; /* it had no positions */
-        float factor = expf(partial[rank] - largest);
+        float factor = expf(partial[rank] - largest); /* 0 if it had no positions */
         sum += factor * partial[rank + 1];
         for (int j = 0; j < rank; j++) mean[j] += factor * partial[j];
     }
@@ -773,16 +795,10 @@ static void attention(const Step *s, const Block *b, void *cache, void *index_ca
     linear_heads(s, b->w_k, rank, s->q, a->nope + a->rope, s->queries, rank + a->rope);
     wait_for_all(s);
     for (int i = 0; i < n && s->is_sparse; i++)
-        if (s->c->kind == FP32) score(s, index_cache, FP32, i);
-        else score(s, index_cache, BF16, i);
+        if (s->c->positions[i] >= a->index_topk) choose_own(s, index_cache, i);
     if (s->is_sparse) wait_for_all(s);
-    for (int i = t; i < n && s->is_sparse; i += threads)
-        if (s->c->positions[i] >= a->index_topk) choose(s, i);
-    if (s->is_sparse) wait_for_all(s);
-    for (int i = 0, each = s->is_sparse ? 1 : s->c->n_each; i < n; i += each) {
-        int chooses = s->is_sparse && s->c->positions[i] >= a->index_topk;
-        attend(s, cache, i, each, chooses ? s->selected + (long)i * a->index_topk : 0);
-    }
+    for (int i = 0, each = s->is_sparse ? 1 : s->c->n_each; i < n; i += each)
+        attend(s, cache, i, each, s->is_sparse && s->c->positions[i] >= a->index_topk ? choose_of_all(s, i) : 0);
     wait_for_all(s);
     linear_heads(s, b->w_v, a->v, 0, 0, s->values, a->v);
     wait_for_all(s);
@@ -793,11 +809,10 @@ static void attention(const Step *s, const Block *b, void *cache, void *index_ca
 /* MLP.forward: act(gate) * up, by ACTIVATIONS of decode.py. */
 static void activate(float *gate, const float *up, int n, int act, float weight) {
     int i = 0;
-    if (act == 0) /* silu */
-        for (; i + LANES <= n; i += LANES) {
-            vec x = *(vec *)(gate + i);
-            *(vec *)(gate + i) = x / (exp_lanes(-x) + 1) * *(const vec *)(up + i) * weight;
-        }
+    for (; act == 0 && i + LANES <= n; i += LANES) { /* silu */
+        vec x = *(vec *)(gate + i);
+        *(vec *)(gate + i) = x / (exp_lanes(-x) + 1) * *(const vec *)(up + i) * weight;
+    }
     for (; i < n; i++) {
         float x = gate[i], positive = x > 0 ? x : 0;
         float y = act == 0   ? x / (1 + expf(-x))
@@ -821,46 +836,36 @@ static void mlp_hidden(const Step *s, const Mlp *mlp, int e, const int *index, c
     }
 }
 
-/* Gate.forward for one position: K experts and their weights. `choice`, `is_chosen` and `is_shut` are scratch. */
-static void route(const Shape *a, const float *scores, const float *bias, float *choice, int *is_chosen, int *is_shut,
-                   int *experts, float *weights) {
+/* Gate.forward for one position: K experts and their weights. `choice` and `open` are scratch. */
+static void route(const Shape *a, const float *scores, const float *bias, float *choice, int *open, int *experts,
+                  float *weights) {
     int n = a->n_experts, per_group = n / a->n_groups;
-    float largest = scores[0], sum = 0;
+    float largest = scores[0], sum = 0, *ranks = choice + n;
     for (int e = 1; e < n; e++) largest = scores[e] > largest ? scores[e] : largest;
     for (int e = 0; e < n; e++) {
-        choice[e] = a->is_softmax ? expf(scores[e] - largest) : 1 / (1 + expf(-scores[e]));
-        sum += choice[e];
+        weights[e] = a->is_softmax ? expf(scores[e] - largest) : 1 / (1 + expf(-scores[e]));
+        sum += weights[e];
     }
     for (int e = 0; e < n; e++) {
-        weights[e] = a->is_softmax ? choice[e] / sum : choice[e];
+        weights[e] = a->is_softmax ? weights[e] / sum : weights[e];
         choice[e] = weights[e] + (bias ? bias[e] : 0);
-        is_chosen[e] = 0;
     }
-    for (int g = 0; g < a->n_groups; g++) is_shut[g] = a->n_limited < a->n_groups;
-    for (int i = 0; i < a->n_limited && a->n_limited < a->n_groups; i++) { /* open the best groups */
-        int best = -1;
-        float best_rank = 0;
-        for (int g = 0; g < a->n_groups; g++) {
-            float first = -INFINITY, second = -INFINITY;
-            for (int e = g * per_group; e < (g + 1) * per_group; e++) {
-                if (choice[e] > first) second = first, first = choice[e];
-                else if (choice[e] > second) second = choice[e];
-            }
-            float rank = bias ? first + second : first;
-            if (is_shut[g] && (best < 0 || rank > best_rank)) best = g, best_rank = rank;
+    for (int g = 0; g < a->n_groups; g++) {
+        float first = -INFINITY, second = -INFINITY;
+        for (int e = g * per_group; e < (g + 1) * per_group; e++) {
+            if (choice[e] > first) second = first, first = choice[e];
+            else if (choice[e] > second) second = choice[e];
         }
-        is_shut[best] = 0;
+        ranks[g] = bias ? first + second : first;
     }
+    int n_open = choose(ranks, a->n_groups, a->n_limited, a->n_limited, open);
+    for (int e = 0, i = 0; e < n; e++) { /* of the best groups only */
+        if (i < n_open && e / per_group > open[i]) i++;
+        if (i == n_open || e / per_group != open[i]) choice[e] = -INFINITY;
+    }
+    choose(choice, n, a->n_activated, a->n_activated, experts);
     sum = 0;
-    for (int i = 0; i < a->n_activated; i++) {
-        int best = -1;
-        for (int e = 0; e < n; e++)
-            if (!is_chosen[e] && !is_shut[e / per_group] && (best < 0 || choice[e] > choice[best])) best = e;
-        is_chosen[best] = 1;
-        experts[i] = best;
-        sum += weights[best];
-    }
-    for (int i = 0; i < a->n_activated; i++) choice[i] = weights[experts[i]]; /* scores are of no more use */
+    for (int i = 0; i < a->n_activated; i++) sum += choice[i] = weights[experts[i]]; /* which weights replace */
     float factor = a->route_scale / (a->is_softmax ? 1 : sum + 1e-20f);
     for (int i = 0; i < a->n_activated; i++) weights[i] = choice[i] * factor;
 }
@@ -875,19 +880,13 @@ static void feed_forward(const Step *s, const Block *b) {
     if (b->mlp.width) mlp_hidden(s, &b->mlp, 0, 0, 0, s->gate, s->up, n);
     if (n_experts) linear(s, b->gate, n_experts, s->h, s->scores, 0);
     wait_for_all(s);
-    int *experts = s->chosen, *position = experts + n * k, *ends = position + n * k, *flags = ends + n_experts + 1;
+    int *experts = s->chosen, *position = experts + n * k + n_experts, *ends = position + n * k;
     float *weights = s->probs, *sorted = weights + n * k + n_experts, *choice = sorted + n * k;
-    for (int i = 0; i < n && n_experts; i++) /* weights has room for a row of scores */
-        route(a, s->scores + (long)i * n_experts, b->gate_bias, choice, flags, flags + n_experts, experts + i * k,
-               weights + i * k);
-    memset(ends, 0, (n_experts + 1) * sizeof *ends);
-    for (int i = 0; i < n * k; i++) ends[experts[i] + 1]++;
-    for (int e = 0; e < n_experts; e++) ends[e + 1] += ends[e];
-    for (int i = 0; i < n * k; i++) { /* ends[e] is where the next position of e goes; afterwards, where they end */
-        int offset = ends[experts[i]]++;
-        position[offset] = i / k;
-        sorted[offset] = weights[i];
-    }
+    for (int i = 0; i < n && n_experts; i++) /* experts and weights have room for a row of scores */
+        route(a, s->scores + (long)i * n_experts, b->gate_bias, choice, ends, experts + i * k, weights + i * k);
+    for (int e = 0, offset = 0; e < n_experts; ends[e++] = offset)
+        for (int i = 0; i < n * k; i++)
+            if (experts[i] == e) position[offset] = i / k, sorted[offset++] = weights[i];
     long width = b->experts.width, base = (long)n * b->mlp.width;
     for (int e = 0, start = 0; e < n_experts; start = ends[e++])
         if (ends[e] > start)
@@ -903,22 +902,31 @@ static void feed_forward(const Step *s, const Block *b) {
     wait_for_all(s);
 }
 
+/* Allocates `count` numbers from the arena, in whole cache lines. */
+static float *allocate(float **from, long count) {
+    float *start = *from;
+    *from += (count + 15) / 16 * 16;
+    return start;
+}
+
 /* Transformer.forward_with_hidden and mtp_forward (MTPModule.forward), in one of the threads. */
-static void run_thread(const Step *s, const Stack *stack) {
+static void run_thread(Step mine, const Stack *stack, float *own, const long *counts) {
+    double released = seconds();
+    float **arrays[] = {&mine.h, &mine.probs, &mine.scratch, &mine.gathered, (float **)&mine.selected,
+                        (float **)&mine.chosen};
+    for (int i = 0; i < 6; i++) *arrays[i] = allocate(&own, counts[i]);
+    mine.released = &released;
+    const Step *s = &mine;
     const Call *c = s->c;
-    int dim = s->s->dim, n = s->n;
-    float *embedded = stack->eh_proj.data ? s->h : s->x;
-    int stride = stack->eh_proj.data ? 2 * dim : dim;
-    if (stack->eh_proj.data || s->t == 0)
-        for (int i = 0; i < n; i++) {
-            float *x = embedded + (long)i * stride;
-            for (int j = 0; j < dim; j++) x[j] = load_one(stack->embed.data, c->tokens[i] * dim + j, stack->embed.kind);
-            if (stack->eh_proj.data) {
-                normalize(stack->enorm, x, x);
-                normalize(stack->hnorm, c->before + (long)i * dim, x + dim);
-            }
-        }
-    if (stack->eh_proj.data) linear(s, stack->eh_proj, dim, s->h, s->x, 0);
+    int dim = s->s->dim, n = s->n, is_mtp = stack->eh_proj.data != 0, stride = is_mtp ? 2 * dim : dim;
+    for (int i = 0; i < n && (is_mtp || s->t == 0); i++) {
+        float *x = (is_mtp ? s->h : s->x) + (long)i * stride;
+        for (int j = 0; j < dim; j++) x[j] = load_one(stack->embed.data, c->tokens[i] * dim + j, stack->embed.kind);
+        if (!is_mtp) continue;
+        normalize(stack->enorm, x, x);
+        normalize(stack->hnorm, c->before + (long)i * dim, x + dim);
+    }
+    if (is_mtp) linear(s, stack->eh_proj, dim, s->h, s->x, 0);
     wait_for_all(s);
     for (int i = 0; i < stack->n_blocks; i++) {
         attention(s, stack->blocks + i, c->kv_caches[i], c->index_caches ? c->index_caches[i] : 0);
@@ -931,18 +939,52 @@ static void run_thread(const Step *s, const Stack *stack) {
 
 static long largest(long a, long b) { return a > b ? a : b; }
 
-/* Allocates `count` numbers from the arena, in whole cache lines. */
-static float *allocate(float **from, long count) {
-    float *start = *from;
-    *from += (count + 15) / 16 * 16;
-    return start;
+/* Runs the threads. Returns what `run` does. */
+static int run_threads(Step step, const Stack *stack, long q_rank, long units) {
+    const Shape *a = step.s;
+    const Call *c = step.c;
+    long n = step.n, heads = a->heads, width = a->rank + a->rope, k = a->n_activated, scored = step.is_sparse ? n : 0;
+    long h_width = largest(largest(2L * a->dim, width), q_rank);
+    long widest = largest(largest(h_width, units), largest(heads * a->v, a->nope)); /* of a product's rows */
+    long scratch = largest(n * widest, c->n_each * heads * ((width + 1) / 2)), topk = scored ? a->index_topk : 0;
+    scratch = largest(scratch, largest(4 * topk * c->threads, (a->index_heads + 9L) * (a->index_dim + 8)));
+    struct { float **at; long count; } shared[] = {
+        {&step.x, n * a->dim}, {&step.q_a, n * q_rank}, {&step.q, n * heads * (a->nope + a->rope)},
+        {&step.kv, n * width}, {&step.queries, n * heads * width}, {&step.values, n * heads * a->v},
+        {&step.partials, c->threads * n * heads * (a->rank + 2)}, {&step.scores, n * a->n_experts},
+        {&step.gate, n * units}, {&step.up, n * units}, {&step.index_q, n * a->index_heads * a->index_dim},
+        {&step.index_k, n * a->index_dim}, {&step.index_weights, n * a->index_heads},
+        {&step.index_scores, scored * step.longest}, {(float **)&step.best, scored * step.longest},
+        {(float **)&step.n_best, scored * c->threads}};
+    long own[] = {n * h_width, largest(c->n_each * heads * BLOCK, 2 * (n * k + a->n_experts) + a->n_groups), scratch,
+                  scored ? BLOCK * width : 0, topk + LANES, 2 * (n * k + a->n_experts)};
+    int n_shared = sizeof shared / sizeof *shared, n_own = sizeof own / sizeof *own;
+    long count = 16, each = 16; /* whole cache lines */
+    for (int i = 0; i < n_shared; i++) count += (shared[i].count + 15) / 16 * 16;
+    for (int i = 0; i < n_own; i++) each += (own[i] + 15) / 16 * 16;
+    float *arena = malloc((count + each * c->threads) * sizeof *arena);
+    float *rest = (float *)(((uintptr_t)arena + 63) / 64 * 64);
+    if (!arena) return 1;
+    for (int i = 0; i < n_shared; i++) *shared[i].at = allocate(&rest, shared[i].count);
+    Barrier barrier = {0, 0, 0};
+    step.barrier = &barrier;
+#pragma omp parallel num_threads(c->threads) /* passed over by compilers that have no OpenMP */
+    {
+        Step mine = step;
+#ifdef _OPENMP
+        mine.t = omp_get_thread_num();
+        mine.threads = omp_get_num_threads();
+#endif
+        run_thread(mine, stack, rest + mine.t * each, own);
+    }
+    free(arena);
+    return barrier.is_late ? -1 : 0;
 }
 
 /* Runs the layers of a stack and the head on a call. Returns 0, or -1 if a thread had to wait for its processor; 1 if
    there is not enough memory, 2 for a token out of range. */
 int run(const Shape *a, const Stack *stack, const Call *c) {
-    long n = (long)c->n_rows * c->n_each, width = a->rank + a->rope, q_rank = 1, units = 1, h_width = 2L * a->dim;
-    long longest = 1;
+    long n = (long)c->n_rows * c->n_each, longest = 1, q_rank = 1, units = 1;
     for (long i = 0; i < n; i++) {
         if (c->tokens[i] < 0 || c->tokens[i] >= a->vocab) return 2;
         longest = largest(longest, c->positions[i] + 1);
@@ -952,49 +994,7 @@ int run(const Shape *a, const Stack *stack, const Call *c) {
         if (b->wq_a.data) q_rank = largest(q_rank, b->wq_b.n_in);
         units = largest(units, b->mlp.width + (long)a->n_activated * b->experts.width);
     }
-    h_width = largest(largest(h_width, width), q_rank);
-    long widest = largest(largest(h_width, units), largest((long)a->heads * a->v, a->nope)); /* of a product's rows */
-    long scratch = largest(n * widest, c->n_each * a->heads * ((width + 1) / 2));
-    long scored = a->index_topk && longest > a->index_topk ? n : 0;
-    long heads = a->heads, gathered = scored ? BLOCK * width : 0;
-    long probs = largest(c->n_each * heads * BLOCK, 2 * n * a->n_activated + 2L * a->n_experts);
-    long chosen = 2 * n * a->n_activated + 2L * a->n_experts + 1 + a->n_groups;
-    Barrier barrier = {0, 0, 0};
-    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1, .longest = (int)longest, .is_sparse = scored > 0,
-        .barrier = &barrier};
-    struct { float **at; long count; } shared[] = {
-        {&step.x, n * a->dim}, {&step.q_a, n * q_rank}, {&step.q, n * heads * (a->nope + a->rope)},
-        {&step.kv, n * width}, {&step.queries, n * heads * width}, {&step.values, n * heads * a->v},
-        {&step.partials, c->threads * n * heads * (a->rank + 2)}, {&step.scores, n * a->n_experts},
-        {&step.gate, n * units}, {&step.up, n * units}, {&step.index_q, n * a->index_heads * a->index_dim},
-        {&step.index_k, n * a->index_dim}, {&step.index_weights, n * a->index_heads},
-        {&step.index_scores, scored * longest}, {(float **)&step.selected, scored * a->index_topk}};
-    int n_shared = sizeof shared / sizeof *shared;
-    long count = 16 * 20, each = (n * h_width + probs + scratch + gathered + chosen + 96) / 16 * 16; /* lines */
-    for (int i = 0; i < n_shared; i++) count += shared[i].count;
-    float *arena = malloc((count + each * c->threads) * sizeof *arena);
-    float *rest = (float *)(((uintptr_t)arena + 63) / 64 * 64);
-    if (!arena) return 1;
-    for (int i = 0; i < n_shared; i++) *shared[i].at = allocate(&rest, shared[i].count);
-#ifdef _OPENMP
-#pragma omp parallel num_threads(c->threads)
-#endif
-    {
-        Step mine = step;
-#ifdef _OPENMP
-        mine.t = omp_get_thread_num();
-        mine.threads = omp_get_num_threads();
-#endif
-        float *own = rest + mine.t * each;
-        double released = seconds();
-        mine.released = &released;
-        mine.h = allocate(&own, n * h_width);
-        mine.probs = allocate(&own, probs);
-        mine.scratch = allocate(&own, scratch);
-        mine.gathered = allocate(&own, gathered);
-        mine.chosen = (int *)allocate(&own, chosen);
-        run_thread(&mine, stack);
-    }
-    free(arena);
-    return barrier.is_late ? -1 : 0;
+    Step step = {.s = a, .c = c, .n = (int)n, .threads = 1, .longest = (int)(longest + 3) / 4 * 4,
+                 .is_sparse = a->index_topk && longest > a->index_topk};
+    return run_threads(step, stack, q_rank, units);
 }

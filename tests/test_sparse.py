@@ -288,8 +288,9 @@ def test_operations_that_are_counted() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_c_decodes_what_the_modules_do(seed: int) -> None:
+def test_c_decodes_what_the_modules_do(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of other lengths, short ones that choose nothing among them; heads that are no multiple of four."""
+    monkeypatch.setattr(model_module, "attn_impl", "absorb")
     draw = random.Random(seed).choice
     shape = SPARSE | {"index_n_heads": draw([1, 4, 5, 8]), "index_head_dim": draw([4, 8, 17, 32])}
     net = tiny(seed, **shape | {"index_topk": draw([1, 4, 30, 60]), "max_seq_len": 80, "dim": 32})
@@ -311,7 +312,41 @@ def test_c_decodes_what_the_modules_do(seed: int) -> None:
         torch.testing.assert_close(ours[0, :69], theirs[0, :69], rtol=0, atol=1e-5)
 
 
-def test_a_score_that_is_no_number_chooses_within_the_cache() -> None:
+@pytest.mark.parametrize(
+    ("threads", "dtype", "heads", "topk"),
+    [
+        (1, torch.float32, 4, 20),
+        (2, torch.bfloat16, 5, 20),
+        (3, torch.float32, 1, 20),  # where its weight is negative, many scores of 0 are the best
+        (3, torch.bfloat16, 1, 250),  # where it is positive, some scores of 0 are among the best
+    ],
+)
+def test_threads_choose_what_the_modules_do(
+    threads: int, dtype: torch.dtype, heads: int, topk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each from more positions than it keeps, then from all threads'; keys are of whole vectors, in either dtype."""
+    net = tiny(**SPARSE | {"index_n_heads": heads, "index_head_dim": 32, "index_topk": topk, "max_seq_len": 400})
+    randomise(net)
+    assert decode.attach(net) is None and isinstance(net.decoder, decode.CDecoder)
+    monkeypatch.setattr(model_module, "attn_impl", "absorb")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    net.decoder.n_alone = 0  # however busy the machine is
+    monkeypatch.setattr(net.decoder, "_adapt_threads", lambda is_late: None)
+    text, decoder, net.cache_dtype = tokens(2, 400), net.decoder, dtype
+    with torch.inference_mode():
+        cache = net.new_cache(2, 400)
+        net(text[:, :380], cache)
+        for width in (1, 3):
+            results, stored = [], [[tensor.clone() for tensor in layer] for layer in cache.layers]
+            for net.decoder in (decoder, None):
+                cache.lengths, cache.layers = [380, 371], [[tensor.clone() for tensor in layer] for layer in stored]
+                results.append(net(text[:, 380 : 380 + width], cache))
+            # a number that is rounded to bfloat16 may differ in its last place
+            torch.testing.assert_close(*results, rtol=0, atol=2e-5 if dtype == torch.float32 else 4e-3)
+
+
+def test_a_score_that_is_no_number_chooses_within_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "attn_impl", "absorb")
     net = tiny(**SPARSE | {"max_seq_len": 64})
     decode.attach(net)
     with torch.inference_mode():

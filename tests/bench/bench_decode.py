@@ -6,6 +6,7 @@ transformers  its `generate`, one and sixteen texts at a time, of what train.py 
               17 million weights in float32; with --weights fp32, greedy texts are the same
 weights       a byte after 64 others by weights in float32, bfloat16 and FP8 (configs/bytegpt.json: beyond any cache)
 context       a byte after 4,096 others, against one after 64 (configs/small.json)
+sparse        likewise, after 16,384 and after 2,048, of which it attends to 512 (configs/long.json)
 prefill       reading 1,024 bytes into the cache, against the forward pass of training; weights as above
 loss          of the next byte, by weights and KV caches of each width: --ckpt-path, on the end of the standard library
 attach        comparing a decoder with the modules when it is attached, in milliseconds (configs/nano.json, small.json)
@@ -187,16 +188,18 @@ def bench_weights(options: argparse.Namespace, folder: Path) -> None:
     print_table(*rows)
 
 
-def bench_context(options: argparse.Namespace, folder: Path) -> None:
+def bench_context(
+    options: argparse.Namespace, folder: Path, name: str = "small", near: int = 64, far: int = 4096
+) -> None:
     """A byte late in the context against one early."""
-    args = config_of("small", max_seq_len=4096 + 64, original_seq_len=4096 + 64)
-    rows: list[tuple[object, ...]] = [("weights", "texts", "ms after 64 bytes", "ms after 4,096", "ratio")]
+    args = config_of(name, max_seq_len=far + 64, original_seq_len=far + 64)
+    rows: list[tuple[object, ...]] = [("weights", "texts", f"ms after {near:,} bytes", f"ms after {far:,}", "ratio")]
     for width, model in by_weights(options, folder, args).items():
         for n_rows in (1, 4):
-            cache = model.new_cache(n_rows, 4096 + 64)
-            for layer in cache.layers:
-                layer[0].normal_()
-            early, late = seconds(3 * options.repeat, *(partial(step, model, cache, length) for length in (64, 4096)))
+            cache = model.new_cache(n_rows, far + 64)
+            for tensor in (tensor for layer in cache.layers for tensor in layer):
+                tensor.normal_()
+            early, late = seconds(3 * options.repeat, *(partial(step, model, cache, length) for length in (near, far)))
             rows.append((width, n_rows, early / 16 * 1e3, late / 16 * 1e3, late / early))
     print_table(*rows)
 
@@ -379,6 +382,7 @@ BENCHES = {
     "transformers": bench_transformers,
     "weights": bench_weights,
     "context": bench_context,
+    "sparse": partial(bench_context, name="long", near=2048, far=16384),
     "prefill": bench_prefill,
     "loss": bench_loss,
     "attach": bench_attach,
