@@ -312,6 +312,11 @@ class _GLU(torch.autograd.Function):
         return grad, None
 
 
+# Multiplications and additions are not fused in what computes an activation: which ones a compiler fuses differs from
+# one kernel to another, and so would the last bits of the same formula with and without quantisation.
+UNFUSED = {"enable_fp_fusion": False}
+
+
 def _launch_glu(
     gate_up: torch.Tensor, dy: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, act: int, backward: bool
 ) -> None:
@@ -320,7 +325,7 @@ def _launch_glu(
     n = y.numel() // dim
     up, dup = (t.view(-1)[dim:] for t in (gate_up, grad))
     _glu_kernel[(triton.cdiv(n, 4), triton.cdiv(dim, 512))](
-        gate_up, up, dy, y, grad, dup, n, dim, 2 * dim, BACKWARD=backward, ACT=act, ROWS=4, COLS=512
+        gate_up, up, dy, y, grad, dup, n, dim, 2 * dim, BACKWARD=backward, ACT=act, ROWS=4, COLS=512, **UNFUSED
     )
 
 
@@ -423,7 +428,7 @@ def _launch_glu_quant(
     _glu_quant_kernel[(triton.cdiv(n, size) * triton.cdiv(dim, 128),)](
         gate, up, dy, None if offsets is None else offsets[-1:], *out, *out2, n, dim, BACKWARD=dy is not None,
         ACT=ACTIVATIONS[hidden_act], LIMIT=offsets is not None, UE8M0=scale_fmt == "ue8m0", BOTH=both,
-        SIZE=size, ROWS=QUANT_ROWS, num_warps=2 * QUANT_WARPS,
+        SIZE=size, ROWS=QUANT_ROWS, num_warps=2 * QUANT_WARPS, **UNFUSED,
     )  # fmt: skip
 
 
@@ -830,17 +835,17 @@ def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> tor
 
 @triton.jit
 def _symmetric_kernel(
-    left_desc, right_desc, gram_desc, scale_ptr, y_desc, K, a, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr,
-    SIZE: tl.constexpr, STEP: tl.constexpr,
+    left_desc, right_desc, gram_desc, scale_ptr, factor_ptr, y_desc, K, a, b, c,
+    POLYNOMIAL: tl.constexpr, TALL: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """y = u vᵀ for matrices u, v (R, K), or with TALL uᵀ v of (K, R); with POLYNOMIAL, y = as·I + bs³·gram + cs⁵·u vᵀ.
 
-    u = v, or both are symmetric and commute.
+    u = v, or both are symmetric and commute. s is a matrix's `scale`, 1 without; all is multiplied by its `factor`.
 
     The result is symmetric: a program computes one tile of SIZE×SIZE of the lower triangle and writes it twice, the
     second time transposed, so that half of the products are computed. All goes by TMA, which loads zeros beyond a
     matrix and stores nothing there. A step reads 2·SIZE·STEP elements and does SIZE²·STEP multiplications: bound by the
-    tensor cores. Two programs share an SM, so that one multiplies while the other writes. s is a matrix's `scale`.
+    tensor cores. Two programs share an SM, so that one multiplies while the other writes.
     """
     tile, e = tl.program_id(0), tl.program_id(1)
     i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)  # row of tiles: the last with i(i+1)/2 ≤ tile
@@ -859,10 +864,12 @@ def _symmetric_kernel(
         acc = tl.dot(u, v, acc)
     n = tl.arange(0, SIZE)
     if POLYNOMIAL:
-        s = tl.load(scale_ptr + e)
+        s = 1.0 if scale_ptr is None else tl.load(scale_ptr + e)
         acc *= c * s * s * s * s * s
         acc += b * s * s * s * gram_desc.load([e, row, col]).reshape(SIZE, SIZE).to(tl.float32)
         acc += tl.where(row + n[:, None] == col + n[None, :], a * s, 0.0)
+    if factor_ptr is not None:
+        acc *= tl.load(factor_ptr + e)
     y = acc.to(y_desc.dtype)
     if i == j:  # without symmetry to the bit, the rounding errors of many products grow
         y = tl.where(n[:, None] >= n[None, :], y, y.T)
@@ -874,11 +881,12 @@ def _symmetric_kernel(
 def _symmetric(
     x: torch.Tensor, other: torch.Tensor | None = None, tall: bool = False,
     coefficients: tuple[float, float, float] | None = None, scale: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    factor: torch.Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Products x xᵀ (n, R, R), with `tall` xᵀ x; or x · other of symmetric matrices that commute.
 
-    With `coefficients` a, b, c and `scale` s (n,), the polynomial as·I + bs³·x + cs⁵·x xᵀ of symmetric x.
+    With `coefficients` a, b, c and `scale` s (n,), the polynomial as·I + bs³·x + cs⁵·x xᵀ of symmetric x. The result
+    is multiplied by `factor` (n,) before it is rounded to `dtype`; both numbers of a matrix are float32, 1 by default.
     """
     r, k = x.shape[1:][::-1] if tall else x.shape[1:]
     y = torch.empty(len(x), r, r, dtype=dtype or x.dtype, device=x.device)
@@ -888,7 +896,7 @@ def _symmetric(
     gram, out = (TensorDescriptor.from_tensor(t, [1, size, size]) for t in (x if coefficients else y, y))
     n = triton.cdiv(r, size)
     _symmetric_kernel[(n * (n + 1) // 2, len(x))](
-        left, right, gram, y if scale is None else scale, out, k, *(coefficients or (0.0, 0.0, 0.0)),
+        left, right, gram, scale, factor, out, k, *(coefficients or (0.0, 0.0, 0.0)),
         POLYNOMIAL=coefficients is not None, TALL=tall, SIZE=size, STEP=step, **SYMMETRIC_LAUNCH,
     )  # fmt: skip
     return y
@@ -910,11 +918,10 @@ def newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], ste
     """
     if max(x.shape[1:]) >= GRAM_RATIO * min(x.shape[1:]):
         return _gram_newton_schulz(x, coefficients, steps)
-    tall, scale = x.shape[1] > x.shape[2], None
-    for _ in range(steps):
+    tall = x.shape[1] > x.shape[2]
+    for i in range(steps):
         gram = _symmetric(x, tall=tall)
-        scale = _inverse_norm(gram) if scale is None else torch.ones_like(scale)
-        p = _symmetric(gram, coefficients=coefficients, scale=scale)
+        p = _symmetric(gram, coefficients=coefficients, scale=None if i else _inverse_norm(gram))
         x = torch.bmm(x, p) if tall else torch.bmm(p, x)
     return x
 
@@ -931,22 +938,26 @@ def _gram_newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float
     the steps' p is computed in r×r, and g follows as g ← p g p. There are two runs of steps, each from the Gram matrix
     of its first x: in a single one, rounding errors of g grow until small singular values are lost. Matrices of r×r
     are float16, in which no entry here overflows: with its three bits more than bfloat16, the result is nearer to the
-    exact iteration than the usual one's.
+    exact iteration than the usual one's. The norms come from a pass over x, so that g and q are written normalised:
+    passes over them afterwards would read and write ten times as much.
     """
     dtype = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
-    tall, scale = x.shape[1] > x.shape[2], None
-    for count in (steps - steps // 2, steps // 2):
-        g, q = _symmetric(x, tall=tall, dtype=torch.float32), None
-        scale = _inverse_norm(g) if scale is None else torch.ones_like(scale)
-        g = g.mul_(scale.square()[:, None, None]).to(dtype)
-        for i in range(count):
-            p = _symmetric(g, coefficients=coefficients, scale=torch.ones_like(scale))
-            q = p if q is None else _symmetric(q, p)
-            if i + 1 < count:
+    tall = x.shape[1] > x.shape[2]
+    scale: torch.Tensor | None = (
+        torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32).clamp(min=1e-7).reciprocal()
+    )
+    for count in filter(None, (steps - steps // 2, steps // 2)):
+        g, q = _symmetric(x, tall=tall, factor=None if scale is None else scale.square(), dtype=dtype), None
+        for i in range(1, count + 1):
+            factor, q_dtype = (scale, x.dtype) if i == count else (None, dtype)
+            if q is None:
+                q = p = _symmetric(g, coefficients=coefficients, factor=factor, dtype=q_dtype)
+            else:
+                p = _symmetric(g, coefficients=coefficients)
+                q = _symmetric(q, p, factor=factor, dtype=q_dtype)
+            if i < count:
                 g = _symmetric(_symmetric(g, p), p)
-        if q is not None:
-            q = (q * scale[:, None, None]).to(x.dtype)
-            x = torch.bmm(x, q) if tall else torch.bmm(q, x)
+        x, scale = torch.bmm(x, q) if tall else torch.bmm(q, x), None
     return x
 
 
