@@ -631,12 +631,9 @@ class _ConcatWeights(torch.autograd.Function):
 
 
 def fp8_linear(
-    x: Activation,
-    weights: Sequence[torch.Tensor],
-    quantized: Sequence[QuantizedWeight],
-    offsets: torch.Tensor | None = None,
-    scale_fmt: str | None = None,
-) -> tuple[torch.Tensor, ...]:
+    x: Activation, weights: Sequence[torch.Tensor], quantized: Sequence[QuantizedWeight],
+    offsets: torch.Tensor | None = None, scale_fmt: str | None = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Multiplies the same rows by several weights, with all three products of each in FP8.
 
     The input is quantised once for all of them, and only its FP8 copy is kept for the backward pass.
@@ -667,14 +664,9 @@ class _FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        offsets: torch.Tensor | None,
-        scale_fmt: str | None,
-        keep: bool,
-        given: tuple[torch.Tensor, ...] | None,
-        x: torch.Tensor,
-        *operands: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+        ctx: Any, offsets: torch.Tensor | None, scale_fmt: str | None, keep: bool,
+        given: tuple[torch.Tensor, ...] | None, x: torch.Tensor, *operands: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         n = len(operands) // 4
         quantized = [QuantizedWeight(*operands[3 * i : 3 * i + 3]) for i in range(n)]
         q, s, q_t, s_t = given or _quantized_rows(x, scale_fmt, keep)
@@ -701,13 +693,9 @@ class _FP8Linear(torch.autograd.Function):
 
 
 def fp8_mlp(
-    x: Activation,
-    weights: Sequence[torch.Tensor],
-    quantized: Sequence[QuantizedWeight],
-    hidden_act: str,
-    offsets: torch.Tensor | None = None,
-    scale_fmt: str | None = None,
-) -> torch.Tensor:
+    x: Activation, weights: Sequence[torch.Tensor], quantized: Sequence[QuantizedWeight], hidden_act: str,
+    offsets: torch.Tensor | None = None, scale_fmt: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The gated MLP `w2(act(w1 x) · w3 x)` where `fuses_fp8(x)`, with all nine products in FP8.
 
     The hidden activation and the gradients of gate and up exist in FP8 only, written by the kernels that compute them:
@@ -735,15 +723,9 @@ class _FP8MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        offsets: torch.Tensor | None,
-        scale_fmt: str | None,
-        hidden_act: str,
-        keep: bool,
-        given: tuple[torch.Tensor, ...],
-        x: torch.Tensor,
-        *operands: torch.Tensor,
-    ) -> torch.Tensor:
+        ctx: Any, offsets: torch.Tensor | None, scale_fmt: str | None, hidden_act: str, keep: bool,
+        given: tuple[torch.Tensor, ...], x: torch.Tensor, *operands: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         import kernel_fused
 
         w1, w2, w3 = (QuantizedWeight(*operands[i : i + 3]) for i in (0, 3, 6))
@@ -879,23 +861,61 @@ def _grouped_mm_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | N
 torch.library.register_autograd("bytegpt::grouped_mm", _grouped_mm_backward, setup_context=_save_for_backward)
 
 
-# --- Rows of experts ----------------------------------------------------------------------------------------------
+# --- Routing, and rows of experts ---------------------------------------------------------------------------------
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns x (N, dim), as `sort_by_expert` does, and x · weightᵀ, float32 (N, E), to the accuracy of float32."""
+    if x.dtype == torch.bfloat16 and kernels(x):
+        return _RouterLogits.apply(x, weight)
+    return x, F.linear(x.float(), weight.float())
+
+
+class _RouterLogits(torch.autograd.Function):
+    """`router_logits` without a copy of x in float32: the other operand is a sum of bfloat16, 8 bits of it in each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, weight)
+        return x.view_as(x), _mm_float32(x, _in_bfloat16(weight, 3).flatten(0, 1).T).unflatten(1, (3, -1)).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        parts = _in_bfloat16(grad.T, 2)  # (2, E, N): 16 bits of gradients, where a weight has all 24
+        grad_weight = _mm_float32(parts.flatten(0, 1), x).unflatten(0, (2, -1)).sum(dim=0)
+        return torch.addmm(grad_x, parts[0].T, weight.to(x.dtype)), grad_weight.to(weight.dtype)
+
+
+def _in_bfloat16(x: torch.Tensor, parts: int) -> torch.Tensor:
+    """Tensors (parts, ...) of bfloat16 whose sum is x, up to the parts that are left out; the largest first."""
+    rest, out = x.float(), x.new_empty(parts, *x.shape, dtype=torch.bfloat16)
+    for part in out:
+        rest = rest - part.copy_(rest)
+    return out
+
+
+def _mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product of bfloat16 matrices, in float32."""
+    return a.float() @ b.float() if a.device.type == "cpu" else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def sort_by_expert(
     x: torch.Tensor, experts: torch.Tensor, n_experts: int, n_local: int, scale_fmt: str | None = None
-) -> tuple[Activation, torch.Tensor, torch.Tensor]:
+) -> tuple[Activation, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Repeats each row of x (N, dim) for its `experts` (N, K), sorted by expert.
 
-    Returns the rows (N·K, dim), where each choice stands among them (N, K), and where each expert's rows end, int32.
-    Rows of experts from `n_local` on are zeros. Where `fuses_fp8(x)`, the rows exist in FP8 only.
+    Returns the rows (N·K, dim), where each choice stands among them (N, K), where each expert's rows end, int32, and x:
+    what else reads x should read that, for the gradients are then summed in one pass. Rows of experts from `n_local` on
+    are zeros. Where `fuses_fp8(x)`, the rows exist in FP8 only.
     """
     if kernel := kernels(x):
         places, index, ends = kernel.sort_by_expert(experts, n_experts)
         if fuses_fp8(x):
             limit, both = ends[n_local - 1 : n_local], torch.is_grad_enabled()
-            return QuantizedActivation(*kernel.permute_quant(x, places, index, limit, scale_fmt, both)), places, ends
-        rows = kernel.permute(x, places)
+            values, x, *quantized = kernel.permute_quant(x, places, index, limit, scale_fmt, both)
+            return QuantizedActivation(values, *quantized), places, ends, x
+        rows, x = kernel.permute(x, places)
     else:
         in_order, order = experts.flatten().sort(stable=True)
         places = order.argsort().view_as(experts)
@@ -903,14 +923,17 @@ def sort_by_expert(
         rows = _Permute.apply(x, order, places)
     if n_local < n_experts:
         rows = rows.where((torch.arange(len(rows), device=x.device) < ends[n_local - 1]).unsqueeze(1), 0)
-    return rows, places, ends
+    return rows, places, ends, x
 
 
-def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The sums (N, dim) of rows of x (N·K, dim) at `places` (N, K), weighted by `weights`, float32 (N, K)."""
+def combine(
+    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`base` plus sums (N, dim) of rows of x (N·K, dim) at `places` (N, K), weighted by `weights`, float32 (N, K)."""
     if kernel := kernels(x):
-        return kernel.combine(x, places, weights)
-    return _sum_rows(x, places, weights.to(x.dtype))
+        return kernel.combine(x, places, weights, base)
+    y = _sum_rows(x, places, weights.to(x.dtype))
+    return y if base is None else y + base
 
 
 def _sum_rows(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

@@ -429,12 +429,7 @@ def gemm(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor,
 
 
 def grouped_gemm(
-    a: torch.Tensor,
-    a_s: torch.Tensor,
-    b: torch.Tensor,
-    b_s: torch.Tensor,
-    offsets: torch.Tensor,
-    dtype: torch.dtype,
+    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """See `fp8_ops.fp8_grouped_gemm`."""
     return _gemm([(a, a_s, b, b_s)], offsets, dtype)
@@ -525,13 +520,27 @@ def _grouped_outer_kernel(
     tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
+@triton.jit
+def _order_kernel(offsets_ptr, order_ptr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr):
+    """Writes the numbers of the groups, those with most rows first. One program compares all with each of them."""
+    e = tl.arange(0, GROUPS_POW2)
+    size = tl.load(offsets_ptr + e, mask=e < GROUPS, other=0)
+    size -= tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < GROUPS), other=0)
+    for i in range(GROUPS):
+        own = tl.sum(tl.where(e == i, size, 0), 0)
+        before = (e < GROUPS) & ((size > own) | ((size == own) & (e < i)))
+        tl.store(order_ptr + tl.sum(before.to(tl.int32), 0), i)
+
+
+def _largest_first(offsets: torch.Tensor) -> torch.Tensor:
+    """The order, int32 (groups,), in which tiles of unequal groups occupy all SMs about equally."""
+    order, n = torch.empty_like(offsets), len(offsets)
+    _order_kernel[(1,)](offsets, order, GROUPS=n, GROUPS_POW2=triton.next_power_of_2(n))
+    return order
+
+
 def grouped_outer(
-    a: torch.Tensor,
-    a_s: torch.Tensor,
-    b: torch.Tensor,
-    b_s: torch.Tensor,
-    offsets: torch.Tensor,
-    dtype: torch.dtype,
+    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """See `fp8_ops.fp8_grouped_outer`."""
     n, k, e = len(a), len(b), len(offsets)
@@ -543,18 +552,9 @@ def grouped_outer(
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return triton.cdiv(n, meta["BLOCK_M"]) * triton.cdiv(k, meta["BLOCK_N"]), e
 
+    strides = *a_s.stride(), *b_s.stride()
     _grouped_outer_kernel[grid](
-        _descriptor(a),
-        a_s,
-        _descriptor(b),
-        b_s,
-        c,
-        offsets,
-        n,
-        k,
-        *a_s.stride(),
-        *b_s.stride(),
-        _bucket(a.shape[1] // e),
+        _descriptor(a), a_s, _descriptor(b), b_s, c, offsets, n, k, *strides, _bucket(a.shape[1] // e)
     )
     return c
 
@@ -564,6 +564,15 @@ def grouped_outer(
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name up to Triton 3.6
 OPERAND = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)  # as the tensor cores read it
 BAND = gl.constexpr(16)  # tiles of rows
+
+
+@gluon.jit
+def _group(order_ptr, i, GROUPED: gl.constexpr, OUTER: gl.constexpr):
+    """The number of the group whose tiles come i-th."""
+    if GROUPED and OUTER:
+        return gl.load(order_ptr + i)
+    else:
+        return i
 
 
 @gluon.jit
@@ -606,21 +615,27 @@ def _load_tile(
     a_ring, b_ring, as_ring, bs_ring, full, empty = ring
     STAGES: gl.constexpr = a_ring.type.shape[0]
     BLOCK_M: gl.constexpr = a_ring.type.shape[1]
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     col = tile_n * 128
-    # rows beyond the last one get its scale, and are not stored
-    m = gl.minimum(gl.arange(0, BLOCK_M, flat), M - 1 - row)
-    a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
-    if B_IN_BLOCKS:  # a tile is as wide as a block: one scale for all of it
+    # One address of scales of b serves a tile as wide as a block. Else a thread loads scales of adjacent rows, which are
+    # adjacent in memory: this warp has few registers for addresses. Rows beyond the last one are not stored.
+    WIDTH: gl.constexpr = 1 if B_IN_BLOCKS else BLOCK_M // 32
+    m = gl.arange(0, BLOCK_M, gl.BlockedLayout([WIDTH], [32], [1], [0]))
+    if B_IN_BLOCKS:
+        m = gl.minimum(m, M - 1 - row)
         b_s_at = bs_ptr + e.to(gl.int64) * bs_stride_e + tile_n * bs_stride_n
         b_row = e * N + col
     else:
-        n = gl.minimum(gl.arange(0, 128, flat), N - 1 - col)
+        n = gl.arange(0, 128, gl.BlockedLayout([4], [32], [1], [0]))
         b_s_at = bs_ptr + col.to(gl.int64) * bs_stride_n + n * bs_stride_n
         b_row = col
+    a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
     for i in range(first, last):
         stage = step % STAGES
-        a_s, b_s = gl.load(a_s_at + i * as_stride_k), gl.load(b_s_at + i * bs_stride_k)
+        if B_IN_BLOCKS:
+            a_s, b_s = gl.load(a_s_at + i * as_stride_k), gl.load(b_s_at + i * bs_stride_k)
+        else:
+            a_s = gl.load(a_s_at + i * as_stride_k, mask=m < M - row, other=0.0)
+            b_s = gl.load(b_s_at + i * bs_stride_k, mask=n < N - col, other=0.0)
         mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
         mbarrier.expect(full.index(stage), (BLOCK_M + 128) * 128)
         _tma_load(a_desc, [row, i * 128], full.index(stage), a_ring.index(stage))
@@ -638,7 +653,7 @@ def _load_tile(
 @gluon.jit
 def _load_tiles(
     a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k,
-    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, M, N, K,
+    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, order_ptr, M, N, K,
     PAIRS: gl.constexpr, GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: while the ring has a free stage, operands by TMA and scales by plain loads."""
@@ -646,7 +661,8 @@ def _load_tiles(
     n_tiles_n = gl.cdiv(N, 128)
     tile = gl.program_id(0)
     step = 0
-    for e in range(GROUPS):
+    for group in range(GROUPS):
+        e = _group(order_ptr, group, GROUPED, OUTER)
         m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPS, GROUPED, OUTER)
         n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
         first, last = _k_steps(k_begin, k_end)
@@ -702,7 +718,7 @@ def _store(c_ptr, acc, row, m_end, col, N):
 
 @gluon.jit
 def _multiply_tiles(
-    c_ptr, ring, offsets_ptr, M, N, K, K2, HALF: gl.constexpr, PAIRS: gl.constexpr,
+    c_ptr, ring, offsets_ptr, order_ptr, M, N, K, K2, HALF: gl.constexpr, PAIRS: gl.constexpr,
     GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply the upper or lower half of each tile, and scale, accumulate and store it.
@@ -721,7 +737,8 @@ def _multiply_tiles(
     n_tiles_n = gl.cdiv(N, 128)
     tile = gl.program_id(0)
     step = 0
-    for e in range(GROUPS):
+    for group in range(GROUPS):
+        e = _group(order_ptr, group, GROUPED, OUTER)
         m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPS, GROUPED, OUTER)
         n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
         first, last = _k_steps(k_begin, k_end)
@@ -766,7 +783,7 @@ def _multiply_tiles(
 
 @gluon.jit
 def _hopper_kernel(
-    a_desc, as_ptr, b_desc, bs_ptr, a2_desc, as2_ptr, b2_desc, bs2_ptr, c_ptr, offsets_ptr, M, N, K,
+    a_desc, as_ptr, b_desc, bs_ptr, a2_desc, as2_ptr, b2_desc, bs2_ptr, c_ptr, offsets_ptr, order_ptr, M, N, K,
     as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, K2, as2_stride_m, bs2_stride_e,
     PAIRS: gl.constexpr,
     GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
@@ -774,7 +791,8 @@ def _hopper_kernel(
 ):  # fmt: skip
     """All three products: `_gemm_kernel`'s, and with OUTER `_grouped_outer_kernel`'s, in tiles of BLOCK_M×128.
 
-    With OUTER but no groups, c (GROUPS, M, N) gets the products of equal parts of K, for the caller to add.
+    With OUTER but no groups, c (GROUPS, M, N) gets the products of equal parts of K, for the caller to add. Groups of
+    unequal parts come in `order`, which may be None elsewhere.
 
     A persistent program on each SM computes every P-th tile, of P programs. One warp fills a ring of STAGES in
     shared memory, each of them a step of 128 along K: (BLOCK_M + 128)·128 bytes of operands, and their scales. Two
@@ -797,14 +815,20 @@ def _hopper_kernel(
     ring = a_ring, b_ring, as_ring, bs_ring, full, empty
     gl.warp_specialize(
         [
-            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, K2, 0, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
-            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, K2, 1, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
+            (
+                _multiply_tiles,
+                (c_ptr, ring, offsets_ptr, order_ptr, M, N, K, K2, 0, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS),
+            ),
+            (
+                _multiply_tiles,
+                (c_ptr, ring, offsets_ptr, order_ptr, M, N, K, K2, 1, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS),
+            ),
             (
                 _load_tiles,
                 (
                     a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k,
-                    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, M, N, K,
-                    PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS,
+                    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, order_ptr,
+                    M, N, K, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS,
                 ),
             ),
         ],
@@ -867,9 +891,10 @@ def _launch_hopper(
         return HopperDescriptor.from_tensor(_tma_aligned(q), [tile_rows, 128], OPERAND)
 
     operands = [(descriptor(a, rows), a_s, descriptor(b, 128), b_s) for a, a_s, b, b_s in pairs]
+    order = _largest_first(offsets) if outer and offsets is not None else None
     _hopper_kernel[(_hopper_sms(a.device),)](
         *operands[0], *operands[-1],
-        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), *_second_strides(pairs), PAIRS=len(pairs),
+        c, offsets, order, m, n, k, *a_s.stride(), *b_s.stride(), *_second_strides(pairs), PAIRS=len(pairs),
         GROUPS=len(c) if outer else 1 if offsets is None else len(offsets), GROUPED=offsets is not None, OUTER=outer,
         B_IN_BLOCKS=b_s.shape[1] != n, BLOCK_M=rows, STAGES=4 if rows == 256 else 6, num_warps=4, maxnreg=168,
     )  # fmt: skip

@@ -701,22 +701,23 @@ def _permute_kernel(x_ptr, places_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def _combine_kernel(
-    x_ptr, places_ptr, w_ptr, limit_ptr, y_ptr, D,
-    WEIGHTS: tl.constexpr, LIMIT: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, places_ptr, w_ptr, limit_ptr, base_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """y[n] = the sum of the K rows of x at its places, with WEIGHTS weighted, with LIMIT of rows before `limit` alone.
+    """y[n] = base[n] + the sum of the K rows of x at its places, weighted by w, of rows before `limit` alone.
 
-    Program n takes a row of D. Reads x once, writes y.
+    Each of base, w and limit may be None. Program n takes a row of D. Reads x and base once, writes y.
     """
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     y = tl.zeros([BLOCK_D], tl.float32)
+    if base_ptr is not None:
+        y += tl.load(base_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         place = tl.load(places_ptr + n * K + k).to(tl.int64)
         width = D
-        if LIMIT:
+        if limit_ptr is not None:
             width = tl.where(place < tl.load(limit_ptr), D, 0)
         x = tl.load(x_ptr + place * D + d, mask=d < width, other=0.0).to(tl.float32)
-        if WEIGHTS:
+        if w_ptr is not None:
             x *= tl.load(w_ptr + n * K + k)
         y += x
     tl.store(y_ptr + n * D + d, y, mask=d < D)
@@ -743,17 +744,18 @@ class _Permute(torch.autograd.Function):
     """`permute`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(places)
         (n, dim), k = x.shape, places.shape[1]
         y = torch.empty(n * k, dim, dtype=x.dtype, device=x.device)
         _permute_kernel[(n,)](x.contiguous(), places, y, dim, K=k, BLOCK_D=triton.next_power_of_2(dim))
-        return y
+        return y, x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None) -> tuple[torch.Tensor, None]:
         (places,) = ctx.saved_tensors
-        return _combine(dy.contiguous(), places, None), None
+        return _combine(dy, places, base=dx), None
 
 
 class _QuantizedPermute(torch.autograd.Function):
@@ -768,25 +770,27 @@ class _QuantizedPermute(torch.autograd.Function):
         ctx.save_for_backward(places, limit)
         quantized = gather_quant(x, rows, limit, scale_fmt, both)
         ctx.mark_non_differentiable(*quantized[: 4 if both else 2])
-        return placeholder((len(rows), x.shape[1]), x), *quantized
+        return placeholder((len(rows), x.shape[1]), x), x.view_as(x), *quantized
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         places, limit = ctx.saved_tensors
-        return _combine(dy.contiguous(), places, None, limit), None, None, None, None, None
+        return _combine(dy, places, limit=limit, base=dx), None, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     """`combine`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None
+    ) -> torch.Tensor:
         x, weights = x.contiguous(), weights.contiguous()
         ctx.save_for_backward(x, places, weights)
-        return _combine(x, places, weights)
+        return _combine(x, places, weights, base=base)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, places, weights = ctx.saved_tensors
         (n, k), dim = places.shape, x.shape[1]
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -794,40 +798,44 @@ class _Combine(torch.autograd.Function):
         _combine_backward_kernel[(n,)](
             dy.contiguous(), x, places, weights, dx, dw, dim, K=k, BLOCK_D=triton.next_power_of_2(dim)
         )
-        return dx, None, dw
+        return dx, None, dw, dy if ctx.needs_input_grad[3] else None
 
 
 def _combine(
-    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None, limit: torch.Tensor | None = None
-) -> torch.Tensor:
+    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None, limit: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Runs `_combine_kernel`."""
     (n, k), dim = places.shape, x.shape[1]
-    y = torch.empty(n, dim, dtype=x.dtype, device=x.device)
-    _combine_kernel[(n,)](
-        x, places, weights, limit, y, dim, WEIGHTS=weights is not None, LIMIT=limit is not None, K=k,
-        BLOCK_D=triton.next_power_of_2(dim),
-    )  # fmt: skip
+    y, base = torch.empty(n, dim, dtype=x.dtype, device=x.device), None if base is None else base.contiguous()
+    block = triton.next_power_of_2(dim)
+    _combine_kernel[(n,)](x.contiguous(), places, weights, limit, base, y, dim, K=k, BLOCK_D=block)
     return y
 
 
-def permute(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Copies each row of x (N, dim) to its `places` (N, k): (N·k, dim)."""
+def permute(x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies each row of x (N, dim) to its `places` (N, k): (N·k, dim).
+
+    Also returns x, for what else reads it: its gradient and that of the copies are summed in one kernel.
+    """
     return _Permute.apply(x, places)
 
 
 def permute_quant(
     x: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor, scale_fmt: str | None, both: bool
 ) -> tuple[torch.Tensor | None, ...]:
-    """`permute`, quantised: a `placeholder` for the rows (N·k, dim) and the four tensors of `kernel.empty_quantized`.
+    """`permute`, quantised: a `placeholder` for the rows (N·k, dim), x, and the tensors of `kernel.empty_quantized`.
 
     `places` and `rows` are `sort_by_expert`'s. Rows from `limit` on, int32 (1,), are zeros, and get no gradient.
     """
     return _QuantizedPermute.apply(x, places, rows, limit, scale_fmt, both)
 
 
-def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The sums (N, dim) of rows of x (N·k, dim) at `places` (N, k), weighted by `weights`, float32 (N, k)."""
-    return _Combine.apply(x, places, weights)
+def combine(
+    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`base` plus sums (N, dim) of rows of x (N·k, dim) at `places` (N, k), weighted by `weights`, float32 (N, k)."""
+    return _Combine.apply(x, places, weights, base)
 
 
 # --- Muon ---------------------------------------------------------------------------------------------------------
