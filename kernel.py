@@ -616,8 +616,9 @@ def _load_tile(
     STAGES: gl.constexpr = a_ring.type.shape[0]
     BLOCK_M: gl.constexpr = a_ring.type.shape[1]
     col = tile_n * 128
-    # One address of scales of b serves a tile as wide as a block. Else a thread loads scales of adjacent rows, which are
-    # adjacent in memory: this warp has few registers for addresses. Rows beyond the last one are not stored.
+    # Where b has no blocks, a thread loads scales of adjacent rows, which are adjacent in memory, for this warp has few
+    # registers for addresses; and a step ahead, so that they arrive while it waits for a free stage. Rows beyond the
+    # last one get any scale, and are not stored.
     WIDTH: gl.constexpr = 1 if B_IN_BLOCKS else BLOCK_M // 32
     m = gl.arange(0, BLOCK_M, gl.BlockedLayout([WIDTH], [32], [1], [0]))
     if B_IN_BLOCKS:
@@ -629,13 +630,13 @@ def _load_tile(
         b_s_at = bs_ptr + col.to(gl.int64) * bs_stride_n + n * bs_stride_n
         b_row = col
     a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
+    if not B_IN_BLOCKS:
+        a_s = gl.load(a_s_at + first * as_stride_k, mask=(m < M - row) & (first < last), other=0.0)
+        b_s = gl.load(b_s_at + first * bs_stride_k, mask=(n < N - col) & (first < last), other=0.0)
     for i in range(first, last):
         stage = step % STAGES
         if B_IN_BLOCKS:
             a_s, b_s = gl.load(a_s_at + i * as_stride_k), gl.load(b_s_at + i * bs_stride_k)
-        else:
-            a_s = gl.load(a_s_at + i * as_stride_k, mask=m < M - row, other=0.0)
-            b_s = gl.load(b_s_at + i * bs_stride_k, mask=n < N - col, other=0.0)
         mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
         mbarrier.expect(full.index(stage), (BLOCK_M + 128) * 128)
         _tma_load(a_desc, [row, i * 128], full.index(stage), a_ring.index(stage))
@@ -645,6 +646,8 @@ def _load_tile(
         else:
             as_ring.index(stage).store(a_s)
             bs_ring.index(stage).store(b_s)
+            a_s = gl.load(a_s_at + (i + 1) * as_stride_k, mask=(m < M - row) & (i + 1 < last), other=0.0)
+            b_s = gl.load(b_s_at + (i + 1) * bs_stride_k, mask=(n < N - col) & (i + 1 < last), other=0.0)
         mbarrier.arrive(full.index(stage), count=1)
         step += 1
     return step
