@@ -576,8 +576,8 @@ def add_rms_norm(
     """`model.RMSNorm.add` where `fuses_fp8(x)`: the sum, and its norm quantised, with its values if asked for."""
     import kernel_fused
 
-    both = torch.is_grad_enabled()
-    total, *norm = kernel_fused.add_rms_norm_quant(x, update, weight, eps, scale_fmt, both, with_values)
+    settings = scale_fmt, torch.is_grad_enabled(), with_values
+    total, *norm = kernel_fused.add_rms_norm_quant(x, update, weight, eps, *settings)
     return total, QuantizedActivation(*norm)
 
 
@@ -881,17 +881,16 @@ class _RouterLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, weight = ctx.saved_tensors
-        parts = _in_bfloat16(grad.T, 2)  # (2, E, N): 16 bits of gradients, where a weight has all 24
+        (x, weight), parts = ctx.saved_tensors, _in_bfloat16(grad.T, 2)  # (2, E, N): 16 bits, where a weight has all 24
         grad_weight = _mm_float32(parts.flatten(0, 1), x).unflatten(0, (2, -1)).sum(dim=0)
         return torch.addmm(grad_x, parts[0].T, weight.to(x.dtype)), grad_weight.to(weight.dtype)
 
 
 def _in_bfloat16(x: torch.Tensor, parts: int) -> torch.Tensor:
     """Tensors (parts, ...) of bfloat16 whose sum is x, up to the parts that are left out; the largest first."""
-    rest, out = x.float(), x.new_empty(parts, *x.shape, dtype=torch.bfloat16)
+    out = x.new_empty(parts, *x.shape, dtype=torch.bfloat16)
     for part in out:
-        rest = rest - part.copy_(rest)
+        x = x.float() - part.copy_(x)
     return out
 
 
@@ -905,9 +904,9 @@ def sort_by_expert(
 ) -> tuple[Activation, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Repeats each row of x (N, dim) for its `experts` (N, K), sorted by expert.
 
-    Returns the rows (N·K, dim), where each choice stands among them (N, K), where each expert's rows end, int32, and x:
-    what else reads x should read that, for the gradients are then summed in one pass. Rows of experts from `n_local` on
-    are zeros. Where `fuses_fp8(x)`, the rows exist in FP8 only.
+    Returns the rows (N·K, dim), where each choice stands among them (N, K), where each expert's rows end, int32, and x,
+    for what else reads it: gradients are then summed in one pass. Rows of experts from `n_local` on are zeros. Where
+    `fuses_fp8(x)`, the rows exist in FP8 only.
     """
     if kernel := kernels(x):
         places, index, ends = kernel.sort_by_expert(experts, n_experts)

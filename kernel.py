@@ -4,9 +4,9 @@ Their mathematics is defined in `fp8_ops.py`, where tiles, blocks and scales are
 arguments. Two things govern how the kernels are written.
 
 Quantisation moves bytes: each element is read once from memory and written once or twice, at a quarter or half of its
-size. Each program takes a square of 128×128, which holds complete tiles of both directions. It goes through the square
-twice, first for the largest numbers of the columns: kept in registers instead, a square leaves room for one program an
-SM, with nothing to do while it waits for memory. `kernel_fused.py` has the kernels that quantise what they compute.
+size. Each program takes a square of 128×128, which holds complete tiles of both directions, and keeps it in registers
+in 16 bits. (Reading it again after the scales of its columns are known costs another pass: with all squares at work at
+a time, caches are too small.) `kernel_fused.py` has the kernels that quantise what they compute.
 
 A product of FP8 matrices moves few bytes and multiplies at twice the rate of bfloat16, but tensor cores sum products
 with only some 14 bits (DeepSeek-V3 report, section 3.3.2). So a sum runs over 128 products, which is as far as a scale
@@ -71,25 +71,37 @@ def _scale(largest, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def tile_start(K, SIZE: tl.constexpr):
-    """Where the tile of SIZE×128 of this program begins in a matrix of K columns; rows of tiles one after the other.
+def tile_start(tile, K, SIZE: tl.constexpr):
+    """Where a tile of SIZE×128 begins in a matrix of K columns; rows of tiles are numbered one after the other.
 
     Programs at work at a time thus read long pieces of its rows. Offsets of a tile are of 64 bits, those in it of 32.
     """
     tiles = tl.cdiv(K, BLOCK)
-    return (tl.program_id(0) // tiles).to(tl.int64) * SIZE, (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
+    return (tile // tiles).to(tl.int64) * SIZE, (tile % tiles).to(tl.int64) * BLOCK
 
 
 @triton.jit
-def store_column_scales(largest, m_start, k_start, K, st_ptr, UE8M0: tl.constexpr):
-    """Writes the scales of 128 rows' columns from `k_start` on; returns their reciprocals (128,).
+def _magnitude_bits(x):
+    """As `magnitude`, but of 16 bits for numbers of 16 bits."""
+    if x.dtype.primitive_bitwidth == 16:
+        return x.to(tl.int16, bitcast=True) & 0x7FFF
+    else:
+        return magnitude(x)
 
-    `largest` (·, 128) has the largest `magnitude` of a column among all its rows. Scales of the same 128 rows are
-    adjacent in st: (⌈M/128⌉, K).
+
+@triton.jit
+def _store_column_scales(x0, x1, x2, x3, m_start, k_start, K, st_ptr, UE8M0: tl.constexpr):
+    """Writes the scales of the columns of four tensors (ROWS, 128) together; returns their reciprocals (128,).
+
+    Scales of the same 128 rows are adjacent in st: (⌈M/128⌉, K).
     """
+    largest = tl.maximum(_magnitude_bits(x0), _magnitude_bits(x1))
+    largest = tl.max(tl.maximum(largest, tl.maximum(_magnitude_bits(x2), _magnitude_bits(x3))), axis=0)
+    if x0.dtype.primitive_bitwidth == 16:
+        largest = magnitude(largest.to(tl.int16).to(x0.dtype, bitcast=True))
     k = tl.arange(0, BLOCK)
     s_at, inside = st_ptr + m_start // BLOCK * K + k_start + k, k < K - k_start
-    tl.store(s_at, tl.max(largest, axis=0).to(tl.float32, bitcast=True), mask=inside)
+    tl.store(s_at, largest.to(tl.float32, bitcast=True), mask=inside)
     # By way of memory, so that a thread divides for one column: a reduction leaves the maxima of many in each thread.
     tl.debug_barrier()
     s, r = _scale(tl.load(s_at, mask=inside, other=0.0).to(tl.int32, bitcast=True), UE8M0)
@@ -99,7 +111,7 @@ def store_column_scales(largest, m_start, k_start, K, st_ptr, UE8M0: tl.constexp
 
 
 @triton.jit
-def store_quantized(
+def store_rows(
     x, r_t, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr
 ):
     """Quantises rows x (ROWS, 128) at (m_start, k_start), both int64, of a matrix (M, K), and writes them.
@@ -121,6 +133,22 @@ def store_quantized(
 
 
 @triton.jit
+def store_square(
+    x0, x1, x2, x3, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0: tl.constexpr, ROWS: tl.constexpr
+):
+    """Quantises a square of 128×128, given as four tensors of 32 rows, both ways: `store_rows` of each, and st.
+
+    The numbers stay in registers between the largest of the columns and the values: so each is read once. They stay
+    there in the dtype of x, since `_magnitude_bits` has no use for them in float32.
+    """
+    r_t = _store_column_scales(x0, x1, x2, x3, m_start, k_start, K, st_ptr, UE8M0)
+    store_rows(x0, r_t, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, True, ROWS)
+    store_rows(x1, r_t, m_start + ROWS, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, True, ROWS)
+    store_rows(x2, r_t, m_start + 2 * ROWS, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, True, ROWS)
+    store_rows(x3, r_t, m_start + 3 * ROWS, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, True, ROWS)
+
+
+@triton.jit
 def _read_rows(
     x_ptr, index_ptr, limit_ptr, m_start, k_start, M, K, stride_m, stride_k, GATHER: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -139,31 +167,36 @@ def _read_rows(
 @triton.jit
 def _act_quant_kernel(
     x_ptr, index_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, stride_m, stride_k,
-    UE8M0: tl.constexpr, BOTH: tl.constexpr, GATHER: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    UE8M0: tl.constexpr, BOTH: tl.constexpr, GATHER: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Quantises activations (M, K), and with BOTH their transpose; see `store_quantized`.
+    """Quantises activations (M, K), and with BOTH their transpose; see `store_rows`.
 
-    With GATHER, row m is row `index[m]` of x, and rows from `limit` on are zeros. A program takes SIZE×128 numbers in
-    steps of ROWS: with BOTH, 128×128, which it reads twice, for the scales of the columns and then for the numbers. The
-    second time they come from a cache, and a step needs so few registers that an SM has several programs at work. Reads
-    each element once from memory (2 bytes in bfloat16) and writes it once (1), with BOTH twice (2). Bound by memory, of
-    whose rate it reaches some half on an H200. Tokens permuted to K experts each are 4·K bytes an element this way; a
-    permutation in bfloat16 before it adds 2 + 2·K.
+    With GATHER, row m is row `index[m]` of x, and rows from `limit` on are zeros. A program takes ROWS×128, with
+    BOTH a square of 128×128, which stays in registers. Reads each element once (2 bytes in bfloat16) and writes it once
+    (1), with BOTH twice (2). Bound by memory. Tokens permuted to K experts each are 4·K bytes an element this way;
+    a permutation in bfloat16 before it adds 2 + 2·K.
     """
-    m_start, k_start = tile_start(K, SIZE)
-    r_t = 0.0
+    SIZE: tl.constexpr = 4 * ROWS if BOTH else ROWS
+    m, k = tile_start(tl.program_id(0), K, SIZE)
+    x0 = _read_rows(x_ptr, index_ptr, limit_ptr, m, k, M, K, stride_m, stride_k, GATHER, ROWS)
     if BOTH:
-        largest = tl.zeros([ROWS, BLOCK], tl.int32)
-        for m in range(0, SIZE, ROWS):
-            x = _read_rows(x_ptr, index_ptr, limit_ptr, m_start + m, k_start, M, K, stride_m, stride_k, GATHER, ROWS)
-            largest = tl.maximum(largest, magnitude(x))
-        r_t = store_column_scales(largest, m_start, k_start, K, st_ptr, UE8M0)
-    for m in range(0, SIZE, ROWS):
-        x = _read_rows(x_ptr, index_ptr, limit_ptr, m_start + m, k_start, M, K, stride_m, stride_k, GATHER, ROWS)
-        store_quantized(x, r_t, m_start + m, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, BOTH, ROWS)
+        x1 = _read_rows(x_ptr, index_ptr, limit_ptr, m + ROWS, k, M, K, stride_m, stride_k, GATHER, ROWS)
+        x2 = _read_rows(x_ptr, index_ptr, limit_ptr, m + 2 * ROWS, k, M, K, stride_m, stride_k, GATHER, ROWS)
+        x3 = _read_rows(x_ptr, index_ptr, limit_ptr, m + 3 * ROWS, k, M, K, stride_m, stride_k, GATHER, ROWS)
+        store_square(x0, x1, x2, x3, m, k, M, K, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, ROWS)
+    else:
+        store_rows(x0, 0.0, m, k, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, False, ROWS)
 
 
-QUANT_ROWS, QUANT_WARPS = 32, 4  # of a step of the kernels that quantise activations, and of their programs
+SQUARE_LAUNCH = {"num_warps": 8, "maxnreg": 128}  # of squares of 16-bit numbers: two programs at work on an SM
+
+
+def quant_launch(m: int, k: int, both: bool, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
+    """How many programs quantise a matrix (m, k), and their options."""
+    options = {"BOTH": both, "ROWS": 32, "num_warps": 4}
+    if both:
+        options |= SQUARE_LAUNCH if dtype.itemsize == 2 else {"num_warps": 8}
+    return triton.cdiv(m, 128 if both else 32) * triton.cdiv(k, 128), options
 
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -194,16 +227,15 @@ def _act_quant(
 ) -> Quantized:  # fmt: skip
     """Runs `_act_quant_kernel` on x (M, K), or on the rows of it that `index` lists."""
     m, k = len(x if index is None else index), x.shape[1]
-    out, size = empty_quantized(m, k, x.device, both), 128 if both else QUANT_ROWS
-    _act_quant_kernel[(triton.cdiv(m, size) * triton.cdiv(k, 128),)](
-        x, index, limit, *out, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=both, GATHER=index is not None,
-        SIZE=size, ROWS=QUANT_ROWS, num_warps=QUANT_WARPS,
-    )  # fmt: skip
+    out, (programs, options) = empty_quantized(m, k, x.device, both), quant_launch(m, k, both, x.dtype)
+    _act_quant_kernel[(programs,)](
+        x, index, limit, *out, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", GATHER=index is not None, **options
+    )
     return out
 
 
 def empty_quantized(m: int, k: int, device: torch.device, both: bool) -> Quantized:
-    """Outputs for `store_quantized`: those of `fp8_ops.act_quant_both`, the last two None if not `both`."""
+    """Outputs for `store_rows`: those of `fp8_ops.act_quant_both`, the last two None if not `both`."""
     tiles_m, tiles_k = triton.cdiv(m, 128), triton.cdiv(k, 128)
     q = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=device)
     s = torch.empty(m, tiles_k, dtype=torch.float32, device=device)
