@@ -896,7 +896,7 @@ def _in_bfloat16(x: torch.Tensor, parts: int) -> torch.Tensor:
 
 def _mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The product of bfloat16 matrices, in float32."""
-    return a.float() @ b.float() if a.device.type == "cpu" else torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def sort_by_expert(
