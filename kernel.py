@@ -577,8 +577,8 @@ def grouped_outer(
     """See `fp8_ops.fp8_grouped_outer`."""
     n, k, e = len(a), len(b), len(offsets)
     c = torch.empty(e, n, k, dtype=dtype, device=a.device)
-    if rows := _hopper_rows(n * e, k, e, a.device):
-        _launch_hopper(rows, [(a, a_s, b, b_s.unsqueeze(0))], c, offsets, outer=True)
+    if _hopper_rows(n * e, k, e, a.device):  # small tiles, for groups may be very unequal
+        _launch_hopper(128, [(a, a_s, b, b_s.unsqueeze(0))], c, offsets, outer=True)
         return c
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
@@ -792,9 +792,7 @@ def _multiply_tiles(
                 a_s, b_s = as_ring.index(stage), bs_ring.index(stage)
                 mbarrier.wait(full.index(stage), step // STAGES & 1)
                 if OUTER and ((i * 128 < k_begin) | (i * 128 + 128 > k_end)):
-                    _mask_columns(a.slice(top, 64), i * 128, k_begin, k_end)
-                    if TWO:
-                        _mask_columns(a.slice(top + 64, 64), i * 128, k_begin, k_end)
+                    _mask_columns(a.slice(top, 64), i * 128, k_begin, k_end)  # its tiles have 128 rows
                     fence_async_shared()
                 product = warpgroup_mma(a.slice(top, 64), b, product, use_acc=never, is_async=True)
                 a_s0 = a_s.slice(top, 64).load(rows)
@@ -915,7 +913,7 @@ def _hopper_parts(m: int, n: int, k: int, device: torch.device) -> int:
 def _launch_hopper(
     rows: int, pairs: list[Operands], c: torch.Tensor, offsets: torch.Tensor | None, outer: bool
 ) -> None:
-    """Runs `_hopper_kernel` with tiles of `rows` rows on one or two pairs of operands; every b is (E·N, K).
+    """Runs `_hopper_kernel` with tiles of `rows` rows, 128 if `outer`, on one or two pairs; every b is (E·N, K).
 
     Without `offsets`, `outer` fills c (parts, M, N) with the products of equal parts of K.
     """

@@ -525,6 +525,14 @@ def test_grouped_outer_product(
 
 
 @runs
+@settings(draws, max_examples=8)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=9))
+def test_largest_groups_first(counts: list[int]) -> None:
+    order = sorted(range(len(counts)), key=lambda e: -counts[e])
+    assert kernel._largest_first(ends(counts).to(DEVICE)).tolist() == order
+
+
+@runs
 @pytest.mark.parametrize("which", range(CANDIDATES))
 def test_every_candidate(which: int) -> None:
     """Each of the tiles that autotuning may pick gives the same product, on shapes that fit none of them."""
