@@ -424,9 +424,10 @@ def _launch_glu_quant(
     out: Quantized, out2: Quantized, hidden_act: str, scale_fmt: str | None, both: bool,
 ) -> None:  # fmt: skip
     """Runs `_glu_quant_kernel`, which fills `out`; with `dy` both, with the gradients of gate and up."""
-    programs, options = quant_launch(*gate.shape, both, gate.dtype)
+    n, dim = gate.shape
+    programs, options = quant_launch(n, dim, both, gate.dtype)
     _glu_quant_kernel[(programs if dy is None else 2 * programs,)](
-        gate, up, dy, None if offsets is None else offsets[-1:], *out, *out2, *gate.shape, BACKWARD=dy is not None,
+        gate, up, dy, None if offsets is None else offsets[-1:], *out, *out2, n, dim, BACKWARD=dy is not None,
         ACT=ACTIVATIONS[hidden_act], LIMIT=offsets is not None, UE8M0=scale_fmt == "ue8m0", **options, **UNFUSED,
     )  # fmt: skip
 
