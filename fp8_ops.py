@@ -268,8 +268,7 @@ def weight_dequant(
 
 def act_dequant(q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK) -> torch.Tensor:
     """Turns quantised activations back: float32 (..., K) from what `act_quant` returns."""
-    k = q.shape[-1]
-    shift = _shift(q, s)
+    k, shift = q.shape[-1], _shift(q, s)
     values = torch.empty(q.shape, device=s.device)
     _from_e4m3(q, values, shift, torch.empty(q.numel(), dtype=torch.int16))
     tiles = F.pad(values, (0, -k % block_size)).unflatten(-1, (-1, block_size))
@@ -341,8 +340,8 @@ def _from_e4m3(q: torch.Tensor, out: torch.Tensor, shift: int, bits: torch.Tenso
 
 @torch.library.register_fake("bytegpt::act_quant")
 def _(x, block_size=BLOCK, scale_fmt=None):
-    q = torch.empty(x.shape, dtype=E4M3, device=x.device)
-    return q, x.new_empty(*x.shape[:-1], -(-x.shape[-1] // block_size), dtype=torch.float32)
+    scales = *x.shape[:-1], -(-x.shape[-1] // block_size)
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(scales, dtype=torch.float32)
 
 
 @torch.library.register_fake("bytegpt::act_quant_both")
@@ -461,14 +460,13 @@ def _check_operands(
     a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor | None = None
 ) -> None:
     """Raises a ValueError for operands or scales that do not fit each other."""
-    k_tiles = -(-a.shape[-1] // BLOCK)
+    k_tiles, n = -(-a.shape[-1] // BLOCK), b.shape[-2]
     if a.dtype != E4M3 or b.dtype != E4M3:
         raise ValueError(f"both operands must be {E4M3}, got {a.dtype} and {b.dtype}")
     if a.shape[-1] != b.shape[-1] or (offsets is not None and len(b) != len(offsets)):
         raise ValueError(f"operands of shapes {list(a.shape)} and {list(b.shape)} do not fit each other")
     if a_s.shape != (*a.shape[:-1], k_tiles):
         raise ValueError(f"scales of {list(a.shape)} must be {[*a.shape[:-1], k_tiles]}, got {list(a_s.shape)}")
-    n = b.shape[-2]
     if b_s.shape[:-2] != b.shape[:-2] or b_s.shape[-2] not in (n, -(-n // BLOCK)) or b_s.shape[-1] != k_tiles:
         raise ValueError(f"scales {list(b_s.shape)} fit neither the blocks nor the tiles of {list(b.shape)}")
 
@@ -847,10 +845,6 @@ def _(x, grad, offsets):
     return x.new_empty(offsets.shape[0], grad.shape[1], x.shape[1]).transpose(1, 2)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _grouped_mm_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
     x, weight, offsets = ctx.saved_tensors
     grad_x = _grouped_mm(grad, weight.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
@@ -858,7 +852,11 @@ def _grouped_mm_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | N
     return grad_x, grad_weight, None
 
 
-torch.library.register_autograd("bytegpt::grouped_mm", _grouped_mm_backward, setup_context=_save_for_backward)
+torch.library.register_autograd(
+    "bytegpt::grouped_mm",
+    _grouped_mm_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 # --- Routing, and rows of experts ---------------------------------------------------------------------------------
@@ -872,31 +870,28 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 class _RouterLogits(torch.autograd.Function):
-    """`router_logits` without a copy of x in float32: the other operand is a sum of bfloat16, 8 bits of it in each."""
+    """`router_logits` without a copy of x in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(x, weight)
-        return x.view_as(x), _mm_float32(x, _in_bfloat16(weight, 3).flatten(0, 1).T).unflatten(1, (3, -1)).sum(dim=1)
+        return x.view_as(x), _mm_in_parts(weight, 3, x.T).T.contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad_x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        (x, weight), parts = ctx.saved_tensors, _in_bfloat16(grad.T, 2)  # (2, E, N): 16 bits, where a weight has all 24
-        grad_weight = _mm_float32(parts.flatten(0, 1), x).unflatten(0, (2, -1)).sum(dim=0)
-        return torch.addmm(grad_x, parts[0].T, weight.to(x.dtype)), grad_weight.to(weight.dtype)
+        x, weight = ctx.saved_tensors
+        grad_x = torch.addmm(grad_x, grad.to(x.dtype), weight.to(x.dtype))
+        return grad_x, _mm_in_parts(grad.T, 2, x).to(weight.dtype)
 
 
-def _in_bfloat16(x: torch.Tensor, parts: int) -> torch.Tensor:
-    """Tensors (parts, ...) of bfloat16 whose sum is x, up to the parts that are left out; the largest first."""
-    out = x.new_empty(parts, *x.shape, dtype=torch.bfloat16)
-    for part in out:
-        x = x.float() - part.copy_(x)
-    return out
-
-
-def _mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of bfloat16 matrices, in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+def _mm_in_parts(a: torch.Tensor, n: int, b: torch.Tensor) -> torch.Tensor:
+    """a · b, float32, for b in bfloat16 and a as the sum of `n` parts in bfloat16: 8 bits each of its 24, the first."""
+    parts = b.new_empty(n, *a.shape)
+    for part in parts:
+        a = a.float() - part.copy_(a)
+    a = parts.flatten(0, 1)
+    products = torch.mm(a, b, out_dtype=torch.float32) if b.is_cuda else a.float() @ b.float()
+    return products.unflatten(0, (n, -1)).sum(dim=0)
 
 
 def sort_by_expert(
