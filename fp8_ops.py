@@ -142,8 +142,7 @@ def act_quant(
         return q.view(x.shape), s.view(*x.shape[:-1], -1)
     tiles = F.pad(x.float(), (0, -x.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
     s = _scale(tiles.abs().amax(dim=-1), scale_fmt)
-    q = (tiles * s.reciprocal().unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]
-    return _to_e4m3(q), s
+    return _to_e4m3((tiles * s.reciprocal().unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]), s
 
 
 @_operator
@@ -198,8 +197,7 @@ def weight_quant(
     blocks = F.pad(w.float(), (0, -k % block_size, 0, -n % block_size))
     blocks = blocks.unflatten(-2, (-1, block_size)).unflatten(-1, (-1, block_size))  # (..., N blocks, ·, K blocks, ·)
     s = _scale(blocks.abs().amax(dim=(-3, -1)), scale_fmt)
-    q = (blocks * s.reciprocal()[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
-    return _to_e4m3(q[..., :n, :k]), s
+    return _to_e4m3((blocks * s.reciprocal()[..., :, None, :, None]).flatten(-2).flatten(-3, -2)[..., :n, :k]), s
 
 
 @_operator
@@ -393,8 +391,8 @@ def fp8_gemm(
     if _runs_kernel(a):
         import kernel
 
-        c = kernel.gemm(a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1]), b, b_s, dtype)
-        return c.view(*a.shape[:-1], len(b))
+        rows = a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1])
+        return kernel.gemm(*rows, b, b_s, dtype).view(*a.shape[:-1], len(b))
     return (act_dequant(a, a_s) @ _right_operand(b, b_s).mT).to(dtype)
 
 
@@ -646,8 +644,7 @@ def fp8_linear(
     Returns:
         For each weight what `linear` returns.
     """
-    operands = [tensor for weight in quantized for tensor in weight]
-    keep = _needs_grad(x, weights)
+    operands, keep = [tensor for weight in quantized for tensor in weight], _needs_grad(x, weights)
     given = x[1:] if isinstance(x, QuantizedActivation) else None
     return _FP8Linear.apply(offsets, scale_fmt, keep, given, values_of(x), *operands, *weights)
 
@@ -675,17 +672,17 @@ class _FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        offsets, x_t, x_ts, *weights = ctx.saved_tensors
-        n = len(grads)
-        needs_x, needs_weights = ctx.needs_input_grad[4], ctx.needs_input_grad[5 + 3 * n :]
+        (offsets, x_t, x_ts, *weights), n = ctx.saved_tensors, len(grads)
         quantised = [act_quant_both(grad.reshape(-1, grad.shape[-1]), ctx.scale_fmt) for grad in grads]
         grad_x = None
-        if needs_x:
+        if ctx.needs_input_grad[4]:
             operands = [(g, g_s, weights[2 * i], weights[2 * i + 1].mT) for i, (g, g_s, *_) in enumerate(quantised)]
             grad_x = _sum_of_products(operands, offsets, grads[0].dtype).view(ctx.shape)
         grad_weights = [
             _weight_grad(g_t, g_ts, x_t, x_ts, offsets, dtype) if needed else None
-            for (_, _, g_t, g_ts), dtype, needed in zip(quantised, ctx.dtypes, needs_weights, strict=True)
+            for (_, _, g_t, g_ts), dtype, needed in zip(
+                quantised, ctx.dtypes, ctx.needs_input_grad[5 + 3 * n :], strict=True
+            )
         ]
         return None, None, None, None, grad_x, *[None] * (3 * n), *grad_weights
 
@@ -710,8 +707,7 @@ def fp8_mlp(
     Returns:
         Shape (..., dim), in the dtype of `x`.
     """
-    operands = [tensor for weight in quantized for tensor in weight]
-    keep = _needs_grad(x, weights)
+    operands, keep = [tensor for weight in quantized for tensor in weight], _needs_grad(x, weights)
     given = _quantized_rows(x, scale_fmt, keep)
     return _FP8MLP.apply(offsets, scale_fmt, hidden_act, keep, given, values_of(x), *operands, *weights)
 
@@ -970,8 +966,9 @@ def attention(
         return blockwise_attention(q, k, v, scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.is_meta and meta_capability > (0, 0):  # else the one that keeps all scores is taken, as on no GPU
-        fused = torch.ops.aten._scaled_dot_product_cudnn_attention
-        return fused(q, k, v, mask, True, 0.0, is_causal)[0].transpose(1, 2)
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, mask, True, 0.0, is_causal)[0].transpose(
+            1, 2
+        )
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale).transpose(1, 2)
 
 
