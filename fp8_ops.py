@@ -680,9 +680,7 @@ class _FP8Linear(torch.autograd.Function):
             grad_x = _sum_of_products(operands, offsets, grads[0].dtype).view(ctx.shape)
         grad_weights = [
             _weight_grad(g_t, g_ts, x_t, x_ts, offsets, dtype) if needed else None
-            for (_, _, g_t, g_ts), dtype, needed in zip(
-                quantised, ctx.dtypes, ctx.needs_input_grad[5 + 3 * n :], strict=True
-            )
+            for (_, _, g_t, g_ts), dtype, needed in zip(quantised, ctx.dtypes, ctx.needs_input_grad[-n:], strict=True)
         ]
         return None, None, None, None, grad_x, *[None] * (3 * n), *grad_weights
 
@@ -798,11 +796,6 @@ def _rounded_rows(x: torch.Tensor, n: int) -> int:
     return -(-n // step) * step
 
 
-def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """Appends rows of zeros up to `rows`."""
-    return F.pad(x, (0, 0, 0, rows - len(x)))
-
-
 # A loop over groups needs their sizes in Python: as an operator of its own it is one node of a compiled graph.
 @_operator
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -813,7 +806,7 @@ def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) ->
         if start < end and start + rows <= len(x):  # the next groups overwrite what is behind this one
             torch.mm(x[start : start + rows], w, out=out[start : start + rows])
         elif start < end:
-            out[start:end] = torch.mm(_pad_rows(x[start:end], rows), w)[: end - start]
+            out[start:end] = torch.mm(F.pad(x[start:end], (0, 0, 0, rows - end + start)), w)[: end - start]
     return out
 
 
@@ -825,9 +818,10 @@ def _grouped_outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -
     for w, (start, end) in zip(out, pairwise([0, *offsets.tolist()]), strict=True):
         if start < end:
             rows = _rounded_rows(x, end - start)
+            padding = 0, 0, 0, rows - (end - start)
             # the next groups' rows are multiplied by zeros: no harm if they are finite, and else the step is skipped
-            inputs = x[start : start + rows] if start + rows <= len(x) else _pad_rows(x[start:end], rows)
-            torch.mm(_pad_rows(grad[start:end], rows).T, inputs, out=w)
+            inputs = x[start : start + rows] if start + rows <= len(x) else F.pad(x[start:end], padding)
+            torch.mm(F.pad(grad[start:end], padding).T, inputs, out=w)
     return out.transpose(1, 2)
 
 
@@ -966,9 +960,8 @@ def attention(
         return blockwise_attention(q, k, v, scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.is_meta and meta_capability > (0, 0):  # else the one that keeps all scores is taken, as on no GPU
-        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, mask, True, 0.0, is_causal)[0].transpose(
-            1, 2
-        )
+        fused = torch.ops.aten._scaled_dot_product_cudnn_attention
+        return fused(q, k, v, mask, True, 0.0, is_causal)[0].transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale).transpose(1, 2)
 
 
