@@ -165,8 +165,7 @@ def act_quant(
         return q.view(x.shape), s.view(*x.shape[:-1], -1)
     tiles = F.pad(x.float(), (0, -x.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
     s = _scale(tiles.abs().amax(dim=-1), scale_fmt)
-    q = (tiles * s.reciprocal().unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]
-    return _to_e4m3(q), s
+    return _to_e4m3((tiles * s.reciprocal().unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]), s
 
 
 @_operator
@@ -221,8 +220,7 @@ def weight_quant(
     blocks = F.pad(w.float(), (0, -k % block_size, 0, -n % block_size))
     blocks = blocks.unflatten(-2, (-1, block_size)).unflatten(-1, (-1, block_size))  # (..., N blocks, ·, K blocks, ·)
     s = _scale(blocks.abs().amax(dim=(-3, -1)), scale_fmt)
-    q = (blocks * s.reciprocal()[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
-    return _to_e4m3(q[..., :n, :k]), s
+    return _to_e4m3((blocks * s.reciprocal()[..., :, None, :, None]).flatten(-2).flatten(-3, -2)[..., :n, :k]), s
 
 
 @_operator
@@ -291,8 +289,7 @@ def weight_dequant(
 
 def act_dequant(q: torch.Tensor, s: torch.Tensor, block_size: int = BLOCK) -> torch.Tensor:
     """Turns quantised activations back: float32 (..., K) from what `act_quant` returns."""
-    k = q.shape[-1]
-    shift = _shift(q, s)
+    k, shift = q.shape[-1], _shift(q, s)
     values = torch.empty(q.shape, device=s.device)
     _from_e4m3(q, values, shift, torch.empty(q.numel(), dtype=torch.int16))
     tiles = F.pad(values, (0, -k % block_size)).unflatten(-1, (-1, block_size))
@@ -364,8 +361,8 @@ def _from_e4m3(q: torch.Tensor, out: torch.Tensor, shift: int, bits: torch.Tenso
 
 @torch.library.register_fake("bytegpt::act_quant")
 def _(x, block_size=BLOCK, scale_fmt=None):
-    q = torch.empty(x.shape, dtype=E4M3, device=x.device)
-    return q, x.new_empty(*x.shape[:-1], -(-x.shape[-1] // block_size), dtype=torch.float32)
+    scales = *x.shape[:-1], -(-x.shape[-1] // block_size)
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(scales, dtype=torch.float32)
 
 
 @torch.library.register_fake("bytegpt::act_quant_both")
@@ -417,8 +414,8 @@ def fp8_gemm(
     if _runs_kernel(a):
         import kernel
 
-        c = kernel.gemm(a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1]), b, b_s, dtype)
-        return c.view(*a.shape[:-1], len(b))
+        rows = a.reshape(-1, a.shape[-1]), a_s.reshape(-1, a_s.shape[-1])
+        return kernel.gemm(*rows, b, b_s, dtype).view(*a.shape[:-1], len(b))
     return (act_dequant(a, a_s) @ _right_operand(b, b_s).mT).to(dtype)
 
 
@@ -484,14 +481,13 @@ def _check_operands(
     a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor | None = None
 ) -> None:
     """Raises a ValueError for operands or scales that do not fit each other."""
-    k_tiles = -(-a.shape[-1] // BLOCK)
+    k_tiles, n = -(-a.shape[-1] // BLOCK), b.shape[-2]
     if a.dtype != E4M3 or b.dtype != E4M3:
         raise ValueError(f"both operands must be {E4M3}, got {a.dtype} and {b.dtype}")
     if a.shape[-1] != b.shape[-1] or (offsets is not None and len(b) != len(offsets)):
         raise ValueError(f"operands of shapes {list(a.shape)} and {list(b.shape)} do not fit each other")
     if a_s.shape != (*a.shape[:-1], k_tiles):
         raise ValueError(f"scales of {list(a.shape)} must be {[*a.shape[:-1], k_tiles]}, got {list(a_s.shape)}")
-    n = b.shape[-2]
     if b_s.shape[:-2] != b.shape[:-2] or b_s.shape[-2] not in (n, -(-n // BLOCK)) or b_s.shape[-1] != k_tiles:
         raise ValueError(f"scales {list(b_s.shape)} fit neither the blocks nor the tiles of {list(b.shape)}")
 
@@ -599,8 +595,8 @@ def add_rms_norm(
     """`model.RMSNorm.add` where `fuses_fp8(x)`: the sum, and its norm quantised, with its values if asked for."""
     import kernel_fused
 
-    both = torch.is_grad_enabled()
-    total, *norm = kernel_fused.add_rms_norm_quant(x, update, weight, eps, scale_fmt, both, with_values)
+    settings = scale_fmt, torch.is_grad_enabled(), with_values
+    total, *norm = kernel_fused.add_rms_norm_quant(x, update, weight, eps, *settings)
     return total, QuantizedActivation(*norm)
 
 
@@ -654,12 +650,9 @@ class _ConcatWeights(torch.autograd.Function):
 
 
 def fp8_linear(
-    x: Activation,
-    weights: Sequence[torch.Tensor],
-    quantized: Sequence[QuantizedWeight],
-    offsets: torch.Tensor | None = None,
-    scale_fmt: str | None = None,
-) -> tuple[torch.Tensor, ...]:
+    x: Activation, weights: Sequence[torch.Tensor], quantized: Sequence[QuantizedWeight],
+    offsets: torch.Tensor | None = None, scale_fmt: str | None = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Multiplies the same rows by several weights, with all three products of each in FP8.
 
     The input is quantised once for all of them, and only its FP8 copy is kept for the backward pass.
@@ -674,8 +667,7 @@ def fp8_linear(
     Returns:
         For each weight what `linear` returns.
     """
-    operands = [tensor for weight in quantized for tensor in weight]
-    keep = _needs_grad(x, weights)
+    operands, keep = [tensor for weight in quantized for tensor in weight], _needs_grad(x, weights)
     given = x[1:] if isinstance(x, QuantizedActivation) else None
     return _FP8Linear.apply(offsets, scale_fmt, keep, given, values_of(x), *operands, *weights)
 
@@ -690,14 +682,9 @@ class _FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        offsets: torch.Tensor | None,
-        scale_fmt: str | None,
-        keep: bool,
-        given: tuple[torch.Tensor, ...] | None,
-        x: torch.Tensor,
-        *operands: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+        ctx: Any, offsets: torch.Tensor | None, scale_fmt: str | None, keep: bool,
+        given: tuple[torch.Tensor, ...] | None, x: torch.Tensor, *operands: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         n = len(operands) // 4
         quantized = [QuantizedWeight(*operands[3 * i : 3 * i + 3]) for i in range(n)]
         q, s, q_t, s_t = given or _quantized_rows(x, scale_fmt, keep)
@@ -708,29 +695,23 @@ class _FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        offsets, x_t, x_ts, *weights = ctx.saved_tensors
-        n = len(grads)
-        needs_x, needs_weights = ctx.needs_input_grad[4], ctx.needs_input_grad[5 + 3 * n :]
+        (offsets, x_t, x_ts, *weights), n = ctx.saved_tensors, len(grads)
         quantised = [act_quant_both(grad.reshape(-1, grad.shape[-1]), ctx.scale_fmt) for grad in grads]
         grad_x = None
-        if needs_x:
+        if ctx.needs_input_grad[4]:
             operands = [(g, g_s, weights[2 * i], weights[2 * i + 1].mT) for i, (g, g_s, *_) in enumerate(quantised)]
             grad_x = _sum_of_products(operands, offsets, grads[0].dtype).view(ctx.shape)
         grad_weights = [
             _weight_grad(g_t, g_ts, x_t, x_ts, offsets, dtype) if needed else None
-            for (_, _, g_t, g_ts), dtype, needed in zip(quantised, ctx.dtypes, needs_weights, strict=True)
+            for (_, _, g_t, g_ts), dtype, needed in zip(quantised, ctx.dtypes, ctx.needs_input_grad[-n:], strict=True)
         ]
         return None, None, None, None, grad_x, *[None] * (3 * n), *grad_weights
 
 
 def fp8_mlp(
-    x: Activation,
-    weights: Sequence[torch.Tensor],
-    quantized: Sequence[QuantizedWeight],
-    hidden_act: str,
-    offsets: torch.Tensor | None = None,
-    scale_fmt: str | None = None,
-) -> torch.Tensor:
+    x: Activation, weights: Sequence[torch.Tensor], quantized: Sequence[QuantizedWeight], hidden_act: str,
+    offsets: torch.Tensor | None = None, scale_fmt: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The gated MLP `w2(act(w1 x) · w3 x)` where `fuses_fp8(x)`, with all nine products in FP8.
 
     The hidden activation and the gradients of gate and up exist in FP8 only, written by the kernels that compute them:
@@ -747,8 +728,7 @@ def fp8_mlp(
     Returns:
         Shape (..., dim), in the dtype of `x`.
     """
-    operands = [tensor for weight in quantized for tensor in weight]
-    keep = _needs_grad(x, weights)
+    operands, keep = [tensor for weight in quantized for tensor in weight], _needs_grad(x, weights)
     given = _quantized_rows(x, scale_fmt, keep)
     return _FP8MLP.apply(offsets, scale_fmt, hidden_act, keep, given, values_of(x), *operands, *weights)
 
@@ -758,15 +738,9 @@ class _FP8MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        offsets: torch.Tensor | None,
-        scale_fmt: str | None,
-        hidden_act: str,
-        keep: bool,
-        given: tuple[torch.Tensor, ...],
-        x: torch.Tensor,
-        *operands: torch.Tensor,
-    ) -> torch.Tensor:
+        ctx: Any, offsets: torch.Tensor | None, scale_fmt: str | None, hidden_act: str, keep: bool,
+        given: tuple[torch.Tensor, ...], x: torch.Tensor, *operands: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         import kernel_fused
 
         w1, w2, w3 = (QuantizedWeight(*operands[i : i + 3]) for i in (0, 3, 6))
@@ -845,11 +819,6 @@ def _rounded_rows(x: torch.Tensor, n: int) -> int:
     return -(-n // step) * step
 
 
-def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """Appends rows of zeros up to `rows`."""
-    return F.pad(x, (0, 0, 0, rows - len(x)))
-
-
 # A loop over groups needs their sizes in Python: as an operator of its own it is one node of a compiled graph.
 @_operator
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -860,7 +829,7 @@ def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) ->
         if start < end and start + rows <= len(x):  # the next groups overwrite what is behind this one
             torch.mm(x[start : start + rows], w, out=out[start : start + rows])
         elif start < end:
-            out[start:end] = torch.mm(_pad_rows(x[start:end], rows), w)[: end - start]
+            out[start:end] = torch.mm(F.pad(x[start:end], (0, 0, 0, rows - end + start)), w)[: end - start]
     return out
 
 
@@ -872,9 +841,10 @@ def _grouped_outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -
     for w, (start, end) in zip(out, pairwise([0, *offsets.tolist()]), strict=True):
         if start < end:
             rows = _rounded_rows(x, end - start)
+            padding = 0, 0, 0, rows - (end - start)
             # the next groups' rows are multiplied by zeros: no harm if they are finite, and else the step is skipped
-            inputs = x[start : start + rows] if start + rows <= len(x) else _pad_rows(x[start:end], rows)
-            torch.mm(_pad_rows(grad[start:end], rows).T, inputs, out=w)
+            inputs = x[start : start + rows] if start + rows <= len(x) else F.pad(x[start:end], padding)
+            torch.mm(F.pad(grad[start:end], padding).T, inputs, out=w)
     return out.transpose(1, 2)
 
 
@@ -888,10 +858,6 @@ def _(x, grad, offsets):
     return x.new_empty(offsets.shape[0], grad.shape[1], x.shape[1]).transpose(1, 2)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _grouped_mm_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
     x, weight, offsets = ctx.saved_tensors
     grad_x = _grouped_mm(grad, weight.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
@@ -899,26 +865,64 @@ def _grouped_mm_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | N
     return grad_x, grad_weight, None
 
 
-torch.library.register_autograd("bytegpt::grouped_mm", _grouped_mm_backward, setup_context=_save_for_backward)
+torch.library.register_autograd(
+    "bytegpt::grouped_mm",
+    _grouped_mm_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
-# --- Rows of experts ----------------------------------------------------------------------------------------------
+# --- Routing, and rows of experts ---------------------------------------------------------------------------------
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns x (N, dim), as `sort_by_expert` does, and x · weightᵀ, float32 (N, E), to the accuracy of float32."""
+    if x.dtype == torch.bfloat16 and kernels(x):
+        return _RouterLogits.apply(x, weight)
+    return x, F.linear(x.float(), weight.float())
+
+
+class _RouterLogits(torch.autograd.Function):
+    """`router_logits` without a copy of x in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, weight)
+        return x.view_as(x), _mm_in_parts(weight, 3, x.T).T.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_x = torch.addmm(grad_x, grad.to(x.dtype), weight.to(x.dtype))
+        return grad_x, _mm_in_parts(grad.T, 2, x).to(weight.dtype)
+
+
+def _mm_in_parts(a: torch.Tensor, n: int, b: torch.Tensor) -> torch.Tensor:
+    """a · b, float32, for b in bfloat16 and a as the sum of `n` parts in bfloat16: 8 bits each of its 24, the first."""
+    parts = b.new_empty(n, *a.shape)
+    for part in parts:
+        a = a.float() - part.copy_(a)
+    a = parts.flatten(0, 1)
+    products = torch.mm(a, b, out_dtype=torch.float32) if b.is_cuda else a.float() @ b.float()
+    return products.unflatten(0, (n, -1)).sum(dim=0)
 
 
 def sort_by_expert(
     x: torch.Tensor, experts: torch.Tensor, n_experts: int, n_local: int, scale_fmt: str | None = None
-) -> tuple[Activation, torch.Tensor, torch.Tensor]:
+) -> tuple[Activation, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Repeats each row of x (N, dim) for its `experts` (N, K), sorted by expert.
 
-    Returns the rows (N·K, dim), where each choice stands among them (N, K), and where each expert's rows end, int32.
-    Rows of experts from `n_local` on are zeros. Where `fuses_fp8(x)`, the rows exist in FP8 only.
+    Returns the rows (N·K, dim), where each choice stands among them (N, K), where each expert's rows end, int32, and x,
+    for what else reads it: gradients are then summed in one pass. Rows of experts from `n_local` on are zeros. Where
+    `fuses_fp8(x)`, the rows exist in FP8 only.
     """
     if kernel := kernels(x):
         places, index, ends = kernel.sort_by_expert(experts, n_experts)
         if fuses_fp8(x):
             limit, both = ends[n_local - 1 : n_local], torch.is_grad_enabled()
-            return QuantizedActivation(*kernel.permute_quant(x, places, index, limit, scale_fmt, both)), places, ends
-        rows = kernel.permute(x, places)
+            values, x, *quantized = kernel.permute_quant(x, places, index, limit, scale_fmt, both)
+            return QuantizedActivation(values, *quantized), places, ends, x
+        rows, x = kernel.permute(x, places)
     else:
         in_order, order = experts.flatten().sort(stable=True)
         places = order.argsort().view_as(experts)
@@ -926,14 +930,17 @@ def sort_by_expert(
         rows = _Permute.apply(x, order, places)
     if n_local < n_experts:
         rows = rows.where((torch.arange(len(rows), device=x.device) < ends[n_local - 1]).unsqueeze(1), 0)
-    return rows, places, ends
+    return rows, places, ends, x
 
 
-def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The sums (N, dim) of rows of x (N·K, dim) at `places` (N, K), weighted by `weights`, float32 (N, K)."""
+def combine(
+    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`base` plus sums (N, dim) of rows of x (N·K, dim) at `places` (N, K), weighted by `weights`, float32 (N, K)."""
     if kernel := kernels(x):
-        return kernel.combine(x, places, weights)
-    return _sum_rows(x, places, weights.to(x.dtype))
+        return kernel.combine(x, places, weights, base)
+    y = _sum_rows(x, places, weights.to(x.dtype))
+    return y if base is None else y + base
 
 
 def _sum_rows(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

@@ -5,7 +5,7 @@ written some ten times a layer; each kernel here reads its inputs and writes its
 computes in float32 in between. So they are bound by memory, unless a docstring names another bound.
 
 The functions equal the plain torch of their callers up to rounding. None of them synchronises, so a step can be
-captured as a CUDA graph. Those that quantise do it with `kernel.store_quantized`, bit for bit as a quantiser would that
+captured as a CUDA graph. Those that quantise do it with `kernel.store_rows`, bit for bit as a quantiser would that
 reads their result in the dtype of their inputs.
 """
 
@@ -18,17 +18,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernel import (
-    QUANT_ROWS,
-    QUANT_WARPS,
-    Quantized,
-    empty_quantized,
-    gather_quant,
-    magnitude,
-    store_column_scales,
-    store_quantized,
-    tile_start,
-)
+from kernel import Quantized, empty_quantized, gather_quant, quant_launch, store_rows, store_square, tile_start
 
 SILU, GELU, RELU2 = 0, 1, 2
 ACTIVATIONS = {"silu": SILU, "gelu": GELU, "relu2": RELU2}
@@ -75,24 +65,23 @@ def _normalised_rows(x_ptr, w_ptr, r_ptr, n_start, d_start, N, D, stride, ROWS: 
 @triton.jit
 def _norm_quant_kernel(
     x_ptr, w_ptr, r_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, N, D, stride,
-    UE8M0: tl.constexpr, BOTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    UE8M0: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`_act_quant_kernel` of a norm, which is not in memory, from its sum x (N, D) and 1/rms.
 
     Reads x and writes the norm in FP8 twice: with `_rms_norm_kernel` without y, 10 bytes an element in bfloat16, 6
     without an update. A norm and a quantiser after it are 12 and 8. Bound by memory.
     """
-    n_start, d_start = tile_start(D, SIZE)
-    r_t = 0.0
+    SIZE: tl.constexpr = 4 * ROWS if BOTH else ROWS
+    n, d = tile_start(tl.program_id(0), D, SIZE)
+    y0 = _normalised_rows(x_ptr, w_ptr, r_ptr, n, d, N, D, stride, ROWS)
     if BOTH:
-        largest = tl.zeros([ROWS, 128], tl.int32)
-        for n in range(0, SIZE, ROWS):
-            y = _normalised_rows(x_ptr, w_ptr, r_ptr, n_start + n, d_start, N, D, stride, ROWS)
-            largest = tl.maximum(largest, magnitude(y))
-        r_t = store_column_scales(largest, n_start, d_start, D, st_ptr, UE8M0)
-    for n in range(0, SIZE, ROWS):
-        y = _normalised_rows(x_ptr, w_ptr, r_ptr, n_start + n, d_start, N, D, stride, ROWS)
-        store_quantized(y, r_t, n_start + n, d_start, N, D, q_ptr, s_ptr, qt_ptr, UE8M0, BOTH, ROWS)
+        y1 = _normalised_rows(x_ptr, w_ptr, r_ptr, n + ROWS, d, N, D, stride, ROWS)
+        y2 = _normalised_rows(x_ptr, w_ptr, r_ptr, n + 2 * ROWS, d, N, D, stride, ROWS)
+        y3 = _normalised_rows(x_ptr, w_ptr, r_ptr, n + 3 * ROWS, d, N, D, stride, ROWS)
+        store_square(y0, y1, y2, y3, n, d, N, D, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, ROWS)
+    else:
+        store_rows(y0, 0.0, n, d, N, D, q_ptr, s_ptr, qt_ptr, UE8M0, False, ROWS)
 
 
 @triton.jit
@@ -154,13 +143,13 @@ class _QuantizedRMSNorm(torch.autograd.Function):
         scale_fmt: str | None, both: bool, with_values: bool,
     ) -> Any:  # fmt: skip
         total, r, y = _norm(ctx, x, update, w, eps, with_values)
-        rows, size = _rows(total), 128 if both else QUANT_ROWS
+        rows = _rows(total)
         n, dim = rows.shape
         quantized = empty_quantized(n, dim, x.device, both)
-        _norm_quant_kernel[(triton.cdiv(n, size) * triton.cdiv(dim, 128),)](
-            rows, w, r, *quantized, n, dim, rows.stride(0), UE8M0=scale_fmt == "ue8m0", BOTH=both,
-            SIZE=size, ROWS=QUANT_ROWS, num_warps=QUANT_WARPS,
-        )  # fmt: skip
+        programs, options = quant_launch(n, dim, both, x.dtype)
+        _norm_quant_kernel[(programs,)](
+            rows, w, r, *quantized, n, dim, rows.stride(0), UE8M0=scale_fmt == "ue8m0", **options
+        )
         ctx.mark_non_differentiable(*quantized[: 4 if both else 2])
         return x.view_as(x) if update is None else total, y, *quantized
 
@@ -312,6 +301,11 @@ class _GLU(torch.autograd.Function):
         return grad, None
 
 
+# Multiplications and additions are not fused in what computes an activation: which ones a compiler fuses differs from
+# one kernel to another, and so would the last bits of the same formula with and without quantisation.
+UNFUSED = {"enable_fp_fusion": False}
+
+
 def _launch_glu(
     gate_up: torch.Tensor, dy: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, act: int, backward: bool
 ) -> None:
@@ -320,7 +314,7 @@ def _launch_glu(
     n = y.numel() // dim
     up, dup = (t.view(-1)[dim:] for t in (gate_up, grad))
     _glu_kernel[(triton.cdiv(n, 4), triton.cdiv(dim, 512))](
-        gate_up, up, dy, y, grad, dup, n, dim, 2 * dim, BACKWARD=backward, ACT=act, ROWS=4, COLS=512
+        gate_up, up, dy, y, grad, dup, n, dim, 2 * dim, BACKWARD=backward, ACT=act, ROWS=4, COLS=512, **UNFUSED
     )
 
 
@@ -329,66 +323,77 @@ def glu(gate_up: torch.Tensor, hidden_act: str) -> torch.Tensor:
     return _GLU.apply(gate_up, ACTIVATIONS[hidden_act])
 
 
+VALUE, GATE_GRADIENT, UP_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
 @triton.jit
 def _gated_rows(
     gate_ptr, up_ptr, dy_ptr, limit_ptr, n_start, d_start, N, D,
-    BACKWARD: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS×128 numbers at (n_start, d_start) of what `_glu_kernel` writes: y twice, or BACKWARD both gradients.
-
-    With LIMIT, rows from `limit` on count as zeros.
-    """
+    """ROWS×128 numbers at (n_start, d_start) of one OUTPUT of `_glu_kernel`; LIMIT: rows from `limit` on are zeros."""
     n, d = tl.arange(0, ROWS), tl.arange(0, 128)
     n_inside = n < N - n_start
     if LIMIT:
         n_inside &= n_start + n < tl.load(limit_ptr)
     inside = n_inside[:, None] & (d < D - d_start)[None, :]
     at = n_start * D + d_start + n[:, None] * D + d[None, :]
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y, slope = _act(gate, ACT)
-    dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    if BACKWARD:
-        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        first, second = (dy * up * slope).to(dtype), (dy * y).to(dtype)
+    y, slope = _act(tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32), ACT)
+    factor_ptr = dy_ptr if OUTPUT == UP_GRADIENT else up_ptr
+    factor = tl.load(factor_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if OUTPUT == GATE_GRADIENT:
+        y = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * factor * slope
     else:
-        first = (y * up).to(dtype)
-        second = first
-    return first, second
+        y *= factor
+    return y.to(gate_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _store_gated(
+    gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, tile, N, D, OUTPUT: tl.constexpr,
+    ACT: tl.constexpr, LIMIT: tl.constexpr, UE8M0: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Quantises a tile of one OUTPUT."""
+    SIZE: tl.constexpr = 4 * ROWS if BOTH else ROWS
+    n, d = tile_start(tile, D, SIZE)
+    y0 = _gated_rows(gate_ptr, up_ptr, dy_ptr, limit_ptr, n, d, N, D, OUTPUT, ACT, LIMIT, ROWS)
+    if BOTH:
+        y1 = _gated_rows(gate_ptr, up_ptr, dy_ptr, limit_ptr, n + ROWS, d, N, D, OUTPUT, ACT, LIMIT, ROWS)
+        y2 = _gated_rows(gate_ptr, up_ptr, dy_ptr, limit_ptr, n + 2 * ROWS, d, N, D, OUTPUT, ACT, LIMIT, ROWS)
+        y3 = _gated_rows(gate_ptr, up_ptr, dy_ptr, limit_ptr, n + 3 * ROWS, d, N, D, OUTPUT, ACT, LIMIT, ROWS)
+        store_square(y0, y1, y2, y3, n, d, N, D, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, ROWS)
+    else:
+        store_rows(y0, 0.0, n, d, N, D, q_ptr, s_ptr, qt_ptr, UE8M0, False, ROWS)
 
 
 @triton.jit
 def _glu_quant_kernel(
     gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, q2_ptr, s2_ptr, qt2_ptr, st2_ptr, N, D,
     BACKWARD: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, UE8M0: tl.constexpr, BOTH: tl.constexpr,
-    SIZE: tl.constexpr, ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`_glu_kernel` for SIZE×128 numbers of contiguous matrices (N, D), quantised as by `_act_quant_kernel`.
+    """`_glu_kernel` for a tile of contiguous matrices (N, D), quantised as by `_act_quant_kernel`.
 
     Reads gate and up and writes y in FP8 twice: 6 bytes an element in bfloat16, where `_glu_kernel` and a quantiser are
-    10. BACKWARD reads dy as well and writes both gradients twice: 10 bytes instead of 18. Bound by memory.
+    10. BACKWARD reads dy as well and writes both gradients twice: 10 bytes instead of 18. Their squares together are
+    too much for the registers: two programs, of which one finds in the L2 cache what the other read. Bound by memory.
     """
-    n_start, d_start = tile_start(D, SIZE)
-    r_t, r2_t = 0.0, 0.0
-    if BOTH:
-        largest = tl.zeros([ROWS, 128], tl.int32)
-        largest2 = largest
-        for n in range(0, SIZE, ROWS):
-            first, second = _gated_rows(
-                gate_ptr, up_ptr, dy_ptr, limit_ptr, n_start + n, d_start, N, D, BACKWARD, ACT, LIMIT, ROWS
-            )  # fmt: skip
-            largest = tl.maximum(largest, magnitude(first))
-            largest2 = tl.maximum(largest2, magnitude(second))
-        r_t = store_column_scales(largest, n_start, d_start, D, st_ptr, UE8M0)
-        if BACKWARD:
-            r2_t = store_column_scales(largest2, n_start, d_start, D, st2_ptr, UE8M0)
-    for n in range(0, SIZE, ROWS):
-        first, second = _gated_rows(
-            gate_ptr, up_ptr, dy_ptr, limit_ptr, n_start + n, d_start, N, D, BACKWARD, ACT, LIMIT, ROWS
+    pid = tl.program_id(0)
+    if not BACKWARD:
+        _store_gated(
+            gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, pid, N, D,
+            VALUE, ACT, LIMIT, UE8M0, BOTH, ROWS,
         )  # fmt: skip
-        store_quantized(first, r_t, n_start + n, d_start, N, D, q_ptr, s_ptr, qt_ptr, UE8M0, BOTH, ROWS)
-        if BACKWARD:
-            store_quantized(second, r2_t, n_start + n, d_start, N, D, q2_ptr, s2_ptr, qt2_ptr, UE8M0, BOTH, ROWS)
+    elif pid % 2 == 0:
+        _store_gated(
+            gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, pid // 2, N, D,
+            GATE_GRADIENT, ACT, LIMIT, UE8M0, BOTH, ROWS,
+        )  # fmt: skip
+    else:
+        _store_gated(
+            gate_ptr, up_ptr, dy_ptr, limit_ptr, q2_ptr, s2_ptr, qt2_ptr, st2_ptr, pid // 2, N, D,
+            UP_GRADIENT, ACT, LIMIT, UE8M0, BOTH, ROWS,
+        )  # fmt: skip
 
 
 def glu_quant(
@@ -419,11 +424,11 @@ def _launch_glu_quant(
     out: Quantized, out2: Quantized, hidden_act: str, scale_fmt: str | None, both: bool,
 ) -> None:  # fmt: skip
     """Runs `_glu_quant_kernel`, which fills `out`; with `dy` both, with the gradients of gate and up."""
-    (n, dim), size = gate.shape, 128 if both else QUANT_ROWS
-    _glu_quant_kernel[(triton.cdiv(n, size) * triton.cdiv(dim, 128),)](
+    n, dim = gate.shape
+    programs, options = quant_launch(n, dim, both, gate.dtype)
+    _glu_quant_kernel[(programs if dy is None else 2 * programs,)](
         gate, up, dy, None if offsets is None else offsets[-1:], *out, *out2, n, dim, BACKWARD=dy is not None,
-        ACT=ACTIVATIONS[hidden_act], LIMIT=offsets is not None, UE8M0=scale_fmt == "ue8m0", BOTH=both,
-        SIZE=size, ROWS=QUANT_ROWS, num_warps=2 * QUANT_WARPS,
+        ACT=ACTIVATIONS[hidden_act], LIMIT=offsets is not None, UE8M0=scale_fmt == "ue8m0", **options, **UNFUSED,
     )  # fmt: skip
 
 
@@ -696,22 +701,23 @@ def _permute_kernel(x_ptr, places_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def _combine_kernel(
-    x_ptr, places_ptr, w_ptr, limit_ptr, y_ptr, D,
-    WEIGHTS: tl.constexpr, LIMIT: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, places_ptr, w_ptr, limit_ptr, base_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """y[n] = the sum of the K rows of x at its places, with WEIGHTS weighted, with LIMIT of rows before `limit` alone.
+    """y[n] = base[n] + the sum of the K rows of x at its places, weighted by w, of rows before `limit` alone.
 
-    Program n takes a row of D. Reads x once, writes y.
+    Each of base, w and limit may be None. Program n takes a row of D. Reads x and base once, writes y.
     """
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     y = tl.zeros([BLOCK_D], tl.float32)
+    if base_ptr is not None:
+        y += tl.load(base_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         place = tl.load(places_ptr + n * K + k).to(tl.int64)
         width = D
-        if LIMIT:
+        if limit_ptr is not None:
             width = tl.where(place < tl.load(limit_ptr), D, 0)
         x = tl.load(x_ptr + place * D + d, mask=d < width, other=0.0).to(tl.float32)
-        if WEIGHTS:
+        if w_ptr is not None:
             x *= tl.load(w_ptr + n * K + k)
         y += x
     tl.store(y_ptr + n * D + d, y, mask=d < D)
@@ -738,17 +744,18 @@ class _Permute(torch.autograd.Function):
     """`permute`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(places)
         (n, dim), k = x.shape, places.shape[1]
         y = torch.empty(n * k, dim, dtype=x.dtype, device=x.device)
         _permute_kernel[(n,)](x.contiguous(), places, y, dim, K=k, BLOCK_D=triton.next_power_of_2(dim))
-        return y
+        return y, x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None) -> tuple[torch.Tensor, None]:
         (places,) = ctx.saved_tensors
-        return _combine(dy.contiguous(), places, None), None
+        return _combine(dy, places, base=dx), None
 
 
 class _QuantizedPermute(torch.autograd.Function):
@@ -763,25 +770,27 @@ class _QuantizedPermute(torch.autograd.Function):
         ctx.save_for_backward(places, limit)
         quantized = gather_quant(x, rows, limit, scale_fmt, both)
         ctx.mark_non_differentiable(*quantized[: 4 if both else 2])
-        return placeholder((len(rows), x.shape[1]), x), *quantized
+        return placeholder((len(rows), x.shape[1]), x), x.view_as(x), *quantized
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         places, limit = ctx.saved_tensors
-        return _combine(dy.contiguous(), places, None, limit), None, None, None, None, None
+        return _combine(dy, places, limit=limit, base=dx), None, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     """`combine`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None
+    ) -> torch.Tensor:
         x, weights = x.contiguous(), weights.contiguous()
         ctx.save_for_backward(x, places, weights)
-        return _combine(x, places, weights)
+        return _combine(x, places, weights, base=base)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, places, weights = ctx.saved_tensors
         (n, k), dim = places.shape, x.shape[1]
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -789,40 +798,44 @@ class _Combine(torch.autograd.Function):
         _combine_backward_kernel[(n,)](
             dy.contiguous(), x, places, weights, dx, dw, dim, K=k, BLOCK_D=triton.next_power_of_2(dim)
         )
-        return dx, None, dw
+        return dx, None, dw, dy if ctx.needs_input_grad[3] else None
 
 
 def _combine(
-    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None, limit: torch.Tensor | None = None
-) -> torch.Tensor:
+    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None, limit: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Runs `_combine_kernel`."""
     (n, k), dim = places.shape, x.shape[1]
-    y = torch.empty(n, dim, dtype=x.dtype, device=x.device)
-    _combine_kernel[(n,)](
-        x, places, weights, limit, y, dim, WEIGHTS=weights is not None, LIMIT=limit is not None, K=k,
-        BLOCK_D=triton.next_power_of_2(dim),
-    )  # fmt: skip
+    y, base = torch.empty(n, dim, dtype=x.dtype, device=x.device), None if base is None else base.contiguous()
+    block = triton.next_power_of_2(dim)
+    _combine_kernel[(n,)](x.contiguous(), places, weights, limit, base, y, dim, K=k, BLOCK_D=block)
     return y
 
 
-def permute(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Copies each row of x (N, dim) to its `places` (N, k): (N·k, dim)."""
+def permute(x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies each row of x (N, dim) to its `places` (N, k): (N·k, dim).
+
+    Also returns x, for what else reads it: its gradient and that of the copies are summed in one kernel.
+    """
     return _Permute.apply(x, places)
 
 
 def permute_quant(
     x: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor, scale_fmt: str | None, both: bool
 ) -> tuple[torch.Tensor | None, ...]:
-    """`permute`, quantised: a `placeholder` for the rows (N·k, dim) and the four tensors of `kernel.empty_quantized`.
+    """`permute`, quantised: a `placeholder` for the rows (N·k, dim), x, and the tensors of `kernel.empty_quantized`.
 
     `places` and `rows` are `sort_by_expert`'s. Rows from `limit` on, int32 (1,), are zeros, and get no gradient.
     """
     return _QuantizedPermute.apply(x, places, rows, limit, scale_fmt, both)
 
 
-def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The sums (N, dim) of rows of x (N·k, dim) at `places` (N, k), weighted by `weights`, float32 (N, k)."""
-    return _Combine.apply(x, places, weights)
+def combine(
+    x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`base` plus sums (N, dim) of rows of x (N·k, dim) at `places` (N, k), weighted by `weights`, float32 (N, k)."""
+    return _Combine.apply(x, places, weights, base)
 
 
 # --- Muon ---------------------------------------------------------------------------------------------------------
@@ -830,17 +843,17 @@ def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> tor
 
 @triton.jit
 def _symmetric_kernel(
-    left_desc, right_desc, gram_desc, scale_ptr, y_desc, K, a, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr,
-    SIZE: tl.constexpr, STEP: tl.constexpr,
+    left_desc, right_desc, gram_desc, scale_ptr, factor_ptr, y_desc, K, a, b, c,
+    POLYNOMIAL: tl.constexpr, TALL: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """y = u vᵀ for matrices u, v (R, K), or with TALL uᵀ v of (K, R); with POLYNOMIAL, y = as·I + bs³·gram + cs⁵·u vᵀ.
 
-    u = v, or both are symmetric and commute.
+    u = v, or both are symmetric and commute. s is a matrix's `scale`, 1 without; all is multiplied by its `factor`.
 
     The result is symmetric: a program computes one tile of SIZE×SIZE of the lower triangle and writes it twice, the
     second time transposed, so that half of the products are computed. All goes by TMA, which loads zeros beyond a
     matrix and stores nothing there. A step reads 2·SIZE·STEP elements and does SIZE²·STEP multiplications: bound by the
-    tensor cores. Two programs share an SM, so that one multiplies while the other writes. s is a matrix's `scale`.
+    tensor cores. Two programs share an SM, so that one multiplies while the other writes.
     """
     tile, e = tl.program_id(0), tl.program_id(1)
     i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)  # row of tiles: the last with i(i+1)/2 ≤ tile
@@ -859,10 +872,12 @@ def _symmetric_kernel(
         acc = tl.dot(u, v, acc)
     n = tl.arange(0, SIZE)
     if POLYNOMIAL:
-        s = tl.load(scale_ptr + e)
+        s = 1.0 if scale_ptr is None else tl.load(scale_ptr + e)
         acc *= c * s * s * s * s * s
         acc += b * s * s * s * gram_desc.load([e, row, col]).reshape(SIZE, SIZE).to(tl.float32)
         acc += tl.where(row + n[:, None] == col + n[None, :], a * s, 0.0)
+    if factor_ptr is not None:
+        acc *= tl.load(factor_ptr + e)
     y = acc.to(y_desc.dtype)
     if i == j:  # without symmetry to the bit, the rounding errors of many products grow
         y = tl.where(n[:, None] >= n[None, :], y, y.T)
@@ -874,11 +889,12 @@ def _symmetric_kernel(
 def _symmetric(
     x: torch.Tensor, other: torch.Tensor | None = None, tall: bool = False,
     coefficients: tuple[float, float, float] | None = None, scale: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    factor: torch.Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Products x xᵀ (n, R, R), with `tall` xᵀ x; or x · other of symmetric matrices that commute.
 
-    With `coefficients` a, b, c and `scale` s (n,), the polynomial as·I + bs³·x + cs⁵·x xᵀ of symmetric x.
+    With `coefficients` a, b, c and `scale` s (n,), the polynomial as·I + bs³·x + cs⁵·x xᵀ of symmetric x. The result
+    is multiplied by `factor` (n,) before it is rounded to `dtype`; both numbers of a matrix are float32, 1 by default.
     """
     r, k = x.shape[1:][::-1] if tall else x.shape[1:]
     y = torch.empty(len(x), r, r, dtype=dtype or x.dtype, device=x.device)
@@ -888,7 +904,7 @@ def _symmetric(
     gram, out = (TensorDescriptor.from_tensor(t, [1, size, size]) for t in (x if coefficients else y, y))
     n = triton.cdiv(r, size)
     _symmetric_kernel[(n * (n + 1) // 2, len(x))](
-        left, right, gram, y if scale is None else scale, out, k, *(coefficients or (0.0, 0.0, 0.0)),
+        left, right, gram, scale, factor, out, k, *(coefficients or (0.0, 0.0, 0.0)),
         POLYNOMIAL=coefficients is not None, TALL=tall, SIZE=size, STEP=step, **SYMMETRIC_LAUNCH,
     )  # fmt: skip
     return y
@@ -910,11 +926,10 @@ def newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], ste
     """
     if max(x.shape[1:]) >= GRAM_RATIO * min(x.shape[1:]):
         return _gram_newton_schulz(x, coefficients, steps)
-    tall, scale = x.shape[1] > x.shape[2], None
-    for _ in range(steps):
+    tall = x.shape[1] > x.shape[2]
+    for i in range(steps):
         gram = _symmetric(x, tall=tall)
-        scale = _inverse_norm(gram) if scale is None else torch.ones_like(scale)
-        p = _symmetric(gram, coefficients=coefficients, scale=scale)
+        p = _symmetric(gram, coefficients=coefficients, scale=None if i else _inverse_norm(gram))
         x = torch.bmm(x, p) if tall else torch.bmm(p, x)
     return x
 
@@ -931,22 +946,26 @@ def _gram_newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float
     the steps' p is computed in r×r, and g follows as g ← p g p. There are two runs of steps, each from the Gram matrix
     of its first x: in a single one, rounding errors of g grow until small singular values are lost. Matrices of r×r
     are float16, in which no entry here overflows: with its three bits more than bfloat16, the result is nearer to the
-    exact iteration than the usual one's.
+    exact iteration than the usual one's. The norms come from a pass over x, so that g and q are written normalised:
+    passes over them afterwards would read and write ten times as much.
     """
     dtype = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
-    tall, scale = x.shape[1] > x.shape[2], None
-    for count in (steps - steps // 2, steps // 2):
-        g, q = _symmetric(x, tall=tall, dtype=torch.float32), None
-        scale = _inverse_norm(g) if scale is None else torch.ones_like(scale)
-        g = g.mul_(scale.square()[:, None, None]).to(dtype)
-        for i in range(count):
-            p = _symmetric(g, coefficients=coefficients, scale=torch.ones_like(scale))
-            q = p if q is None else _symmetric(q, p)
-            if i + 1 < count:
+    tall = x.shape[1] > x.shape[2]
+    scale: torch.Tensor | None = (
+        torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32).clamp(min=1e-7).reciprocal()
+    )
+    for count in filter(None, (steps - steps // 2, steps // 2)):
+        g, q = _symmetric(x, tall=tall, factor=None if scale is None else scale.square(), dtype=dtype), None
+        for i in range(1, count + 1):
+            factor, q_dtype = (scale, x.dtype) if i == count else (None, dtype)
+            if q is None:
+                q = p = _symmetric(g, coefficients=coefficients, factor=factor, dtype=q_dtype)
+            else:
+                p = _symmetric(g, coefficients=coefficients)
+                q = _symmetric(q, p, factor=factor, dtype=q_dtype)
+            if i < count:
                 g = _symmetric(_symmetric(g, p), p)
-        if q is not None:
-            q = (q * scale[:, None, None]).to(x.dtype)
-            x = torch.bmm(x, q) if tall else torch.bmm(q, x)
+        x, scale = torch.bmm(x, q) if tall else torch.bmm(q, x), None
     return x
 
 

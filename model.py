@@ -757,11 +757,11 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(args.n_routed_experts, args.dim))
         self.register_buffer("bias", torch.zeros(args.n_routed_experts) if args.gate_bias else None)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, logits: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Returns each position's weights float32 (N, K), experts int64 (N, K) and all scores float32 (N, E)."""
-        scores = F.linear(x.float(), self.weight.float())  # in float32: a rounding error could choose another expert
-        scores = scores.softmax(dim=-1) if self.score_func == "softmax" else scores.sigmoid()
-        if kernel := fp8_ops.kernels(x):
+        logits = fp8_ops.router_logits(x, self.weight)[1] if logits is None else logits
+        scores = logits.softmax(dim=-1) if self.score_func == "softmax" else logits.sigmoid()
+        if kernel := fp8_ops.kernels(scores):
             indices = kernel.route(scores.detach(), self.bias, self.n_groups, self.topk_groups, self.topk)
         else:
             indices = self.route(scores.detach())
@@ -796,23 +796,25 @@ class Experts(MLP):
         self.first_expert = 0  # number of the first one in this process, where processes divide them
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor
+        self, rows: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, x: Activation, shared: MLP | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sends each position through its experts: rows are sorted by expert once, so an idle expert costs nothing.
+        """Sends each row of x through its experts: rows are sorted by expert once, so an idle expert costs nothing.
 
         The weights of the choices are float32 (N, K). Returns the weighted sums (N, dim), over the experts of this
-        process, and the load of all experts, float32 (E,).
+        process, plus the output of the `shared` ones, and the load of all experts, float32 (E,).
         """
         here = len(self.w1.weight)
         choices = (indices - self.first_expert) % self.n_experts  # this process's experts come first
         # (N·K, dim), where each choice stands there (N, K), and where each expert's rows end (E,)
-        rows, places, ends = fp8_ops.sort_by_expert(x, choices, self.n_experts, here, self.w1.scale_fmt)
+        sent, places, ends, rows = fp8_ops.sort_by_expert(rows, choices, self.n_experts, here, self.w1.scale_fmt)
         offsets, is_here = ends[:here], None
         if here < self.n_experts:  # the others' rows come last: a grouped product leaves them undefined
-            is_here = (torch.arange(places.numel(), device=x.device) < offsets[-1]).unsqueeze(1)
-        h = super().forward(rows, offsets, is_here)
+            is_here = (torch.arange(places.numel(), device=rows.device) < offsets[-1]).unsqueeze(1)
+        h = super().forward(sent, offsets, is_here)
         h = h if is_here is None else h.where(is_here, 0)
-        return fp8_ops.combine(h, places, weights), ends.diff(prepend=ends.new_zeros(1)).roll(self.first_expert).float()
+        base = None if shared is None else shared(fp8_ops.replace_values(x, rows.view_as)).flatten(0, 1)
+        load = ends.diff(prepend=ends.new_zeros(1)).roll(self.first_expert).float()
+        return fp8_ops.combine(h, places, weights, base), load
 
 
 class MoE(nn.Module):
@@ -827,11 +829,9 @@ class MoE(nn.Module):
         self.shared_experts = MLP(args, shared_dim) if shared_dim else None
 
     def forward(self, x: Activation) -> tuple[torch.Tensor, Routing]:
-        rows = (values := fp8_ops.values_of(x)).flatten(0, 1)  # (N, dim)
-        weights, indices, scores = self.gate(rows)
-        y, load = self.experts(rows, weights, indices)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(x).flatten(0, 1)
+        rows, logits = fp8_ops.router_logits((values := fp8_ops.values_of(x)).flatten(0, 1), self.gate.weight)
+        weights, indices, scores = self.gate(rows, logits)
+        y, load = self.experts(rows, weights, indices, x, self.shared_experts)
         balance_loss = scores.new_zeros(())
         if self.training and self.aux_loss_alpha > 0:
             balance_loss = self.aux_loss_alpha * sequence_balance_loss(scores, indices, values.shape[0])

@@ -528,6 +528,14 @@ def test_grouped_outer_product(
 
 
 @runs
+@settings(draws, max_examples=8)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=9))
+def test_largest_groups_first(counts: list[int]) -> None:
+    order = sorted(range(len(counts)), key=lambda e: -counts[e])
+    assert kernel._largest_first(ends(counts).to(DEVICE)).tolist() == order
+
+
+@runs
 @pytest.mark.parametrize("which", range(CANDIDATES))
 def test_every_candidate(which: int) -> None:
     """Each of the tiles that autotuning may pick gives the same product, on shapes that fit none of them."""
@@ -869,13 +877,13 @@ def test_permute_quantised(n: int, k: int, experts: int, dim: int, dtype: torch.
     here, scale_fmt = 1 + seed % experts, FORMATS[seed % 2]
     behind = (torch.arange(n * k) >= ends[here - 1].cpu())[:, None]
     leaf, twin = (x.to(DEVICE).requires_grad_() for _ in range(2))
-    rows, *in_fp8 = kernel_fused.permute_quant(leaf, places, index, ends[here - 1 : here], scale_fmt, True)
-    permuted = kernel_fused.permute(twin, places)
+    rows, same, *in_fp8 = kernel_fused.permute_quant(leaf, places, index, ends[here - 1 : here], scale_fmt, True)
+    permuted, twins_same = kernel_fused.permute(twin, places)
     for got, want in zip(in_fp8, quantised(permuted.cpu().masked_fill(behind, 0), scale_fmt), strict=True):
         assert_same(got.cpu(), want)
-    grad = randn(n * k, dim, seed=seed + 1).to(dtype)
-    rows.backward(grad.masked_fill(behind, float("nan")).to(DEVICE))
-    permuted.backward(grad.masked_fill(behind, 0).to(DEVICE))
+    grad, other = randn(n * k, dim, seed=seed + 1).to(dtype), randn(n, dim, seed=seed + 2).to(DEVICE, dtype)
+    torch.autograd.backward([rows, same], [grad.masked_fill(behind, float("nan")).to(DEVICE), other])
+    torch.autograd.backward([permuted, twins_same], [grad.masked_fill(behind, 0).to(DEVICE), other])
     assert rows.isnan().all() and torch.equal(leaf.grad, twin.grad)
 
 
@@ -986,18 +994,38 @@ def test_sort_by_expert(n: int, experts: int, k: int, seed: int) -> None:
 
 
 @runs
+@pytest.mark.parametrize("shape", [(1, 8, 1), (130, 264, 32)])
+def test_router_logits(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are as accurate as in float32, or another expert would be chosen; gradients of x are bfloat16."""
+    (n, dim, experts), results = shape, []
+    monkeypatch.setattr(fp8_ops, "kernels", lambda x: kernel_fused)
+    x, w = randn(n, dim).bfloat16(), randn(experts, dim, seed=1)
+    grads = randn(n, dim, seed=2).bfloat16(), randn(n, experts, seed=3)
+    for exact in (False, True):
+        leaves = [(t.double() if exact else t.to(DEVICE)).detach().clone().requires_grad_() for t in (x, w)]
+        outputs = (leaves[0], leaves[0] @ leaves[1].T) if exact else fp8_ops.router_logits(*leaves)
+        torch.autograd.backward(outputs, [g.to(y) for g, y in zip(grads, outputs, strict=True)])
+        results.append([t.detach().cpu() for t in (*outputs, *(leaf.grad for leaf in leaves))])
+    (same, logits, *ours), (_, wanted, *theirs) = results
+    assert torch.equal(same, x) and logits.dtype == torch.float32
+    assert (logits - wanted).norm() <= 2 * EPS * (x.double().abs() @ w.double().abs().T).norm()
+    for got, want, bound in zip(ours, theirs, (2.0**-7, 2.0**-15), strict=True):
+        assert (got - want).norm() <= bound * want.norm()
+
+
+@runs
 @settings(draws, max_examples=8)
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 300), fused_dtypes, seeds)
 def test_permute_and_combine(n: int, k: int, dim: int, dtype: torch.dtype, seed: int) -> None:
     places = torch.randperm(n * k, generator=generator(seed)).view(n, k)
     order, here = places.flatten().argsort(), places.int().to(DEVICE)
-    compare(lambda x: [kernel_fused.permute(x, here)], lambda x: [x[order // k]], [randn(n, dim, seed=seed)], dtype)
+    compare(lambda x: kernel_fused.permute(x, here), lambda x: [x[order // k], x], [randn(n, dim, seed=seed)], dtype)
     weights = randn(n, k, seed=seed + 1).requires_grad_()
     theirs, ours = weights.detach().double().requires_grad_(), weights.detach().to(DEVICE).requires_grad_()
     compare(
-        lambda x: [kernel_fused.combine(x, here, ours)],
-        lambda x: [(x[places] * theirs.unsqueeze(-1)).sum(1)],
-        [randn(n * k, dim, seed=seed + 2)],
+        lambda x, *base: [kernel_fused.combine(x, here, ours, *base)],
+        lambda x, *base: [(x[places] * theirs.unsqueeze(-1)).sum(1) + (base[0] if base else 0)],
+        [randn(n * k, dim, seed=seed + 2), *([randn(n, dim, seed=seed + 3)] if seed % 2 else [])],
         dtype,
     )
     assert (ours.grad.cpu() - theirs.grad).abs().max() <= 1e-2 * max(1.0, theirs.grad.abs().max().item())
@@ -1296,9 +1324,9 @@ def compile_fused() -> None:
         *(kernel_fused.glu(wide, act) for act in model.ACTIVATIONS),
         kernel_fused.rope(heads, *angles),
         *kernel_fused.keys_and_values(heads, pe, *angles, 32),
-        kernel_fused.permute(rows, places),
+        *kernel_fused.permute(rows, places),
         *kernel_fused.add_rms_norm_quant(x, x, w, 1e-6, None, True, True)[:2],
-        kernel_fused.permute_quant(rows, places, index, ends[-1:], None, True)[0],
+        *kernel_fused.permute_quant(rows, places, index, ends[-1:], None, True)[:2],
         kernel_fused.combine(wide.view(256, 256), places, scores[:, :2].clone().requires_grad_()),
     ]
     torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
@@ -1341,7 +1369,8 @@ def test_compiles(binaries: tuple[int, list[dict[str, Any]]]) -> None:
     names, fused = (
         {name for name in vars(module) if re.fullmatch(r"_\w+_kernel", name)} for module in (kernel, kernel_fused)
     )
-    assert {row["kernel"] for row in compiled} == (names | fused if arch == 90 else names - {"_hopper_kernel"})
+    hoppers = {"_hopper_kernel", "_order_kernel"}  # the second orders the first's tiles
+    assert {row["kernel"] for row in compiled} == (names | fused if arch == 90 else names - hoppers)
     for row in compiled:
         assert row["cubin"] > 0
         assert [target.rstrip("a") for target in row["target"]] == [f"sm_{arch}"]

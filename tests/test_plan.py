@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import parallel
 import plan
 import train
+from checkpoint import read_config
 from model import ModelArgs
 from train import is_hidden_matrix, optimizer_tensors
 
@@ -179,7 +180,8 @@ def test_a_plan_shows_whether_it_fits() -> None:
         assert "2 processes: 2 data-parallel × 1 tensor-parallel, 2 × 32 positions" in text
 
 
-# configs, batch size, accumulation, and the peak that torch.cuda.max_memory_allocated() found on an H100, in GB
+# configs, batch size, accumulation, and the peak that torch.cuda.max_memory_allocated() found on an H100, in GB, when
+# each router kept a copy of its input in float32, which is subtracted
 MEASURED = [("small", 64, 1, 5.7), ("bytegpt", 16, 1, 7.6), ("bytegpt", 64, 1, 26.5), ("base", 16, 4, 15.2)]
 MEASURED += [("base", 32, 1, 23.3), ("base", 32, 2, 24.8), ("base", 64, 1, 42.4), ("large", 8, 1, 46.8)]
 
@@ -191,7 +193,9 @@ def test_plans_are_what_a_gpu_held(
     path = Path(plan.__file__).parent / "configs" / f"{config}.json"
     flags = ["--config", path, "--batch-size", batch_size, "--accumulation", accumulation, "--plan"]
     assert train.main([str(flag) for flag in flags]) == 0
-    text = capsys.readouterr().out
+    text, args = capsys.readouterr().out, read_config(path)[0]
+    routers = sum(args.is_moe(i) for i in range(args.n_layers + args.n_mtp_layers))
+    peak -= routers * batch_size * args.max_seq_len * args.dim * 4 / 1e9
     assert float(re.search(r"(?m)^  at most at a time +([\d.]+) GB$", text)[1]) == pytest.approx(peak, rel=0.05)
 
 
