@@ -4,9 +4,9 @@ Their mathematics is defined in `fp8_ops.py`, where tiles, blocks and scales are
 arguments. Two things govern how the kernels are written.
 
 Quantisation moves bytes: each element is read once from memory and written once or twice, at a quarter or half of its
-size. Each program takes a square of 128×128, which holds complete tiles of both directions, and keeps it in registers
-in 16 bits. (Reading it again after the scales of its columns are known costs another pass: with all squares at work at
-a time, caches are too small.) `kernel_fused.py` has the kernels that quantise what they compute.
+size. Each program takes a square of 128×128, which holds complete tiles of both directions. It goes through the square
+twice, first for the largest numbers of the columns: kept in registers instead, a square leaves room for one program an
+SM, with nothing to do while it waits for memory. `kernel_fused.py` has the kernels that quantise what they compute.
 
 A product of FP8 matrices moves few bytes and multiplies at twice the rate of bfloat16, but tensor cores sum products
 with only some 14 bits (DeepSeek-V3 report, section 3.3.2). So a sum runs over 128 products, which is as far as a scale
@@ -75,37 +75,25 @@ def _scale(largest, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def tile_start(tile, K, SIZE: tl.constexpr):
-    """Where a tile of SIZE×128 begins in a matrix of K columns; rows of tiles are numbered one after the other.
+def tile_start(K, SIZE: tl.constexpr):
+    """Where the tile of SIZE×128 of this program begins in a matrix of K columns; rows of tiles one after the other.
 
     Programs at work at a time thus read long pieces of its rows. Offsets of a tile are of 64 bits, those in it of 32.
     """
     tiles = tl.cdiv(K, BLOCK)
-    return (tile // tiles).to(tl.int64) * SIZE, (tile % tiles).to(tl.int64) * BLOCK
+    return (tl.program_id(0) // tiles).to(tl.int64) * SIZE, (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
 
 
 @triton.jit
-def _magnitude_bits(x):
-    """As `magnitude`, but of 16 bits for numbers of 16 bits."""
-    if x.dtype.primitive_bitwidth == 16:
-        return x.to(tl.int16, bitcast=True) & 0x7FFF
-    else:
-        return magnitude(x)
+def store_column_scales(largest, m_start, k_start, K, st_ptr, UE8M0: tl.constexpr):
+    """Writes the scales of 128 rows' columns from `k_start` on; returns their reciprocals (128,).
 
-
-@triton.jit
-def _store_column_scales(x0, x1, x2, x3, m_start, k_start, K, st_ptr, UE8M0: tl.constexpr):
-    """Writes the scales of the columns of four tensors (ROWS, 128) together; returns their reciprocals (128,).
-
-    Scales of the same 128 rows are adjacent in st: (⌈M/128⌉, K).
+    `largest` (·, 128) has the largest `magnitude` of a column among all its rows. Scales of the same 128 rows are
+    adjacent in st: (⌈M/128⌉, K).
     """
-    largest = tl.maximum(_magnitude_bits(x0), _magnitude_bits(x1))
-    largest = tl.max(tl.maximum(largest, tl.maximum(_magnitude_bits(x2), _magnitude_bits(x3))), axis=0)
-    if x0.dtype.primitive_bitwidth == 16:
-        largest = magnitude(largest.to(tl.int16).to(x0.dtype, bitcast=True))
     k = tl.arange(0, BLOCK)
     s_at, inside = st_ptr + m_start // BLOCK * K + k_start + k, k < K - k_start
-    tl.store(s_at, largest.to(tl.float32, bitcast=True), mask=inside)
+    tl.store(s_at, tl.max(largest, axis=0).to(tl.float32, bitcast=True), mask=inside)
     # By way of memory, so that a thread divides for one column: a reduction leaves the maxima of many in each thread.
     tl.debug_barrier()
     s, r = _scale(tl.load(s_at, mask=inside, other=0.0).to(tl.int32, bitcast=True), UE8M0)
@@ -115,7 +103,7 @@ def _store_column_scales(x0, x1, x2, x3, m_start, k_start, K, st_ptr, UE8M0: tl.
 
 
 @triton.jit
-def store_rows(
+def store_quantized(
     x, r_t, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr
 ):
     """Quantises rows x (ROWS, 128) at (m_start, k_start), both int64, of a matrix (M, K), and writes them.
@@ -137,22 +125,6 @@ def store_rows(
 
 
 @triton.jit
-def store_square(
-    x0, x1, x2, x3, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0: tl.constexpr, ROWS: tl.constexpr
-):
-    """Quantises a square of 128×128, given as four tensors of 32 rows, both ways: `store_rows` of each, and st.
-
-    The numbers stay in registers between the largest of the columns and the values: so each is read once. They stay
-    there in the dtype of x, since `_magnitude_bits` has no use for them in float32.
-    """
-    r_t = _store_column_scales(x0, x1, x2, x3, m_start, k_start, K, st_ptr, UE8M0)
-    store_rows(x0, r_t, m_start, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, True, ROWS)
-    store_rows(x1, r_t, m_start + ROWS, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, True, ROWS)
-    store_rows(x2, r_t, m_start + 2 * ROWS, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, True, ROWS)
-    store_rows(x3, r_t, m_start + 3 * ROWS, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, True, ROWS)
-
-
-@triton.jit
 def _read_rows(
     x_ptr, index_ptr, limit_ptr, m_start, k_start, M, K, stride_m, stride_k, GATHER: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -171,36 +143,31 @@ def _read_rows(
 @triton.jit
 def _act_quant_kernel(
     x_ptr, index_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, stride_m, stride_k,
-    UE8M0: tl.constexpr, BOTH: tl.constexpr, GATHER: tl.constexpr, ROWS: tl.constexpr,
+    UE8M0: tl.constexpr, BOTH: tl.constexpr, GATHER: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Quantises activations (M, K), and with BOTH their transpose; see `store_rows`.
+    """Quantises activations (M, K), and with BOTH their transpose; see `store_quantized`.
 
-    With GATHER, row m is row `index[m]` of x, and rows from `limit` on are zeros. A program takes ROWS×128, with
-    BOTH a square of 128×128, which stays in registers. Reads each element once (2 bytes in bfloat16) and writes it once
-    (1), with BOTH twice (2). Bound by memory. Tokens permuted to K experts each are 4·K bytes an element this way;
-    a permutation in bfloat16 before it adds 2 + 2·K.
+    With GATHER, row m is row `index[m]` of x, and rows from `limit` on are zeros. A program takes SIZE×128 numbers in
+    steps of ROWS: with BOTH, 128×128, which it reads twice, for the scales of the columns and then for the numbers. The
+    second time they come from a cache, and a step needs so few registers that an SM has several programs at work. Reads
+    each element once from memory (2 bytes in bfloat16) and writes it once (1), with BOTH twice (2). Bound by memory, of
+    whose rate it reaches some half on an H200. Tokens permuted to K experts each are 4·K bytes an element this way; a
+    permutation in bfloat16 before it adds 2 + 2·K.
     """
-    SIZE: tl.constexpr = 4 * ROWS if BOTH else ROWS
-    m, k = tile_start(tl.program_id(0), K, SIZE)
-    x0 = _read_rows(x_ptr, index_ptr, limit_ptr, m, k, M, K, stride_m, stride_k, GATHER, ROWS)
+    m_start, k_start = tile_start(K, SIZE)
+    r_t = 0.0
     if BOTH:
-        x1 = _read_rows(x_ptr, index_ptr, limit_ptr, m + ROWS, k, M, K, stride_m, stride_k, GATHER, ROWS)
-        x2 = _read_rows(x_ptr, index_ptr, limit_ptr, m + 2 * ROWS, k, M, K, stride_m, stride_k, GATHER, ROWS)
-        x3 = _read_rows(x_ptr, index_ptr, limit_ptr, m + 3 * ROWS, k, M, K, stride_m, stride_k, GATHER, ROWS)
-        store_square(x0, x1, x2, x3, m, k, M, K, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, ROWS)
-    else:
-        store_rows(x0, 0.0, m, k, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, False, ROWS)
+        largest = tl.zeros([ROWS, BLOCK], tl.int32)
+        for m in range(0, SIZE, ROWS):
+            x = _read_rows(x_ptr, index_ptr, limit_ptr, m_start + m, k_start, M, K, stride_m, stride_k, GATHER, ROWS)
+            largest = tl.maximum(largest, magnitude(x))
+        r_t = store_column_scales(largest, m_start, k_start, K, st_ptr, UE8M0)
+    for m in range(0, SIZE, ROWS):
+        x = _read_rows(x_ptr, index_ptr, limit_ptr, m_start + m, k_start, M, K, stride_m, stride_k, GATHER, ROWS)
+        store_quantized(x, r_t, m_start + m, k_start, M, K, q_ptr, s_ptr, qt_ptr, UE8M0, BOTH, ROWS)
 
 
-SQUARE_LAUNCH = {"num_warps": 8, "maxnreg": 128}  # of squares of 16-bit numbers: two programs at work on an SM
-
-
-def quant_launch(m: int, k: int, both: bool, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
-    """How many programs quantise a matrix (m, k), and their options."""
-    options = {"BOTH": both, "ROWS": 32, "num_warps": 4}
-    if both:
-        options |= SQUARE_LAUNCH if dtype.itemsize == 2 else {"num_warps": 8}
-    return triton.cdiv(m, 128 if both else 32) * triton.cdiv(k, 128), options
+QUANT_ROWS, QUANT_WARPS = 32, 4  # of a step of the kernels that quantise activations, and of their programs
 
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -231,15 +198,16 @@ def _act_quant(
 ) -> Quantized:  # fmt: skip
     """Runs `_act_quant_kernel` on x (M, K), or on the rows of it that `index` lists."""
     m, k = len(x if index is None else index), x.shape[1]
-    out, (programs, options) = empty_quantized(m, k, x.device, both), quant_launch(m, k, both, x.dtype)
-    _act_quant_kernel[(programs,)](
-        x, index, limit, *out, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", GATHER=index is not None, **options
-    )
+    out, size = empty_quantized(m, k, x.device, both), 128 if both else QUANT_ROWS
+    _act_quant_kernel[(triton.cdiv(m, size) * triton.cdiv(k, 128),)](
+        x, index, limit, *out, m, k, *x.stride(), UE8M0=scale_fmt == "ue8m0", BOTH=both, GATHER=index is not None,
+        SIZE=size, ROWS=QUANT_ROWS, num_warps=QUANT_WARPS,
+    )  # fmt: skip
     return out
 
 
 def empty_quantized(m: int, k: int, device: torch.device, both: bool) -> Quantized:
-    """Outputs for `store_rows`: those of `fp8_ops.act_quant_both`, the last two None if not `both`."""
+    """Outputs for `store_quantized`: those of `fp8_ops.act_quant_both`, the last two None if not `both`."""
     tiles_m, tiles_k = triton.cdiv(m, 128), triton.cdiv(k, 128)
     q = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=device)
     s = torch.empty(m, tiles_k, dtype=torch.float32, device=device)
@@ -465,7 +433,12 @@ def gemm(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor,
 
 
 def grouped_gemm(
-    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    offsets: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `fp8_ops.fp8_grouped_gemm`."""
     return _gemm([(a, a_s, b, b_s)], offsets, dtype)
@@ -556,41 +529,36 @@ def _grouped_outer_kernel(
     tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
-@triton.jit
-def _order_kernel(offsets_ptr, order_ptr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr):
-    """Writes the numbers of the groups, those with most rows first. One program compares all with each of them."""
-    e = tl.arange(0, GROUPS_POW2)
-    size = tl.load(offsets_ptr + e, mask=e < GROUPS, other=0)
-    size -= tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < GROUPS), other=0)
-    for i in range(GROUPS):
-        own = tl.sum(tl.where(e == i, size, 0), 0)
-        before = (e < GROUPS) & ((size > own) | ((size == own) & (e < i)))
-        tl.store(order_ptr + tl.sum(before.to(tl.int32), 0), i)
-
-
-def _largest_first(offsets: torch.Tensor) -> torch.Tensor:
-    """The order, int32 (groups,), in which tiles of unequal groups occupy all SMs about equally."""
-    order, n = torch.empty_like(offsets), len(offsets)
-    _order_kernel[(1,)](offsets, order, GROUPS=n, GROUPS_POW2=triton.next_power_of_2(n))
-    return order
-
-
 def grouped_outer(
-    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    offsets: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `fp8_ops.fp8_grouped_outer`."""
     n, k, e = len(a), len(b), len(offsets)
     c = torch.empty(e, n, k, dtype=dtype, device=a.device)
-    if _hopper_rows(n * e, k, e, a.device):  # small tiles, for groups may be very unequal
-        _launch_hopper(128, [(a, a_s, b, b_s.unsqueeze(0))], c, offsets, outer=True)
+    if rows := _hopper_rows(n * e, k, e, a.device):
+        _launch_hopper(rows, [(a, a_s, b, b_s.unsqueeze(0))], c, offsets, outer=True)
         return c
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return triton.cdiv(n, meta["BLOCK_M"]) * triton.cdiv(k, meta["BLOCK_N"]), e
 
-    strides = *a_s.stride(), *b_s.stride()
     _grouped_outer_kernel[grid](
-        _descriptor(a), a_s, _descriptor(b), b_s, c, offsets, n, k, *strides, _bucket(a.shape[1] // e)
+        _descriptor(a),
+        a_s,
+        _descriptor(b),
+        b_s,
+        c,
+        offsets,
+        n,
+        k,
+        *a_s.stride(),
+        *b_s.stride(),
+        _bucket(a.shape[1] // e),
     )
     return c
 
@@ -600,15 +568,6 @@ def grouped_outer(
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name up to Triton 3.6
 OPERAND = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)  # as the tensor cores read it
 BAND = gl.constexpr(16)  # tiles of rows
-
-
-@gluon.jit
-def _group(order_ptr, i, GROUPED: gl.constexpr, OUTER: gl.constexpr):
-    """The number of the group whose tiles come i-th."""
-    if GROUPED and OUTER:
-        return gl.load(order_ptr + i)
-    else:
-        return i
 
 
 @gluon.jit
@@ -651,28 +610,21 @@ def _load_tile(
     a_ring, b_ring, as_ring, bs_ring, full, empty = ring
     STAGES: gl.constexpr = a_ring.type.shape[0]
     BLOCK_M: gl.constexpr = a_ring.type.shape[1]
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     col = tile_n * 128
-    # Where b has no blocks, a thread loads scales of adjacent rows, which are adjacent in memory, for this warp has few
-    # registers for addresses; and a step ahead, so that they arrive while it waits for a free stage. Rows beyond the
-    # last one get any scale, and are not stored.
-    WIDTH: gl.constexpr = 1 if B_IN_BLOCKS else BLOCK_M // 32
-    m = gl.arange(0, BLOCK_M, gl.BlockedLayout([WIDTH], [32], [1], [0]))
-    if B_IN_BLOCKS:
-        m = gl.minimum(m, M - 1 - row)
+    # rows beyond the last one get its scale, and are not stored
+    m = gl.minimum(gl.arange(0, BLOCK_M, flat), M - 1 - row)
+    a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
+    if B_IN_BLOCKS:  # a tile is as wide as a block: one scale for all of it
         b_s_at = bs_ptr + e.to(gl.int64) * bs_stride_e + tile_n * bs_stride_n
         b_row = e * N + col
     else:
-        n = gl.arange(0, 128, gl.BlockedLayout([4], [32], [1], [0]))
+        n = gl.minimum(gl.arange(0, 128, flat), N - 1 - col)
         b_s_at = bs_ptr + col.to(gl.int64) * bs_stride_n + n * bs_stride_n
         b_row = col
-    a_s_at = as_ptr + row.to(gl.int64) * as_stride_m + m * as_stride_m
-    if not B_IN_BLOCKS:
-        a_s = gl.load(a_s_at + first * as_stride_k, mask=(m < M - row) & (first < last), other=0.0)
-        b_s = gl.load(b_s_at + first * bs_stride_k, mask=(n < N - col) & (first < last), other=0.0)
     for i in range(first, last):
         stage = step % STAGES
-        if B_IN_BLOCKS:
-            a_s, b_s = gl.load(a_s_at + i * as_stride_k), gl.load(b_s_at + i * bs_stride_k)
+        a_s, b_s = gl.load(a_s_at + i * as_stride_k), gl.load(b_s_at + i * bs_stride_k)
         mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
         mbarrier.expect(full.index(stage), (BLOCK_M + 128) * 128)
         _tma_load(a_desc, [row, i * 128], full.index(stage), a_ring.index(stage))
@@ -682,8 +634,6 @@ def _load_tile(
         else:
             as_ring.index(stage).store(a_s)
             bs_ring.index(stage).store(b_s)
-            a_s = gl.load(a_s_at + (i + 1) * as_stride_k, mask=(m < M - row) & (i + 1 < last), other=0.0)
-            b_s = gl.load(b_s_at + (i + 1) * bs_stride_k, mask=(n < N - col) & (i + 1 < last), other=0.0)
         mbarrier.arrive(full.index(stage), count=1)
         step += 1
     return step
@@ -692,7 +642,7 @@ def _load_tile(
 @gluon.jit
 def _load_tiles(
     a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k,
-    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, order_ptr, M, N, K,
+    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, M, N, K,
     PAIRS: gl.constexpr, GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: while the ring has a free stage, operands by TMA and scales by plain loads."""
@@ -700,8 +650,7 @@ def _load_tiles(
     n_tiles_n = gl.cdiv(N, 128)
     tile = gl.program_id(0)
     step = 0
-    for group in range(GROUPS):
-        e = _group(order_ptr, group, GROUPED, OUTER)
+    for e in range(GROUPS):
         m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPS, GROUPED, OUTER)
         n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
         first, last = _k_steps(k_begin, k_end)
@@ -757,7 +706,7 @@ def _store(c_ptr, acc, row, m_end, col, N):
 
 @gluon.jit
 def _multiply_tiles(
-    c_ptr, ring, offsets_ptr, order_ptr, M, N, K, K2, HALF: gl.constexpr, PAIRS: gl.constexpr,
+    c_ptr, ring, offsets_ptr, M, N, K, K2, HALF: gl.constexpr, PAIRS: gl.constexpr,
     GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply the upper or lower half of each tile, and scale, accumulate and store it.
@@ -776,8 +725,7 @@ def _multiply_tiles(
     n_tiles_n = gl.cdiv(N, 128)
     tile = gl.program_id(0)
     step = 0
-    for group in range(GROUPS):
-        e = _group(order_ptr, group, GROUPED, OUTER)
+    for e in range(GROUPS):
         m_begin, m_end, k_begin, k_end = _group_bounds(offsets_ptr, e, M, K, GROUPS, GROUPED, OUTER)
         n_tiles_m = gl.cdiv(m_end - m_begin, BLOCK_M)
         first, last = _k_steps(k_begin, k_end)
@@ -796,7 +744,9 @@ def _multiply_tiles(
                 a_s, b_s = as_ring.index(stage), bs_ring.index(stage)
                 mbarrier.wait(full.index(stage), step // STAGES & 1)
                 if OUTER and ((i * 128 < k_begin) | (i * 128 + 128 > k_end)):
-                    _mask_columns(a.slice(top, 64), i * 128, k_begin, k_end)  # its tiles have 128 rows
+                    _mask_columns(a.slice(top, 64), i * 128, k_begin, k_end)
+                    if TWO:
+                        _mask_columns(a.slice(top + 64, 64), i * 128, k_begin, k_end)
                     fence_async_shared()
                 product = warpgroup_mma(a.slice(top, 64), b, product, use_acc=never, is_async=True)
                 a_s0 = a_s.slice(top, 64).load(rows)
@@ -820,7 +770,7 @@ def _multiply_tiles(
 
 @gluon.jit
 def _hopper_kernel(
-    a_desc, as_ptr, b_desc, bs_ptr, a2_desc, as2_ptr, b2_desc, bs2_ptr, c_ptr, offsets_ptr, order_ptr, M, N, K,
+    a_desc, as_ptr, b_desc, bs_ptr, a2_desc, as2_ptr, b2_desc, bs2_ptr, c_ptr, offsets_ptr, M, N, K,
     as_stride_m, as_stride_k, bs_stride_e, bs_stride_n, bs_stride_k, K2, as2_stride_m, bs2_stride_e,
     PAIRS: gl.constexpr,
     GROUPS: gl.constexpr, GROUPED: gl.constexpr, OUTER: gl.constexpr, B_IN_BLOCKS: gl.constexpr,
@@ -828,8 +778,7 @@ def _hopper_kernel(
 ):  # fmt: skip
     """All three products: `_gemm_kernel`'s, and with OUTER `_grouped_outer_kernel`'s, in tiles of BLOCK_M×128.
 
-    With OUTER but no groups, c (GROUPS, M, N) gets the products of equal parts of K, for the caller to add. Groups of
-    unequal parts come in `order`, which may be None elsewhere.
+    With OUTER but no groups, c (GROUPS, M, N) gets the products of equal parts of K, for the caller to add.
 
     A persistent program on each SM computes every P-th tile, of P programs. One warp fills a ring of STAGES in
     shared memory, each of them a step of 128 along K: (BLOCK_M + 128)·128 bytes of operands, and their scales. Two
@@ -852,20 +801,14 @@ def _hopper_kernel(
     ring = a_ring, b_ring, as_ring, bs_ring, full, empty
     gl.warp_specialize(
         [
-            (
-                _multiply_tiles,
-                (c_ptr, ring, offsets_ptr, order_ptr, M, N, K, K2, 0, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS),
-            ),
-            (
-                _multiply_tiles,
-                (c_ptr, ring, offsets_ptr, order_ptr, M, N, K, K2, 1, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS),
-            ),
+            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, K2, 0, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
+            (_multiply_tiles, (c_ptr, ring, offsets_ptr, M, N, K, K2, 1, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS)),
             (
                 _load_tiles,
                 (
                     a_desc, as_ptr, as_stride_m, as_stride_k, b_desc, bs_ptr, bs_stride_e, bs_stride_n, bs_stride_k,
-                    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, order_ptr,
-                    M, N, K, PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS,
+                    a2_desc, as2_ptr, as2_stride_m, b2_desc, bs2_ptr, bs2_stride_e, K2, ring, offsets_ptr, M, N, K,
+                    PAIRS, GROUPS, GROUPED, OUTER, B_IN_BLOCKS,
                 ),
             ),
         ],
@@ -924,7 +867,7 @@ def _hopper_parts(m: int, n: int, k: int, device: torch.device) -> int:
 def _launch_hopper(
     rows: int, pairs: list[Operands], c: torch.Tensor, offsets: torch.Tensor | None, outer: bool
 ) -> None:
-    """Runs `_hopper_kernel` with tiles of `rows` rows, 128 if `outer`, on one or two pairs; every b is (E·N, K).
+    """Runs `_hopper_kernel` with tiles of `rows` rows on one or two pairs of operands; every b is (E·N, K).
 
     Without `offsets`, `outer` fills c (parts, M, N) with the products of equal parts of K.
     """
@@ -935,10 +878,9 @@ def _launch_hopper(
         return HopperDescriptor.from_tensor(_tma_aligned(q), [tile_rows, 128], OPERAND)
 
     operands = [(descriptor(a, rows), a_s, descriptor(b, 128), b_s) for a, a_s, b, b_s in pairs]
-    order = _largest_first(offsets) if outer and offsets is not None else None
     _hopper_kernel[(_hopper_sms(a.device),)](
         *operands[0], *operands[-1],
-        c, offsets, order, m, n, k, *a_s.stride(), *b_s.stride(), *_second_strides(pairs), PAIRS=len(pairs),
+        c, offsets, m, n, k, *a_s.stride(), *b_s.stride(), *_second_strides(pairs), PAIRS=len(pairs),
         GROUPS=len(c) if outer else 1 if offsets is None else len(offsets), GROUPED=offsets is not None, OUTER=outer,
         B_IN_BLOCKS=b_s.shape[1] != n, BLOCK_M=rows, STAGES=4 if rows == 256 else 6, num_warps=4, maxnreg=168,
     )  # fmt: skip

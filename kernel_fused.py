@@ -5,7 +5,7 @@ written some ten times a layer; each kernel here reads its inputs and writes its
 computes in float32 in between. So they are bound by memory, unless a docstring names another bound.
 
 The functions equal the plain torch of their callers up to rounding. None of them synchronises, so a step can be
-captured as a CUDA graph. Those that quantise do it with `kernel.store_rows`, bit for bit as a quantiser would that
+captured as a CUDA graph. Those that quantise do it with `kernel.store_quantized`, bit for bit as a quantiser would that
 reads their result in the dtype of their inputs.
 """
 
@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernel import Quantized, empty_quantized, gather_quant, quant_launch, store_rows, store_square, tile_start
+from kernel import (
+    QUANT_ROWS,
+    QUANT_WARPS,
+    Quantized,
+    empty_quantized,
+    gather_quant,
+    magnitude,
+    store_column_scales,
+    store_quantized,
+    tile_start,
+)
 
 SILU, GELU, RELU2 = 0, 1, 2
 ACTIVATIONS = {"silu": SILU, "gelu": GELU, "relu2": RELU2}
@@ -65,23 +75,24 @@ def _normalised_rows(x_ptr, w_ptr, r_ptr, n_start, d_start, N, D, stride, ROWS: 
 @triton.jit
 def _norm_quant_kernel(
     x_ptr, w_ptr, r_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, N, D, stride,
-    UE8M0: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr,
+    UE8M0: tl.constexpr, BOTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`_act_quant_kernel` of a norm, which is not in memory, from its sum x (N, D) and 1/rms.
 
     Reads x and writes the norm in FP8 twice: with `_rms_norm_kernel` without y, 10 bytes an element in bfloat16, 6
     without an update. A norm and a quantiser after it are 12 and 8. Bound by memory.
     """
-    SIZE: tl.constexpr = 4 * ROWS if BOTH else ROWS
-    n, d = tile_start(tl.program_id(0), D, SIZE)
-    y0 = _normalised_rows(x_ptr, w_ptr, r_ptr, n, d, N, D, stride, ROWS)
+    n_start, d_start = tile_start(D, SIZE)
+    r_t = 0.0
     if BOTH:
-        y1 = _normalised_rows(x_ptr, w_ptr, r_ptr, n + ROWS, d, N, D, stride, ROWS)
-        y2 = _normalised_rows(x_ptr, w_ptr, r_ptr, n + 2 * ROWS, d, N, D, stride, ROWS)
-        y3 = _normalised_rows(x_ptr, w_ptr, r_ptr, n + 3 * ROWS, d, N, D, stride, ROWS)
-        store_square(y0, y1, y2, y3, n, d, N, D, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, ROWS)
-    else:
-        store_rows(y0, 0.0, n, d, N, D, q_ptr, s_ptr, qt_ptr, UE8M0, False, ROWS)
+        largest = tl.zeros([ROWS, 128], tl.int32)
+        for n in range(0, SIZE, ROWS):
+            y = _normalised_rows(x_ptr, w_ptr, r_ptr, n_start + n, d_start, N, D, stride, ROWS)
+            largest = tl.maximum(largest, magnitude(y))
+        r_t = store_column_scales(largest, n_start, d_start, D, st_ptr, UE8M0)
+    for n in range(0, SIZE, ROWS):
+        y = _normalised_rows(x_ptr, w_ptr, r_ptr, n_start + n, d_start, N, D, stride, ROWS)
+        store_quantized(y, r_t, n_start + n, d_start, N, D, q_ptr, s_ptr, qt_ptr, UE8M0, BOTH, ROWS)
 
 
 @triton.jit
@@ -143,13 +154,13 @@ class _QuantizedRMSNorm(torch.autograd.Function):
         scale_fmt: str | None, both: bool, with_values: bool,
     ) -> Any:  # fmt: skip
         total, r, y = _norm(ctx, x, update, w, eps, with_values)
-        rows = _rows(total)
+        rows, size = _rows(total), 128 if both else QUANT_ROWS
         n, dim = rows.shape
         quantized = empty_quantized(n, dim, x.device, both)
-        programs, options = quant_launch(n, dim, both, x.dtype)
-        _norm_quant_kernel[(programs,)](
-            rows, w, r, *quantized, n, dim, rows.stride(0), UE8M0=scale_fmt == "ue8m0", **options
-        )
+        _norm_quant_kernel[(triton.cdiv(n, size) * triton.cdiv(dim, 128),)](
+            rows, w, r, *quantized, n, dim, rows.stride(0), UE8M0=scale_fmt == "ue8m0", BOTH=both,
+            SIZE=size, ROWS=QUANT_ROWS, num_warps=QUANT_WARPS,
+        )  # fmt: skip
         ctx.mark_non_differentiable(*quantized[: 4 if both else 2])
         return x.view_as(x) if update is None else total, y, *quantized
 
@@ -323,77 +334,66 @@ def glu(gate_up: torch.Tensor, hidden_act: str) -> torch.Tensor:
     return _GLU.apply(gate_up, ACTIVATIONS[hidden_act])
 
 
-VALUE, GATE_GRADIENT, UP_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
 @triton.jit
 def _gated_rows(
     gate_ptr, up_ptr, dy_ptr, limit_ptr, n_start, d_start, N, D,
-    OUTPUT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
+    BACKWARD: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS×128 numbers at (n_start, d_start) of one OUTPUT of `_glu_kernel`; LIMIT: rows from `limit` on are zeros."""
+    """ROWS×128 numbers at (n_start, d_start) of what `_glu_kernel` writes: y twice, or BACKWARD both gradients.
+
+    With LIMIT, rows from `limit` on count as zeros.
+    """
     n, d = tl.arange(0, ROWS), tl.arange(0, 128)
     n_inside = n < N - n_start
     if LIMIT:
         n_inside &= n_start + n < tl.load(limit_ptr)
     inside = n_inside[:, None] & (d < D - d_start)[None, :]
     at = n_start * D + d_start + n[:, None] * D + d[None, :]
-    y, slope = _act(tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32), ACT)
-    factor_ptr = dy_ptr if OUTPUT == UP_GRADIENT else up_ptr
-    factor = tl.load(factor_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if OUTPUT == GATE_GRADIENT:
-        y = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * factor * slope
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y, slope = _act(gate, ACT)
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    if BACKWARD:
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        first, second = (dy * up * slope).to(dtype), (dy * y).to(dtype)
     else:
-        y *= factor
-    return y.to(gate_ptr.dtype.element_ty)
-
-
-@triton.jit
-def _store_gated(
-    gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, tile, N, D, OUTPUT: tl.constexpr,
-    ACT: tl.constexpr, LIMIT: tl.constexpr, UE8M0: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Quantises a tile of one OUTPUT."""
-    SIZE: tl.constexpr = 4 * ROWS if BOTH else ROWS
-    n, d = tile_start(tile, D, SIZE)
-    y0 = _gated_rows(gate_ptr, up_ptr, dy_ptr, limit_ptr, n, d, N, D, OUTPUT, ACT, LIMIT, ROWS)
-    if BOTH:
-        y1 = _gated_rows(gate_ptr, up_ptr, dy_ptr, limit_ptr, n + ROWS, d, N, D, OUTPUT, ACT, LIMIT, ROWS)
-        y2 = _gated_rows(gate_ptr, up_ptr, dy_ptr, limit_ptr, n + 2 * ROWS, d, N, D, OUTPUT, ACT, LIMIT, ROWS)
-        y3 = _gated_rows(gate_ptr, up_ptr, dy_ptr, limit_ptr, n + 3 * ROWS, d, N, D, OUTPUT, ACT, LIMIT, ROWS)
-        store_square(y0, y1, y2, y3, n, d, N, D, q_ptr, s_ptr, qt_ptr, st_ptr, UE8M0, ROWS)
-    else:
-        store_rows(y0, 0.0, n, d, N, D, q_ptr, s_ptr, qt_ptr, UE8M0, False, ROWS)
+        first = (y * up).to(dtype)
+        second = first
+    return first, second
 
 
 @triton.jit
 def _glu_quant_kernel(
     gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, q2_ptr, s2_ptr, qt2_ptr, st2_ptr, N, D,
     BACKWARD: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, UE8M0: tl.constexpr, BOTH: tl.constexpr,
-    ROWS: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`_glu_kernel` for a tile of contiguous matrices (N, D), quantised as by `_act_quant_kernel`.
+    """`_glu_kernel` for SIZE×128 numbers of contiguous matrices (N, D), quantised as by `_act_quant_kernel`.
 
     Reads gate and up and writes y in FP8 twice: 6 bytes an element in bfloat16, where `_glu_kernel` and a quantiser are
-    10. BACKWARD reads dy as well and writes both gradients twice: 10 bytes instead of 18. Their squares together are
-    too much for the registers: two programs, of which one finds in the L2 cache what the other read. Bound by memory.
+    10. BACKWARD reads dy as well and writes both gradients twice: 10 bytes instead of 18. Bound by memory.
     """
-    pid = tl.program_id(0)
-    if not BACKWARD:
-        _store_gated(
-            gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, pid, N, D,
-            VALUE, ACT, LIMIT, UE8M0, BOTH, ROWS,
+    n_start, d_start = tile_start(D, SIZE)
+    r_t, r2_t = 0.0, 0.0
+    if BOTH:
+        largest = tl.zeros([ROWS, 128], tl.int32)
+        largest2 = largest
+        for n in range(0, SIZE, ROWS):
+            first, second = _gated_rows(
+                gate_ptr, up_ptr, dy_ptr, limit_ptr, n_start + n, d_start, N, D, BACKWARD, ACT, LIMIT, ROWS
+            )  # fmt: skip
+            largest = tl.maximum(largest, magnitude(first))
+            largest2 = tl.maximum(largest2, magnitude(second))
+        r_t = store_column_scales(largest, n_start, d_start, D, st_ptr, UE8M0)
+        if BACKWARD:
+            r2_t = store_column_scales(largest2, n_start, d_start, D, st2_ptr, UE8M0)
+    for n in range(0, SIZE, ROWS):
+        first, second = _gated_rows(
+            gate_ptr, up_ptr, dy_ptr, limit_ptr, n_start + n, d_start, N, D, BACKWARD, ACT, LIMIT, ROWS
         )  # fmt: skip
-    elif pid % 2 == 0:
-        _store_gated(
-            gate_ptr, up_ptr, dy_ptr, limit_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, pid // 2, N, D,
-            GATE_GRADIENT, ACT, LIMIT, UE8M0, BOTH, ROWS,
-        )  # fmt: skip
-    else:
-        _store_gated(
-            gate_ptr, up_ptr, dy_ptr, limit_ptr, q2_ptr, s2_ptr, qt2_ptr, st2_ptr, pid // 2, N, D,
-            UP_GRADIENT, ACT, LIMIT, UE8M0, BOTH, ROWS,
-        )  # fmt: skip
+        store_quantized(first, r_t, n_start + n, d_start, N, D, q_ptr, s_ptr, qt_ptr, UE8M0, BOTH, ROWS)
+        if BACKWARD:
+            store_quantized(second, r2_t, n_start + n, d_start, N, D, q2_ptr, s2_ptr, qt2_ptr, UE8M0, BOTH, ROWS)
 
 
 def glu_quant(
@@ -424,11 +424,11 @@ def _launch_glu_quant(
     out: Quantized, out2: Quantized, hidden_act: str, scale_fmt: str | None, both: bool,
 ) -> None:  # fmt: skip
     """Runs `_glu_quant_kernel`, which fills `out`; with `dy` both, with the gradients of gate and up."""
-    n, dim = gate.shape
-    programs, options = quant_launch(n, dim, both, gate.dtype)
-    _glu_quant_kernel[(programs if dy is None else 2 * programs,)](
+    (n, dim), size = gate.shape, 128 if both else QUANT_ROWS
+    _glu_quant_kernel[(triton.cdiv(n, size) * triton.cdiv(dim, 128),)](
         gate, up, dy, None if offsets is None else offsets[-1:], *out, *out2, n, dim, BACKWARD=dy is not None,
-        ACT=ACTIVATIONS[hidden_act], LIMIT=offsets is not None, UE8M0=scale_fmt == "ue8m0", **options, **UNFUSED,
+        ACT=ACTIVATIONS[hidden_act], LIMIT=offsets is not None, UE8M0=scale_fmt == "ue8m0", BOTH=both,
+        SIZE=size, ROWS=QUANT_ROWS, num_warps=2 * QUANT_WARPS, **UNFUSED,
     )  # fmt: skip
 
 
