@@ -9,7 +9,7 @@ Threads go through the layers side by side. Each computes some outputs of a prod
     weights, for all positions at once; then they wait for each other. What is small each computes for itself instead.
 Experts are visited one after the other, each by the positions that are routed to it, so that it is read once.
 The KV cache is divided among threads by positions. Each attends to its own, with the softmax's maximum and sum carried
-    along; then they are merged (Milakov and Gimelshein 2018; Dao et al. 2023, "Flash-Decoding").
+    along; these sums are then merged (Milakov and Gimelshein 2018; Dao et al. 2023, "Flash-Decoding").
 
 Shapes: N positions of the call, `n_rows` rows of `n_each`; H heads; C `kv_lora_rank`; R `qk_rope_head_dim`; K experts a
 position, of E. */
@@ -423,7 +423,7 @@ typedef struct {
     int *best, *n_best;    /* likewise, each thread's best positions; and (N, threads), how many there are */
     float *h;              /* own: (N, dim), or before an MTP module (N, 2 dim); (N, q rank); (C + R); (N, C) */
     float *probs;          /* own: (n_each·H, BLOCK); or (N·K + E) weights, (N·K) by expert, (E + n_groups) scores */
-    float *scratch;        /* own: the rows of a product in bfloat16, or scaled */
+    float *scratch;        /* own: a product's rows in bfloat16, or scaled; an indexer's queries; candidates */
     double *released;      /* own: when the last barrier was over, in seconds */
     float *gathered;       /* own: (BLOCK, C + R), of a cache */
     int *selected;         /* own: (index_topk), the positions to attend to, where that is not all */
@@ -947,7 +947,7 @@ static int run_threads(Step step, const Stack *stack, long q_rank, long units) {
     long h_width = largest(largest(2L * a->dim, width), q_rank);
     long widest = largest(largest(h_width, units), largest(heads * a->v, a->nope)); /* of a product's rows */
     long scratch = largest(n * widest, c->n_each * heads * ((width + 1) / 2)), topk = scored ? a->index_topk : 0;
-    scratch = largest(scratch, largest(4 * topk * c->threads, (a->index_heads + 9L) * (a->index_dim + 8)));
+    scratch = largest(scratch, largest(4 * topk * c->threads, (a->index_heads + 9L) * (a->index_dim + 12)));
     struct { float **at; long count; } shared[] = {
         {&step.x, n * a->dim}, {&step.q_a, n * q_rank}, {&step.q, n * heads * (a->nope + a->rope)},
         {&step.kv, n * width}, {&step.queries, n * heads * width}, {&step.values, n * heads * a->v},
