@@ -866,7 +866,9 @@ def _grouped_mm_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | N
 
 
 torch.library.register_autograd(
-    "bytegpt::grouped_mm", _grouped_mm_backward, setup_context=lambda ctx, inputs, _: ctx.save_for_backward(*inputs)
+    "bytegpt::grouped_mm",
+    _grouped_mm_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
