@@ -295,10 +295,10 @@ def _norm_kernel(
     x = tl.load(x_ptr + n * STRIDE + d, mask=d < D, other=0.0)
     for i in tl.static_range(PARTS):
         x += tl.load(parts_ptr + (i * N + n) * D + d, mask=d < D, other=0.0)
-    if PARTS > 0:
-        tl.store(x_ptr + n * STRIDE + d, x, mask=d < D)
     y = x * tl.rsqrt(tl.sum(x * x) / D + EPS) * g
     tl.store(out_ptr + n * D + d, y.to(out_ptr.dtype.element_ty), mask=d < D)
+    if PARTS > 0:  # after the sum, for which all threads have read x: several read the same numbers of a short row
+        tl.store(x_ptr + n * STRIDE + d, x, mask=d < D)
 
 
 @triton.jit
