@@ -1,8 +1,8 @@
 """The kernels that decode on a CUDA GPU, in Triton: a step of up to 64 positions through all layers, by latents.
 
 A step for one position reads each active weight once and computes little, so two things cost time: bytes, and the start
-of kernels, each of which waits for the one before. There are 7 to 9 kernels a layer, of which `kernel_products` has
-those that read most of the weights:
+of kernels, each of which waits for the one before. There are 7 to 9 kernels a layer, and 5 more where an indexer
+chooses positions (`kernel_sparse.Chooser`); `kernel_products` has those that read most of the weights:
 
     attn_norm, wq_a and wkv_a → q_norm and wq_b → W_k, kv_norm, rotary angles and KV cache → attention, divided over
     positions → its combination and W_v → wo → ffn_norm and router → the choice of experts, w1 and w3 of the experts
