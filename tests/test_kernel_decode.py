@@ -485,7 +485,7 @@ def compile_steps(arch: int) -> list[dict[str, Any]]:
     """Compiles the kernels of steps of one position and of many, with FP8 weights where there is such a type."""
 
     def describe(ptx: str, options: dict[str, Any]) -> dict[str, Any]:
-        first = re.search(r"griddepcontrol\.wait|(?:st|red|atom)\.global", ptx)
+        first = re.search(r"griddepcontrol\.wait|\b(?:st|red|atom)\.global", ptx)
         row = {"starts_early": options.get("launch_pdl", False), "first": first and first[0]}
         return row | {"multiplies": bool(re.search(r"wgmma|mma\.sync|tcgen05\.mma", ptx))}
 
