@@ -1,8 +1,8 @@
 """The kernels that decode on a CUDA GPU, in Triton: a step of up to 64 positions through all layers, by latents.
 
 A step for one position reads each active weight once and computes little, so two things cost time: bytes, and the start
-of kernels, each of which waits for the one before. There are 7 to 9 kernels a layer, of which `kernel_products` has
-those that read most of the weights:
+of kernels, each of which waits for the one before. There are 7 to 9 kernels a layer, and 5 more where an indexer
+chooses positions (`kernel_sparse.Chooser`); `kernel_products` has those that read most of the weights:
 
     attn_norm, wq_a and wkv_a → q_norm and wq_b → W_k, kv_norm, rotary angles and KV cache → attention, divided over
     positions → its combination and W_v → wo → ffn_norm and router → the choice of experts, w1 and w3 of the experts
@@ -295,10 +295,10 @@ def _norm_kernel(
     x = tl.load(x_ptr + n * STRIDE + d, mask=d < D, other=0.0)
     for i in tl.static_range(PARTS):
         x += tl.load(parts_ptr + (i * N + n) * D + d, mask=d < D, other=0.0)
-    if PARTS > 0:
-        tl.store(x_ptr + n * STRIDE + d, x, mask=d < D)
     y = x * tl.rsqrt(tl.sum(x * x) / D + EPS) * g
     tl.store(out_ptr + n * D + d, y.to(out_ptr.dtype.element_ty), mask=d < D)
+    if PARTS > 0:  # after the sum, for which all threads have read x: several read the same numbers of a short row
+        tl.store(x_ptr + n * STRIDE + d, x, mask=d < D)
 
 
 @triton.jit

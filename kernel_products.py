@@ -26,7 +26,7 @@ BLOCK = tl.constexpr(128)  # columns of FP8 weights that share a scale, and rows
 
 @triton.jit
 def wait_for_kernels(PDL: constexpr):
-    """Lets the next kernel start, and waits until those before have ended: what they write is read after this only."""
+    """Lets the next kernel start, and waits until those before have ended. Before this, only weights may be read."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

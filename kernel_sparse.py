@@ -704,7 +704,7 @@ def _cached_scores_kernel(
     last, h, d = tl.load(seen_ptr + n), tl.arange(0, HP), tl.arange(0, DP)
     if tl.program_id(0) * COLS <= last:
         row, capacity = tl.load(cache_rows_ptr + n), tl.load(capacity_ptr)
-        cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(CACHE)) + row * capacity * D
+        cache_ptr = tl.multiple_of(tl.load(caches_ptr + layer).to(tl.pointer_type(CACHE)), 16) + row * capacity * D
         mask = (t <= last)[None, :] & (d < D)[:, None]
         k = tl.load(cache_ptr + t[None, :] * D + d[:, None], mask=mask, other=0.0).to(TYPE)
         mask = (h < H)[:, None] & (d < D)[None, :]

@@ -484,8 +484,10 @@ SHAPE |= {"kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "
 def compile_steps(arch: int) -> list[dict[str, Any]]:
     """Compiles the kernels of steps of one position and of many, with FP8 weights where there is such a type."""
 
-    def describe(ptx: str, _options: dict[str, Any]) -> dict[str, Any]:
-        return {"multiplies": bool(re.search(r"wgmma|mma\.sync|tcgen05\.mma", ptx))}
+    def describe(ptx: str, options: dict[str, Any]) -> dict[str, Any]:
+        first = re.search(r"griddepcontrol\.wait|\b(?:st|red|atom)\.global", ptx)
+        row = {"starts_early": options.get("launch_pdl", False), "first": first and first[0]}
+        return row | {"multiplies": bool(re.search(r"wgmma|mma\.sync|tcgen05\.mma", ptx))}
 
     with compiling(arch, describe) as compiled:
         model = tiny(**SHAPE).bfloat16().requires_grad_(False)
@@ -514,6 +516,8 @@ def test_compiles(tmp_path: Path) -> None:
         assert arch != "90" or {row["kernel"] for row in compiled} == names
         for row in compiled:
             assert row["cubin"] > 0 and row["shared"] <= SHARED_MEMORY[int(arch)], row
+            # a kernel that starts while others run writes nothing before it has waited
+            assert (row["first"] == "griddepcontrol.wait") == row["starts_early"], row
             if row["kernel"] in ("_attend_kernel", "_values_kernel", "matmul_kernel", "gate_up_kernel", "down_kernel"):
                 assert row["multiplies"]
 
