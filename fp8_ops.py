@@ -890,7 +890,7 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def _mm_in_parts(a: torch.Tensor, n: int, b: torch.Tensor) -> torch.Tensor:
-    """a · b, float32, for b in bfloat16 and a as the sum of `n` parts in bfloat16: 8 bits each of its 24, the first."""
+    """a · b, float32, for b in bfloat16 and a as a sum of `n` parts in bfloat16, the first 8·n of its 24 bits."""
     parts = b.new_empty(n, *a.shape)
     for part in parts:
         a = a.float() - part.copy_(a)
