@@ -88,18 +88,17 @@ def kernels(x: torch.Tensor) -> Any:
 
     None elsewhere: there plain torch computes the same, which torch.compile fuses.
     """
-    if x.dtype not in (torch.bfloat16, torch.float32) or torch.compiler.is_compiling():
-        return None
-    if capability(x.device) < (8, 0):
+    if torch.compiler.is_compiling() or x.dtype not in (torch.bfloat16, torch.float32) or capability(x.device) < (8, 0):
         return None
     import kernel_fused
 
     return kernel_fused
 
 
-def sparse_kernels(x: torch.Tensor, widest: int = 640) -> Any:
+def sparse_kernels(x: torch.Tensor, widest: int = 576) -> Any:
     """The module `kernel_sparse` where its kernels take queries such as `x`; else None, as `kernels`."""
-    if kernels(x) is None or x.shape[-1] > widest:
+    # Queries of more than 1,152 bytes need more than the 99 kB of shared memory that GPUs without HBM have.
+    if kernels(x) is None or x.shape[-1] > widest or x.shape[-1] * x.element_size() > 1152:
         return None
     import kernel_sparse
 
@@ -263,8 +262,7 @@ def weight_dequant(
         import kernel
 
         return kernel.weight_dequant(q, s, dtype)
-    out = torch.empty(q.shape, dtype=dtype, device=s.device)
-    shift = _shift(q, s)
+    out, shift = torch.empty(q.shape, dtype=dtype, device=s.device), _shift(q, s)
     s = s.float().mul(2.0**shift).repeat_interleave(block_size, dim=-1)[..., :k]  # by column: (..., N blocks, K)
     # in bands of rows that stay in the cache from the cast to the store, and in one buffer: page faults of new memory
     # cost more than all of the arithmetic
@@ -276,8 +274,7 @@ def weight_dequant(
         band = target if dtype == torch.float32 else buffer[: source.numel()].view(source.shape).to(s.device)
         _from_e4m3(source, band, shift, bits)
         scales = s[..., top // block_size : -(-(top + source.shape[-2]) // block_size), :]
-        full_blocks = source.shape[-2] // block_size
-        if full_blocks:
+        if full_blocks := source.shape[-2] // block_size:
             full_rows = band[..., : full_blocks * block_size, :].unflatten(-2, (full_blocks, block_size))
             full_rows.mul_(scales[..., :full_blocks, None, :])
         if full_blocks < scales.shape[-2]:  # the last block is ragged
@@ -374,9 +371,8 @@ def _(x, scale_fmt=None):
 
 @torch.library.register_fake("bytegpt::weight_quant")
 def _(w, block_size=BLOCK, scale_fmt=None):
-    n, k = w.shape[-2:]
-    q = torch.empty(w.shape, dtype=E4M3, device=w.device)
-    return q, w.new_empty(*w.shape[:-2], -(-n // block_size), -(-k // block_size), dtype=torch.float32)
+    scales = *w.shape[:-2], -(-w.shape[-2] // block_size), -(-w.shape[-1] // block_size)
+    return w.new_empty(w.shape, dtype=E4M3), w.new_empty(scales, dtype=torch.float32)
 
 
 @torch.library.register_fake("bytegpt::weight_quant_both")
@@ -494,9 +490,7 @@ def _check_operands(
 
 def _right_operand(b: torch.Tensor, b_s: torch.Tensor) -> torch.Tensor:
     """Dequantises the right operand of a product, of blocks or tiles; float32."""
-    if b_s.shape[-2] == b.shape[-2]:
-        return act_dequant(b, b_s)
-    return weight_dequant(b, b_s, BLOCK, torch.float32)
+    return act_dequant(b, b_s) if b_s.shape[-2] == b.shape[-2] else weight_dequant(b, b_s, BLOCK, torch.float32)
 
 
 @torch.library.register_fake("bytegpt::fp8_gemm")
@@ -782,9 +776,7 @@ def _sum_of_products(
     if len(operands) == 1:
         return _gemm(*operands[0], offsets, dtype)
     total = fp8_gemm_sum(*operands[0], *operands[1], offsets, dtype)
-    for operand in operands[2:]:
-        total = total + _gemm(*operand, offsets, dtype)
-    return total
+    return sum((_gemm(*operand, offsets, dtype) for operand in operands[2:]), total)
 
 
 def _weight_grad(
@@ -898,7 +890,7 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def _mm_in_parts(a: torch.Tensor, n: int, b: torch.Tensor) -> torch.Tensor:
-    """a · b, float32, for b in bfloat16 and a as the sum of `n` parts in bfloat16: 8 bits each of its 24, the first."""
+    """a · b, float32, for b in bfloat16 and a as a sum of `n` parts in bfloat16, the first 8·n of its 24 bits."""
     parts = b.new_empty(n, *a.shape)
     for part in parts:
         a = a.float() - part.copy_(a)

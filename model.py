@@ -758,7 +758,7 @@ class Gate(nn.Module):
         self.register_buffer("bias", torch.zeros(args.n_routed_experts) if args.gate_bias else None)
 
     def forward(self, x: torch.Tensor, logits: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """Returns each position's weights float32 (N, K), experts int64 (N, K) and all scores float32 (N, E)."""
+        """From x (N, dim) or its logits: weights float32 (N, K), experts int64 (N, K), all scores float32 (N, E)."""
         logits = fp8_ops.router_logits(x, self.weight)[1] if logits is None else logits
         scores = logits.softmax(dim=-1) if self.score_func == "softmax" else logits.sigmoid()
         if kernel := fp8_ops.kernels(scores):

@@ -115,7 +115,8 @@ class Muon(Optimizer):
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     """Pushes the singular values of matrices (n, rows, columns) towards 1 by Newton-Schulz iterations."""
-    if (kernel := fp8_ops.kernels(x)) and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in x.shape[1:]):
+    is_aligned = len(x) > 0 and all(n % 8 == 0 for n in x.shape[1:])  # TMA refuses tensors without elements, too
+    if (kernel := fp8_ops.kernels(x)) and x.dtype == torch.bfloat16 and is_aligned:
         return kernel.newton_schulz(x, NS_COEFFICIENTS, NS_STEPS)
     a, b, c = NS_COEFFICIENTS
     tall = x.shape[1] > x.shape[2]

@@ -570,7 +570,7 @@ class ParallelContext:
         until = time.monotonic() + self.timeout.total_seconds()
         while self.world_size > 1 and not event.query():
             if time.monotonic() > until:
-                raise dist.DistError(f"a step has not ended within {self.timeout}; try --no-cuda-graph")
+                raise dist.DistError(f"a step has not ended within {self.timeout}")
             time.sleep(1e-4)
         event.synchronize()
 

@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from conftest import tiny  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
@@ -1090,6 +1091,31 @@ def test_model_in_fp8_by_kernels(values: dict[str, Any], ranks: int, monkeypatch
     assert len(used) == mlps * (2 if net.gradient_checkpointing else 1)
     for fused, separate in zip(*results, strict=True):
         assert (fused - separate).norm() <= 0.02 * separate.norm()
+
+
+@runs
+@pytest.mark.parametrize("gemm_impl", ["bf16", "fp8"])
+def test_nothing_else_reads_what_ranks_sum_in_its_place(gemm_impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensor-parallel ranks; each sum doubles here. Gradients are those of sums in new tensors."""
+    ctx, results = parallel.ParallelContext(world_size=2, rank=1, model_parallel=2), []
+    net = parallel.build(ctx, tiny(n_layers=2, n_mtp_layers=0).args, torch.bfloat16).train()
+    parallel.init_weights(ctx, net, 0)
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.add_(0.2 * randn(*p.shape, seed=i))
+    net, tokens = net.to(DEVICE), torch.randint(256, (1, 6), generator=generator(1)).to(DEVICE)
+    monkeypatch.setattr(fp8_ops, "gemm_impl", gemm_impl)
+    monkeypatch.setattr(fp8_ops, "kernels", lambda x: kernel_fused)
+    for double in (lambda x, _: x.contiguous().mul_(2), lambda x, _: 2 * x):
+        monkeypatch.setattr(parallel, "_all_reduce", double)
+        net.zero_grad()
+        with dispatched(), tiles(3):
+            parallel.quantize_weights(ctx, net)
+            loss = net.loss(tokens[:, :-1], tokens[:, 1:]).total
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for p in net.parameters())])
+    for in_place, new in zip(*results, strict=True):
+        assert torch.equal(in_place, new)
 
 
 # --- Muon ---------------------------------------------------------------------------------------------------------

@@ -307,7 +307,9 @@ def test_which_calls_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8_ops, "meta_capability", (9, 0))
     assert fp8_ops.sparse_kernels(x) is kernel_sparse
     assert fp8_ops.sparse_kernels(x.double()) is None
-    assert fp8_ops.sparse_kernels(torch.empty(1, 1, 2, 700, device="meta")) is None
+    for width, dtype in ((577, torch.bfloat16), (576, torch.float32), (700, torch.float32)):  # too wide to be shared
+        assert fp8_ops.sparse_kernels(torch.empty(1, 1, 2, width, dtype=dtype, device="meta")) is None
+    assert fp8_ops.sparse_kernels(torch.empty(1, 1, 2, 576, dtype=torch.bfloat16, device="meta")) is kernel_sparse
 
 
 def test_tensors_without_memory_have_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +337,7 @@ def compile_all() -> list[dict[str, Any]]:
             (8, 128, 32, 4, 32, 512, torch.bfloat16),
             (128, 512, 64, 64, 128, 2048, torch.bfloat16),
             (8, 128, 32, 4, 32, 512, torch.float32),
+            (16, 256, 32, 16, 128, 512, torch.float32),  # as wide as they take
         ):
             length = 2 * topk
             q, latent = (
@@ -372,7 +375,7 @@ def test_compiles(tmp_path: Path) -> None:
     compiled = json.loads(done.stdout)
     assert {row["kernel"] for row in compiled} == {name for name in vars(kernel_sparse) if name.endswith("_kernel")}
     for row in compiled:
-        assert row["cubin"] > 0 and row["shared"] <= 227 * 1024, row
+        assert row["cubin"] > 0 and row["shared"] <= 99 * 1024, row  # of an RTX 4090; a Hopper GPU has 227
     assert {row["kernel"] for row in compiled if row["multiplies"]} >= {"_scores_kernel", "_attend_kernel"}
 
 

@@ -117,6 +117,12 @@ def test_orthogonalize_pushes_singular_values_towards_one(shape: tuple[int, int]
     assert orthogonalize(torch.zeros(1, 3, 4)).abs().max() == 0
 
 
+def test_no_kernel_gets_a_tensor_without_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process has of fewer experts than processes, with FSDP: TMA has no descriptor of it."""
+    monkeypatch.setattr(fp8_ops, "kernels", lambda x: argparse.Namespace(newton_schulz=lambda *_: pytest.fail()))
+    assert orthogonalize(torch.empty(0, 16, 8, dtype=torch.bfloat16)).shape == (0, 16, 8)
+
+
 # --- On a GPU, and the parameter groups ---------------------------------------------------------------------------
 
 
