@@ -457,7 +457,7 @@ def head_only(change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, str,
     return after(Linear, "forward", lambda y, self, *_: change(y) if self.weight.shape[0] == 256 else y)
 
 
-def of_probabilities(out: Any, self: Gate, x: torch.Tensor) -> Any:
+def of_probabilities(out: Any, self: Gate, *_: torch.Tensor) -> Any:
     """A router that does not normalise."""
     return out[2].gather(1, out[1]) * self.route_scale, *out[1:]
 
