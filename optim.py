@@ -76,6 +76,9 @@ class Muon(Optimizer):
                 if sent is not None:
                     self._apply_batch(group, *sent)
                 sent = pairs, updates, exchange, full_shape
+                if exchange is None:  # nothing is on its way, and the next batch needs the memory
+                    self._apply_batch(group, *sent)
+                    sent = None
             if sent is not None:
                 self._apply_batch(group, *sent)
 
