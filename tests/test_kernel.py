@@ -1367,6 +1367,7 @@ def all_binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dic
     env |= {
         "PYTHONPATH": os.pathsep.join([str(Path(kernel.__file__).parent), env.get("PYTHONPATH", "")]),
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "TRITON_INTERPRET": "0",  # conftest.py would have kernels interpreted
     }
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
