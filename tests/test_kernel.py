@@ -1260,6 +1260,19 @@ def compiling(arch: int, describe: Callable[[str, dict[str, Any]], dict[str, Any
         yield compiled
 
 
+def compiled_by(script: str, cache: Path) -> Any:
+    """What a script prints, as JSON, in a process of its own, where Triton compiles into an empty cache."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    env |= {
+        "PYTHONPATH": os.pathsep.join([str(Path(kernel.__file__).parent), env.get("PYTHONPATH", "")]),
+        "TRITON_CACHE_DIR": str(cache),
+        "TRITON_INTERPRET": "0",  # conftest.py would have kernels interpreted
+    }
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 def compile_all(arch: int) -> list[dict[str, Any]]:
     """Calls the functions of `kernel.py` with kernels that are compiled but not launched."""
 
@@ -1363,15 +1376,7 @@ def compile_fused() -> None:
 @pytest.fixture(scope="module")
 def all_binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What another process, in which Triton compiles, made of every kernel for each compute capability."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    env |= {
-        "PYTHONPATH": os.pathsep.join([str(Path(kernel.__file__).parent), env.get("PYTHONPATH", "")]),
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-        "TRITON_INTERPRET": "0",  # conftest.py would have kernels interpreted
-    }
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return compiled_by(__file__, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")

@@ -9,9 +9,7 @@ import contextlib
 import gc
 import itertools
 import json
-import os
 import re
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -27,7 +25,7 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton")
 
 from conftest import randomise, tiny  # noqa: E402
-from test_kernel import compiling, specialisations  # noqa: E402
+from test_kernel import compiled_by, compiling, specialisations  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 import decode  # noqa: E402
@@ -506,13 +504,8 @@ def compile_steps(arch: int) -> list[dict[str, Any]]:
 @pytest.mark.timeout(600)
 def test_compiles(tmp_path: Path) -> None:
     """All kernels become machine code, with room for what they share; products of many positions by tensor cores."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    env |= {"PYTHONPATH": str(Path(kernel_decode.__file__).parent), "TRITON_CACHE_DIR": str(tmp_path)}
-    env["TRITON_INTERPRET"] = "0"
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
     names = {name for name in vars(kernel_decode) if name.endswith("_kernel")}
-    for arch, compiled in json.loads(done.stdout).items():
+    for arch, compiled in compiled_by(__file__, tmp_path).items():
         assert arch != "90" or {row["kernel"] for row in compiled} == names
         for row in compiled:
             assert row["cubin"] > 0 and row["shared"] <= SHARED_MEMORY[int(arch)], row

@@ -5,8 +5,6 @@ They run on a GPU where there is one, else in Triton's interpreter.
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from conftest import randomise, tiny  # noqa: E402
-from test_kernel import DEVICE, compiling, draws, generator, randn, runs, small_and_exact  # noqa: E402, F401
+from test_kernel import DEVICE, compiled_by, compiling, draws, generator, randn, runs, small_and_exact  # noqa: E402, F401
 from test_sparse import SPARSE, brute_force, grads_of, tokens  # noqa: E402
 
 import fp8_ops  # noqa: E402
@@ -367,12 +365,7 @@ def compile_all() -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_compiles(tmp_path: Path) -> None:
     """All kernels become machine code for Hopper, with room for what they share, and multiply by tensor cores."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    env |= {"PYTHONPATH": str(Path(kernel_sparse.__file__).parent), "TRITON_CACHE_DIR": str(tmp_path)}
-    env["TRITON_INTERPRET"] = "0"
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    compiled = json.loads(done.stdout)
+    compiled = compiled_by(__file__, tmp_path)
     assert {row["kernel"] for row in compiled} == {name for name in vars(kernel_sparse) if name.endswith("_kernel")}
     for row in compiled:
         assert row["cubin"] > 0 and row["shared"] <= 99 * 1024, row  # of an RTX 4090; a Hopper GPU has 227
